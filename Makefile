@@ -1,0 +1,55 @@
+# Two commands do everything, each from a fresh clone:
+#   make quickstart   set up, then train a tiny model end to end
+#   make test         set up, then check and test
+# Both make the virtual environment .venv here and the server's own environment under ~/.cache/lockstep.
+
+PYTHON ?= python3
+# The CPU build where the package index offers one; set TORCH to choose another build.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all check setup-train setup-dev runtime clean
+
+quickstart: setup-train runtime
+	@$(BIN)/lockstep quickstart
+
+test: setup-dev runtime check
+	@echo "== tests"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+# Also a real server for each family and sync path: about ten minutes more.
+test-all: setup-dev runtime check
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25
+
+check: setup-dev
+	@echo "== style and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lockstep needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'
+	@echo "== making .venv and installing torch (about 200 MB without a GPU, several GB with)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+.venv/made-train: .venv/made pyproject.toml
+	@echo "== installing Lockstep and what the trainer needs (about 150 MB)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train]"
+	@touch $@
+
+.venv/made-dev: .venv/made-train
+	@echo "== installing the development tools (about 100 MB)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train,dev]"
+	@touch $@
+
+setup-train: .venv/made-train
+setup-dev: .venv/made-dev
+
+runtime: setup-train
+	@echo "== server environment"
+	@$(BIN)/lockstep runtime install
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,65 @@
+"""Lockstep: reinforcement-learning post-training of LLM agents. The policy that is trained is the policy that was
+sampled.
+
+Names are resolved on first use, so that `import lockstep` costs nothing and loads no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lockstep.backends.base import Backend, Endpoint
+    from lockstep.backends.megatron import MegatronBackend
+    from lockstep.config import LoraConfig, Parallel, Placement, TrainConfig, TrainResult
+    from lockstep.errors import LockstepError
+    from lockstep.model import TrainableModel
+    from lockstep.trajectory import Trajectory, TrajectoryGroup, gather_trajectory_groups
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Backend": "lockstep.backends.base",
+    "Endpoint": "lockstep.backends.base",
+    "LockstepError": "lockstep.errors",
+    "LoraConfig": "lockstep.config",
+    "MegatronBackend": "lockstep.backends.megatron",
+    "Parallel": "lockstep.config",
+    "Placement": "lockstep.config",
+    "TrainConfig": "lockstep.config",
+    "TrainResult": "lockstep.config",
+    "TrainableModel": "lockstep.model",
+    "Trajectory": "lockstep.trajectory",
+    "TrajectoryGroup": "lockstep.trajectory",
+    "gather_trajectory_groups": "lockstep.trajectory",
+}
+
+__all__ = [
+    "Backend",
+    "Endpoint",
+    "LockstepError",
+    "LoraConfig",
+    "MegatronBackend",
+    "Parallel",
+    "Placement",
+    "TrainConfig",
+    "TrainResult",
+    "TrainableModel",
+    "Trajectory",
+    "TrajectoryGroup",
+    "gather_trajectory_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lockstep' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,67 @@
+"""Errors a user can act on: one line that names the thing, what was expected, and the next step.
+
+The command line prints these without a traceback and exits with `exit_code`; everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class LockstepError(Exception):
+    """Base of every error that is the user's to fix."""
+
+    exit_code = 1
+
+
+class ConfigError(LockstepError):
+    """A setting is unknown, out of range, or not supported by the backend it was given to."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(LockstepError):
+    """No registered model family serves this base model."""
+
+    exit_code = 2
+
+
+class DataError(LockstepError):
+    """Rollouts that can't be trained on: NaN rewards, no sampled token, a group of one, an empty batch."""
+
+
+class StaleRolloutError(DataError):
+    """A choice was sampled by a version that is unknown or older than `max_steps_off_policy` allows."""
+
+
+class WeightsError(LockstepError):
+    """Weights, adapters or routes that are missing, unknown, half-written or of the wrong shape."""
+
+
+class StoreError(LockstepError):
+    """A run's folder is damaged, locked by another process, or belongs to another model."""
+
+
+class RuntimeNotInstalledError(LockstepError):
+    """The isolated vLLM environment does not exist or is incomplete: run `lockstep runtime install`."""
+
+
+class ServerError(LockstepError):
+    """The inference server died, refused a request, or missed a deadline."""
+
+
+class TrainerError(LockstepError):
+    """A trainer process died, raised, or missed a deadline."""
+
+
+class MismatchError(LockstepError):
+    """The server does not hold the policy that was trained: the probe's logprobs disagree."""
+
+
+class RolloutError(LockstepError):
+    """More rollouts failed than `max_exceptions` tolerates. `groups` keeps everything that finished (TrajectoryGroup list)."""
+
+    def __init__(self, message: str, groups: Sequence[Any] = ()):
+        super().__init__(message)
+        self.groups = list(groups)

@@ -1,0 +1,44 @@
+"""Fixtures that cost time and are shared by the whole session: the server's environment and one real server."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """The isolated vLLM environment for a CPU; installed if it isn't yet."""
+    from lockstep.serving.install import install
+
+    return install("cpu", progress=print)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory):
+    """A tiny Qwen3 checkpoint (fp32, tied head)."""
+    from lockstep.families.tiny import write_tiny
+
+    return write_tiny("qwen3", tmp_path_factory.mktemp("models") / "qwen3", seed=11)
+
+
+@pytest.fixture(scope="session")
+async def server(runtime, tiny_qwen3, tmp_path_factory):
+    """A real vLLM server on the tiny Qwen3, base model `base`, room for adapters. Shared: leave no adapter behind."""
+    from lockstep.serving.launch import LoraServing, ServerConfig, launch
+
+    config = ServerConfig(
+        model=tiny_qwen3,
+        served_name="base",
+        dtype="float32",
+        lora=LoraServing(max_rank=16, max_loras=4, max_cpu_loras=8),
+        max_model_len=512,
+        max_num_seqs=16,
+        threads=1,
+    )
+    server = await launch(config, runtime, tmp_path_factory.mktemp("run"))
+    yield server
+    await server.close()

@@ -1,0 +1,148 @@
+"""Settings: unknown, impossible and ineffective ones are refused in one line that names them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
+from lockstep.errors import ConfigError
+from lockstep.runfile import RunFile
+
+
+def refused(build, *parts: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"learnin_rate": 1}, ["TrainConfig has no setting 'learnin_rate'", "did you mean learning_rate"]),
+        ({"zzz": 1}, ["no setting 'zzz'", "it has", "learning_rate"]),
+        ({"learning_rate": 0}, ["learning_rate = 0", "greater than 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate = nan", "finite"]),
+        ({"loss": "grpo"}, ["loss = 'grpo'", "'cispo', 'ppo' or 'gspo'"]),
+        ({"kl_reference_step": 3}, ["kl_reference_step has no effect with kl_coef = 0"]),
+        ({"clip_low": 1.5}, ["clip_low = 1.5 has no effect"]),
+        ({"importance_cap": 2.0}, ["importance_cap has no effect without importance_correction"]),
+        ({"importance_correction": "truncated"}, ["needs old_logprobs = trainer"]),
+        (
+            {"importance_correction": "masked", "old_logprobs": "trainer", "importance_floor": 0.1},
+            ["importance_floor has no effect with importance_correction = masked"],
+        ),
+        (
+            {"importance_correction": "icepop", "old_logprobs": "trainer", "importance_floor": 6.0},
+            ["importance_floor = 6.0 is above importance_cap = 5.0"],
+        ),
+        ({"over_length": "drop"}, ["over_length = drop has no effect without row_length"]),
+        ({"betas": (0.9, 1.0)}, ["betas", "[0, 1)"]),
+        ({"minibatches": 0}, ["minibatches = 0"]),
+        ({"max_steps_off_policy": -1}, ["max_steps_off_policy = -1"]),
+    ],
+)
+def test_train_config_refuses(settings, parts):
+    refused(lambda: TrainConfig(**settings), *parts)
+
+
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    [
+        (lambda: LoraConfig(rank=12), ["rank = 12", "what vLLM serves"]),
+        (lambda: LoraConfig(alpha=0), ["alpha = 0"]),
+        (lambda: LoraConfig(target_modules=()), ["target_modules", "at least one layer"]),
+        (lambda: LoraConfig(r=8), ["LoraConfig has no setting 'r'"]),
+        (lambda: Placement(trainer=[0, 0], inference=[1]), ["trainer", "each once"]),
+        (lambda: Placement(trainer=[0, 1], inference=[1]), ["share GPU 1 but not all"]),
+        (lambda: Placement(trainer=[0]), ["inference is missing"]),
+        (lambda: Parallel(tensor=0), ["tensor = 0"]),
+        (lambda: Parallel(sequence=True), ["sequence = true has no effect with tensor = 1"]),
+        (lambda: Parallel(tensor=2, expert=4), ["expert x expert_tensor = 4 must divide tensor x data x context = 2"]),
+    ],
+)
+def test_others_refuse(build, parts):
+    refused(build, *parts)
+
+
+def test_every_served_rank_is_accepted():
+    assert [LoraConfig(rank=rank).rank for rank in SERVED_RANKS] == list(SERVED_RANKS)
+
+
+def test_configs_are_frozen_and_documented():
+    for schema in (LoraConfig, Placement, Parallel, TrainConfig):
+        assert schema.model_config["frozen"]
+        undocumented = [name for name, field in schema.model_fields.items() if not field.description]
+        assert undocumented == []
+    with pytest.raises(Exception, match="frozen"):
+        TrainConfig().learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_derived_settings():
+    assert TrainConfig(loss="ppo").clip_range == (0.8, 1.2)
+    assert TrainConfig(loss="cispo").clip_range == (0.0, 5.0)
+    assert TrainConfig(loss="gspo", clip_low=0.0, clip_high=0.5).clip_range == (
+        1.0,
+        1.5,
+    )  # 0.0 is a setting, not "unset"
+    assert TrainConfig().reference_step is None
+    assert TrainConfig(kl_coef=0.1).reference_step == 0
+    assert TrainConfig(kl_coef=0.1, kl_reference_step=4).reference_step == 4
+    icepop = TrainConfig(importance_correction="icepop", old_logprobs="trainer", importance_floor=0.0)
+    assert icepop.importance_bounds == (0.0, 5.0)
+    assert Parallel(tensor=2, data=2, pipeline=3).processes == 12
+    assert Parallel(tensor=2).sequence_parallel
+    assert not Parallel(tensor=2, sequence=False).sequence_parallel
+    assert Placement(trainer=[0, 1], inference=[1, 0]).shared
+    assert not Placement(trainer=[0], inference=[1]).shared
+
+
+@given(st.sampled_from(["cispo", "ppo", "gspo"]), st.floats(1e-8, 1), st.none() | st.integers(1, 9), st.booleans())
+def test_configs_survive_json(loss, rate, length, share):
+    config = TrainConfig(loss=loss, learning_rate=rate, row_length=length, share_prefixes=share)
+    assert TrainConfig(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    lora = LoraConfig(target_modules=("q_proj",))
+    assert LoraConfig(**json.loads(lora.model_dump_json())) == lora
+
+
+def test_unsupported_names_setting_and_backend():
+    error = unsupported("loss", "gspo", "TinkerBackend", "the service has no sequence-level ratio")
+    assert str(error) == "TinkerBackend does not support loss = 'gspo': the service has no sequence-level ratio"
+    assert isinstance(error, ConfigError)
+
+
+MINIMAL = '[model]\nname = "m"\nproject = "p"\nbase_model = "b"\n[task]\nfile = "t.py"\nsteps = 3\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (MINIMAL + "[train]\nlearnin_rate = 1\n", ["learnin_rate", "did you mean learning_rate"]),
+        (MINIMAL + "[trian]\n", ["no setting 'trian'", "did you mean train"]),
+        (MINIMAL + "[model.lora]\nrank = 5\n", ["rank = 5"]),
+        (MINIMAL + "stepz = 4\n", ["[task] has no setting 'stepz'", "steps"]),
+        (MINIMAL.replace("steps = 3", 'steps = "many"'), ["task.steps = 'many'"]),
+        (MINIMAL.replace("steps = 3\n", ""), ["task.steps is missing"]),
+        ("[model\n", ["is not TOML"]),
+        ("\xff", ["is not TOML"]),
+    ],
+)
+def test_a_bad_run_file_gets_one_line(tmp_path, text, parts):
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="latin-1")
+    refused(lambda: load_toml(path, RunFile), str(path), *parts)
+
+
+def test_run_files(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL + "[train]\nlearning_rate = 1e-3\n[model.lora]\nrank = 8\n")
+    loaded = load_toml(path, RunFile)
+    assert loaded.train.learning_rate == 1e-3
+    assert loaded.model.lora.rank == 8
+    refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")
+    refused(lambda: load_toml(tmp_path, RunFile), "is a folder")
