@@ -1,0 +1,225 @@
+"""Run rollouts concurrently and collect them into groups."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lockstep.errors import ConfigError, RolloutError
+from lockstep.leases import rollout_scope
+from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup
+
+GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
+AfterEach = Callable[[TrajectoryGroup], Any]
+_Report = Callable[[Sequence[Trajectory] | None], None]
+"""Told of each slot that ended: its trajectories, or None for a failure."""
+
+
+async def gather_trajectory_groups(
+    groups: Iterable[GroupSource],
+    *,
+    max_exceptions: int | float = 0,
+    progress: bool = True,
+    description: str = "rollouts",
+    after_each: AfterEach | None = None,
+) -> list[TrajectoryGroup]:
+    """Run all rollouts at once and return their groups, in the order given.
+
+    groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an awaitable that
+    gives a TrajectoryGroup.
+    max_exceptions: failed rollouts to tolerate in all, as a count, or below 1 as a fraction of the rollouts. Those are
+    kept on their group.
+    after_each: called with each finished group (may be async); returns the group to keep, or a list of groups (an empty
+    one drops it).
+
+    Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and what finished is in
+    its `groups`.
+    """
+    gathering = _Gathering(list(groups), after_each)
+    with _progress_bar(progress, description, gathering.expected) as report:
+        return await gathering.run(max_exceptions, report)
+
+
+def _tolerated(max_exceptions: int | float, rollouts: int) -> int:
+    if not math.isfinite(max_exceptions) or max_exceptions < 0:
+        raise ConfigError(f"max_exceptions = {max_exceptions} must be a count, or a fraction below 1")
+    if isinstance(max_exceptions, float) and max_exceptions < 1:
+        return math.floor(max_exceptions * rollouts)
+    return int(max_exceptions)
+
+
+def _failure(error: BaseException) -> RolloutFailure:
+    text = "".join(traceback.format_exception(error))
+    return RolloutFailure(type=type(error).__name__, message=str(error), traceback=text)
+
+
+async def _scoped(attempt: Awaitable[Any]) -> Any:
+    with rollout_scope():
+        return await attempt
+
+
+class _Gathering:
+    """One call of gather: a task per rollout, what each gave, and what failed."""
+
+    def __init__(self, sources: list[GroupSource], after_each: AfterEach | None):
+        # Per group: the finished group or the awaitable of one (a single slot), or the list of attempts.
+        self._slots: list[list[Any]] = []
+        self._whole: list[bool] = []
+        for source in sources:
+            whole = isinstance(source, TrajectoryGroup) or inspect.isawaitable(source)
+            self._whole.append(whole)
+            self._slots.append([source] if whole else list(source))  # type: ignore[arg-type]
+        self._results: list[dict[int, Any]] = [{} for _ in sources]
+        self._failures: list[dict[int, RolloutFailure]] = [{} for _ in sources]
+        self._finished: dict[int, list[TrajectoryGroup]] = {}
+        self._after_each = after_each
+        self._allowed = 0
+        self._report: _Report = lambda _: None
+        self.expected = sum(map(len, self._slots))
+
+    async def run(self, max_exceptions: int | float, report: _Report) -> list[TrajectoryGroup]:
+        tasks: dict[asyncio.Future[Any], tuple[int, int]] = {}
+        self._report = report
+        try:
+            self._allowed = _tolerated(max_exceptions, self.expected)
+            for group, slots in enumerate(self._slots):
+                for index, slot in enumerate(slots):
+                    if inspect.isawaitable(slot):
+                        tasks[asyncio.ensure_future(_scoped(slot))] = (group, index)
+                    else:
+                        self._keep(group, index, slot)
+            self._check_failures()
+            for group in range(len(self._slots)):
+                await self._finish(group)
+            await self._wait(tasks)
+        finally:
+            await self._cancel(tasks)
+        return [group for number in sorted(self._finished) for group in self._finished[number]]
+
+    async def _wait(self, tasks: dict[asyncio.Future[Any], tuple[int, int]]) -> None:
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: tasks[task]):
+                group, index = tasks[task]
+                error = asyncio.CancelledError("the rollout was cancelled") if task.cancelled() else task.exception()
+                if error is None:
+                    self._keep(group, index, task.result())
+                elif isinstance(error, Exception | asyncio.CancelledError):
+                    self._fail(group, index, error)
+                else:
+                    raise error
+            self._check_failures()
+            for group in sorted({tasks[task][0] for task in done}):
+                await self._finish(group)
+
+    def _keep(self, group: int, index: int, result: object) -> None:
+        expected = TrajectoryGroup if self._whole[group] else Trajectory
+        if isinstance(result, TrajectoryGroup | Trajectory) and isinstance(result, expected):
+            self._results[group][index] = result
+            self._report(result.trajectories if isinstance(result, TrajectoryGroup) else [result])
+        else:
+            self._fail(
+                group, index, TypeError(f"the rollout gave a {type(result).__name__}, not a {expected.__name__}")
+            )
+
+    def _fail(self, group: int, index: int, error: BaseException) -> None:
+        self._failures[group][index] = _failure(error)
+        self._report(None)
+
+    def _check_failures(self) -> None:
+        failed = sum(map(len, self._failures))
+        if failed <= self._allowed:
+            return
+        group = next(number for number, failures in enumerate(self._failures) if failures)
+        index, first = min(self._failures[group].items())
+        rollout = "" if self._whole[group] else f", rollout {index}"
+        raise RolloutError(
+            f"{failed} of {self.expected} rollouts failed, {self._allowed} tolerated (max_exceptions); "
+            f"first: group {group}{rollout}: {first.type}: {first.message}",
+            self._partial(),
+        )
+
+    def _group(self, number: int) -> TrajectoryGroup:
+        """Group `number` from what its rollouts gave so far."""
+        results, failures = self._results[number], self._failures[number]
+        ordered_failures = [failures[i] for i in sorted(failures)]
+        if not self._whole[number]:
+            return TrajectoryGroup(trajectories=[results[i] for i in sorted(results)], exceptions=ordered_failures)
+        return results[0] if results else TrajectoryGroup(trajectories=[], exceptions=ordered_failures)
+
+    def _partial(self) -> list[TrajectoryGroup]:
+        kept = []
+        for number in range(len(self._slots)):
+            if number in self._finished:
+                kept += self._finished[number]
+            elif self._results[number] or self._failures[number]:
+                kept.append(self._group(number))
+        return kept
+
+    async def _finish(self, number: int) -> None:
+        """Close group `number` if its last rollout is in."""
+        done = len(self._results[number]) + len(self._failures[number])
+        if number in self._finished or done < len(self._slots[number]):
+            return
+        group = self._group(number)
+        kept: Any = group
+        if self._after_each is not None:
+            kept = self._after_each(group)
+            if inspect.isawaitable(kept):
+                kept = await kept
+        kept = [kept] if isinstance(kept, TrajectoryGroup) else kept
+        if not isinstance(kept, list) or not all(isinstance(one, TrajectoryGroup) for one in kept):
+            raise ConfigError(
+                "after_each must return a TrajectoryGroup, or a list of them (an empty list drops the group)"
+            )
+        self._finished[number] = kept
+
+    async def _cancel(self, tasks: dict[asyncio.Future[Any], tuple[int, int]]) -> None:
+        """End what still runs, wait until it has ended, and close coroutines that never started."""
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for slots in self._slots:
+            for slot in slots:
+                if inspect.iscoroutine(slot):
+                    slot.close()
+
+
+@contextmanager
+def _progress_bar(show: bool, description: str, expected: int) -> Iterator[_Report]:
+    """A bar on stderr with the mean reward and the failures so far; nothing when stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not show or not console.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]}  failed {task.fields[failed]}"),
+        TimeElapsedColumn(),
+    )
+    rewards: list[float] = []
+    failed = 0
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=expected, reward="-", failed=0)
+
+        def report(trajectories: Sequence[Trajectory] | None) -> None:
+            nonlocal failed
+            failed += trajectories is None
+            rewards.extend(trajectory.reward for trajectory in trajectories or ())
+            mean = f"{sum(rewards) / len(rewards):.3f}" if rewards else "-"
+            bar.update(task, advance=1, reward=mean, failed=failed)
+
+        yield report

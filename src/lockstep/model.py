@@ -1,0 +1,127 @@
+"""TrainableModel: what is trained, under which name, and how to talk to its current version."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+from lockstep.config import LoraConfig
+from lockstep.errors import ConfigError
+from lockstep.leases import Leases, current_scope
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+    from lockstep.backends.base import Backend, Endpoint
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REQUEST_SECONDS = 600.0
+_CONNECT_SECONDS = 10.0
+_RETRIES = 3
+_DEFAULT_LORA = LoraConfig()
+
+
+def version_name(name: str, step: int) -> str:
+    """What step `step` of model `name` is served as: "name@3"."""
+    return f"{name}@{step}"
+
+
+def _check_segment(kind: str, value: str) -> str:
+    if not _SEGMENT.fullmatch(value):
+        raise ConfigError(
+            f"{kind} {value!r} can't be a folder and a model id: use letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit, at most 128"
+        )
+    return value
+
+
+class TrainableModel:
+    """A model to train. Files go to <backend path>/<project>/<name>; step N is served as `<name>@N`.
+
+    base_model: a Hugging Face id or a folder. lora: the adapter's shape; None trains all weights.
+    Raises ConfigError for a name or project that can't be a folder and a model id.
+    """
+
+    def __init__(self, *, name: str, project: str, base_model: str, lora: LoraConfig | None = _DEFAULT_LORA):
+        self.name = _check_segment("model name", name)
+        self.project = _check_segment("project", project)
+        if not base_model:
+            raise ConfigError(f"model {name}: base_model is empty: give a Hugging Face id or a folder")
+        self.base_model = base_model
+        self.lora = lora
+        self._backend: Backend | None = None
+        self._step = -1
+        self._leases = Leases()
+        self._client: tuple[Endpoint, asyncio.AbstractEventLoop | None, AsyncOpenAI] | None = None
+
+    def __repr__(self) -> str:
+        state = f"step={self._step}" if self._backend else "not registered"
+        return f"TrainableModel({self.project}/{self.name}, {self.base_model}, {state})"
+
+    async def register(self, backend: Backend) -> None:
+        """Start serving and training this model on `backend`, at its last published step.
+
+        Raises ConfigError if it is already registered with another backend, and whatever the backend raises.
+        """
+        if self._backend is not None and self._backend is not backend:
+            raise ConfigError(f"model {self.name} is already registered with another backend: close that one first")
+        step = await backend.register(self)
+        self._backend, self._step = backend, step
+
+    def _registered(self) -> Backend:
+        if self._backend is None:
+            raise ConfigError(f"model {self.name} is not registered: await model.register(backend) first")
+        return self._backend
+
+    @property
+    def step(self) -> int:
+        """The step that is served now."""
+        self._registered()
+        return self._step
+
+    def _advance(self, step: int) -> None:
+        """The server now serves `step`. Called by the backend."""
+        if step <= self._step:
+            raise ValueError(f"model {self.name} is at step {self._step}, it can't go to {step}")
+        self._step = step
+
+    def inference_name(self, step: int | None = None) -> str:
+        """The model id to ask the server for: "name@3". `step` None: the current step.
+
+        Inside a rollout that `gather_trajectory_groups` runs, the first call decides the version of the whole rollout,
+        and it stays loaded until the rollout ends.
+        """
+        current, scope = self.step, current_scope()
+        if scope is not None and step is None:
+            step = scope.pin(self._leases, current)
+        elif scope is not None and step is not None:
+            scope.hold(self._leases, step)
+        return version_name(self.name, current if step is None else step)
+
+    def leased_steps(self) -> frozenset[int]:
+        """Steps that running rollouts use; the backend must keep them loaded."""
+        return self._leases.steps()
+
+    def openai_client(self) -> AsyncOpenAI:
+        """A plain AsyncOpenAI on the run's server, reused between calls.
+
+        Lost connections and overload are retried; a request may take 600 s.
+        """
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+
+        endpoint = self._registered().endpoint(self)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if self._client is None or self._client[:2] != (endpoint, loop):  # connections belong to one event loop
+            client = AsyncOpenAI(
+                base_url=endpoint.base_url,
+                api_key=endpoint.api_key,
+                timeout=Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS),
+                max_retries=_RETRIES,
+                http_client=DefaultAsyncHttpxClient(trust_env=False),  # a proxy must not catch the run's own server
+            )
+            self._client = (endpoint, loop, client)
+        return self._client[2]

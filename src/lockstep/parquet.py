@@ -1,0 +1,181 @@
+"""Trajectories in one Parquet file, without loss: one row per trajectory, token ids and log-probabilities as number
+columns.
+
+Columns: step, group, trajectory, reward; messages, tools, metrics, metadata as JSON; choices as a list of structs with
+the token ids, the log-probabilities, the routed experts (the server's .npy bytes) and the rest of the choice as JSON.
+In `messages`, a choice is {"choice": k}. What belongs to a group (metadata, failures) is in the file's own metadata, so
+that a group without trajectories is kept too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.errors import StoreError
+from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup, is_choice
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SCHEMA = "lockstep.trajectories/1"
+_KEY = b"lockstep"
+
+
+def _columns() -> pyarrow.Schema:
+    import pyarrow as pa
+
+    choice = pa.struct(
+        [
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("token_ids", pa.list_(pa.int32())),
+            ("logprobs", pa.list_(pa.float64())),
+            ("routed_experts", pa.binary()),
+            ("rest", pa.string()),
+        ]
+    )
+    return pa.schema(
+        [
+            ("step", pa.int32()),
+            ("group", pa.int32()),
+            ("trajectory", pa.int32()),
+            ("reward", pa.float64()),
+            ("messages", pa.string()),
+            ("choices", pa.list_(choice)),
+            ("tools", pa.string()),
+            ("metrics", pa.string()),
+            ("metadata", pa.string()),
+        ]
+    )
+
+
+def _split_choice(choice: Any) -> dict[str, Any]:
+    """A choice as a struct: its bulky numbers in columns of their own, everything else as JSON."""
+    rest = choice.model_dump(mode="json", exclude_unset=True)
+    struct: dict[str, Any] = {
+        "prompt_token_ids": rest.pop("prompt_token_ids", None),
+        "token_ids": rest.pop("token_ids", None),
+    }
+    content = (rest.get("logprobs") or {}).get("content")
+    struct["logprobs"] = None if content is None else [entry.pop("logprob") for entry in content]
+    routes = rest.get("routed_experts")
+    struct["routed_experts"] = None
+    if isinstance(routes, str):
+        try:
+            data = base64.b64decode(routes, validate=True)
+        except binascii.Error:
+            data = b""
+        if (
+            base64.b64encode(data).decode() == routes
+        ):  # else it stays in the JSON: what can't be restored exactly isn't touched
+            struct["routed_experts"] = data
+            del rest["routed_experts"]
+    struct["rest"] = json.dumps(rest)
+    return struct
+
+
+def _join_choice(struct: dict[str, Any]) -> dict[str, Any]:
+    choice = json.loads(struct["rest"])
+    for name in ("prompt_token_ids", "token_ids"):
+        if struct[name] is not None:
+            choice[name] = struct[name]
+    if struct["routed_experts"] is not None:
+        choice["routed_experts"] = base64.b64encode(struct["routed_experts"]).decode()
+    if struct["logprobs"] is not None:
+        for entry, logprob in zip(choice["logprobs"]["content"], struct["logprobs"], strict=True):
+            entry["logprob"] = logprob
+    return choice
+
+
+def _row(step: int, group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
+    messages: list[Any] = []
+    choices: list[dict[str, Any]] = []
+    for item in trajectory.messages_and_choices:
+        if is_choice(item):
+            messages.append({"choice": len(choices)})
+            choices.append(_split_choice(item))
+        else:
+            messages.append(item)
+    return {
+        "step": step,
+        "group": group,
+        "trajectory": index,
+        "reward": trajectory.reward,
+        "messages": json.dumps(messages),
+        "choices": choices,
+        "tools": None if trajectory.tools is None else json.dumps(trajectory.tools),
+        "metrics": json.dumps(trajectory.metrics),
+        "metadata": json.dumps(trajectory.metadata),
+    }
+
+
+def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int) -> None:
+    """Write the groups of `step` to `path`: under a temporary name, flushed, renamed. Missing folders are made."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        _row(step, g, i, trajectory)
+        for g, group in enumerate(groups)
+        for i, trajectory in enumerate(group.trajectories)
+    ]
+    about = {
+        "schema": SCHEMA,
+        "step": step,
+        "groups": [
+            {"metadata": group.metadata, "exceptions": [failure.model_dump() for failure in group.exceptions]}
+            for group in groups
+        ],
+    }
+    table = pa.Table.from_pylist(rows, schema=_columns().with_metadata({_KEY: json.dumps(about)}))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, temporary, compression="zstd")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_parquet(path: str | Path) -> list[TrajectoryGroup]:
+    """The groups that `write_parquet` wrote. Raises StoreError if the file is missing, damaged, or of another kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} is not a readable Parquet file: {error}") from None
+    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    if about.get("schema") != SCHEMA:
+        raise StoreError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}")
+    groups = [
+        TrajectoryGroup(
+            trajectories=[],
+            exceptions=[RolloutFailure(**failure) for failure in group["exceptions"]],
+            metadata=group["metadata"],
+        )
+        for group in about["groups"]
+    ]
+    for row in table.to_pylist():
+        groups[row["group"]].trajectories.append(_trajectory(row))
+    return groups
+
+
+def _trajectory(row: dict[str, Any]) -> Trajectory:
+    items = [
+        _join_choice(row["choices"][item["choice"]]) if set(item) == {"choice"} else item
+        for item in json.loads(row["messages"])
+    ]
+    return Trajectory(
+        messages_and_choices=items,
+        tools=None if row["tools"] is None else json.loads(row["tools"]),
+        reward=row["reward"],
+        metrics=json.loads(row["metrics"]),
+        metadata=json.loads(row["metadata"]),
+    )

@@ -1,0 +1,236 @@
+"""A run on disk: immutable steps published atomically, metrics in one SQLite file, logs and trajectories beside them.
+
+    <path>/<project>/<name>/
+        run.sqlite            what the run is (base model, LoRA), metrics of each step
+        run.lock              held by the process that trains the run
+        steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
+        trajectories/ logs/ batches/
+
+A step is written under a temporary name, flushed to disk, and renamed. Whatever still has a temporary name was never published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lockstep.errors import StoreError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+_STAGING = ".staging-"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A published step: `number`, its folder, and the manifest it was published with."""
+
+    number: int
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def trainer(self) -> Path:
+        return self.path / "trainer"
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What the caller stored with the step (position in the data, and the like)."""
+        return self.manifest["state"]
+
+
+class RunStore:
+    """The folder of one run. One process at a time may hold it open; readers use `published_steps`."""
+
+    def __init__(self, path: str | Path, project: str, name: str):
+        self.path = Path(path).expanduser().resolve() / project / name
+        self.steps_path = self.path / "steps"
+        for folder in (self.steps_path, self.path / "logs", self.path / "batches"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.path / "logs").chmod(0o700)
+        self._lock = FileLock(self.path / "run.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StoreError(
+                f"{self.path} is in use by another process: stop that run, or choose another name or path"
+            ) from None
+        self._remove_unpublished()
+        with self._database() as database:
+            database.executescript(
+                "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
+                "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
+                " PRIMARY KEY (step, name));"
+            )
+
+    def close(self) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path / "run.sqlite", timeout=30)) as database, database:
+            yield database
+
+    def _remove_unpublished(self) -> None:
+        for leftover in self.steps_path.glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover)
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Record what this run trains; raise StoreError if the folder already belongs to something else."""
+        with self._database() as database:
+            known = dict(database.execute("SELECT key, value FROM identity"))
+            for key, value in identity.items():
+                text = json.dumps(value, sort_keys=True)
+                if key in known and known[key] != text:
+                    raise StoreError(
+                        f"{self.path} was started with {key} = {known[key]}, not {text}: "
+                        "use the same setting, or another model name or path"
+                    )
+                database.execute("INSERT OR IGNORE INTO identity VALUES (?, ?)", (key, text))
+
+    def published(self) -> list[int]:
+        """Numbers of the published steps, ascending."""
+        return published_steps(self.path)
+
+    def latest(self) -> Step | None:
+        """The last published step, its files checked against the manifest; None for a new run.
+
+        Raises StoreError if a file of it is missing or changed.
+        """
+        numbers = self.published()
+        return self.step(numbers[-1]) if numbers else None
+
+    def step(self, number: int) -> Step:
+        """A published step, its files checked against the manifest."""
+        return _read_step(self.path, number)
+
+    def stage(self, number: int) -> Path:
+        """An empty folder to write step `number` into before `publish`."""
+        folder = self.steps_path / f"{_STAGING}{_folder_name(number)}-{os.getpid()}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
+    def publish(
+        self, number: int, staged: Path, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None
+    ) -> Step:
+        """Make a staged folder step `number`: digests, flush, rename, flush. All or nothing.
+
+        Raises StoreError if the step exists or leaves a gap.
+        """
+        numbers = self.published()
+        if number != (numbers[-1] + 1 if numbers else 0):
+            raise StoreError(f"step {number} can't follow {numbers[-1] if numbers else 'nothing'} in {self.path}")
+        files = {}
+        for file in _files(staged):
+            _fsync(file)
+            files[str(file.relative_to(staged))] = _sha256(file)
+        manifest = {
+            "schema": SCHEMA,
+            "step": number,
+            "published": time.time(),
+            "files": files,
+            "metrics": dict(metrics),
+            "state": dict(state or {}),
+        }
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        _fsync(staged / MANIFEST)
+        for folder in [staged, *(child for child in staged.rglob("*") if child.is_dir())]:
+            _fsync(folder)
+        final = self.steps_path / _folder_name(number)
+        staged.rename(final)
+        _fsync(self.steps_path)
+        self.record(number, metrics)
+        return Step(number, final, manifest)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to a step (a later value of the same name replaces the earlier)."""
+        with self._database() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
+                [(step, name, value) for name, value in metrics.items()],
+            )
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """All recorded metrics by step."""
+        rows: dict[int, dict[str, float]] = {}
+        with self._database() as database:
+            for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
+                rows.setdefault(step, {})[name] = value
+        return rows
+
+
+def published_steps(run: Path) -> list[int]:
+    """Numbers of the steps published under a run's folder, ascending; takes no lock."""
+    return sorted(int(folder.name) for folder in (run / "steps").glob("[0-9]*") if (folder / MANIFEST).is_file())
+
+
+def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
+    """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
+
+    Raises StoreError if the folder is no run, or the step is not published or damaged.
+    """
+    run = run.expanduser().resolve()
+    if not (run / "run.sqlite").is_file():
+        raise StoreError(f"{run} is no run: give the folder PATH/PROJECT/NAME that holds run.sqlite and steps")
+    with closing(sqlite3.connect(f"file:{run / 'run.sqlite'}?mode=ro", uri=True, timeout=30)) as database:
+        identity = {key: json.loads(value) for key, value in database.execute("SELECT key, value FROM identity")}
+    steps = published_steps(run)
+    if not steps:
+        raise StoreError(f"{run} has no published step yet")
+    return identity, _read_step(run, steps[-1] if number is None else number)
+
+
+def _read_step(run: Path, number: int) -> Step:
+    folder = run / "steps" / _folder_name(number)
+    if not (folder / MANIFEST).is_file():
+        raise StoreError(f"step {number} is not published in {run}: it has {published_steps(run) or 'no steps'}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("schema") != SCHEMA:
+        raise StoreError(f"{folder / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA}")
+    found = {str(file.relative_to(folder)) for file in _files(folder)}
+    for name, digest in manifest["files"].items():
+        if name not in found:
+            raise StoreError(f"{folder / name} is missing: the step is damaged; delete {folder} to resume before it")
+        if _sha256(folder / name) != digest:
+            raise StoreError(f"{folder / name} was changed after it was published; delete {folder} to resume before it")
+    if extra := found - set(manifest["files"]):
+        raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
+    return Step(number, folder, manifest)
+
+
+def _folder_name(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
