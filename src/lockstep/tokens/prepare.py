@@ -1,0 +1,167 @@
+"""From groups of trajectories to a PackedBatch and the metrics of its data: the whole tokens side in one call.
+
+Shape suffix: Q sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lockstep.errors import DataError
+from lockstep.tokens.advantages import group_advantages
+from lockstep.tokens.batch import PackedBatch
+from lockstep.tokens.pack import fit, pack, packing_metrics
+from lockstep.tokens.routes import RouteShape, prefix_disagreement
+from lockstep.tokens.sequences import Tokenized, check_staleness, tokenize
+from lockstep.tokens.tree import TokenSequence
+
+if TYPE_CHECKING:
+    from lockstep.config import TrainConfig
+    from lockstep.records import TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch ready for the engine, and metrics of the rollouts and of packing."""
+
+    batch: PackedBatch
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Groups that can be trained on, by their index among all groups."""
+
+    groups: dict[int, TrajectoryGroup]
+    skipped: int  # groups that tolerated failures left with fewer than two trajectories
+
+
+def _select(groups: Sequence[TrajectoryGroup]) -> _Selected:
+    if not groups:
+        raise DataError("the batch is empty: there is no group to train on")
+    kept, skipped = {}, 0
+    for number, group in enumerate(groups):
+        if len(group.trajectories) < 2 and group.exceptions:
+            skipped += 1
+        else:
+            kept[number] = group
+    if not kept:
+        raise DataError(
+            f"the batch is empty: failed rollouts left each of its {skipped} groups with fewer than 2 trajectories"
+        )
+    return _Selected(kept, skipped)
+
+
+def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> np.ndarray:
+    """Weight of one scored token of each sequence. `owner_Q` numbers the trajectory a sequence belongs to."""
+    if config.token_normalization == "token":
+        return np.ones(len(scored_Q))
+    return 1 / np.bincount(owner_Q, weights=scored_Q)[owner_Q]
+
+
+def prepare(
+    groups: Sequence[TrajectoryGroup],
+    *,
+    model_name: str,
+    step: int,
+    config: TrainConfig,
+    data: int = 1,
+    multiple: int = 64,
+    routes: RouteShape | None = None,
+) -> Prepared:
+    """Check, tokenize and pack what step `step` of `model_name` is to be trained on.
+
+    data: data-parallel size, the number of rows becomes a multiple of it (times config.minibatches). multiple: of the
+    row length. Groups that tolerated failures left with fewer than two trajectories are skipped and counted.
+
+    Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, a bad
+    reward, a trajectory with nothing sampled, missing ids, logprobs or versions, sampling that can't be trained on,
+    stale or foreign versions, a sequence longer than a row.
+    """
+    selected = _select(groups)
+    tokenized: list[Tokenized] = []
+    advantages: list[float] = []
+    for number, group in selected.groups.items():
+        rewards = [trajectory.reward for trajectory in group.trajectories]
+        advantages += group_advantages(rewards, config.advantage_normalization, f"group {number}").tolist()
+        for index, trajectory in enumerate(group.trajectories):
+            one = tokenize(trajectory, model_name, number, index, routes)
+            check_staleness(one.steps, step, config.max_steps_off_policy, f"group {number}, trajectory {index}")
+            tokenized.append(one)
+    owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}
+    fitted = fit([sequence for one in tokenized for sequence in one.sequences], config.row_length, config.over_length)
+    owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
+    scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
+    batch = pack(
+        fitted.sequences,
+        np.array(advantages)[owner_Q],
+        _weights(config, scored_Q, owner_Q),
+        row_length=config.row_length,
+        seed=config.seed + step,
+        share_prefixes=config.share_prefixes,
+        minibatches=config.minibatches,
+        data=data,
+        multiple=multiple,
+    )
+    batch = replace(batch, current_RS=_current(batch, fitted.sequences, step))
+    metrics = _rollout_metrics(selected, groups, tokenized, step)
+    metrics |= {"sequences_truncated": float(len(fitted.truncated)), "sequences_dropped": float(len(fitted.dropped))}
+    metrics |= {"groups_without_signal": _without_signal(selected, advantages)}
+    if routes is not None:
+        metrics |= _route_metrics(tokenized, fitted.sequences)
+    return Prepared(batch, metrics | packing_metrics(batch))
+
+
+def _current(batch: PackedBatch, sequences: list[TokenSequence], step: int) -> np.ndarray:
+    """bool `[R, S]`: tokens that step `step` sampled, in any of the sequences that own them."""
+    current_RS = np.zeros(batch.tokens_RS.shape, dtype=bool)
+    row_Q = batch.row_Q
+    for number, sequence in enumerate(sequences):
+        current_RS[row_Q[number], batch.path_index(number)] |= sequence.steps_S == step
+    return current_RS
+
+
+def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -> dict[str, float]:
+    """Tokens for which turns recorded different experts, and the share of shared-prefix tokens where siblings did."""
+    compared, differing = prefix_disagreement(sequences)
+    return {
+        "routes_differ_between_turns": float(sum(one.disagreeing for one in tokenized)),
+        "routes_differ_between_siblings": differing / compared if compared else 0.0,
+    }
+
+
+def _without_signal(selected: _Selected, advantages: list[float]) -> float:
+    """How many groups have all rewards equal, and so no gradient."""
+    count, start = 0, 0
+    for group in selected.groups.values():
+        size = len(group.trajectories)
+        count += not any(advantages[start : start + size])
+        start += size
+    return float(count)
+
+
+def _rollout_metrics(
+    selected: _Selected, groups: Sequence[TrajectoryGroup], tokenized: list[Tokenized], step: int
+) -> dict[str, float]:
+    trajectories = [trajectory for group in selected.groups.values() for trajectory in group.trajectories]
+    rewards = np.array([trajectory.reward for trajectory in trajectories])
+    metrics = {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "groups": float(len(selected.groups)),
+        "groups_skipped": float(selected.skipped),
+        "trajectories": float(len(trajectories)),
+        "rollouts_failed": float(sum(len(group.exceptions) for group in groups)),
+        "turns_split": float(sum(one.splits for one in tokenized)),
+        "tokens_sampled": float(sum(sequence.scored for one in tokenized for sequence in one.sequences)),
+        "steps_off_policy": float(max(step - min(one.steps) for one in tokenized)),
+    }
+    for name in sorted({name for trajectory in trajectories for name in trajectory.metrics}):
+        values = [trajectory.metrics[name] for trajectory in trajectories if name in trajectory.metrics]
+        metrics[f"rollout/{name}"] = math.fsum(values) / len(values)
+    return metrics

@@ -1,0 +1,174 @@
+"""The experts that the server used, from its replies to the tokens of a sequence; whatever is incomplete is an error
+with a name.
+
+With each choice the server sends base64 of a .npy array: one row per token it computed, prompt included, in order. The
+last sampled token was never computed, so N sampled tokens after P of prompt have P + N - 1 rows (or P + N, if the
+server did compute it). A digest over ids and rows, made in the server, proves that rows were neither lost, nor moved,
+nor attached to another choice.
+
+Rules where two records of one token disagree: within a trajectory the token keeps the experts of the turn that first
+saw it (it was sampled with them); between siblings the prefix tree splits there, so that each sequence keeps its own
+(`tree.py`). Both are counted.
+
+Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.errors import DataError
+from lockstep.tokens.tree import TokenSequence
+
+_PREFIX = b"lockstep.routes/1\0"
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """What a model's routes look like: mixture-of-experts layers, experts per token, experts per layer."""
+
+    layers: int
+    top_k: int
+    experts: int
+
+
+def routes_digest(prompt_ids: Sequence[int], token_ids: Sequence[int], npy: bytes) -> str:
+    """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it) and the .npy bytes."""
+    digest = hashlib.sha256(_PREFIX)
+    for ids in (prompt_ids, token_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    digest.update(npy)
+    return digest.hexdigest()
+
+
+def _load(npy: bytes, name: str) -> np.ndarray:
+    try:
+        rows = np.load(io.BytesIO(npy), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{name}: its expert routes are not a .npy array: {error}") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "ui":
+        raise DataError(f"{name}: its expert routes are not integers")
+    return rows
+
+
+def decode_routes(
+    routes: str | None,
+    digest: str | None,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    shape: RouteShape,
+    name: str,
+) -> np.ndarray:
+    """[P + N - 1 or P + N, L, K] uint8 or uint16: the experts of one choice's tokens, checked.
+
+    Raises DataError, naming the choice and the token range: no routes (capture was off, or a preempted request lost
+    them), too few or too many rows, another model's shape, rows that are not the ones the server made, an expert out of
+    range, an expert twice.
+    """
+    computed = len(prompt_ids) + len(token_ids) - 1
+    whole = f"tokens 0 to {computed - 1}"
+    if routes is None:
+        raise DataError(
+            f"{name} has no expert routes for {whole}: roll it out again with route capture on, "
+            "or train with enable_expert_replay=False"
+        )
+    try:
+        npy = base64.b64decode(routes, validate=True)
+    except binascii.Error:
+        raise DataError(f"{name}: its expert routes are not base64") from None
+    rows_SLK = _load(npy, name)
+    if rows_SLK.ndim != 3 or rows_SLK.shape[1:] != (shape.layers, shape.top_k):
+        raise DataError(
+            f"{name}: its expert routes have shape {list(rows_SLK.shape)}, "
+            f"the model has {shape.layers} layers with {shape.top_k} experts per token"
+        )
+    if len(rows_SLK) < computed:
+        raise DataError(
+            f"{name} has expert routes for {len(rows_SLK)} of {computed} tokens: {computed - len(rows_SLK)} are "
+            f"lost in {whole}"
+        )
+    if len(rows_SLK) > computed + 1:
+        raise DataError(f"{name} has {len(rows_SLK)} rows of expert routes for {computed} computed tokens ({whole})")
+    if digest is None:
+        raise DataError(
+            f"{name} has expert routes without their digest for {whole}: keep the choice exactly as the "
+            "server returned it"
+        )
+    if digest != routes_digest(prompt_ids, token_ids, npy):
+        raise DataError(
+            f"{name}: its expert routes are not the ones the server made for {whole}: rows were changed or moved"
+        )
+    _check_ids(rows_SLK, shape, name)
+    return rows_SLK.astype(np.uint8 if shape.experts <= 256 else np.uint16)
+
+
+def _check_ids(rows_SLK: np.ndarray, shape: RouteShape, name: str) -> None:
+    wrong_S = ((rows_SLK < 0) | (rows_SLK >= shape.experts)).any(axis=(1, 2))
+    if wrong_S.any():
+        token = int(wrong_S.argmax())
+        bad = rows_SLK[token][(rows_SLK[token] < 0) | (rows_SLK[token] >= shape.experts)][0]
+        raise DataError(f"{name}, token {token}: expert {bad} is out of range, a layer has {shape.experts} experts")
+    ordered = np.sort(rows_SLK, axis=-1)
+    twice_S = (ordered[..., 1:] == ordered[..., :-1]).any(axis=(1, 2))
+    if twice_S.any():
+        token = int(twice_S.argmax())
+        raise DataError(f"{name}, token {token}: a layer names the same expert twice: {rows_SLK[token].tolist()}")
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Routes of a sequence. `routed_S` is False only on tokens that no turn computed. `disagreeing`: tokens with two
+    different records.
+    """
+
+    routes_SLK: np.ndarray
+    routed_S: np.ndarray
+    disagreeing: int
+
+
+def align(turns: Sequence[np.ndarray], length: int, name: str) -> Aligned:
+    """Lay the routes of turns that continue each other over a sequence of `length` tokens, earlier turns first.
+
+    Raises DataError if a token other than the last one has no routes.
+    """
+    first = turns[0]
+    routes_SLK = np.zeros((length, *first.shape[1:]), dtype=first.dtype)
+    routes_SLK[:] = np.arange(first.shape[-1], dtype=first.dtype)
+    covered, disagreeing = 0, 0
+    for rows_SLK in turns:
+        both = min(covered, len(rows_SLK))
+        disagreeing += int((rows_SLK[:both] != routes_SLK[:both]).any(axis=(1, 2)).sum())
+        if len(rows_SLK) > covered:
+            routes_SLK[covered : len(rows_SLK)] = rows_SLK[covered:]
+            covered = len(rows_SLK)
+    if covered < length - 1:
+        raise DataError(f"{name} has no expert routes for tokens {covered} to {length - 2}")
+    return Aligned(routes_SLK, np.arange(length) < covered, disagreeing)
+
+
+def prefix_disagreement(sequences: Sequence[TokenSequence]) -> tuple[int, int]:
+    """(tokens compared, tokens whose routes differ) between each sequence and the first of its group, over their common
+    prefix of ids.
+    """
+    first: dict[int, TokenSequence] = {}
+    compared = differing = 0
+    for sequence in sequences:
+        other = first.setdefault(sequence.group, sequence)
+        if other is sequence or other.routes_SLK is None or sequence.routes_SLK is None:
+            continue
+        size = min(len(other), len(sequence))
+        unequal_S = other.tokens_S[:size] != sequence.tokens_S[:size]
+        size = int(unequal_S.argmax()) if unequal_S.any() else size
+        both_S = other.routed_S[:size] & sequence.routed_S[:size]  # type: ignore[index]
+        differs_S = (other.routes_SLK[:size] != sequence.routes_SLK[:size]).any(axis=(1, 2))
+        compared += int(both_S.sum())
+        differing += int((both_S & differs_S).sum())
+    return compared, differing

@@ -1,0 +1,254 @@
+"""Trajectories to token sequences, from nothing but the ids that the server returned with each choice.
+
+Choice k was sampled from prompt ids P_k and gave C_k. If a later choice's prompt starts with P_k + C_k, its turn
+continues the same sequence; otherwise (the chat template dropped thinking, or rendered an earlier turn differently) it
+starts a new one, which is counted. Loss lies on sampled tokens only, with the log-probability and temperature they were
+sampled with.
+
+Shape suffix: S tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lockstep.errors import DataError, StaleRolloutError
+from lockstep.tokens.routes import RouteShape, align, decode_routes
+from lockstep.tokens.tree import TokenSequence
+
+if TYPE_CHECKING:
+    from openai.types.chat.chat_completion import Choice
+
+    from lockstep.records import Trajectory
+
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+}
+"""Settings under which the server's log-probabilities are those of the temperature-scaled softmax, which the trainer
+can compute.
+"""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One choice, checked. `prompt_S` and `sampled_S` are int32 ids."""
+
+    name: str
+    prompt_S: np.ndarray
+    sampled_S: np.ndarray
+    logprobs_S: np.ndarray  # float32, of sampled_S
+    temperature: float
+    steps_S: np.ndarray  # int32, the step that sampled each token
+    # [P + N - 1 or P + N, L, K] expert ids, see routes.py; None where experts are not replayed
+    routes_SLK: np.ndarray | None = None
+
+
+def _ids(value: object, what: str) -> np.ndarray:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, int) for one in value):
+        raise DataError(f"{what}: keep the choice exactly as the server returned it (client = model.openai_client())")
+    return np.asarray(value, dtype=np.int32)
+
+
+def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
+    content = choice.logprobs.content if choice.logprobs is not None else None
+    if content is None:
+        raise DataError(f"{name} has no logprobs: keep the choice exactly as the server returned it")
+    if len(content) != count:
+        raise DataError(f"{name} has {len(content)} logprobs for {count} sampled tokens")
+    values = np.array([entry.logprob for entry in content], dtype=np.float32)
+    bad = ~(np.isfinite(values) & (values <= 0))
+    if bad.any():
+        raise DataError(
+            f"{name}, token {int(bad.argmax())}: sampling logprob {values[bad][0]} is not a log-probability"
+        )
+    return values
+
+
+def _temperature(sampling: object, name: str) -> float:
+    """The choice's temperature; raises DataError if the trainer can't compute the distribution it was sampled from."""
+    if not isinstance(sampling, dict) or "temperature" not in sampling:
+        raise DataError(f"{name} does not say how it was sampled: keep the choice exactly as the server returned it")
+    for setting, value in sampling.items():
+        if setting == "temperature" or value is None:
+            continue
+        if value not in _NEUTRAL.get(setting, (0, False, "", [], {})):
+            raise DataError(
+                f"{name} was sampled with {setting} = {value}, which can't be trained on: "
+                f"leave {setting} at its default for training rollouts (it is fine for evaluation)"
+            )
+    temperature = float(sampling["temperature"])
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise DataError(
+            f"{name} was sampled with temperature = {temperature}, which can't be trained on: use one above 0"
+        )
+    return temperature
+
+
+def _steps(spans: object, count: int, model_name: str, name: str) -> np.ndarray:
+    """int32 `[count]`: the step of `model_name` that sampled each token; the choice's spans must cover all of them."""
+    if not isinstance(spans, list) or (count and not spans):
+        raise StaleRolloutError(f"{name} carries no weight version: sample it with model.openai_client()")
+    steps, position = [], 0
+    for span in spans:
+        version = str(span.get("version"))
+        owner, _, step = version.rpartition("@")
+        if owner != model_name or not step.isdecimal():
+            raise StaleRolloutError(
+                f"{name} was sampled by {version!r}, not by a version of {model_name}: "
+                "ask the server for model.inference_name()"
+            )
+        if span.get("start") != position or span.get("end") < position:
+            raise StaleRolloutError(f"{name}: its weight versions do not cover token {position}")
+        steps += [int(step)] * (span["end"] - position)
+        position = span["end"]
+    if position != count:
+        raise StaleRolloutError(f"{name}: its weight versions cover {position} of {count} sampled tokens")
+    return np.array(steps, dtype=np.int32)
+
+
+def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | None = None) -> Turn:
+    """Check one choice. Raises DataError (or StaleRolloutError) naming it: ids, logprobs, sampling settings or version
+    missing or wrong.
+    """
+    extra: dict[str, Any] = choice.model_extra or {}
+    prompt_S = _ids(extra.get("prompt_token_ids"), f"{name} has no prompt_token_ids")
+    sampled_S = _ids(extra.get("token_ids"), f"{name} has no token_ids")
+    if not len(prompt_S):
+        raise DataError(f"{name} has an empty prompt: its first token was predicted by nothing")
+    return Turn(
+        name=name,
+        prompt_S=prompt_S,
+        sampled_S=sampled_S,
+        logprobs_S=_logprobs(choice, len(sampled_S), name),
+        temperature=_temperature(extra.get("sampling"), name),
+        steps_S=_steps(extra.get("weight_versions"), len(sampled_S), model_name, name),
+        routes_SLK=None
+        if routes is None or not len(sampled_S)
+        else decode_routes(
+            extra.get("routed_experts"), extra.get("routes_digest"), prompt_S.tolist(), sampled_S.tolist(), routes, name
+        ),
+    )
+
+
+@dataclass(eq=False)
+class _Growing:
+    """A sequence that later turns may continue."""
+
+    tokens_S: np.ndarray
+    turns: list[Turn] = field(default_factory=list)
+
+    def continued_by(self, turn: Turn) -> bool:
+        size = len(self.tokens_S)
+        return len(turn.prompt_S) >= size and np.array_equal(turn.prompt_S[:size], self.tokens_S)
+
+    def append(self, turn: Turn) -> None:
+        self.tokens_S = np.concatenate([turn.prompt_S, turn.sampled_S])
+        self.turns.append(turn)
+
+
+def merge_turns(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Turns of one trajectory to sequences: each turn joins the latest sequence that its prompt continues, or starts a
+    new one.
+    """
+    growing: list[_Growing] = []
+    for turn in turns:
+        target = next((one for one in reversed(growing) if one.continued_by(turn)), None)
+        if target is None:
+            target = _Growing(turn.prompt_S[:0])
+            growing.append(target)
+        target.append(turn)
+    return [one.turns for one in growing]
+
+
+def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -> tuple[TokenSequence, int]:
+    """One token sequence from turns that continue each other, and how many of its tokens have two different routes."""
+    last = turns[-1]
+    tokens_S = np.concatenate([last.prompt_S, last.sampled_S])
+    mask_S = np.zeros(len(tokens_S), dtype=bool)
+    logprobs_S = np.full(len(tokens_S), np.nan, dtype=np.float32)
+    temperatures_S = np.ones(len(tokens_S), dtype=np.float32)
+    steps_S = np.full(len(tokens_S), -1, dtype=np.int32)
+    for turn in turns:
+        here = slice(len(turn.prompt_S), len(turn.prompt_S) + len(turn.sampled_S))
+        mask_S[here] = True
+        logprobs_S[here] = turn.logprobs_S
+        temperatures_S[here] = turn.temperature
+        steps_S[here] = turn.steps_S
+    recorded = [turn.routes_SLK for turn in turns if turn.routes_SLK is not None]
+    aligned = align(recorded, len(tokens_S), name) if recorded else None
+    sequence = TokenSequence(
+        name,
+        tokens_S,
+        mask_S,
+        logprobs_S,
+        temperatures_S,
+        None if aligned is None else aligned.routes_SLK,
+        None if aligned is None else aligned.routed_S,
+        group,
+        trajectory,
+        steps_S,
+    )
+    return sequence, 0 if aligned is None else aligned.disagreeing
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A trajectory's sequences. `splits`: turns that did not continue an earlier one. `steps`: versions that sampled
+    it.
+
+    `disagreeing`: tokens for which two turns recorded different experts.
+    """
+
+    sequences: list[TokenSequence]
+    splits: int
+    steps: frozenset[int]
+    disagreeing: int = 0
+
+
+def tokenize(
+    trajectory: Trajectory, model_name: str, group: int, index: int, routes: RouteShape | None = None
+) -> Tokenized:
+    """The training sequences of one trajectory. `routes`: the model's, where experts are replayed.
+
+    Raises DataError naming trajectory and choice, also if nothing in it was sampled.
+    """
+    name = f"group {group}, trajectory {index}"
+    if not math.isfinite(trajectory.reward):
+        raise DataError(f"{name}: reward is {trajectory.reward}")
+    choices = enumerate(trajectory.choices)
+    turns = [read_turn(choice, model_name, f"{name}, choice {k}", routes) for k, choice in choices]
+    if not any(len(turn.sampled_S) for turn in turns):
+        what = "no choice" if not turns else "no sampled token in any choice"
+        raise DataError(f"{name} has {what}: put the server's choices (response.choices[0]) into messages_and_choices")
+    merged = merge_turns([turn for turn in turns if len(turn.sampled_S)])
+    names = [name] if len(merged) == 1 else [f"{name}, sequence {k}" for k in range(len(merged))]
+    made = [sequence_of(part, one, group, index) for one, part in zip(names, merged, strict=True)]
+    return Tokenized(
+        sequences=[sequence for sequence, _ in made],
+        splits=len(merged) - 1,
+        steps=frozenset(int(step) for turn in turns for step in turn.steps_S),
+        disagreeing=sum(count for _, count in made),
+    )
+
+
+def check_staleness(steps: frozenset[int], step: int, max_steps_off_policy: int, name: str) -> None:
+    """Raise StaleRolloutError if a version is later than the current `step` or older than allowed."""
+    if max(steps) > step:
+        raise StaleRolloutError(
+            f"{name} was sampled by step {max(steps)}, but the model is at step {step}: it belongs to another run"
+        )
+    if step - min(steps) > max_steps_off_policy:
+        raise StaleRolloutError(
+            f"{name} was sampled by step {min(steps)}, {step - min(steps)} steps before the current one: "
+            f"roll out again, or raise max_steps_off_policy (now {max_steps_off_policy})"
+        )

@@ -1,0 +1,59 @@
+"""Mismatch metrics against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lockstep.errors import DataError
+from lockstep.validate.mismatch import logprob_mismatch, picks_that_differ, top_kl, top_overlap
+
+
+def test_logprobs_closed_form():
+    found = logprob_mismatch(np.array([-1.0, -2.0, -3.0]), np.array([-1.5, -2.0, -2.0]))
+    assert found.tokens == 3
+    assert found.mean_abs == pytest.approx(0.5)
+    assert found.mean_abs_pct == pytest.approx(25.0)
+    assert found.mean == pytest.approx(0.5 / 3)
+    assert found.largest == 1.0
+    assert found.p50 == pytest.approx(0.5)
+    assert found.kl == pytest.approx((math.exp(-0.5) + 0.5 - 1 + math.e - 1 - 1) / 3)
+    assert set(found.as_metrics()) >= {"mean_abs", "mean_abs_pct", "kl", "p99"}
+    same = logprob_mismatch(np.array([-1.0]), np.array([-1.0]))
+    assert (same.mean_abs, same.kl) == (0.0, 0.0)
+    assert logprob_mismatch(np.zeros(2), np.zeros(2)).mean_abs_pct == 0.0
+
+
+def test_k3_is_the_kl_on_average():
+    random = np.random.default_rng(0)
+    p, q = (np.log(random.dirichlet(np.ones(6))) for _ in range(2))
+    sampled = random.choice(6, size=400_000, p=np.exp(p))
+    exact = float((np.exp(p) * (p - q)).sum())
+    assert logprob_mismatch(p[sampled], q[sampled]).kl == pytest.approx(exact, rel=0.03)
+    everything = np.arange(6)[None]
+    assert top_kl(everything, p[None], [dict(enumerate(q.tolist()))]) == pytest.approx(exact)
+
+
+def test_top_overlap_and_picks():
+    one = np.array([[1, 2, 3], [4, 5, 6]])
+    other = np.array([[1, 3, 9], [5, 4, 6]])
+    assert top_overlap(one, other, 1) == 0.5
+    assert top_overlap(one, other, 3) == pytest.approx(5 / 6)
+    routes = np.array([[[0, 1], [2, 3]]])
+    assert picks_that_differ(routes, routes[..., ::-1]) == 0.0
+    assert picks_that_differ(routes, np.array([[[0, 2], [2, 3]]])) == 0.25
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(DataError, match="can't compare"):
+        logprob_mismatch(np.zeros(2), np.zeros(3))
+    with pytest.raises(DataError, match="not finite"):
+        logprob_mismatch(np.array([np.nan]), np.zeros(1))
+    with pytest.raises(DataError, match="top 3"):
+        top_overlap(np.zeros((1, 2)), np.zeros((1, 3)), 3)
+    with pytest.raises(DataError, match="routes of shape"):
+        picks_that_differ(np.zeros((1, 1, 2)), np.zeros((1, 2, 2)))
+    with pytest.raises(DataError, match="none of their"):
+        top_kl(np.array([[1]]), np.zeros((1, 1)), [{2: 0.0}])
