@@ -1,0 +1,37 @@
+"""Where a base model's files are: a local folder as it is, a Hugging Face id in the local cache or downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lockstep.errors import UnsupportedModelError
+
+
+def is_folder(base_model: str) -> bool:
+    """True when `base_model` names an existing folder and not a Hugging Face id."""
+    return Path(base_model).expanduser().is_dir()
+
+
+def checkpoint_folder(base_model: str, *, weights: bool = True) -> Path:
+    """The folder that holds a base model's `config.json` (and weights).
+
+    A Hugging Face id is looked up in the cache and downloaded when it is missing there (`HF_HUB_OFFLINE=1` forbids it).
+    Raises UnsupportedModelError when it can't be had.
+    """
+    if is_folder(base_model):
+        return Path(base_model).expanduser().resolve()
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise UnsupportedModelError(
+            f"{base_model} is no local folder, and downloading needs huggingface_hub; "
+            "install lockstep-rl[train] or give a folder"
+        ) from error
+    patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"] if weights else ["config.json"]
+    try:
+        return Path(snapshot_download(base_model, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{base_model} is neither a local folder nor a model that could be downloaded ({error})"
+        ) from error
