@@ -1,0 +1,147 @@
+"""The one place that knows whether there is a GPU: Megatron's start-up, process groups, the device and its memory.
+
+Without CUDA two functions of `torch.cuda` are given a meaning Megatron-Core can live with (it asks for the current device and
+synchronises it), and its `torch.compile` decorators are switched off. Both happen here, before any other Megatron import; nothing
+else is patched. Import this module first.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lockstep.errors import ConfigError, TrainerError
+
+CUDA = torch.cuda.is_available()
+
+if not CUDA:
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+
+import megatron.core.jit  # noqa: E402
+
+if not CUDA:
+    megatron.core.jit.disable_jit_fuser()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How the ranks split the work. `world` must be tensor x pipeline x data; experts split the same ranks their own way."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def check(self, world: int) -> None:
+        """Raise ConfigError unless `world` processes can be split this way."""
+        if self.world != world:
+            raise ConfigError(
+                f"parallel sizes tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} need {self.world} processes, "
+                f"but {world} were started"
+            )
+        if (self.tensor * self.data) % (self.expert * self.expert_tensor):
+            raise ConfigError(
+                f"expert {self.expert} x expert_tensor {self.expert_tensor} does not divide tensor x data = {self.tensor * self.data}"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ConfigError("sequence parallelism needs tensor parallelism: set parallel.tensor to 2 or more")
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
+
+
+def start(parallel: Parallelism, seed: int, timeout_s: float = 600.0) -> None:
+    """Join the process group (gloo or NCCL) and build Megatron's groups. Reads the environment torch.distributed.run sets."""
+    world = int(os.environ["WORLD_SIZE"])
+    parallel.check(world)
+    if CUDA:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {local} has no GPU: {torch.cuda.device_count()} are visible, {world} processes were started"
+            )
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(seconds=timeout_s))
+    rebuild_groups(parallel, seed)
+
+
+def rebuild_groups(parallel: Parallelism, seed: int) -> None:
+    """Megatron's process groups for these sizes; earlier ones are destroyed, so that one process can serve several sizes in turn."""
+    if parallel_state.model_parallel_is_initialized():
+        # Megatron only forgets its groups; each one keeps threads and sockets until it is destroyed.
+        groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+        parallel_state.destroy_model_parallel()
+        for group in groups:
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    # Dropout is always 0 and weights come from files, so the tracker that never touches the CUDA generator is right everywhere.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def free_memory() -> int:
+    """Bytes this rank may still allocate: of its GPU, or its share of the host's available memory."""
+    if CUDA:
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    limit = _cgroup_free()
+    return min(available, limit if limit is not None else available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cgroup_free() -> int | None:
+    """What the control group still allows (cgroup 2), None when it sets no limit."""
+    folder = Path("/sys/fs/cgroup")
+    if not (folder / "memory.max").exists():
+        return None
+    limit = (folder / "memory.max").read_text().strip()
+    if limit == "max":
+        return None
+    counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    cache = int(counters.get("inactive_file", 0))  # the kernel gives cached file pages back when asked
+    return int(limit) - int((folder / "memory.current").read_text()) + cache
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise TrainerError when `needed` bytes do not fit; `what` names them."""
+    free = free_memory()
+    if needed > free:
+        place = f"GPU {torch.cuda.current_device()}" if CUDA else "this host"
+        raise TrainerError(
+            f"no free memory: {what} needs {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; "
+            "use a smaller model, more ranks, or free the memory"
+        )
+
+
+def peak_memory() -> int:
+    """Largest number of bytes held since the last call, 0 on CPU."""
+    if not CUDA:
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak

@@ -1,0 +1,295 @@
+"""Policy losses as pure functions of log-probabilities. Each returns a sum over pairs; the caller divides by the global
+weight.
+
+A *pair* is a sampled token together with one of the sequences that own it (siblings in a prefix tree may share a
+computed token). Since every value here is a sum over pairs, k micro-batches on d ranks add up to exactly what one big
+batch gives.
+
+Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64),
+natural logs.
+
+Sources: PPO arXiv 1707.06347; CISPO arXiv 2506.13585; GSPO arXiv 2507.18071; k3 estimator: J. Schulman, "Approximating
+KL divergence" (2020), as a penalty in GRPO arXiv 2402.03300; truncated importance sampling: Ionides 2008 and, between
+engines, "Your efficient RL framework secretly brings you off-policy RL training" (2025); IcePop: arXiv 2510.18855.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lockstep.config import TrainConfig
+from lockstep.errors import ConfigError
+from lockstep.tokens.batch import ScoredRow
+
+MISMATCH_KEYS = ("kl", "mismatch", "mismatch_pct", "mismatch_max", "mismatch_kl", "picks_differ", "ess")
+"""Metrics that compare the server with the trainer: only those of the first optimizer step of a batch mean that."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the engine knows about one row's scored tokens. One device; floats in one dtype."""
+
+    new_N: Tensor  # logprobs of the policy being trained, with gradient, logits already divided by the temperature
+    sampling_N: Tensor  # the server's logprobs
+    old_N: (
+        Tensor  # what the importance ratio divides by: sampling_N, or the trainer's own before the first optimizer step
+    )
+    token_P: Tensor  # int64 -> N
+    sequence_P: Tensor  # int64 -> Q
+    advantage_Q: Tensor
+    weight_Q: Tensor  # weight of one scored token of the sequence
+    reference_N: Tensor | None = None  # logprobs of the KL reference step; needed iff kl_coef > 0
+    entropy_N: Tensor | None = None  # entropy of the predicting distribution, for the metric
+    current_N: Tensor | None = None  # bool, sampled by the version that is trained now; None: all were
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """A row's loss and metrics. `loss` carries the gradient; everything else is detached scalars."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]  # add over micro-batches and data-parallel ranks
+    maxima: dict[str, Tensor]  # take the maximum
+
+
+def cispo(new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """CISPO: `-sg(clip(new/old, low, high)) * A * log new`. Every token keeps a gradient, with a bounded weight.
+
+    Returns (loss per pair, bool: the weight was clipped).
+    """
+    ratio_P = (new_P.detach() - old_P).exp()
+    clipped_P = (ratio_P < low) | (ratio_P > high)
+    return -ratio_P.clamp(low, high) * advantage_P * new_P, clipped_P
+
+
+def ppo_clip(new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate: `-min(r A, clip(r, low, high) A)` with r = new/old.
+
+    Returns (loss per pair, bool: the clip cut the gradient).
+    """
+    ratio_P = (new_P - old_P).exp()
+    free_P, bound_P = ratio_P * advantage_P, ratio_P.clamp(low, high) * advantage_P
+    return -torch.minimum(free_P, bound_P), (bound_P < free_P).detach()
+
+
+def sum_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
+    """[P] -> [Q]: the sum over each sequence's own tokens, shared or not."""
+    return values_P.new_zeros(sequences).index_add(0, sequence_P, values_P)
+
+
+def mean_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
+    """[P] -> [Q]: the mean over each sequence's own tokens; 0 for a sequence without any."""
+    counts_Q = sum_by_sequence(torch.ones_like(values_P), sequence_P, sequences)
+    return sum_by_sequence(values_P, sequence_P, sequences) / counts_Q.clamp(min=1)
+
+
+def gspo(
+    new_P: Tensor, old_P: Tensor, advantage_Q: Tensor, sequence_P: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """GSPO: PPO's surrogate with the sequence's ratio `s = exp(mean over its tokens of log(new/old))` in place of the
+    token's.
+
+    A sequence's tokens are found through its pairs, so tokens it shares with siblings count as they do unpacked.
+    Returns (loss per pair: its sequence's value, so that weighting works as for tokens; bool: the clip cut the
+    gradient).
+    """
+    log_ratio_Q = mean_by_sequence(new_P - old_P, sequence_P, len(advantage_Q))
+    loss_Q, clipped_Q = ppo_clip(log_ratio_Q, torch.zeros_like(log_ratio_Q), advantage_Q, low, high)
+    return loss_Q[sequence_P], clipped_Q[sequence_P]
+
+
+def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
+    """k3 estimate of KL(policy || reference) per token, `r - 1 - log r` with r = reference/new; never negative.
+
+    It is unbiased for tokens sampled from `new`. Its gradient `(1 - r) d log new` is used as the penalty's, as in GRPO.
+    """
+    difference = reference - new
+    return torch.expm1(difference) - difference
+
+
+def truncated(log_weight: Tensor, floor: float, cap: float) -> Tensor:
+    """Truncated importance weight `min(w, cap)`; `floor` is unused."""
+    return log_weight.exp().clamp(max=cap)
+
+
+def masked(log_weight: Tensor, floor: float, cap: float) -> Tensor:
+    """Masked importance weight: w inside [floor, cap], else 0. With floor 0 only large weights are dropped; IcePop sets
+    a floor too.
+    """
+    weight = log_weight.exp()
+    return torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
+
+
+_CORRECTIONS = {"truncated": truncated, "masked": masked, "icepop": masked}
+
+
+def importance_weight_P(scored: Scored, config: TrainConfig) -> Tensor | None:
+    """Detached weight trainer/server of each pair, or None without a correction. GSPO uses the sequence's geometric
+    mean.
+    """
+    if config.importance_correction is None:
+        return None
+    log_weight_P = (scored.old_N - scored.sampling_N).detach()[scored.token_P]
+    if config.loss == "gspo":
+        log_weight_P = mean_by_sequence(log_weight_P, scored.sequence_P, len(scored.weight_Q))[scored.sequence_P]
+    return _CORRECTIONS[config.importance_correction](log_weight_P, *config.importance_bounds)
+
+
+def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
+    """The loss of one row: a weighted sum over its pairs of policy loss and KL penalty, with metrics as sums.
+
+    Raises ConfigError if kl_coef > 0 and no reference logprobs came (a penalty is never silently off), or the other way
+    round.
+    """
+    if (config.kl_coef > 0) != (scored.reference_N is not None):
+        raise ConfigError(f"kl_coef = {config.kl_coef} needs reference logprobs if and only if it is above 0")
+    low, high = config.clip_range
+    new_P, old_P = scored.new_N[scored.token_P], scored.old_N[scored.token_P]
+    weight_P = scored.weight_Q[scored.sequence_P]
+    if config.loss == "gspo":
+        loss_P, clipped_P = gspo(new_P, old_P, scored.advantage_Q, scored.sequence_P, low, high)
+    else:
+        function = cispo if config.loss == "cispo" else ppo_clip
+        loss_P, clipped_P = function(new_P, old_P, scored.advantage_Q[scored.sequence_P], low, high)
+    sums = _base_sums(scored, weight_P, clipped_P)
+    correction_P = importance_weight_P(scored, config)
+    if correction_P is not None:
+        loss_P = loss_P * correction_P
+        sums["importance"] = correction_P.sum()
+        sums["importance_zeroed"] = (correction_P == 0).sum().to(weight_P.dtype)
+    loss = (weight_P * loss_P).sum()
+    sums["loss_policy"] = loss.detach()
+    if scored.reference_N is not None:
+        penalty = (weight_P * kl_k3(scored.new_N, scored.reference_N)[scored.token_P]).sum()
+        sums["kl_reference"] = penalty.detach()
+        loss = loss + config.kl_coef * penalty
+    sums["loss"] = loss.detach()
+    return LossSums(loss, sums, _maxima(scored))
+
+
+def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str, Tensor]:
+    new_N = scored.new_N.detach()
+    drift_N = new_N - scored.sampling_N
+    ratio_N = (new_N - scored.old_N).exp()
+    importance_N = drift_N.exp()
+    kl_N = kl_k3(scored.sampling_N, new_N)
+    current_N = _current(scored)
+    count = new_N.new_tensor
+    sums = {
+        "weight": weight_P.sum(),
+        "pairs": count(float(len(weight_P))),
+        "tokens": count(float(len(new_N))),
+        "clipped": clipped_P.sum().to(new_N.dtype),
+        "ratio": ratio_N.sum(),
+        "importance_raw": importance_N.sum(),
+        "importance_squared": importance_N.square().sum(),
+        "kl": kl_N.sum(),  # tokens were sampled from `sampling`: KL(sampling || new)
+        "current": current_N.sum(),
+        "drift_abs": (drift_N.abs() * current_N).sum(),
+        "sampling_abs": (scored.sampling_N.abs() * current_N).sum(),
+        "drift_kl": (kl_N * current_N).sum(),
+    }
+    if scored.entropy_N is not None:
+        sums["entropy"] = scored.entropy_N.detach().sum()
+    return sums
+
+
+def _current(scored: Scored) -> Tensor:
+    """1 for tokens that tell what server and trainer compute differently, 0 for older ones, where the policy moved too."""
+    current_N = scored.current_N
+    return torch.ones_like(scored.sampling_N) if current_N is None else current_N.to(scored.sampling_N.dtype)
+
+
+def _maxima(scored: Scored) -> dict[str, Tensor]:
+    new_N = scored.new_N.detach()
+    if not len(new_N):
+        return {"ratio_max": new_N.new_zeros(()), "mismatch_max": new_N.new_zeros(())}
+    return {
+        "ratio_max": (new_N - scored.old_N).exp().max(),
+        "mismatch_max": ((new_N - scored.sampling_N).abs() * _current(scored)).max(),
+    }
+
+
+def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(sums, maxima) over this rank's micro-batches. All-reduce both (SUM, MAX) before `finish_metrics`.
+
+    Raises ValueError for an empty list: every rank takes part with at least one row, if need be of padding.
+    """
+    if not parts:
+        raise ValueError("no micro-batch to reduce")
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+    maxima = {name: torch.stack([part.maxima[name] for part in parts]).max() for name in parts[0].maxima}
+    return sums, maxima
+
+
+def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Metrics of an optimizer step from its global sums.
+
+    loss, loss_policy, kl_reference: means over pairs by weight. clip_fraction: share of pairs whose weight or gradient
+    was clipped.
+    kl: k3 estimate of KL(sampling policy || scored policy), nats per token. mismatch: mean |log-probability difference|
+    between trainer and server, nats, over the tokens that the step trained now has sampled (in older ones the policy's
+    own change shows too; without any there is no such metric); mismatch_pct: the same over the mean |log-probability|,
+    in percent; mismatch_max: the largest; mismatch_kl: `kl` over the same tokens. ess: effective
+    sample size of the importance weights trainer/server, as a share of the tokens (1: on-policy). entropy: nats per
+    token. ratio_mean, ratio_max: new/old.
+    """
+    value = {name: float(total) for name, total in sums.items()}
+    weight, tokens, pairs = (value[name] or 1.0 for name in ("weight", "tokens", "pairs"))
+    metrics = {
+        "loss": value["loss"] / weight,
+        "loss_policy": value["loss_policy"] / weight,
+        "clip_fraction": value["clipped"] / pairs,
+        "ratio_mean": value["ratio"] / tokens,
+        "kl": value["kl"] / tokens,
+        "ess": value["importance_raw"] ** 2 / (tokens * value["importance_squared"] or 1.0),
+        "tokens_scored": value["tokens"],
+    }
+    tops = {name: float(top) for name, top in maxima.items()}
+    if value["current"]:
+        metrics["mismatch"] = value["drift_abs"] / value["current"]
+        metrics["mismatch_pct"] = 100 * value["drift_abs"] / (value["sampling_abs"] or 1.0)
+        metrics["mismatch_kl"] = value["drift_kl"] / value["current"]
+    else:
+        del tops["mismatch_max"]
+    if "entropy" in value:
+        metrics["entropy"] = value["entropy"] / tokens
+    if "kl_reference" in value:
+        metrics["kl_reference"] = value["kl_reference"] / weight
+    if "importance" in value:
+        metrics["importance_mean"] = value["importance"] / pairs
+        metrics["importance_zeroed"] = value["importance_zeroed"] / pairs
+    return metrics | tops
+
+
+def scored_tensors(
+    row: ScoredRow,
+    new_N: Tensor,
+    entropy_N: Tensor | None = None,
+    old_N: Tensor | None = None,
+    reference_N: Tensor | None = None,
+) -> Scored:
+    """Put a row's numpy side on the device and dtype of `new_N`. `old_N` None: the ratio divides by the server's
+    logprobs.
+    """
+
+    def floats(values: object) -> Tensor:
+        return torch.as_tensor(values).to(device=new_N.device, dtype=new_N.dtype)
+
+    sampling_N = floats(row.sampling_N)
+    return Scored(
+        new_N=new_N,
+        sampling_N=sampling_N,
+        old_N=sampling_N if old_N is None else old_N.detach(),
+        token_P=torch.as_tensor(row.token_P).to(new_N.device),
+        sequence_P=torch.as_tensor(row.sequence_P).to(new_N.device),
+        advantage_Q=floats(row.advantage_Q),
+        weight_Q=floats(row.weight_Q),
+        reference_N=None if reference_N is None else reference_N.detach(),
+        entropy_N=entropy_N,
+        current_N=None if row.current_N is None else torch.as_tensor(row.current_N).to(new_N.device),
+    )

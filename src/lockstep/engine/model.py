@@ -1,0 +1,91 @@
+"""The model a rank holds: Megatron's GPTModel and TransformerLayer with forward passes of our own.
+
+Rotary angles come from each token's own position (rows hold many sequences), and the model returns hidden states: logits exist only
+in chunks, inside `head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over TP under sequence parallelism.
+
+Shapes: S tokens, H hidden, D rotary dims.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lockstep.engine.experts import MoE
+from lockstep.engine.tree import Row
+from lockstep.families.config import Rope
+
+
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """fp32 `[D/2]` on CPU. kind "llama3" stretches the low frequencies (Llama 3.1's rule, as in transformers' `rope_utils`)."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
+    if rope.kind != "llama3":
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    longest = rope.original_max_positions / rope.low_freq_factor
+    shortest = rope.original_max_positions / rope.high_freq_factor
+    blend = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    between = (1 - blend) * inverse / rope.factor + blend * inverse
+    scaled = torch.where(wavelength > longest, inverse / rope.factor, inverse)
+    return torch.where((wavelength <= longest) & (wavelength >= shortest), between, scaled)
+
+
+class Layer(TransformerLayer):
+    """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, recomputed in the backward pass when asked."""
+
+    recompute = False
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, attention_mask: Row, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: Any
+    ) -> tuple[Tensor, None]:
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(self._run, hidden_states, attention_mask, rotary_pos_emb, use_reentrant=False)
+        else:
+            out = self._run(hidden_states, attention_mask, rotary_pos_emb)
+        return out, None
+
+    def _run(self, x_S1H: Tensor, row: Row, angles: tuple[Tensor, Tensor]) -> Tensor:
+        mixed, _ = self.self_attention(self.input_layernorm(x_S1H), attention_mask=row, rotary_pos_emb=angles)
+        x_S1H = x_S1H + mixed
+        normed = self.pre_mlp_layernorm(x_S1H)
+        out, _ = self.mlp(normed, row) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return x_S1H + out
+
+
+class Model(GPTModel):
+    """One pipeline stage. `forward_row` is the only entry; the first stage embeds, the last applies the final norm."""
+
+    def __init__(self, *args: Any, rope: Rope, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        # Not a buffer: casting the model to bf16 would round the angles.
+        self._inverse_D = inverse_frequencies(rope)
+
+    def angles(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), fp32 `[S, 1, D]`."""
+        half = positions_S.float()[:, None] * self._inverse_D.to(positions_S.device)
+        angle_S1D = torch.cat((half, half), -1)[:, None]
+        return angle_S1D.cos(), angle_S1D.sin()
+
+    def forward_row(self, row: Row, received: Tensor | None = None) -> Tensor:
+        """Hidden states after this stage. `received`: the previous stage's output, on every stage but the first."""
+        if self.pre_process:
+            hidden = self.embedding(input_ids=row.tokens_S[None], position_ids=row.positions_S[None])
+        else:
+            hidden = None
+            self.decoder.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
+        angles = self.angles(row.positions_S)
+        return self.decoder(hidden_states=hidden, attention_mask=row, rotary_pos_emb=angles)  # pyright: ignore
+
+    def head_weight(self) -> Tensor:
+        """Vocabulary-parallel rows of the output layer (the embedding when tied and on this stage)."""
+        return (
+            self.shared_embedding_or_output_weight() if self.output_layer.weight is None else self.output_layer.weight
+        )

@@ -1,0 +1,76 @@
+"""The optimizer's state on disk: `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` by Hugging Face or adapter tensor name.
+
+Independent of the parallel layout: written at one, read at any other, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lockstep.engine.optimizer import Bucket, Optimizer
+from lockstep.engine.statefile import StateFile, create, rectangles
+from lockstep.errors import WeightsError
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+FILE = "optimizer.safetensors"
+
+
+def _owns(bucket: Bucket) -> bool:
+    """Ranks that hold equal copies leave the writing to the one that counts them."""
+    return bucket.counted
+
+
+def write_state(optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write the state of all ranks to `folder/optimizer.safetensors`, which must not exist. Collective; returns on all ranks together.
+
+    shapes: of every Hugging Face (or adapter) tensor that is trained anywhere.
+    """
+    path = folder / FILE
+    wide = "F64" if any(b.master.dtype == torch.float64 for b in optimizer.buckets) else "F32"
+    if dist.get_rank() == 0:
+        everything = {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes.items()}
+        create(path, everything, wide, {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
+    dist.barrier()
+    file = StateFile(path, writable=True)
+    for bucket in optimizer.buckets:
+        if _owns(bucket):
+            for kind in KINDS:
+                values = getattr(bucket, kind).cpu().numpy()
+                _exchange(file, bucket, kind, values, write=True)
+    file.close()
+    dist.barrier()
+
+
+def read_state(optimizer: Optimizer, folder: Path) -> None:
+    """Read masters and moments, and put the masters into the model. Raises WeightsError when anything is missing or misshapen."""
+    file = StateFile(folder / FILE)
+    count = file.metadata().get("count")
+    if count is None or not count.isdigit():
+        raise WeightsError(f"{folder / FILE} has no update count; it was not written by this version")
+    held = {kind: [np.zeros(len(b.master), b.master.cpu().numpy().dtype) for b in optimizer.buckets] for kind in KINDS}
+    for at, bucket in enumerate(optimizer.buckets):
+        for kind in KINDS:
+            _exchange(file, bucket, kind, held[kind][at], write=False)
+    file.close()
+    # Nothing is changed before everything was read.
+    for at, bucket in enumerate(optimizer.buckets):
+        for kind in KINDS:
+            getattr(bucket, kind).copy_(torch.from_numpy(held[kind][at]))
+    optimizer.count = int(count)
+    optimizer.restore_weights()
+
+
+def _exchange(file: StateFile, bucket: Bucket, kind: str, values: np.ndarray, write: bool) -> None:
+    for trainable, first, last, where in bucket.slices():
+        part = values[where]
+        for box in rectangles(trainable, first, last):
+            place = file.part(box, f"{kind}/", trainable.shapes[box.name])
+            if write:
+                place[...] = part[box.first : box.last].reshape(place.shape)
+            else:
+                part[box.first : box.last] = place.reshape(-1)

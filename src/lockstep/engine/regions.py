@@ -1,0 +1,94 @@
+"""Parts of the model that a GPU runs better compiled: pure functions, written once, called plain or through torch.compile.
+
+Which regions are compiled is the family's policy (`handler.compile.regions`), switched on per process by `enable`. A region never
+contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers.
+
+Shapes: ... any leading dims, D last dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_VARIANTS = 64
+_NAMES: set[str] = set()
+_ENABLED: set[str] = set()
+
+
+def enable(names: Iterable[str]) -> None:
+    """Compile exactly these regions from now on. Raises ConfigError for one that does not exist."""
+    chosen = set(names)
+    if chosen - _NAMES:
+        raise ConfigError(f"unknown compile region {sorted(chosen - _NAMES)[0]!r}; known: {', '.join(sorted(_NAMES))}")
+    _ENABLED.clear()
+    _ENABLED.update(chosen)
+    # One function serves many shapes (stream, heads; trained, scored); past the default of 8 it would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = _VARIANTS
+
+
+def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function part of a region."""
+    _NAMES.add(name)
+
+    def decorate(plain: Callable[P, R]) -> Callable[P, R]:
+        compiled = functools.cache(lambda: torch.compile(plain))
+
+        @functools.wraps(plain)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (compiled() if name in _ENABLED else plain)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least fp32: where rounding to bf16 would show, and without narrowing fp64 in exactness tests."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@region("norm")
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    """`x / rms(x) * w` (or `* (1 + w)`), computed in fp32 and rounded once."""
+    scale_D = wide(weight_D) + 1.0 if zero_centered else wide(weight_D)
+    return F.rms_norm(wide(x), scale_D.shape, scale_D, eps).to(x.dtype)
+
+
+@region("norm")
+def gated_rms_norm(x: Tensor, weight_D: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """`rms_norm(x) * w * silu(gate)`."""
+    return (F.rms_norm(wide(x), weight_D.shape, wide(weight_D), eps) * F.silu(wide(gate))).to(x.dtype)
+
+
+@region("attention")
+def rotate(x_SND: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
+    """Rotary embedding of the first dims (as many as the angles have; the rest pass through), halves layout, in fp32."""
+    dims = cos_S1D.shape[-1]
+    part, rest = wide(x_SND[..., :dims]), x_SND[..., dims:]
+    first, second = part.chunk(2, -1)
+    turned = (part * cos_S1D + torch.cat((-second, first), -1) * sin_S1D).to(x_SND.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+@region("attention")
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)` in fp32, rounded once."""
+    return (wide(x) * wide(gate).sigmoid()).to(x.dtype)
+
+
+@region("mlp")
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[..., 2F]`, in fp32, rounded once."""
+    gate, up = gate_up.chunk(2, -1)
+    return (F.silu(wide(gate)) * wide(up)).to(gate_up.dtype)

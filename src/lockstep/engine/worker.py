@@ -1,0 +1,262 @@
+"""The trainer process: `python -m torch.distributed.run --nproc-per-node N -m lockstep.engine.worker --config engine.json --socket PATH`.
+
+Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs and their arguments:
+  train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0
+  score      {batch, out}                     -> {"rows": R}   writes logprobs_RS, float32, NaN where nothing is predicted;
+                                                 with replayed routes also picks_differ: the share that is not the live router's
+  load       {step_dir}                       -> {"updates": n}
+  save       {out}                            -> {"files": [...]}
+  sync       {root_url, api_key, version, transport, deadline_s}
+                                              -> {"version", "nbytes", "transfer_s", "commit_s", "pause_s"}   the server holds the
+                                                 (merged) weights as `version`, or, after an error, what it held before
+  shutdown   {}                               -> {}
+A verb that fails leaves the worker usable; when weights were already changed it refuses to go on until `load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Import order matters: `device` prepares torch for Megatron before anything else loads it.
+from lockstep.engine import device, protocol
+from lockstep.engine.agreement import LOST, Agreement
+from lockstep.engine.session import Session, Settings, load_step, open_session, save_step
+from lockstep.engine.step import clear_picks, picks_that_differ, score, train_step
+from lockstep.engine.weights_out import WeightsOut
+from lockstep.errors import ConfigError, LockstepError, TrainerError
+from lockstep.sync.push import Endpoint
+
+HEARTBEAT_S = 5.0
+SHUTDOWN_S = 10.0
+DEFAULT_TIMEOUT_S = 24 * 3600.0
+
+Json = dict[str, Any]
+
+
+class Silent:
+    """What ranks other than 0 have in place of a channel."""
+
+    def send(self, message: Json) -> None:
+        """Nothing: the parent listens to rank 0 only."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass
+class Worker:
+    """One rank between start and shutdown. `stale`: weights differ from the last step the parent knows of."""
+
+    session: Session
+    channel: protocol.Channel | Silent
+    agreement: Agreement
+    stale: bool = False
+    weights_out: WeightsOut | None = None
+
+    def verbs(self) -> dict[str, Callable[[Json, Callable[[Json], None]], Json]]:
+        return {
+            "train_step": self.train_step,
+            "score": self.score,
+            "load": self.load,
+            "save": self.save,
+            "sync": self.sync,
+        }
+
+    def train_step(self, args: Json, report: Callable[[Json], None]) -> Json:
+        from lockstep.config import TrainConfig
+        from lockstep.tokens.pack import load_batch
+
+        config, out = TrainConfig(**args["config"]), Path(args["out"])
+        reference = Path(args["reference"]) if args.get("reference") else None
+        if (config.kl_coef > 0) != (reference is not None):
+            raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
+        metrics = train_step(self.session, load_batch(Path(args["batch"])), config, reference, report)
+        report({"kind": "phase", "phase": "save"})
+        return {"metrics": metrics, **save_step(self.session, out)}
+
+    def score(self, args: Json, report: Callable[[Json], None]) -> Json:
+        from safetensors.numpy import save_file
+
+        from lockstep.tokens.pack import load_batch
+
+        clear_picks(self.session)
+        values_RS = score(self.session, load_batch(Path(args["batch"])), report)
+        picks = picks_that_differ(self.session)
+        if self.agreement.rank == 0:
+            save_file({"logprobs_RS": values_RS}, args["out"])
+        return {"rows": len(values_RS), **picks}
+
+    def load(self, args: Json, report: Callable[[Json], None]) -> Json:
+        result = load_step(self.session, Path(args["step_dir"]))
+        self.stale = False
+        return result
+
+    def save(self, args: Json, report: Callable[[Json], None]) -> Json:
+        return save_step(self.session, Path(args["out"]))
+
+    def sync(self, args: Json, report: Callable[[Json], None]) -> Json:
+        if args["transport"] != "gloo":
+            raise ConfigError(f"weights can't travel by {args['transport']!r} yet; the only transport is 'gloo'")
+        report({"kind": "phase", "phase": "sync"})
+        if self.weights_out is None:
+            self.weights_out = WeightsOut(self.session)
+        endpoint = Endpoint(args["root_url"], args["api_key"])
+        return self.weights_out.push(endpoint, args["version"], float(args["deadline_s"]))
+
+    def serve(self, receive: Callable[[int], Json]) -> None:
+        """Answer requests until shutdown. `receive(n)` gives the n-th request."""
+        number = 1
+        while True:
+            request = receive(number)
+            if request.get("verb") == "shutdown":
+                self.agreement.settle(number, None, SHUTDOWN_S)  # rank 0 holds the store: it leaves last
+                if request["id"] >= 0:  # below: the parent has gone, and nobody listens
+                    self.channel.send(protocol.result(request["id"], {}))
+                return
+            self.answer(number, request)
+            if self.agreement.rank == 0 and number > 2:
+                self.agreement.forget(number - 2)
+            number += 1
+
+    def answer(self, number: int, request: Json) -> None:
+        """Run one verb on this rank, agree on its outcome with the others, and reply."""
+        identity, timeout_s = int(request["id"]), float(request.get("timeout_s") or DEFAULT_TIMEOUT_S)
+        before, result, error = self.session.optimizer.count, None, None
+
+        def give_up(why: str) -> None:
+            self.channel.send(protocol.error(identity, "TrainerError", f"rank {self.agreement.rank} was lost: {why}"))
+
+        with self.agreement.watched(number, timeout_s, give_up), heartbeat(self.channel, identity) as report:
+            try:
+                result = self.run(request, report)
+            except Exception as caught:  # noqa: BLE001 (the boundary: every failure becomes a reply)
+                error = describe(caught, self.agreement.rank)
+        error = self.agreement.settle(number, error, timeout_s)
+        if error is None:
+            self.channel.send(protocol.result(identity, result or {}))
+            return
+        self.stale = self.stale or self.session.optimizer.count != before
+        self.channel.send(protocol.error(identity, error["type"], error["message"], error["traceback"]))
+        if error.get("fatal"):
+            os._exit(LOST)
+
+    def run(self, request: Json, report: Callable[[Json], None]) -> Json:
+        verb, args = request.get("verb"), request.get("args") or {}
+        verbs = self.verbs()
+        if verb not in verbs:
+            raise ConfigError(f"unknown verb {verb!r}; known: {', '.join([*verbs, 'shutdown'])}")
+        if self.stale and verb != "load":
+            raise TrainerError(
+                "an earlier step failed after it had changed the weights; load the last published step first"
+            )
+        return verbs[verb](args, report)
+
+
+def describe(caught: Exception, rank: int) -> dict[str, str]:
+    """An exception as a message; a LockstepError is for the user and speaks for itself."""
+    known = isinstance(caught, LockstepError)
+    text = str(caught) if known else f"rank {rank}: {type(caught).__name__}: {caught}"
+    return {"type": type(caught).__name__, "message": text, "traceback": traceback.format_exc()}
+
+
+class heartbeat:
+    """Sends an event every few seconds while a verb runs, with the phase it is in."""
+
+    def __init__(self, channel: protocol.Channel | Silent, identity: int) -> None:
+        self.channel, self.identity, self.phase, self.done = channel, identity, "start", threading.Event()
+
+    def report(self, value: Json) -> None:
+        self.phase = value.get("phase", self.phase)
+        self.channel.send(protocol.event(self.identity, value))
+
+    def __enter__(self) -> Callable[[Json], None]:
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+        return self.report
+
+    def _beat(self) -> None:
+        while not self.done.wait(HEARTBEAT_S):
+            self.channel.send(protocol.event(self.identity, {"kind": "heartbeat", "phase": self.phase}))
+
+    def __exit__(self, *_exception: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def start(config: Path, channel: protocol.Channel | Silent) -> Worker:
+    """Process groups, model, optimizer. Raises LockstepError on every rank if it fails on one."""
+    settings = Settings.parse(json.loads(config.read_text()))
+    device.start(settings.parallel, settings.seed, settings.timeout_s)
+    agreement = Agreement()
+    session, error = None, None
+    with agreement.watched(
+        0, settings.timeout_s, lambda why: channel.send(protocol.error(0, "TrainerError", f"start-up failed: {why}"))
+    ):
+        try:
+            session = open_session(settings)
+        except Exception as caught:  # noqa: BLE001 (the boundary: every failure becomes a reply)
+            error = describe(caught, agreement.rank)
+    error = agreement.settle(0, error, settings.timeout_s)
+    if error is not None or session is None:
+        channel.send(protocol.error(0, error["type"], error["message"], error["traceback"]) if error else {})
+        sys.exit(1)
+    return Worker(session, channel, agreement)
+
+
+def facts(worker: Worker) -> Json:
+    """What the parent may want to know once the worker is ready."""
+    parameters = sum(t.parameter.numel() for t in worker.session.trainables)
+    return {
+        "world": worker.agreement.world,
+        "trained_parameters_rank0": parameters,
+        "device": str(device.device()),
+        "peak_memory_bytes": device.peak_memory(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--socket", required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us through the guard
+    leader = os.environ.get("RANK", "0") == "0"
+    channel: protocol.Channel | Silent = protocol.connect(arguments.socket) if leader else Silent()
+    channel.send({"token": os.environ.pop(protocol.TOKEN_VARIABLE, "")})
+    try:
+        worker = start(arguments.config, channel)
+    except LockstepError as error:
+        channel.send(protocol.error(0, type(error).__name__, str(error), traceback.format_exc()))
+        sys.exit(error.exit_code)
+    channel.send(protocol.result(0, facts(worker)))
+
+    def receive(number: int) -> Json:
+        if not isinstance(worker.channel, protocol.Channel):
+            return worker.agreement.await_request(number)
+        try:
+            request = worker.channel.receive()
+        except protocol.ChannelClosed:
+            request = {"id": -1, "verb": "shutdown"}
+        worker.agreement.publish(number, request)
+        return request
+
+    try:
+        worker.serve(receive)
+    except BrokenPipeError:
+        sys.exit(1)  # the parent is gone; the launcher ends the other ranks
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""A rank's forward and backward passes against Hugging Face on the same weights, at whatever parallel sizes are up.
+
+Run as a program it goes through a list of checks in one set of processes and writes what it measured; the tests judge the figures.
+Shapes: S row tokens, V vocabulary, N scored tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.engine import device  # first: prepares torch for Megatron
+from lockstep.engine.device import Parallelism
+from lockstep.engine.optimizer import Rates
+from lockstep.engine.pipeline import forward_backward
+from lockstep.engine.session import LoraSettings, Session, Settings, load_step, open_session, save_step
+from lockstep.engine.statefile import rectangles
+from lockstep.engine.step import _head, _shard, prepare, score
+from lockstep.engine.trainable import assign
+from lockstep.families.registry import get_model_support_handler
+from lockstep.tokens.batch import PackedBatch
+
+from cases import batch_of, hugging_face, tree_sequences  # isort: skip
+
+FLOOR = 1e-3
+"""Gradients smaller than this share of the model's largest are compared with that instead of with themselves: fp32 cannot do better."""
+
+
+LIMITS = {"logits": 2e-6, "loss": 1e-6, "gradient": 2e-5, "weights": 1e-6, "norm": 1e-5}
+"""Relative, but for `weights`: fp32 against fp32. Logits count from the largest logit, gradients from each tensor's largest entry."""
+
+
+def beyond(result: dict[str, Any]) -> bool:
+    """Whether any rank has a figure outside its limit; then the noise of fp32 on this problem must be known."""
+    flag = torch.tensor(float(any(not result[name] <= limit for name, limit in LIMITS.items() if name in result)))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def disk_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the one-by-one names of experts that transformers keeps stacked in memory."""
+    found = dict(named)
+    for name, tensor in named.items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, 1)
+            for expert in range(len(tensor)):
+                base = name.removesuffix("gate_up_proj") + f"{expert}."
+                found[f"{base}gate_proj.weight"], found[f"{base}up_proj.weight"] = gate[expert], up[expert]
+        elif name.endswith("experts.down_proj"):
+            for expert in range(len(tensor)):
+                found[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = tensor[expert]
+    return found
+
+
+def reference(
+    folder: Path, batch: PackedBatch, rng_slope: np.ndarray
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor], float]:
+    """(weights, gradients, logits per sequence, loss) of `sum over pairs slope * logprob` on the unpacked sequences, by disk name."""
+    model = hugging_face(folder)
+    loss, logits, at = torch.zeros(()), [], 0
+    for q in range(len(batch.leaf_Q)):
+        row, path = int(batch.row_Q[q]), batch.path_index(q)
+        ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
+        z = model(ids[None]).logits[0]
+        logits.append(z.detach())
+        scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
+        position = np.searchsorted(path, scored)
+        temperature = torch.from_numpy(batch.temperatures_RS[row, scored])
+        log_p = (z[position - 1] / temperature[:, None]).log_softmax(-1)
+        chosen = log_p[torch.arange(len(position)), ids[position]]
+        loss = loss + (chosen * torch.from_numpy(rng_slope[at : at + len(position)])).sum()
+        at += len(position)
+    loss.backward()
+    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return disk_names(weights), disk_names(gradients), logits, float(loss)
+
+
+def run(session: Session, batch: PackedBatch, slope_P: np.ndarray) -> tuple[float, dict[int, Tensor]]:
+    """Our loss of the same kind, gradients left in the optimizer; and this rank's logits `[S, V of this rank]` per row it ran."""
+    work = prepare(session, batch, list(range(batch.rows)))
+    from megatron.core import parallel_state as ps
+
+    mine = list(range(batch.rows))[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
+    logits: dict[int, Tensor] = {}
+    total = torch.zeros((), dtype=torch.float64)
+
+    def last(number: int, hidden: Tensor) -> Tensor:
+        scored = work[number].scored
+        if number >= len(mine):  # padding: nothing is scored, but the backward pass must run
+            return _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
+        whole = hidden.detach()[:, 0]
+        if session.parallel.sequence:
+            parts = [torch.empty_like(whole) for _ in range(session.parallel.tensor)]
+            dist.all_gather(parts, whole.contiguous(), group=ps.get_tensor_model_parallel_group())
+            whole = torch.cat(parts)
+        row = mine[number]
+        logits[row] = whole @ session.model.head_weight().detach().T
+        new_N, _ = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        pairs = np.flatnonzero(np.repeat(batch.row_Q, np.diff(batch.scored_offsets_Q)) == row)
+        loss = (new_N[torch.from_numpy(scored.token_P)] * torch.from_numpy(slope_P[pairs])).sum()
+        total.add_(loss.detach().double())
+        return loss
+
+    session.optimizer.zero()
+    forward_backward(session.model, [w.row for w in work], last, _shard(session))
+    if session.model.post_process:
+        dist.all_reduce(total, group=ps.get_data_parallel_group())
+    dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
+    return float(total), logits
+
+
+def compare_tensors(session: Session, kind: str, expected: dict[str, Tensor], floor: float) -> tuple[float, str]:
+    """Worst relative difference of this rank's slices of gradients or masters, and where."""
+    worst, where = 0.0, ""
+    for bucket in session.optimizer.buckets:
+        values = bucket.gradients[bucket.low : bucket.high] if kind == "gradient" else bucket.master
+        for trainable, first, last, place in bucket.slices():
+            part = values[place]
+            for box in rectangles(trainable, first, last):
+                whole = expected[box.name] if box.index is None else expected[box.name][box.index]
+                wanted = whole.reshape(len(whole), -1)[box.rows, box.columns].reshape(-1)
+                scale = max(float(whole.abs().max()), floor) if kind == "gradient" else 1.0
+                off = float((part[box.first : box.last] - wanted).abs().max()) / scale
+                if not off <= worst:
+                    worst, where = off, f"{trainable.name} <- {box.name}"
+    return worst, where
+
+
+def problem(
+    parallel: dict[str, Any], seed: int, temperature: float, dealt: int = 0
+) -> tuple[Parallelism, PackedBatch, np.ndarray]:
+    """Sizes, a batch of random trees dealt for `dealt` data-parallel ranks (0: as many as there are), a slope per scored token."""
+    rng, sizes = np.random.default_rng(seed), Parallelism(**parallel)
+    batch = batch_of(tree_sequences(rng, temperature=temperature), rng, data=dealt or sizes.data, row_length=40)
+    while dealt == 1 and batch.rows % 2 == 0:  # an odd number of rows for two ranks: one of them runs a row of padding
+        batch = batch_of(tree_sequences(rng, temperature=temperature), rng, row_length=40)
+    pairs = len(batch.scored_index_P)
+    return sizes, batch, (rng.normal(size=pairs) / pairs).astype(np.float32)
+
+
+@lru_cache(maxsize=2)
+def known_reference(folder: Path, seed: int, data: int, dealt: int) -> Any:
+    """`reference` of the problem with these numbers; checks of one model at several sizes share it."""
+    _, batch, slope_P = problem({"data": data}, seed, 0.7, dealt)
+    return reference(folder, batch, slope_P)
+
+
+def check(
+    folder: Path,
+    parallel: dict[str, Any],
+    seed: int,
+    rate: float = 1e-2,
+    recompute: bool = False,
+    stages: Any = None,
+    dealt: int = 0,
+) -> dict[str, Any]:
+    """Logits, loss, all gradients and one SGD update of a random batch of trees."""
+    sizes, batch, slope_P = problem(parallel, seed, 0.7, dealt)
+    weights, gradients, logits, loss = known_reference(folder, seed, sizes.data, dealt)
+    device.rebuild_groups(sizes, seed=0)
+    session_settings = {"recompute": recompute, "stages": stages}
+    result, session, norm = measure(
+        folder, sizes, batch, slope_P, (gradients, logits, loss), "float32", **session_settings
+    )
+    session.optimizer.step(Rates(rate, max_norm=None, kind="sgd"), norm)
+    updated = {name: weights[name] - rate * gradients[name] for name in session.shapes}
+    result["weights"], result["weights_at"] = compare_tensors(session, "weight", updated, 0.0)
+    if beyond(result):
+        noise = measure(folder, sizes, batch, slope_P, (gradients, logits, loss), "float64")[0]
+        result["noise"] = {name: value for name, value in noise.items() if isinstance(value, float)}
+    return result
+
+
+def measure(
+    folder: Path,
+    sizes: Parallelism,
+    batch: PackedBatch,
+    slope_P: np.ndarray,
+    expected: Any,
+    dtype: str,
+    **settings: Any,
+) -> tuple[dict[str, Any], Session, float]:
+    """Distances of loss, logits, gradients and their norm from the expected ones, computed in `dtype`."""
+    gradients, logits, loss = expected
+    session = open_session(Settings(str(folder), sizes, dtype=dtype, **settings))
+    found_loss, found_logits = run(session, batch, slope_P)
+    result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss)), "logits": 0.0}
+    if session.model.post_process:
+        width = session.model.head_weight().shape[0]
+        start = sizes_rank(sizes) * width
+        for q, wanted in enumerate(logits):
+            row = int(batch.row_Q[q])
+            if row in found_logits:
+                stop = min(start + width, wanted.shape[1])
+                ours = found_logits[row][torch.from_numpy(batch.path_index(q))][:, : stop - start]
+                off = float((ours - wanted[:, start:stop]).abs().max() / wanted.abs().max())
+                result["logits"] = max(result["logits"], off)
+    norm = session.optimizer.reduce()
+    largest = max(float(gradients[name].abs().max()) for name in session.shapes)
+    total = sum(float(gradients[name].double().square().sum()) for name in session.shapes)
+    result["norm"] = abs(norm - total**0.5) / total**0.5
+    result["gradient"], result["gradient_at"] = compare_tensors(session, "gradient", gradients, FLOOR * largest)
+    return result, session, norm
+
+
+def sizes_rank(_sizes: Parallelism) -> int:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def worst_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(results[0])
+    for result in results[1:]:
+        for key, value in result.items():
+            if isinstance(value, dict):
+                merged[key] = worst_of([merged[key], value])
+            elif isinstance(value, float) and not value <= merged[key]:
+                merged[key] = value
+                if f"{key}_at" in result:
+                    merged[f"{key}_at"] = result[f"{key}_at"]
+    return merged
+
+
+def main() -> None:
+    """`parity.py CHECKS.json OUT.json`, CHECKS a list of {"name", "folder", "parallel", "seed", ...}."""
+    torch.set_num_threads(1)
+    checks = json.loads(Path(sys.argv[1]).read_text())
+    world = int(os.environ["WORLD_SIZE"])
+    device.start(Parallelism(data=world), seed=0, timeout_s=100)
+    measured = {}
+    for item in checks:
+        name, kind = item.pop("name"), item.pop("kind", "check")
+        item["folder"] = Path(item["folder"])
+        mine = {"check": check, "lora": check_lora, "routes": check_routes, "resume": check_resume}[kind](**item)
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, mine)
+        measured[name] = worst_of(everyone)
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(measured, indent=1))
+    dist.destroy_process_group()
+
+
+def check_lora(folder: Path, parallel: dict[str, Any], seed: int, targets: list[str] | None = None) -> dict[str, Any]:
+    """Adapters on every target: their gradients and one SGD update, against the same adapters merged into Hugging Face weights.
+
+    With W' = W + s B A, dB = s dW' A^T and dA = s B^T dW': exact, and independent of any adapter library.
+    """
+    sizes, batch, slope_P = problem(parallel, seed, temperature=1.0)
+    device.rebuild_groups(sizes, seed=0)
+    chosen = tuple(targets or get_model_support_handler(str(folder)).spec.default_target_modules)
+    result = measure_lora(folder, sizes, batch, slope_P, chosen, seed, "float32")
+    if beyond(result):
+        noise = measure_lora(folder, sizes, batch, slope_P, chosen, seed, "float64")
+        result["noise"] = {name: value for name, value in noise.items() if isinstance(value, float)}
+    return result
+
+
+def measure_lora(
+    folder: Path,
+    sizes: Parallelism,
+    batch: PackedBatch,
+    slope_P: np.ndarray,
+    targets: tuple[str, ...],
+    seed: int,
+    dtype: str,
+) -> dict[str, Any]:
+    rank, alpha, rate = 3, 5.0, 1e-2
+    session = open_session(Settings(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(session.shapes.items())}
+    assign(session.trainables, adapters)
+    session.optimizer.adopt_weights()
+    expected, loss = merged_reference(folder, batch, slope_P, adapters, alpha / rank)
+    found_loss, _ = run(session, batch, slope_P)
+    norm = session.optimizer.reduce()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss))}
+    result["gradient"], result["gradient_at"] = compare_tensors(session, "gradient", expected, FLOOR * largest)
+    session.optimizer.step(Rates(rate, max_norm=None, kind="sgd"), norm)
+    updated = {n: adapters[n] - rate * expected[n] for n in adapters}
+    result["weights"], result["weights_at"] = compare_tensors(session, "weight", updated, 0.0)
+    return result
+
+
+def merged_reference(
+    folder: Path, batch: PackedBatch, slope_P: np.ndarray, adapters: dict[str, Tensor], scale: float
+) -> tuple[dict[str, Tensor], float]:
+    model = hugging_face(folder)
+    memory = dict(model.named_parameters())
+    with torch.no_grad():
+        for module, view in adapted_weights(memory, adapters):
+            view.add_(adapters[f"{module}.lora_B"] @ adapters[f"{module}.lora_A"], alpha=scale)
+    loss = loss_of(model, batch, slope_P)
+    loss.backward()
+    expected = {}
+    for module, dense in adapted_weights({name: p.grad for name, p in memory.items()}, adapters):
+        expected[f"{module}.lora_A"] = scale * adapters[f"{module}.lora_B"].T @ dense
+        expected[f"{module}.lora_B"] = scale * dense @ adapters[f"{module}.lora_A"].T
+    return expected, float(loss)
+
+
+def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Random routes, scored at these sizes and with every rank on its own: the largest difference, and what the routes change at all."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
+    scores = []
+    for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
+        device.rebuild_groups(sizes, seed=0)
+        session = open_session(Settings(str(folder), sizes))
+        config = session.config
+        shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
+        routes = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
+        replayed = replace(batch, routes_RSLK=routes[..., : config.experts_per_token].astype(np.uint8))
+        scores.append(score(session, replayed, lambda _event: None))
+    live = score(session, batch, lambda _event: None)
+    return {
+        "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),
+        "effect": float(np.nanmax(np.abs(scores[1] - live))),
+    }
+
+
+def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, place: str) -> dict[str, Any]:
+    """Two AdamW steps; the state written at these sizes, read at others and written again: the same bytes. And it goes on the same way."""
+    sizes, batch, slope_P = problem(parallel, seed, temperature=1.0)
+    targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
+    settings = {"lora": LoraSettings(3, 5.0, targets) if lora else None}
+    home = Path(place)
+    files, norms = [], []
+    for number, now in enumerate((sizes, Parallelism(data=dist.get_world_size()), sizes)):
+        device.rebuild_groups(now, seed=0)
+        session = open_session(Settings(str(folder), now, seed=number, **settings))
+        if number == 0:
+            steps(session, batch, slope_P, 2)
+        else:
+            load_step(session, home / f"{number - 1}")
+        save_step(session, home / f"{number}")
+        files.append(contents(home / f"{number}"))
+        # A batch made for two data-parallel ranks runs at all sizes.
+        norms.append(steps(session, batch, slope_P, 1))
+    return {
+        "same_bytes": float(files[0] == files[1] == files[2]),
+        "same_norm": float(norms[0] == norms[2]),
+        "norm": abs(norms[0] - norms[1]) / norms[0],
+        "files": float(len(files[0])),
+    }
+
+
+def steps(session: Session, batch: PackedBatch, slope_P: np.ndarray, count: int) -> float:
+    norm = 0.0
+    for _ in range(count):
+        run(session, batch, slope_P)
+        norm = session.optimizer.reduce()
+        session.optimizer.step(Rates(1e-3), norm)
+    return norm
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def loss_of(model: Any, batch: PackedBatch, slope_P: np.ndarray) -> Tensor:
+    loss, at = torch.zeros(()), 0
+    for q in range(len(batch.leaf_Q)):
+        row, path = int(batch.row_Q[q]), batch.path_index(q)
+        ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
+        scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
+        position = np.searchsorted(path, scored)
+        log_p = model(ids[None]).logits[0][position - 1].log_softmax(-1)
+        chosen = log_p[torch.arange(len(position)), ids[position]]
+        loss = loss + (chosen * torch.from_numpy(slope_P[at : at + len(position)])).sum()
+        at += len(position)
+    return loss
+
+
+def adapted_weights(memory: dict[str, Any], adapters: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(canonical module, the matrix it adapts: a view of transformers' tensor, stacked experts included)."""
+    found = []
+    for name in adapters:
+        if not name.endswith(".lora_A"):
+            continue
+        module = name.removesuffix(".lora_A")
+        if f"{module}.weight" in memory:
+            found.append((module, memory[f"{module}.weight"]))
+            continue
+        base, expert, kind = module.rsplit(".", 2)
+        if kind == "down_proj" or kind == "gate_up_proj":
+            found.append((module, memory[f"{base}.{kind}"][int(expert)]))
+        else:
+            gate, up = memory[f"{base}.gate_up_proj"][int(expert)].chunk(2)
+            found.append((module, gate if kind == "gate_proj" else up))
+    return found
+
+
+if __name__ == "__main__":
+    main()

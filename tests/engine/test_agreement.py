@@ -1,0 +1,48 @@
+"""Ranks agree on outcomes, and one that fails ends those that can no longer be answered, with its own message."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+
+def run(case: str, folder: Path) -> tuple[int, dict[str, str]]:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+    ]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", str(Path(__file__).parent / "agreement_ranks.py"), case, str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120, check=False
+    )
+    return done.returncode, {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def test_fine(tmp_path: Path) -> None:
+    assert run("fine", tmp_path) == (0, {"settled-0": "fine", "settled-1": "fine"})
+
+
+def test_both_fail_alike_and_live_on(tmp_path: Path) -> None:
+    status, files = run("both fail", tmp_path)
+    assert status == 0
+    assert files == {"settled-0": "rank 0 met a bad row", "settled-1": "rank 0 met a bad row"}
+
+
+def test_one_fails_while_the_other_is_stuck(tmp_path: Path) -> None:
+    status, files = run("one fails", tmp_path)
+    assert status != 0
+    assert "rank 1 met a bad row" in files["gave-up-0"]
+    assert "settled-0" not in files

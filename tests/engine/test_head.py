@@ -1,0 +1,77 @@
+"""Chunked vocabulary head against the dense computation: values, entropy, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.engine import head
+
+
+def dense(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, vocab: int):
+    z = hidden @ weight[:vocab].T / temperature[:, None]
+    log_p = z.log_softmax(-1)
+    return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 40),
+    vocab=st.integers(2, 70),
+    padding=st.integers(0, 3),
+    chunk=st.integers(1, 9),
+)
+@pytest.mark.usefixtures("groups")
+def test_matches_dense(seed: int, tokens: int, vocab: int, padding: int, chunk: int) -> None:
+    from megatron.core import parallel_state
+
+    torch.manual_seed(seed)
+    hidden = torch.randn(50, 1, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab + padding, 12, dtype=torch.float64, requires_grad=True)
+    predictor = torch.randint(0, 50, (tokens,))
+    target = torch.randint(0, vocab, (tokens,))
+    temperature = torch.rand(tokens, dtype=torch.float64) + 0.3
+    before, head.CHUNK_BYTES = head.CHUNK_BYTES, chunk * vocab * 8
+    try:
+        group = parallel_state.get_tensor_model_parallel_group()
+        found = head.linear_logprob(hidden, weight, predictor, target, temperature, vocab, group, False)
+        slope = torch.randn(2, tokens, dtype=torch.float64)
+        gradients = torch.autograd.grad((found[0] * slope[0] + found[1] * slope[1]).sum(), (hidden, weight))
+    finally:
+        head.CHUNK_BYTES = before
+    expected = dense(hidden[predictor, 0], weight, target, temperature, vocab)
+    wanted = torch.autograd.grad((expected[0] * slope[0] + expected[1] * slope[1]).sum(), (hidden, weight))
+    for a, b in zip((*found, *gradients), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("groups")
+def test_no_scored_token_still_has_a_gradient() -> None:
+    from megatron.core import parallel_state
+
+    hidden = torch.randn(5, 1, 4, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    group = parallel_state.get_tensor_model_parallel_group()
+    logprob, entropy = head.linear_logprob(hidden, torch.randn(7, 4), none, none, torch.zeros(0), 7, group, False)
+    assert logprob.shape == entropy.shape == (0,)
+    logprob.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("groups")
+def test_extreme_logits_stay_finite() -> None:
+    from megatron.core import parallel_state
+
+    hidden = torch.tensor([[[300.0, -300.0]]], requires_grad=True)
+    weight = torch.tensor([[300.0, 0.0], [0.0, 300.0], [0.0, 0.0]])
+    one = torch.tensor([0, 0]), torch.tensor([0, 1])
+    group = parallel_state.get_tensor_model_parallel_group()
+    logprob, entropy = head.linear_logprob(hidden, weight, *one, torch.ones(2), 3, group, False)
+    assert logprob.tolist() == [0.0, -180000.0]
+    assert entropy.tolist() == [0.0, 0.0]
+    (logprob + entropy).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()

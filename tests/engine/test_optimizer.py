@@ -1,0 +1,106 @@
+"""Our optimizer against torch's, over several steps with clipping, and its state file against the safetensors library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("groups")
+
+
+def trainables(parameters: list[nn.Parameter]):
+    from lockstep.engine.trainable import Trainable
+    from lockstep.families.contract import Piece
+
+    return [
+        Trainable(f"p{i}.weight", p, (Piece(f"hf{i}", 0, p.shape[0]),), "replicated", {f"hf{i}": tuple(p.shape)})
+        for i, p in enumerate(parameters)
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    clip=st.sampled_from([None, 0.05, 1.0, 100.0]),
+    decay=st.sampled_from([0.0, 0.1]),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=5),
+)
+def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[int, int]]) -> None:
+    from lockstep.engine.device import Parallelism
+    from lockstep.engine.optimizer import Optimizer, Rates
+
+    torch.manual_seed(seed)
+    ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = Optimizer(trainables(ours), Parallelism(), tied=False)
+    reference = torch.optim.AdamW(theirs, lr=0.03, betas=(0.8, 0.95), eps=1e-7, weight_decay=decay)
+    for _ in range(5):
+        slopes = [torch.randn_like(p) for p in ours]
+        for _half in range(2):  # two micro-batches add up
+            sum((p.sin() * s).sum() / 2 for p, s in zip(ours, slopes, strict=True)).backward()  # pyright: ignore
+        norm = optimizer.reduce()
+        optimizer.step(Rates(0.03, (0.8, 0.95), 1e-7, decay, clip), norm)
+        reference.zero_grad()
+        sum((p.sin() * s).sum() for p, s in zip(theirs, slopes, strict=True)).backward()  # pyright: ignore
+        expected = torch.nn.utils.clip_grad_norm_(theirs, clip if clip is not None else 1e30)
+        assert norm == pytest.approx(float(expected), rel=1e-12)
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_masters_keep_what_bf16_would_lose() -> None:
+    """1,000 updates far below bf16's resolution add up."""
+    from lockstep.engine.device import Parallelism
+    from lockstep.engine.optimizer import Optimizer, Rates
+
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer(trainables([weight]), Parallelism(), tied=False)
+    for _ in range(1000):
+        weight.sum().backward()
+        optimizer.step(Rates(1e-4, max_norm=None, kind="sgd"), optimizer.reduce())
+    assert weight.detach().float().tolist() == pytest.approx([0.9] * 4, abs=0.003)
+
+
+def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
+    from lockstep.engine.device import Parallelism
+    from lockstep.engine.optimizer import Optimizer
+    from lockstep.errors import TrainerError
+
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = Optimizer(trainables([good, bad]), Parallelism(), tied=False)
+    (good.sum() + (bad * float("nan")).sum()).backward()
+    with pytest.raises(TrainerError, match="p1"):
+        optimizer.reduce()
+    assert good.tolist() == bad.tolist() == [1.0] * 3
+
+
+def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
+    from lockstep.engine.device import Parallelism
+    from lockstep.engine.optimizer import Optimizer, Rates
+    from lockstep.engine.optimizer_state import read_state, write_state
+    from lockstep.errors import WeightsError
+
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(3))]
+    optimizer = Optimizer(trainables(parameters), Parallelism(), tied=False)
+    (parameters[0].square().sum() + parameters[1].sum()).backward()
+    optimizer.step(Rates(0.1), optimizer.reduce())
+    write_state(optimizer, tmp_path, {"hf0": (5, 7), "hf1": (3,)})
+    found = load_file(tmp_path / "optimizer.safetensors")
+    assert set(found) == {f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in ("hf0", "hf1")}
+    assert torch.equal(found["master/hf0"], parameters[0].detach())
+    assert found["exp_avg_sq/hf1"].shape == (3,)
+    with torch.no_grad():
+        parameters[0].zero_()
+    read_state(optimizer, tmp_path)
+    assert torch.equal(found["master/hf0"], parameters[0].detach())
+    other = Optimizer(trainables([nn.Parameter(torch.zeros(5, 8))]), Parallelism(), tied=False)
+    with pytest.raises(WeightsError, match=r"hf0.*\[5, 7\].*\[5, 8\]"):
+        read_state(other, tmp_path)

@@ -1,0 +1,184 @@
+"""Every family at every parallel size, in two processes and a few in four: the same figures as against Hugging Face in one process.
+
+One launch runs all checks of a group; each check is a test of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import tiny
+from test_parity import draw_seed, random_fields, within
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2},
+    "tp2-sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "dp2": {"data": 2},
+}
+EXPERT_SIZES: dict[str, dict[str, Any]] = {
+    "ep2": {"expert": 2, "data": 2},
+    "tp2-ep2": {"tensor": 2, "expert": 2},
+    "tp2-sp-ep2": {"tensor": 2, "sequence": True, "expert": 2},
+    "tp2-sp-etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
+}
+FOUR: dict[str, dict[str, Any]] = {
+    "tp2-sp-ep2-etp2-dp2": {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2, "data": 2},
+    "pp2-dp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
+    "pp4": {"pipeline": 4},
+}
+FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe")
+
+
+def sizes_of(family: str) -> dict[str, dict[str, Any]]:
+    return SIZES | EXPERT_SIZES if "moe" in family else SIZES
+
+
+CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
+ROUTED = [(f, s) for f in ("qwen3_moe", "qwen3_5_moe") for s in sizes_of(f)]
+
+
+RESUMED = [
+    ("qwen3_moe", "tp2-sp-ep2", True),
+    ("qwen3_5_moe", "tp2-sp-etp2", True),
+    ("qwen3_5_moe", "tp2-sp-ep2", False),
+    ("qwen3_5", "pp2", False),
+    ("qwen3", "tp2", True),
+]
+
+
+NARROW = [(s, kind) for s in ("tp2", "tp2-sp") for kind in ("check",)]
+"""One key head for two tensor-parallel ranks."""
+
+
+def launch(folder: Path, checks: list[dict[str, Any]], processes: int) -> dict[str, Any]:
+    """Run the checks in that many processes; their figures by name."""
+    asked, answered = folder / "checks.json", folder / "measured.json"
+    asked.write_text(json.dumps(checks))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(Path(__file__).parent / "parity.py"),
+        str(asked),
+        str(answered),
+    ]
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(answered.read_text())
+
+
+def models(folder: Path, families: tuple[str, ...], seed: int) -> dict[str, str]:
+    rng = np.random.default_rng(seed)
+    made = {}
+    for family in families:
+        fields = random_fields(family, rng) | {"num_hidden_layers": 4}
+        made[family] = str(tiny(family, folder / family, seed=seed, dtype="float32", **fields))
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, seed = tmp_path_factory.mktemp("two"), draw_seed()
+    made = models(folder, FAMILIES, seed)
+    checks = [
+        {"name": f"{f}/{s}/{kind}", "kind": kind, "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
+        for f, s, kind in CASES
+    ]
+    checks += [
+        {"name": f"{f}/{s}/routes", "kind": "routes", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
+        for f, s in ROUTED
+    ]
+    checks += [
+        {
+            "name": f"resume/{f}/{s}/{lora}", "kind": "resume", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed,
+            "lora": lora, "place": str(folder / f"resume-{f}-{s}-{lora}"),
+        }
+        for f, s, lora in RESUMED
+    ]  # fmt: skip
+    made["narrow"] = str(tiny("qwen3", folder / "narrow", seed=seed, dtype="float32", num_key_value_heads=1))
+    checks += [
+        {"name": f"narrow/{s}/{kind}", "kind": kind, "folder": made["narrow"], "parallel": SIZES[s], "seed": seed}
+        for s, kind in NARROW
+    ]
+    odd = {"folder": made["qwen3_moe"], "seed": seed, "dealt": 1}
+    checks += [{"name": f"odd/{s}", "parallel": sizes_of("qwen3_moe")[s], **odd} for s in ("dp2", "ep2")]
+    checks += [
+        {
+            "name": "uneven",
+            "folder": made["qwen3_5"],
+            "parallel": {"pipeline": 2},
+            "seed": seed,
+            "stages": [1, 3],
+            "recompute": True,
+        }
+    ]
+    return {"seed": seed, **launch(folder, checks, 2)}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "size", "kind"), CASES)
+def test_two_processes(two: dict[str, Any], family: str, size: str, kind: str) -> None:
+    measured = two[f"{family}/{size}/{kind}"]
+    assert within(measured), (two["seed"], measured)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "size"), ROUTED)
+def test_replayed_routes(two: dict[str, Any], family: str, size: str) -> None:
+    """Routes no router would choose give the same logprobs at every size, and others than the live router's."""
+    measured = two[f"{family}/{size}/routes"]
+    assert measured["difference"] < 1e-4, (two["seed"], measured)
+    assert measured["effect"] > 1e-3, (two["seed"], measured)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "size", "lora"), RESUMED)
+def test_state_does_not_depend_on_sizes(two: dict[str, Any], family: str, size: str, lora: bool) -> None:
+    measured = two[f"resume/{family}/{size}/{lora}"]
+    assert measured["same_bytes"] == 1.0, (two["seed"], measured)
+    assert measured["same_norm"] == 1.0, (two["seed"], measured)
+    assert measured["norm"] < 1e-4, (two["seed"], measured)
+    assert measured["files"] >= 3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("size", "kind"), NARROW)
+def test_fewer_key_heads_than_ranks(two: dict[str, Any], size: str, kind: str) -> None:
+    measured = two[f"narrow/{size}/{kind}"]
+    assert within(measured), (two["seed"], measured)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", ["dp2", "ep2"])
+def test_one_row_fewer_on_one_rank(two: dict[str, Any], size: str) -> None:
+    assert within(two[f"odd/{size}"]), (two["seed"], two[f"odd/{size}"])
+
+
+@pytest.mark.distributed
+def test_uneven_stages_with_recompute(two: dict[str, Any]) -> None:
+    assert within(two["uneven"]), (two["seed"], two["uneven"])
+
+
+@pytest.mark.distributed
+def test_four_processes(tmp_path: Path) -> None:
+    seed = draw_seed()
+    made = models(tmp_path, ("qwen3_5_moe",), seed)
+    checks = [
+        {"name": f"{s}/{kind}", "kind": kind, "folder": made["qwen3_5_moe"], "parallel": parallel, "seed": seed}
+        for s, parallel in FOUR.items()
+        for kind in ("check", "lora")
+    ]
+    for name, measured in launch(tmp_path, checks, 4).items():
+        assert within(measured), (seed, name, measured)

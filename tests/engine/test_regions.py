@@ -1,0 +1,47 @@
+"""Compiled regions compute what the plain ones do, with gradients; and a region that doesn't exist is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from lockstep.engine import regions
+from lockstep.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("groups")
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None and not torch.cuda.is_available(), reason="torch.compile needs a compiler"
+)
+def test_compiled_is_plain() -> None:
+    cases = {
+        "rms_norm": (regions.rms_norm, (torch.randn(5, 1, 16), torch.randn(16)), (1e-6, True)),
+        "gated_rms_norm": (
+            regions.gated_rms_norm,
+            (torch.randn(5, 3, 16), torch.randn(16), torch.randn(5, 3, 16)),
+            (1e-6,),
+        ),
+        "rotate": (regions.rotate, (torch.randn(5, 3, 16),), (torch.randn(5, 1, 8), torch.randn(5, 1, 8))),
+        "sigmoid_gate": (regions.sigmoid_gate, (torch.randn(5, 3, 16), torch.randn(5, 3, 16)), ()),
+        "gated_silu": (regions.gated_silu, (torch.randn(5, 1, 16),), ()),
+    }
+    for name, (function, tensors, rest) in cases.items():
+        inputs = [t.requires_grad_() for t in tensors]
+        results = []
+        for chosen in ((), ("norm", "attention", "mlp")):
+            regions.enable(chosen)
+            try:
+                out = function(*inputs, *rest)
+                results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+            finally:
+                regions.enable(())
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_unknown_region() -> None:
+    with pytest.raises(ConfigError, match="kitchen"):
+        regions.enable(["norm", "kitchen"])
