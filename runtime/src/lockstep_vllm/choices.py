@@ -1,0 +1,206 @@
+"""What the trainer needs to know of each sampled choice, added to the replies a plain OpenAI client gets.
+
+Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logprobs` on, `return_token_ids: true` and
+`temperature: 1.0` where the client says nothing. Each choice of a reply that is not a stream gets
+
+    prompt_token_ids  list[int]
+    token_ids         list[int]   what was sampled, the end-of-turn token included
+    weight_versions   [{"version": str, "start": 0, "end": n}, ...]   spans over token_ids
+    sampling          {"temperature", "top_p", "top_k", "min_p", and the three penalties}   as they took effect,
+                      and what else the request set that changes the distribution (a logit bias, a schema, ...)
+    routes_digest     str         where vLLM sent routed experts: binds them to the choice's ids (see route_digest.py)
+
+A stream passes through untouched apart from the request's defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import Counter
+from typing import Any
+
+from lockstep_vllm import spans
+from lockstep_vllm.auth import App, Message, Receive, Scope, Send
+from lockstep_vllm.route_digest import routes_digest
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+# vLLM's own defaults (`--generation-config vllm` keeps a checkpoint's generation_config.json from changing them).
+SAMPLING_DEFAULTS: dict[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+CONSTRAINTS = (
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "min_tokens",
+    "structured_outputs",
+    "response_format",
+    "tool_choice",
+    "thinking_token_budget",
+    "vllm_xargs",
+    "watermarking",
+)
+"""Request settings that change which tokens can be sampled, or how likely they are; absent or neutral as a rule."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"response_format": ({"type": "text"},), "tool_choice": ("auto", "none")}
+
+in_flight: Counter[str] = Counter()
+"""Requests being served now, by the model name they asked for."""
+
+
+class ChoiceFields:
+    """ASGI middleware that fills in request defaults and adds the fields above to each choice."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        if scope.get("method") != "POST" or path not in (CHAT, COMPLETIONS):
+            await self._app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        request = _parsed(body)
+        if request is None:  # vLLM answers a malformed body with its own error
+            await self._app(scope, _replay(body, receive), send)
+            return
+        add_request_defaults(request, chat=path == CHAT)
+        body = json.dumps(request).encode()
+        request_id = uuid.uuid4().hex
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
+        headers = _with_length([*headers, (b"x-request-id", request_id.encode())], len(body))
+        model = str(request.get("model"))
+        in_flight[model] += 1
+        if not request.get("stream"):
+            spans.expect(request_id)
+            send = _ReplyEditor(send, request, request_id)
+        try:
+            await self._app(dict(scope, headers=headers), _replay(body, receive), send)
+        finally:
+            spans.forget(request_id)
+            in_flight[model] -= 1
+            if not in_flight[model]:
+                del in_flight[model]
+
+
+def add_request_defaults(request: dict[str, Any], *, chat: bool) -> None:
+    """Turns logprobs and token ids on and the temperature to 1.0 where the request says nothing."""
+    defaults = {"logprobs": True if chat else 0, "return_token_ids": True, "temperature": 1.0}
+    for name, value in defaults.items():
+        if request.get(name) is None:
+            request[name] = value
+
+
+def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], versions: list[list[spans.Span]]) -> None:
+    """Adds prompt ids, weight versions and sampling settings to each choice of a parsed reply, in place.
+
+    versions: the spans of each choice, in their order. Other than one per choice, vLLM did not track them (a beam
+    search), and the choices say null: nothing can be trained on them.
+    """
+    sampling = sampling_of(request)
+    tracked = len(versions) == len(reply["choices"])
+    for position, choice in enumerate(reply["choices"]):
+        token_ids = choice.get("token_ids")
+        if token_ids is None:  # the client asked for a reply without them
+            continue
+        if choice.get("prompt_token_ids") is None:  # a chat reply has them once, at its top
+            choice["prompt_token_ids"] = reply.get("prompt_token_ids")
+        choice["weight_versions"] = versions[position] if tracked else None
+        choice["sampling"] = sampling
+        if choice.get("routed_experts") is not None:
+            choice["routes_digest"] = routes_digest(choice["prompt_token_ids"], token_ids, choice["routed_experts"])
+
+
+def sampling_of(request: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what the request's tokens were sampled from: the numbers with vLLM's defaults filled in,
+    and the constraints it set.
+    """
+    numbers = {name: _or(request.get(name), default) for name, default in SAMPLING_DEFAULTS.items()}
+    asked = {name: request[name] for name in CONSTRAINTS if request.get(name)}
+    asked = {name: value for name, value in asked.items() if value not in _NEUTRAL.get(name, ())}
+    if request.get("tools") and request.get("tool_choice") != "none":  # vLLM then holds the calls to a grammar
+        functions = [tool.get("function") for tool in request["tools"] if isinstance(tool, dict)]
+        if any(isinstance(function, dict) and function.get("strict") for function in functions):
+            asked["strict_tools"] = True
+        if request.get("parallel_tool_calls") is False:
+            asked["single_tool_call"] = True
+    return numbers | asked
+
+
+class _ReplyEditor:
+    """Holds a JSON reply back until it is complete, then sends it with the fields added. Errors pass unchanged."""
+
+    def __init__(self, send: Send, request: dict[str, Any], request_id: str) -> None:
+        self._send = send
+        self._request = request
+        self._request_id = request_id
+        self._start: Message | None = None
+        self._body = bytearray()
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            self._start = message
+        elif message["type"] == "http.response.body" and self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._finish(self._start)
+        else:
+            await self._send(message)
+
+    async def _finish(self, start: Message) -> None:
+        reply = json.loads(self._body)
+        add_choice_fields(reply, self._request, spans.take(self._request_id))
+        body = json.dumps(reply, ensure_ascii=False).encode()
+        await self._send(dict(start, headers=_with_length(start["headers"], len(body))))
+        await self._send({"type": "http.response.body", "body": body})
+
+
+async def _read_body(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return bytes(body)
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _parsed(body: bytes) -> dict[str, Any] | None:
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None
+    return request if isinstance(request, dict) else None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands out `body` once and then the connection's own messages (vLLM waits for a disconnect)."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,27 @@
+"""Ties every vLLM process to the one that started it.
+
+vLLM's engine core and workers survive a SIGKILL of the API process. The guard that Lockstep starts the server under
+kills them; this is for the case that the guard itself is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Asks the kernel for SIGKILL at the parent's death (Linux); ends at once if a spawning parent is gone already."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # died while this process was importing
+        os.kill(os.getpid(), signal.SIGKILL)

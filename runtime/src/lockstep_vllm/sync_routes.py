@@ -1,0 +1,199 @@
+"""Routes of a weight sync: connect, plan, receive, commit, abort. The server answers with one version or the next."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+import uuid
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+
+from lockstep_vllm.memory_adapters import SCHEME
+
+logger = logging.getLogger("vllm.lockstep")
+
+_POLL_S = 0.005
+
+
+class SyncRefusedError(Exception):
+    """A step that did not happen; nothing live was changed."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class WeightSync:
+    """What the routes do, one at a time. `engine` is vLLM's EngineClient."""
+
+    def __init__(self, engine: Any, state: State) -> None:
+        self._engine = engine
+        self._state = state
+        self._lock = asyncio.Lock()
+        self._adapters: dict[str, str] = {}
+
+    async def workers(self) -> int:
+        return self._engine.vllm_config.parallel_config.world_size_across_dp
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Runs a receiver method on every worker. Raises SyncRefusedError with the first refusal."""
+        answers = await self._engine.collective_rpc(method, args=args)
+        for answer in answers:
+            if "error" in answer:
+                raise SyncRefusedError(answer["error"], answer["message"])
+        return answers
+
+    async def locked(self, method: str, *args: Any) -> dict[str, Any]:
+        async with self._lock:
+            await self.call(method, *args)
+        return {}
+
+    async def commit(
+        self, version: str, digests: list[str], served_name: str | None, deadline_s: float
+    ) -> dict[str, Any]:
+        """Waits for the last bucket, compares digests, swaps while generation is paused."""
+        async with self._lock:
+            await self._all_received(digests, deadline_s)
+            started = time.monotonic()
+            # Requests in flight are kept: their cached keys and values go, and are computed again under the new
+            # weights.
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self._swap(version)
+            if served_name is not None:
+                rename_base(self._state, served_name)
+            await self._engine.resume_generation()
+            return {"version": version, "pause_s": time.monotonic() - started}
+
+    async def commit_adapter(
+        self, name: str, digests: list[str], stacked_experts: bool, deadline_s: float
+    ) -> dict[str, Any]:
+        """Waits for the last bucket, compares digests, serves the adapter as `name`. Nothing else is touched."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        async with self._lock:
+            await self._all_received(digests, deadline_s)
+            started = time.monotonic()
+            # Never the same path twice, also for a name that comes back: the prefix cache is keyed on both.
+            path = f"{SCHEME}{name}/{uuid.uuid4().hex}"
+            await self.call("lockstep_sync_stage_adapter", path)
+            request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path, is_3d_lora_weight=stacked_experts)
+            answer = await self._state.openai_serving_models.load_lora_adapter(request)
+            if not isinstance(answer, str):
+                await self.call("lockstep_sync_forget_adapter", path)
+                raise SyncRefusedError("weights", answer.error.message)
+            self._adapters[name] = path
+            return {"version": name, "pause_s": time.monotonic() - started}
+
+    async def forget_adapter(self, name: str) -> dict[str, Any]:
+        """Frees the tensors of an adapter that is not served any more; harmless for one that came from a folder."""
+        async with self._lock:
+            path = self._adapters.get(name)
+            if path is not None and name in self._state.openai_serving_models.lora_requests:
+                raise SyncRefusedError("server", f"adapter {name!r} is still served: unload it first")
+            if path is not None:
+                await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name))
+        return {}
+
+    async def _all_received(self, digests: list[str], deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        while True:
+            answers = await self.call("lockstep_sync_progress")
+            if all(answer["done"] for answer in answers):
+                break
+            if time.monotonic() > deadline:
+                waiting = next(answer["waiting_for"] for answer in answers if not answer["done"])
+                raise SyncRefusedError("server", f"after {deadline_s:g} s a worker still waits for {waiting!r}")
+            await asyncio.sleep(_POLL_S)
+        for worker, answer in enumerate(answers):
+            if answer["digests"] != digests:
+                pairs = zip(answer["digests"], digests, strict=False)
+                bucket = next((i for i, (got, sent) in enumerate(pairs) if got != sent), len(answer["digests"]))
+                raise SyncRefusedError("mismatch", f"bucket {bucket} came to worker {worker} other than it was sent")
+
+    async def _swap(self, version: str) -> None:
+        """From the first changed parameter on there is no way back: a failure ends the server."""
+        try:
+            await self.call("lockstep_sync_apply")
+            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("the prefix cache was not emptied")
+            await self._engine.update_weight_version(version)
+        except BaseException:
+            logger.exception("the swap to version %s failed half-way: ending the server, it holds a mixture", version)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+
+def rename_base(state: State, name: str) -> None:
+    """Serves the base model as `name` from now on, and no longer under its old name."""
+    paths = state.openai_serving_models.base_model_paths
+    paths[:] = [type(paths[0])(name=name, model_path=paths[0].model_path)]
+
+
+def add_routes(app: FastAPI) -> None:
+    """`/lockstep/sync/...`; `app.state.lockstep_sync` is set once the engine is there."""
+
+    def sync() -> WeightSync:
+        return app.state.lockstep_sync
+
+    @app.get("/lockstep/sync")
+    async def sync_status() -> dict[str, Any]:
+        return {"workers": await sync().workers()}
+
+    @app.post("/lockstep/sync/connect")
+    async def connect(info: dict[str, Any]) -> Any:
+        return await _answer(sync().locked("lockstep_sync_connect", info))
+
+    @app.post("/lockstep/sync/plan")
+    async def plan(plan: dict[str, Any]) -> Any:
+        return await _answer(sync().locked("lockstep_sync_plan", plan))
+
+    @app.post("/lockstep/sync/receive")
+    async def receive(plan: Annotated[str, Body()], version: Annotated[str, Body()]) -> Any:
+        return await _answer(sync().locked("lockstep_sync_receive", plan, version))
+
+    @app.post("/lockstep/sync/commit")
+    async def commit(
+        version: Annotated[str, Body()],
+        digests: Annotated[list[str], Body()],
+        served_name: Annotated[str | None, Body()] = None,
+        deadline_s: Annotated[float, Body()] = 300.0,
+    ) -> Any:
+        return await _answer(sync().commit(version, digests, served_name, deadline_s))
+
+    @app.post("/lockstep/sync/commit_adapter")
+    async def commit_adapter(
+        version: Annotated[str, Body()],
+        digests: Annotated[list[str], Body()],
+        stacked_experts: Annotated[bool, Body()] = False,
+        deadline_s: Annotated[float, Body()] = 300.0,
+    ) -> Any:
+        return await _answer(sync().commit_adapter(version, digests, stacked_experts, deadline_s))
+
+    @app.post("/lockstep/sync/forget_adapter")
+    async def forget_adapter(name: Annotated[str, Body(embed=True)]) -> Any:
+        return await _answer(sync().forget_adapter(name))
+
+    @app.post("/lockstep/sync/abort")
+    async def abort() -> Any:
+        return await _answer(sync().locked("lockstep_sync_discard"))
+
+    @app.post("/lockstep/served_name")
+    async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
+        rename_base(app.state, name)
+        return {"name": name}
+
+
+async def _answer(step: Any) -> Any:
+    try:
+        return await step
+    except SyncRefusedError as error:
+        body = {"error": {"type": error.kind, "message": str(error), "code": 409}}
+        return JSONResponse(body, status_code=409)

@@ -1,0 +1,55 @@
+"""vLLM's reload on CPU against Hugging Face: wrong without our fixes, right with them.
+
+When the first half fails, vLLM has repaired the fault and the fix can go.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lockstep.families.tiny import write_tiny
+from lockstep.process import child_env, spawn
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])  # a tied head; packed experts
+def test_a_reload_is_wrong_without_the_fix_and_right_with_it(runtime, tmp_path, family):
+    old = write_tiny(family, tmp_path / "old", seed=1)
+    new = write_tiny(family, tmp_path / "new", seed=2)
+    tokens = torch.randint(3, 320, (30,), generator=torch.Generator().manual_seed(4)).tolist()
+    env = child_env(
+        {
+            "PYTHONPATH": f"{runtime.plugin_path}:{Path(__file__).parent}",
+            "VLLM_PLUGINS": "lockstep",
+            "LOCKSTEP_WITHOUT_CPU_RELOAD_FIXES": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_COMPILE_DISABLE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    probe = Path(__file__).with_name("reload_probe.py")
+    command = [str(runtime.python), str(probe), str(old), str(new), json.dumps(tokens)]
+    child = spawn(command, env, tmp_path / "log", "the probe")
+    assert child.wait(300.0) == 0, child.log_tail(30)
+    result = next(line for line in child.log_path.read_text().splitlines() if line.startswith("RESULT "))
+    found = {name: torch.tensor(values) for name, values in json.loads(result.removeprefix("RESULT ")).items()}
+    torch.testing.assert_close(found["before"], hf_logprobs(old, tokens), atol=1e-5, rtol=0)
+    reference_S = hf_logprobs(new, tokens)
+    assert (found["without"] - reference_S).abs().max() > 1e-3
+    torch.testing.assert_close(found["with"], reference_S, atol=1e-5, rtol=0)
+
+
+def hf_logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """Log-probability of each token after the first."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([tokens])).logits[0]
+    return torch.log_softmax(logits_SV[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]

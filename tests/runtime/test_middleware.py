@@ -1,0 +1,176 @@
+"""The ASGI middlewares by themselves: what a real server's tests don't reach."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lockstep_vllm import spans
+from lockstep_vllm.auth import BearerAuth
+from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
+
+
+class Echo:
+    """An app that keeps what it was asked and answers with a given reply."""
+
+    def __init__(self, reply: bytes = b"{}", status: int = 200) -> None:
+        self.reply = reply
+        self.status = status
+        self.calls = 0
+        self.body = b""
+        self.content_length = b""
+        self.later: dict = {}
+        self.spans: list[list[dict]] = []
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.calls += 1
+        if scope["type"] != "http":
+            return
+        message = await receive()
+        self.body = message["body"]
+        self.content_length = dict(scope["headers"]).get(b"content-length", b"")
+        self.later = await receive()
+        self.seen_in_flight = dict(in_flight)
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode()
+        for index, sequence_spans in enumerate(self.spans):
+            spans.record(f"chatcmpl-{request_id}", index, sequence_spans)
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-length", b"1")]})
+        await send({"type": "http.response.body", "body": self.reply[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": self.reply[5:], "more_body": False})
+
+
+async def call(app, scope_type="http", path="/v1/completions", headers=(), chunks=(b"{}",)):
+    """Sends one request in chunks, then a disconnect; returns what the app sent back."""
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages[-1]["more_body"] = False
+    messages.append({"type": "http.disconnect"})
+    sent: list[dict] = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": scope_type, "method": "POST", "path": path, "headers": list(headers)}
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_SERVER_TOKEN", "a-token-of-some-length")
+    return b"Bearer a-token-of-some-length"
+
+
+async def test_the_token_is_wanted_once_and_whole(token):
+    app = Echo()
+    auth = BearerAuth(app)
+    name = b"authorization"
+    refused = [[], [(name, b"")], [(name, token[:-1])], [(name, token + b"x")], [(name, token.lower())]]
+    refused += [
+        [(name, token), (name, b"Bearer other")],
+        [(name, b"Basic " + token[7:])],
+        [(name, "Bearer é".encode())],
+    ]
+    for headers in refused:
+        sent = await call(auth, headers=headers)
+        assert sent[0]["status"] == 401
+        sent = await call(auth, scope_type="websocket", headers=headers)
+        assert sent == [{"type": "websocket.close", "code": 1008, "reason": "missing or wrong bearer token"}]
+    assert app.calls == 0
+    assert (await call(auth, headers=[(name, token)]))[0]["status"] == 200
+    await call(auth, scope_type="websocket", headers=[(name, token)])
+    await call(auth, scope_type="lifespan")
+    assert app.calls == 3
+
+
+@pytest.mark.parametrize("value", [None, "", "short"])
+def test_a_server_without_a_token_does_not_start(monkeypatch, value):
+    monkeypatch.delenv("LOCKSTEP_SERVER_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LOCKSTEP_SERVER_TOKEN", value)
+    with pytest.raises(RuntimeError, match="LOCKSTEP_SERVER_TOKEN"):
+        BearerAuth(Echo())
+
+
+async def test_requests_and_replies_in_pieces():
+    reply = {"model": "m@3", "prompt_token_ids": [1], "choices": [{"token_ids": [4, 5]}, {"token_ids": []}]}
+    app = Echo(json.dumps(reply).encode())
+    app.spans = [[{"version": "m@2", "start": 0, "end": 1}, {"version": "m@3", "start": 1, "end": 2}], []]
+    sent = await call(
+        ChoiceFields(app),
+        path="/v1/chat/completions",
+        headers=[(b"content-length", b"9")],
+        chunks=(b'{"mod', b'el": "m@3"}'),
+    )
+    request = json.loads(app.body)
+    assert request == {"model": "m@3", "logprobs": True, "return_token_ids": True, "temperature": 1.0}
+    assert app.content_length == str(len(app.body)).encode()
+    assert app.later == {"type": "http.disconnect"}
+    assert app.seen_in_flight == {"m@3": 1}
+    assert not in_flight
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    body = sent[1]["body"]
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(body)).encode()
+    choices = json.loads(body)["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [[1], [1]]
+    assert [choice["weight_versions"] for choice in choices] == app.spans
+    assert not spans._collected
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({}, {}),
+        ({"parallel_tool_calls": False}, {"single_tool_call": True}),
+        ({"parallel_tool_calls": False, "tool_choice": "none"}, {}),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, {"strict_tools": True}),
+    ],
+)
+def test_a_grammar_for_tool_calls_is_a_constraint(setting, says):
+    request = {"tools": [{"type": "function", "function": {"name": "f"}}]} | setting
+    sampling = sampling_of(request)
+    assert {name: value for name, value in sampling.items() if name not in SAMPLING_DEFAULTS} == says
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ({"logit_bias": {"5": 2.0}}, True),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_format": {"type": "text"}}, False),
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": "auto"}, False),
+        ({"bad_words": []}, False),
+        ({"allowed_token_ids": [4, 5]}, True),
+        ({"min_tokens": 2}, True),
+        ({"min_tokens": 0, "max_tokens": 4, "stop": ["x"]}, False),
+    ],
+)
+async def test_what_constrains_the_sampling_travels_with_the_choice(setting, kept):
+    app = Echo(json.dumps({"choices": [{"token_ids": [4]}]}).encode())
+    app.spans = [[{"version": "m@2", "start": 0, "end": 1}]]
+    sent = await call(ChoiceFields(app), chunks=(json.dumps({"model": "m@2", "top_p": 0.5, **setting}).encode(),))
+    sampling = json.loads(sent[1]["body"])["choices"][0]["sampling"]
+    assert sampling["top_p"] == 0.5
+    assert sampling["temperature"] == 1.0
+    extra = {name: value for name, value in sampling.items() if name not in SAMPLING_DEFAULTS}
+    assert extra == (setting if kept else {})
+
+
+async def test_errors_streams_and_other_routes_are_untouched():
+    for status, path, body in (
+        (400, "/v1/completions", b"{}"),
+        (200, "/tokenize", b"{}"),
+        (200, "/v1/completions", b"[]"),
+    ):
+        app = Echo(b"not json at all", status)
+        sent = await call(ChoiceFields(app), path=path, chunks=(body,))
+        assert b"".join(message.get("body", b"") for message in sent) == b"not json at all"
+    app = Echo(b"data: {}\n\n")
+    sent = await call(ChoiceFields(app), chunks=(b'{"stream": true, "temperature": 0, "logprobs": 3}',))
+    assert b"".join(message.get("body", b"") for message in sent) == b"data: {}\n\n"
+    assert json.loads(app.body) == {"stream": True, "temperature": 0, "logprobs": 3, "return_token_ids": True}
