@@ -1,0 +1,133 @@
+"""Child processes that can't outlive this one: each runs under `lockstep.guard`, in a session of its own.
+
+Works from any thread and under asyncio: nothing here depends on the thread that started the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lockstep import guard
+
+# What a child may see of our environment. PYTHONPATH, PYTHONHOME, VIRTUAL_ENV and the like are not here on purpose:
+# they would pull modules of this environment into another one.
+_PASSED = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TMP", "TEMP", "TZ", "TERM", "LANG", "LANGUAGE",
+        "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "CC", "CXX",
+        "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+        "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS", "XDG_DATA_HOME",
+        "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
+        "LOCKSTEP_HOME",
+    }
+)  # fmt: skip
+_PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "HUGGINGFACE_", "OMP_", "MKL_")
+_INSTALL_PREFIXES = ("PIP_", "UV_")
+
+
+def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False) -> dict[str, str]:
+    """Environment of a child: an allow-list of ours, then `extra`.
+
+    `installer=True` also passes pip's and uv's settings.
+    """
+    prefixes = _PASSED_PREFIXES + (_INSTALL_PREFIXES if installer else ())
+    kept = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(prefixes)}
+    return kept | dict(extra or {})
+
+
+class Child:
+    """A command that runs under its guard. `pid` is the guard's; its end means that the whole tree is gone."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self.name = name
+        self.pid = process.pid
+        self.log_path = log_path
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Exit status (128 + N after signal N), or None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout: float) -> int:
+        """Waits for the end of the whole tree. Raises TimeoutError, which names the child, after `timeout` seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{self.name} (guard process {self.pid}) still runs after {timeout:g} s") from None
+
+    def terminate(self, grace_s: float = 10.0) -> int:
+        """SIGTERM, then SIGKILL to the whole tree after `grace_s` seconds; returns the exit status.
+
+        Harmless when it has ended.
+        """
+        pipe = self._process.stdin
+        assert pipe is not None
+        # A broken or closed pipe: the guard has ended, or a second thread is terminating too. Either way the wait
+        # below tells.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            pipe.write(b"terminate %g\n" % grace_s)
+            pipe.flush()
+        try:
+            return self.wait(grace_s + 10.0)
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def kill(self) -> int:
+        """SIGKILL to the whole tree, now; returns the exit status."""
+        return self.terminate(0.0)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of its log."""
+        return tail(self.log_path, lines)
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last `lines` lines of a text file, reading at most its last 64 KiB; empty if there is no such file."""
+    try:
+        with path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - 65536))
+            text = log.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def private_log(path: Path) -> int:
+    """Opens a log for appending that only this user can read (0600 in a 0700 folder); returns the file descriptor."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def spawn(
+    command: Sequence[str], env: Mapping[str, str], log_path: Path, name: str, *, cwd: Path | None = None
+) -> Child:
+    """Starts `command` under a guard, in a session of its own, with exactly `env` and its output appended to `log_path`.
+
+    The tree dies when this process ends in any way, SIGKILL included. A command that can't be started ends with
+    status 127 and a line in the log.
+    """
+    log_fd = private_log(log_path)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), "--", *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=log_fd,
+            stderr=log_fd,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    finally:
+        os.close(log_fd)
+    return Child(name, process, log_path)

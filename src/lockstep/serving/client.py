@@ -1,0 +1,135 @@
+"""The running server as the rest of Lockstep sees it: adapters, scores, what is in flight, its end."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lockstep.errors import ServerError
+from lockstep.process import Child
+from lockstep.serving.modelargs import adapter_fields
+from lockstep.serving.serverlog import why_it_ended
+
+_CALL_DEADLINE_S = 60.0
+_ADAPTER_DEADLINE_S = 300.0
+
+
+class Server:
+    """A vLLM server under its guard, spoken to over loopback with the run's token. Every call has a deadline.
+
+    `base_url` (with `/v1`) and `api_key` are what an OpenAI client needs.
+    """
+
+    def __init__(self, child: Child, port: int, api_key: str, served_name: str) -> None:
+        self.child = child
+        self.root_url = f"http://127.0.0.1:{port}"
+        self.base_url = f"{self.root_url}/v1"
+        self.api_key = api_key
+        self.served_name = served_name
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Serves the PEFT folder `path` as model `name`. One name and one unchanging folder per version.
+
+        Raises ServerError if the name is taken or the folder is not an adapter for this model.
+        """
+        body = {"lora_name": name, "lora_path": str(path.resolve()), **adapter_fields(path)}
+        await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=_ADAPTER_DEADLINE_S)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Stops serving an adapter. Raises ServerError if it isn't served."""
+        await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", "/lockstep/sync/forget_adapter", {"name": name}, deadline_s=_ADAPTER_DEADLINE_S)
+
+    async def models(self) -> list[str]:
+        """Names served now: the base model's first, then the adapters'."""
+        reply = (await self.call("GET", "/v1/models")).json()
+        return [entry["id"] for entry in reply["data"]]
+
+    async def score(self, model: str, tokens: list[int]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each token after the first under `model`, computed afresh.
+
+        vLLM reads no prefix cache for a request that asks for its prompt's logprobs, so this shows the weights and the
+        adapter that the server holds now. The server's context must have room for one token more than these.
+        """
+        return (await self.score_choice(model, tokens))[0]
+
+    async def score_choice(self, model: str, tokens: list[int]) -> tuple[list[float], dict[str, Any]]:
+        """`score`, and the whole choice of the reply: where routes are captured, it has those of all `tokens`."""
+        if len(tokens) < 2:
+            raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
+        body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+        reply = (await self.call("POST", "/v1/completions", body, deadline_s=_ADAPTER_DEADLINE_S)).json()
+        choice = reply["choices"][0]
+        entries = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
+        return [float(entry[str(token)]["logprob"]) for token, entry in entries], choice
+
+    async def rename(self, name: str) -> None:
+        """Serves the base model as `name` from now on, and no longer under its old name."""
+        await self.call("POST", "/lockstep/served_name", {"name": name})
+        self.served_name = name
+
+    async def in_flight(self) -> dict[str, int]:
+        """Requests being served now, by the model name they asked for."""
+        return (await self.status())["in_flight"]
+
+    async def status(self) -> dict[str, Any]:
+        """vLLM's version and what is in flight, from the plugin's own route."""
+        return (await self.call("GET", "/lockstep/status")).json()
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = _CALL_DEADLINE_S
+    ) -> httpx.Response:
+        """One request with the token. Raises ServerError on a refusal, a missed deadline or a dead server."""
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        # One client per call: this object may be used from several event loops, a client may not. No proxy for
+        # loopback.
+        async with httpx.AsyncClient(timeout=deadline_s, verify=False, trust_env=False) as client:
+            try:
+                request = client.request(method, self.root_url + path, json=body, headers=headers)
+                response = await asyncio.wait_for(request, deadline_s)
+            except (httpx.TimeoutException, TimeoutError):
+                self.check_alive()
+                raise ServerError(
+                    f"{self.child.name} did not answer {method} {path} within {deadline_s:g} s "
+                    f"(log: {self.child.log_path})"
+                ) from None
+            except httpx.TransportError as error:
+                await self._noticed_end()
+                raise ServerError(
+                    f"{self.child.name} broke off {method} {path}: {error or type(error).__name__}"
+                ) from None
+        if response.status_code >= 400:
+            raise ServerError(
+                f"{self.child.name} refused {method} {path} ({response.status_code}): {_message(response)}"
+            )
+        return response
+
+    def check_alive(self) -> None:
+        """Raises ServerError, with the log's last lines, if the server has ended."""
+        status = self.child.poll()
+        if status is not None:
+            raise ServerError(why_it_ended(self.child, f"ended with status {status}"))
+
+    async def close(self, grace_s: float = 10.0) -> None:
+        """Ends the server and everything it started; harmless when it has ended."""
+        await asyncio.to_thread(self.child.terminate, grace_s)
+
+    async def _noticed_end(self) -> None:
+        """A broken connection mostly means that the server is going down: gives the guard a moment to notice."""
+        for _ in range(20):
+            self.check_alive()
+            await asyncio.sleep(0.1)
+
+
+def _message(response: httpx.Response) -> str:
+    """vLLM's own words from an error reply, in one line."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text.strip()[:500]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(message).split())[:500]

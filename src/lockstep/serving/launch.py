@@ -1,0 +1,259 @@
+"""Starts a vLLM server and hands it over once it has generated a token through the whole path."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockstep.errors import ServerError
+from lockstep.process import Child, child_env, spawn
+from lockstep.serving.client import Server
+from lockstep.serving.environments import Runtime
+from lockstep.serving.modelargs import model_arguments
+from lockstep.serving.serverlog import last_words, why_it_ended
+
+Progress = Callable[[str], None]
+
+_POLL_S = 0.25
+_REPORT_S = 2.0
+_PORT_ATTEMPTS = 3
+_ADDRESS_IN_USE = "Address already in use"
+
+
+class LoraServing(BaseModel):
+    """How many adapters a server holds. vLLM allocates room for `max_loras` of rank `max_rank` on the device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_rank: int = Field(default=16, ge=1)
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters that one batch may mix."""
+    max_cpu_loras: int = Field(default=16, ge=1)
+    """Adapters kept in host memory."""
+    targets: tuple[str, ...] = ()
+    """The only layers that adapters change, by their Hugging Face names; vLLM then keeps no room for the others. Empty: all.
+
+    Without a limit vLLM 0.32 wraps the output head too, and on a CPU it dies of a request for prompt logprobs that is
+    batched with another one.
+    """
+
+
+class ServerConfig(BaseModel):
+    """Everything that decides how a server is started."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    """A Hugging Face checkpoint folder."""
+    served_name: str
+    """Model name of the base weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lora: LoraServing | None = None
+    max_model_len: int = Field(default=2048, ge=2)
+    max_num_seqs: int = Field(default=64, ge=1)
+    gpus: tuple[int, ...] = ()
+    """Devices of a CUDA server; their number is the tensor-parallel size. Empty: one, the first visible."""
+    seed: int = 0
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """Memory of the KV cache. None: 256 MiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of a CPU server. None: half of this machine's cores."""
+    tool_call_parser: str | None = None
+    """vLLM's name of the parser that turns text into tool calls. None:
+
+    replies to requests with tools are plain text.
+    """
+    capture_routes: bool = False
+    """Each choice carries the experts that its tokens used. For mixture-of-experts models.
+
+    On a CPU vLLM can do this with Triton's interpreter only: some tens of tokens per second.
+    """
+    extra_args: tuple[str, ...] = ()
+    """Further arguments of vLLM's own command line."""
+    start_deadline_s: float = Field(default=900.0, gt=0.0)
+
+
+async def launch(
+    config: ServerConfig, runtime: Runtime, run_dir: Path, progress: Progress = lambda line: None
+) -> Server:
+    """Starts the server on a free loopback port with a fresh token; returns when it has generated a token.
+
+    Its log is `run_dir/logs/server.log`. Raises ServerError, with the log's last lines, if it dies or misses its
+    deadline.
+    """
+    if not (config.model / "config.json").is_file():
+        raise ServerError(f"{config.model} is no Hugging Face checkpoint folder: it has no config.json")
+    for attempt in range(_PORT_ATTEMPTS):
+        server = _start(config, runtime, run_dir)
+        try:
+            await _until_ready(server, config, progress)
+        except _PortTakenError:
+            await server.close(grace_s=0.0)
+            if attempt == _PORT_ATTEMPTS - 1:
+                raise ServerError(f"another program took the free port {_PORT_ATTEMPTS} times in a row") from None
+            progress("another program took the port: trying the next")
+        except BaseException:  # a cancelled start, too, must leave no server behind
+            server.child.kill()
+            raise
+        else:
+            return server
+    raise AssertionError("unreachable")
+
+
+class _PortTakenError(Exception):
+    """Another program bound the port between our look and vLLM's."""
+
+
+def _start(config: ServerConfig, runtime: Runtime, run_dir: Path) -> Server:
+    port, token = _free_port(), secrets.token_urlsafe(32)
+    child = spawn(
+        _command(config, runtime, port),
+        _environment(config, runtime, token),
+        run_dir / "logs" / "server.log",
+        "the server",
+    )
+    return Server(child, port, token, config.served_name)
+
+
+def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
+    command = [
+        str(runtime.python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--model", str(config.model), "--served-model-name", config.served_name, "--dtype", config.dtype]
+    command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
+    command += ["--seed", str(config.seed), "--disable-uvicorn-access-log"]
+    # Nothing hidden in the checkpoint changes the sampling, and logprobs are of the distribution that was sampled from.
+    command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    # The last one is the outermost.
+    command += ["--middleware", "lockstep_vllm.choices.ChoiceFields", "--middleware", "lockstep_vllm.auth.BearerAuth"]
+    if config.tool_call_parser is not None:
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
+    command += ["--worker-extension-cls", "lockstep_vllm.receiver.Receiver"]
+    command += model_arguments(config.model, lora=config.lora is not None)
+    if config.lora is not None:
+        command += ["--enable-lora", "--max-lora-rank", str(_served_rank(config.lora.max_rank))]
+        command += ["--max-loras", str(config.lora.max_loras), "--max-cpu-loras", str(config.lora.max_cpu_loras)]
+        if config.lora.targets:
+            command += ["--lora-target-modules", *config.lora.targets]
+    if config.capture_routes:
+        command += ["--enable-return-routed-experts", "--enable-prefix-caching"]
+    if runtime.kind == "cpu":
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_bytes or 256 << 20)]
+    else:
+        command += ["--tensor-parallel-size", str(max(1, len(config.gpus)))]
+        if config.kv_cache_bytes is not None:
+            command += ["--kv-cache-memory-bytes", str(config.kv_cache_bytes)]
+        else:
+            command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    return [*command, *config.extra_args]
+
+
+def _served_rank(rank: int) -> int:
+    """The smallest rank that vLLM has room sizes for and that holds `rank`."""
+    sizes = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    for size in sizes:
+        if rank <= size:
+            return size
+    raise ServerError(f"LoRA rank {rank} is larger than vLLM serves: use at most {sizes[-1]}")
+
+
+def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str, str]:
+    extra = {
+        "LOCKSTEP_SERVER_TOKEN": token,
+        "PYTHONPATH": str(runtime.plugin_path),
+        "PYTHONUNBUFFERED": "1",
+        "VLLM_PLUGINS": "lockstep",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder: nothing is to be looked up
+    }
+    if runtime.kind == "cpu":
+        # Pinned threads of two servers, or of a server and a trainer, would share the first core.
+        threads = str(config.threads or max(1, (os.cpu_count() or 2) // 2))
+        extra |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+        # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token, for nothing here.
+        extra["TORCH_COMPILE_DISABLE"] = "1"
+        if config.capture_routes:
+            # Only vLLM's second model runner returns routes. It wants Triton, which a CPU has as an interpreter only.
+            interpreter = runtime.plugin_path / "lockstep_vllm" / "interpreter"
+            extra["PYTHONPATH"] = os.pathsep.join([str(runtime.plugin_path), str(interpreter)])
+            extra |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    elif config.gpus:
+        extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus))
+    return child_env(extra)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def _until_ready(server: Server, config: ServerConfig, progress: Progress) -> None:
+    started = time.monotonic()
+    reported = started
+    log_offset = server.child.log_path.stat().st_size
+    while True:
+        await asyncio.sleep(_POLL_S)
+        elapsed = time.monotonic() - started
+        status = server.child.poll()
+        if status is not None:
+            if _ADDRESS_IN_USE in _log_since(server.child, log_offset):
+                raise _PortTakenError
+            raise ServerError(why_it_ended(server.child, f"died while starting (status {status})"))
+        if elapsed > config.start_deadline_s:
+            raise ServerError(why_it_ended(server.child, f"was not ready after {config.start_deadline_s:g} s"))
+        if time.monotonic() - reported >= _REPORT_S:
+            reported = time.monotonic()
+            progress(f"starting vLLM, {elapsed:.0f} s: {last_words(server.child)}")
+        if _listens(server):
+            break
+    await _first_token(server, config, max(5.0, config.start_deadline_s - elapsed))
+    progress(f"vLLM is ready after {time.monotonic() - started:.1f} s")
+
+
+def _listens(server: Server) -> bool:
+    """Whether the port accepts connections; vLLM opens it when all its routes are up."""
+    port = int(server.root_url.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def _first_token(server: Server, config: ServerConfig, deadline_s: float) -> None:
+    """Half of vLLM's failures show at the first request only, so a health check proves nothing."""
+    # Several tokens: vLLM's CPU convolution of Qwen3.5 dies of a prompt of one.
+    body = {"model": config.served_name, "prompt": [0, 0, 0, 0], "max_tokens": 1}
+    try:
+        reply = (await server.call("POST", "/v1/completions", body, deadline_s=deadline_s)).json()
+    except ServerError:
+        raise ServerError(why_it_ended(server.child, "failed at its first token")) from None
+    choice = reply["choices"][0]
+    if len(choice.get("token_ids") or []) != 1 or not choice.get("weight_versions") or "sampling" not in choice:
+        raise ServerError(
+            f"the server answers without token ids and versions: is {server.child.log_path} our plugin's?"
+        )
+    status = await server.status()
+    if status["in_flight"]:
+        raise ServerError(f"a fresh server says that it is serving {status['in_flight']}")
+
+
+def _log_since(child: Child, offset: int) -> str:
+    with child.log_path.open("rb") as log:
+        log.seek(offset)
+        return log.read().decode(errors="replace")

@@ -1,0 +1,50 @@
+"""Sends weights into a server from a process of its own, as the trainer does. Small tools for the tests of the sync."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+
+def load(folder):
+    """The Hugging Face model of a checkpoint, fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def hf_logprobs(model, tokens: list[int]) -> torch.Tensor:
+    """Log-probability of each token after the first."""
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([tokens])).logits[0].float()
+    return torch.log_softmax(logits_SV[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def checkpoint_weights(model, folder) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of every weight as the checkpoint on disk names them:
+
+    stacked experts or one tensor per expert.
+    """
+    stored: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored |= set(file.keys())
+    found: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in model.named_parameters():
+        experts, is_experts, projection = name.rpartition(".experts.")
+        if name in stored or not is_experts:
+            found.append((name, tensor))
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = {"gate_proj": matrix[: len(matrix) // 2], "up_proj": matrix[len(matrix) // 2 :]}
+            for part, rows in ({"down_proj": matrix} if projection == "down_proj" else parts).items():
+                found.append((f"{experts}.experts.{expert}.{part}.weight", rows))
+    assert {name for name, _ in found} == stored
+    return found
+
+
+def change(model, seed: int, scale: float = 0.1) -> None:
+    """A random step on every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num(0.1) * scale)

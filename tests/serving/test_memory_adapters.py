@@ -1,0 +1,143 @@
+"""Adapters from memory against the same adapters from a folder, and against PEFT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from sync_driver import hf_logprobs, load
+
+from lockstep.errors import ServerError, WeightsError
+from lockstep.families.tiny import write_tiny
+from lockstep.serving.launch import LoraServing, ServerConfig, launch
+from lockstep.sync.export import describe
+from lockstep.sync.plan import make_plan
+from lockstep.sync.push import AdapterPusher, Endpoint
+from lockstep.sync.transports import GlooTransport
+
+pytestmark = pytest.mark.server
+
+TOKENS = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(31)).tolist()
+
+
+def adapter(model_folder, folder, seed: int, rank: int = 4):
+    """A PEFT folder with both factors random: its tensors, its config, and what PEFT scores with it."""
+    torch.manual_seed(seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(load(model_folder), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    tensors = sorted(load_file(folder / "adapter_model.safetensors").items())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return tensors, config, hf_logprobs(PeftModel.from_pretrained(load(model_folder), folder), TOKENS)
+
+
+def make_pusher(server, tensors, config):
+    plan = make_plan(describe(tensors), bucket_bytes=4000)
+    assert len(plan.buckets) > 10
+    endpoint = Endpoint(server.root_url, server.api_key)
+    return AdapterPusher(endpoint, GlooTransport(60.0), plan, config, deadline_s=100.0)
+
+
+async def served(server, name: str) -> torch.Tensor:
+    return torch.tensor(await server.score(name, TOKENS))
+
+
+async def test_versions_from_memory(server, tiny_qwen3, tmp_path):
+    made = {f"live@{seed}": adapter(tiny_qwen3, tmp_path / f"{seed}", seed) for seed in (1, 2, 3)}
+    pusher = make_pusher(server, *made["live@1"][:2])
+    for name, (tensors, _, expected_S) in made.items():
+        report = await asyncio.to_thread(pusher.push, tensors, name)
+        assert report.nbytes == sum(tensor.nbytes for _, tensor in tensors)
+        torch.testing.assert_close(await served(server, name), expected_S, atol=1e-5, rtol=0)
+    # All stay served, each as itself, and the same bytes from the folder score the same.
+    for name, (_, _, expected_S) in made.items():
+        torch.testing.assert_close(await served(server, name), expected_S, atol=1e-5, rtol=0)
+    await server.load_adapter("disk@2", tmp_path / "2")
+    assert torch.equal(await served(server, "disk@2"), await served(server, "live@2"))
+    with pytest.raises(WeightsError, match="already been loaded"):
+        await asyncio.to_thread(pusher.push, made["live@3"][0], "live@1")
+    torch.testing.assert_close(await served(server, "live@1"), made["live@1"][2], atol=1e-5, rtol=0)
+    # A name that comes back with other weights meets no cached keys and values of before.
+    await server.unload_adapter("live@1")
+    await asyncio.to_thread(pusher.push, made["live@3"][0], "live@1")
+    torch.testing.assert_close(await served(server, "live@1"), made["live@3"][2], atol=1e-5, rtol=0)
+    pusher.close()
+    for name in ("live@1", "live@2", "live@3", "disk@2"):
+        await server.unload_adapter(name)
+    assert await server.models() == ["base"]
+
+
+async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwen3, tmp_path):
+    tensors, config, expected_S = adapter(tiny_qwen3, tmp_path / "good", 5)
+    pusher = make_pusher(server, tensors, config)
+    await asyncio.to_thread(pusher.push, tensors, "torn@1")
+    with pytest.raises(WeightsError, match="end before"):
+        await asyncio.to_thread(pusher.push, tensors[:-2], "torn@2")
+    assert await server.models() == ["base", "torn@1"]
+    torch.testing.assert_close(await served(server, "torn@1"), expected_S, atol=1e-5, rtol=0)
+    await asyncio.to_thread(pusher.push, tensors, "torn@2")
+    torch.testing.assert_close(await served(server, "torn@2"), expected_S, atol=1e-5, rtol=0)
+    pusher.close()
+    strange = [(name.replace("layers.0.", "layers.77."), tensor) for name, tensor in tensors]
+    pusher = make_pusher(server, strange, config)
+    with pytest.raises(WeightsError, match=r"layers\.77"):
+        await asyncio.to_thread(pusher.push, strange, "torn@3")
+    pusher.close()
+    pusher = make_pusher(server, tensors, config | {"r": 64})
+    with pytest.raises(WeightsError, match="rank"):
+        await asyncio.to_thread(pusher.push, tensors, "torn@3")
+    pusher.close()
+    with pytest.raises(ValueError, match="listed twice"):
+        make_plan(describe([*tensors, tensors[0]]))
+    assert await server.models() == ["base", "torn@1", "torn@2"]
+    for name in ("torn@1", "torn@2"):
+        await server.unload_adapter(name)
+    with pytest.raises(ServerError, match="torn@1"):
+        await served(server, "torn@1")
+
+
+@pytest.mark.slow
+async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
+    """One pair per expert, on every layer; what the folder's adapter does is shown against Hugging Face elsewhere."""
+    folder = write_tiny("qwen3_moe", tmp_path / "moe", seed=3)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, columns = weight.shape
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    assert any(".experts.7.down_proj." in name for name in tensors)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "bias": "none"}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    serving = ServerConfig(
+        model=folder,
+        served_name="base",
+        dtype="float32",
+        lora=LoraServing(),
+        max_model_len=128,
+        max_num_seqs=4,
+        threads=1,
+    )
+    server = await launch(serving, runtime, tmp_path / "run")
+    try:
+        pusher = make_pusher(server, sorted(tensors.items()), config)
+        await asyncio.to_thread(pusher.push, sorted(tensors.items()), "live@1")
+        await server.load_adapter("disk@1", tmp_path / "adapter")
+        assert torch.equal(await served(server, "live@1"), await served(server, "disk@1"))
+        assert (await served(server, "live@1") - await served(server, "base")).abs().mean() > 0.05
+        pusher.close()
+    finally:
+        await server.close()

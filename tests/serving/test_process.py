@@ -1,0 +1,155 @@
+"""Children die with their parent, whatever happens to either."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lockstep.process import child_env, spawn
+
+# A command with a child that left its session, whose own child left it again; all write their ids to a file.
+TREE = """
+import os, sys, time
+def note():
+    with open(sys.argv[1], "a") as ids:
+        ids.write(f"{os.getpid()}\\n")
+note()
+if os.fork() == 0:
+    os.setsid(); note()
+    if os.fork() == 0:
+        os.setsid(); note()
+time.sleep(600)
+"""
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+)
+# A parent that starts the tree under a guard, and forks a child of its own, which keeps every descriptor open.
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from lockstep.process import child_env, spawn
+child = spawn([sys.executable, "-c", sys.argv[1], sys.argv[2]], child_env(), Path(sys.argv[3]), "tree")
+print(child.pid, flush=True)
+if os.fork() == 0:
+    time.sleep(8); os._exit(0)
+time.sleep(600)
+"""
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the process group is killed")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def ids_in(path: Path, count: int) -> list[int]:
+    assert until(lambda: path.exists() and len(path.read_text().split()) == count, 10.0)
+    return [int(word) for word in path.read_text().split()]
+
+
+def start_tree(tmp_path: Path):
+    child = spawn([sys.executable, "-c", TREE, str(tmp_path / "ids")], child_env(), tmp_path / "logs" / "log", "tree")
+    return child, ids_in(tmp_path / "ids", 3)
+
+
+@linux_only
+def test_the_tree_dies_with_its_parent_on_sigkill(tmp_path):
+    arguments = [sys.executable, "-c", PARENT, TREE, str(tmp_path / "ids"), str(tmp_path / "logs" / "log")]
+    parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    guard = int(parent.stdout.readline())
+    members = [guard, *ids_in(tmp_path / "ids", 3)]
+    assert all(map(alive, members))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    assert until(lambda: not any(map(alive, members)), 3.0), [pid for pid in members if alive(pid)]
+
+
+@linux_only
+def test_terminate_and_the_commands_own_end_leave_nothing(tmp_path):
+    child, members = start_tree(tmp_path)
+    assert child.poll() is None
+    with pytest.raises(TimeoutError, match="tree"):
+        child.wait(0.05)
+    assert child.terminate(5.0) == 128 + signal.SIGTERM
+    assert not any(map(alive, members))
+    assert child.terminate(5.0) == 128 + signal.SIGTERM  # harmless when it has ended
+
+    (tmp_path / "ids").unlink()
+    child, members = start_tree(tmp_path)
+    os.kill(members[0], signal.SIGKILL)  # the command itself, as when vLLM's API process is killed
+    assert child.wait(5.0) == 128 + signal.SIGKILL
+    assert not any(map(alive, members))
+
+
+@linux_only
+def test_the_command_dies_with_its_guard(tmp_path):
+    child = spawn([sys.executable, "-c", STUBBORN], child_env(), tmp_path / "log", "stubborn")
+    assert until(lambda: child.log_tail() == "ready", 10.0)
+    command = int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text())
+    os.kill(child.pid, signal.SIGKILL)
+    assert until(lambda: not alive(command), 3.0)
+    assert child.wait(3.0) == -signal.SIGKILL
+
+
+def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path):
+    child = spawn([sys.executable, "-c", STUBBORN], child_env(), tmp_path / "log", "stubborn")
+    assert until(lambda: child.log_tail() == "ready", 10.0)
+    assert child.terminate(0.3) == 128 + signal.SIGKILL
+
+
+def test_a_child_outlives_the_thread_that_started_it(tmp_path):
+    started = []
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    thread = threading.Thread(target=lambda: started.append(spawn(command, child_env(), tmp_path / "log", "sleeper")))
+    thread.start()
+    thread.join()
+    with pytest.raises(TimeoutError):
+        started[0].wait(1.0)
+    assert started[0].kill() == 128 + signal.SIGKILL
+
+
+def test_exit_status_log_and_environment(tmp_path, monkeypatch):
+    for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "SECRET_TOKEN", "PIP_INDEX_URL"):
+        monkeypatch.setenv(name, "/leaks")
+    monkeypatch.setenv("HF_HOME", "/kept")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert child_env(installer=True)["PIP_INDEX_URL"] == "/leaks"
+    code = "import os; print(*sorted(f'{n}={v}' for n, v in os.environ.items()), sep='\\n'); raise SystemExit(7)"
+    log = tmp_path / "logs" / "log"
+    child = spawn([sys.executable, "-I", "-c", code], child_env({"GIVEN": "yes"}), log, "environment")
+    assert child.wait(10.0) == 7
+    seen = dict(line.split("=", 1) for line in log.read_text().splitlines())
+    assert "/leaks" not in seen.values()
+    assert (seen["GIVEN"], seen["HF_HOME"], seen["CUDA_VISIBLE_DEVICES"]) == ("yes", "/kept", "3")
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert log.parent.stat().st_mode & 0o777 == 0o700
+    assert child.log_tail(1) == log.read_text().splitlines()[-1]
+
+
+def test_a_command_that_does_not_exist_is_named_in_the_log(tmp_path):
+    child = spawn(["/no/such/program"], child_env(), tmp_path / "log", "missing")
+    assert child.wait(5.0) == 127
+    assert "/no/such/program" in child.log_tail()
