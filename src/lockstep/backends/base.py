@@ -1,0 +1,36 @@
+"""What a model needs from whatever trains and serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lockstep.config import TrainConfig, TrainResult
+    from lockstep.model import TrainableModel
+    from lockstep.trajectory import TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is served: an OpenAI-compatible base URL (it ends in `/v1`) and the run's bearer token."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+
+
+class Backend(Protocol):
+    """Trains and serves registered models. `train` publishes step N + 1 and returns once the server serves it."""
+
+    async def register(self, model: TrainableModel) -> int:
+        """Prepare `model` (start server and trainer, resume its last published step) and return that step."""
+        ...
+
+    def endpoint(self, model: TrainableModel) -> Endpoint: ...
+
+    async def train(
+        self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
+    ) -> TrainResult: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,42 @@
+"""The proof after each sync: the server scores fixed tokens, and its log-probabilities must be the trainer's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.errors import MismatchError
+
+# Largest |difference| per token between two programs that compute the same policy, in nats. fp32: measured at 1e-6 to 3e-6 between
+# vLLM and Megatron-Core on CPU; a wrong or missing adapter shows at 1e-2 and more. bf16: rounding alone gives a few 1e-2.
+_LARGEST = {"float32": 1e-4, "bfloat16": 0.25}
+_MEAN = {"float32": 2e-5, "bfloat16": 0.06}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed tokens, the same for a run's whole life. `dtype` is what both sides compute in."""
+
+    tokens: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def make(cls, vocab_size: int, dtype: str, length: int = 48) -> Probe:
+        """Tokens drawn with a fixed seed over the whole vocabulary."""
+        tokens = np.random.default_rng(20_26).integers(0, vocab_size, length)
+        return cls(tuple(int(token) for token in tokens), dtype)
+
+    def compare(self, version: str, served: list[float], trained: list[float], log: Path) -> float:
+        """Mean |difference| in nats. Raises MismatchError if the server does not compute what the trainer does."""
+        if len(served) != len(trained) or len(served) != len(self.tokens) - 1:
+            raise MismatchError(f"{version}: the server scored {len(served)} probe tokens, the trainer {len(trained)}")
+        difference = np.abs(np.array(served) - np.array(trained))
+        mean, largest = float(difference.mean()), float(difference.max())
+        if not (largest <= _LARGEST[self.dtype] and mean <= _MEAN[self.dtype]):
+            raise MismatchError(
+                f"the server does not hold {version}: its log-probabilities of the probe differ from the trainer's by "
+                f"{mean:.2e} on average, {largest:.2e} at most (allowed {_MEAN[self.dtype]:.0e} and {_LARGEST[self.dtype]:.0e}); see {log}"
+            )
+        return mean

@@ -1,0 +1,218 @@
+"""The command line. Every command is a few lines over a function of the library; errors a user can fix print as one line."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lockstep.errors import ConfigError, LockstepError
+
+app = typer.Typer(
+    help="Reinforcement-learning post-training of LLM agents: the policy that is trained is the policy that was sampled.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+runtime_app = typer.Typer(help="The isolated vLLM environment that serves models.", no_args_is_help=True)
+app.add_typer(runtime_app, name="runtime")
+
+console = Console()
+
+
+@app.command()
+def quickstart(
+    path: Annotated[Path, typer.Option(help="folder for the tiny model and the run")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="seed of the model, the data order and the sampling")] = 0,
+    fresh: Annotated[bool, typer.Option(help="delete what an earlier quickstart left in the folder")] = True,
+) -> None:
+    """Make a tiny Qwen3 and train it with GRPO until its answers earn 0.9. Needs no GPU and no download; about a minute."""
+    from lockstep.quickstart import run_quickstart
+
+    raise SystemExit(asyncio.run(run_quickstart(path, seed, fresh, console)))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="the run's TOML file", show_default=False)],
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="train a tiny model made here instead of the base model; needs no GPU")
+    ] = False,
+) -> None:
+    """Train a model on your own task: a TOML file and a short Python file with the rollout and the reward."""
+    from lockstep.quickstart import run_file
+
+    raise SystemExit(asyncio.run(run_file(config, tiny, console)))
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="say this, print the reply, and leave")] = None,
+    step: Annotated[int | None, typer.Option(help="which published step; the last one if not given")] = None,
+) -> None:
+    """Talk to a trained model: starts its server, loads the step's adapter, and reads from the terminal."""
+    from lockstep.chat import chat_with
+
+    asyncio.run(chat_with(run, message, step, console))
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
+    input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routes": null}')],  # noqa: A002
+    output: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "logprobs": [-1.2, -0.4]}')],
+    adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter folder")] = None,
+    tp: Annotated[int, typer.Option(help="tensor parallel size")] = 1,
+    pp: Annotated[int, typer.Option(help="pipeline parallel size")] = 1,
+    ep: Annotated[int, typer.Option(help="expert parallel size")] = 1,
+    sp: Annotated[bool, typer.Option("--sp", help="sequence parallel between tensor parallel layers")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="pack into prefix trees first; values stay the same")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
+) -> None:
+    """Score token sequences with the training engine: one log-probability per token after the first."""
+    from lockstep.config import Parallel
+    from lockstep.scoring import read_lines, write_lines
+    from lockstep.scoring import score as score_lines
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
+    # Experts split the ranks that tensor and data parallelism span, so what tensor leaves open is data parallel.
+    parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, data=max(1, ep // tp), sequence=sp)
+    lines = read_lines(input)
+    with console.status(f"scoring {len(lines)} sequences on {parallel.processes} processes"):
+        scored = asyncio.run(score_lines(model, lines, adapter=adapter, parallel=parallel, packed=packed, dtype=dtype))
+    write_lines(output, scored)
+    _say(f"{output}: {len(scored)} sequences, {sum(len(one.logprobs) for one in scored)} log-probabilities")
+
+
+@app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
+    stages: Annotated[str, typer.Option(help="what to check, separated by commas")] = "train_inf_mismatch",
+    output: Annotated[Path, typer.Option(help="the report as JSON")] = Path("validation.json"),
+    seed: Annotated[int, typer.Option(help="seed of the random adapter and of the sampling")] = 0,
+    prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
+) -> None:
+    """Check a model on this machine: the trainer against the server. Exits with 1 if a stage is outside its limits."""
+    from lockstep.validate.command import validate_model
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
+    names = [name.strip() for name in stages.split(",") if name.strip()]
+    settings = {"seed": seed, "prompts": prompts, "tokens": tokens, "dtype": dtype}
+    raise SystemExit(asyncio.run(validate_model(model, names, output, settings, console)))
+
+
+@app.command()
+def models() -> None:
+    """List the supported model families: modes, adapter status and the evidence for each."""
+    from rich.table import Table
+
+    from lockstep.families.registry import list_model_support_specs
+
+    table = Table(title="Supported models", title_justify="left")
+    for name in ("family", "models", "kind", "rollout weights", "adapters in vLLM", "evidence"):
+        table.add_column(name, overflow="fold")
+    for spec in list_model_support_specs():
+        table.add_row(
+            spec.key,
+            "\n".join(spec.model_names),
+            "mixture of experts" if spec.is_moe else "dense",
+            spec.default_rollout_weights_mode,
+            spec.native_vllm_lora_status,
+            spec.evidence or "none yet",
+        )
+    console.print(table)
+
+
+@app.command()
+def tiny(
+    family: Annotated[str, typer.Argument(help="qwen3, qwen3_moe, qwen3_5 or qwen3_5_moe", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
+    seed: Annotated[int, typer.Option(help="seed of the weights")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of the model's config")
+    ] = None,
+) -> None:
+    """Write a small Hugging Face checkpoint with random weights, a tokenizer and a chat template."""
+    import json
+
+    from lockstep.families.tiny import write_tiny
+
+    overrides = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, for example --set num_hidden_layers=2")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    write_tiny(family, folder, seed=seed, overrides=overrides)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    _say(f"{folder}: {family}, {size / 1e6:.1f} MB")
+
+
+@runtime_app.command("install")
+def runtime_install(
+    kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
+) -> None:
+    """Build the server's environment from its lock file. Continues where an interrupted install stopped."""
+    from lockstep.serving.install import install
+
+    if kind not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--kind {kind}: it is cpu or cuda")
+    runtime = install(kind, progress=_say)
+    _say(f"runtime {runtime.kind} is ready: {runtime.python}")
+
+
+@runtime_app.command("status")
+def runtime_status() -> None:
+    """Show which server environments exist, their sizes, and which one is used."""
+    from rich.table import Table
+
+    from lockstep.serving.environments import status
+
+    table = Table(title="Server environments", title_justify="left")
+    for name in ("kind", "folder", "size", "python", "state"):
+        table.add_column(name, overflow="fold")
+    for entry in status():
+        state = (
+            ("current" if entry.current else "kept") if entry.complete else "incomplete: run lockstep runtime install"
+        )
+        table.add_row(entry.kind, str(entry.folder), f"{entry.size_bytes / 1e9:.2f} GB", entry.python_version, state)
+    if table.row_count:
+        console.print(table)
+    else:
+        _say("no server environment yet: run lockstep runtime install")
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr and the error's exit code."""
+    try:
+        app()
+    except LockstepError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; published steps are safe, run the same command to go on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

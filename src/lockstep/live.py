@@ -1,0 +1,66 @@
+"""What a run shows while it goes: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from lockstep.loop import Row
+
+_COLUMNS = ("step", "reward", "greedy", "loss", "KL", "mismatch", "rollout s", "train s", "sync s")
+
+
+def _cells(row: Row) -> list[str]:
+    def number(value: float, form: str) -> str:
+        return "" if math.isnan(value) else format(value, form)
+
+    return [
+        str(row.step),
+        number(row.reward, ".3f"),
+        number(row.greedy, ".3f"),
+        number(row.loss, "+.4f"),
+        number(row.kl, ".1e"),
+        number(row.mismatch, ".1e"),
+        number(row.rollout_s, ".1f"),
+        number(row.train_s, ".1f"),
+        number(row.sync_s, ".1f"),
+    ]
+
+
+class LiveTable:
+    """Context manager; call it with each Row. `reward` is sampled at the step, `greedy` measured before training it."""
+
+    def __init__(self, console: Console, title: str):
+        self._console = console
+        self._table = Table(title=title, title_justify="left")
+        for name in _COLUMNS:
+            self._table.add_column(name, justify="right", min_width=8)
+        self._live = Live(self._table, console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> LiveTable:
+        if self._live:
+            self._live.start()
+        else:
+            self._line(_COLUMNS)
+        return self
+
+    def __call__(self, row: Row) -> None:
+        if self._live:
+            self._table.add_row(*_cells(row))
+        else:
+            self._line(_cells(row))
+
+    def _line(self, cells: Sequence[str]) -> None:
+        text = "  ".join(f"{cell:>9}" for cell in cells)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()

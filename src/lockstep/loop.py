@@ -1,0 +1,141 @@
+"""The loop: evaluate, roll out, train, until the reward or the last step is reached.
+
+This is the whole of `lockstep train`; a user's own script can call the same few lines with their own objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.errors import RolloutError
+from lockstep.trajectory import TrajectoryGroup, gather_trajectory_groups, write_parquet
+
+if TYPE_CHECKING:
+    from lockstep.backends.base import Backend
+    from lockstep.config import TrainConfig
+    from lockstep.model import TrainableModel
+    from lockstep.runfile import TaskSection
+    from lockstep.task import Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step."""
+
+    step: int
+    reward: float
+    greedy: float
+    loss: float = math.nan
+    kl: float = math.nan
+    mismatch: float = math.nan
+    rollout_s: float = math.nan
+    train_s: float = math.nan
+    sync_s: float = math.nan
+
+
+@dataclass
+class Outcome:
+    """How a run ended: its rows, the last published step, and whether the target reward was reached."""
+
+    rows: list[Row] = field(default_factory=list)
+    step: int = 0
+    reached: bool = False
+
+    @property
+    def greedy(self) -> float:
+        return self.rows[-1].greedy if self.rows else math.nan
+
+
+async def greedy_reward(model: TrainableModel, task: Task, limit: int) -> float:
+    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` scenarios)."""
+    scenarios = task.scenarios[:limit]
+    groups = await gather_trajectory_groups(
+        [[task.rollout(model, scenario, 0.0)] for scenario in scenarios], max_exceptions=0, progress=False
+    )
+    return sum(group.trajectories[0].reward for group in groups) / len(groups)
+
+
+async def roll_out(model: TrainableModel, task: Task, section: TaskSection, step: int) -> list[TrajectoryGroup]:
+    """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
+    scenarios = task.draw(section.groups_per_step, section.seed, step)
+    return await gather_trajectory_groups(
+        [
+            [task.rollout(model, scenario, section.temperature) for _ in range(section.group_size)]
+            for scenario in scenarios
+        ],
+        max_exceptions=section.max_exceptions,
+        progress=False,
+    )
+
+
+async def run(
+    model: TrainableModel,
+    backend: Backend,
+    task: Task,
+    section: TaskSection,
+    config: TrainConfig,
+    run_path: Path,
+    on_row: Callable[[Row], None],
+) -> Outcome:
+    """Train until the greedy reward reaches `stop_at_reward` or the run has `steps` steps.
+
+    The model must be registered. Trajectories of every step are on disk before it is trained, those of a failed gather too.
+    """
+    outcome = Outcome(step=model.step)
+    while True:
+        step = model.step
+        greedy = math.nan
+        last = step >= section.steps
+        if last or step % section.evaluate_every == 0:
+            greedy = await greedy_reward(model, task, section.evaluate_scenarios)
+        outcome.step = step
+        outcome.reached = section.stop_at_reward is not None and greedy >= section.stop_at_reward
+        if outcome.reached or last:
+            row = Row(step=step, reward=math.nan, greedy=greedy)
+            outcome.rows.append(row)
+            on_row(row)
+            return outcome
+        row = await _one_step(model, backend, task, section, config, run_path, greedy)
+        outcome.rows.append(row)
+        on_row(row)
+
+
+async def _one_step(
+    model: TrainableModel,
+    backend: Backend,
+    task: Task,
+    section: TaskSection,
+    config: TrainConfig,
+    run_path: Path,
+    greedy: float,
+) -> Row:
+    step = model.step
+    trajectories = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
+    started = time.monotonic()
+    try:
+        groups = await roll_out(model, task, section, step)
+    except RolloutError as error:
+        await asyncio.to_thread(write_parquet, trajectories, error.groups, step)
+        raise
+    await asyncio.to_thread(write_parquet, trajectories, groups, step)
+    rollout_s = time.monotonic() - started
+    result = await backend.train(model, groups, config)
+    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+    metrics = result.metrics
+    return Row(
+        step=step,
+        reward=sum(rewards) / len(rewards),
+        greedy=greedy,
+        loss=metrics["loss"],
+        kl=metrics["kl"],
+        mismatch=metrics.get("mismatch", math.nan),
+        rollout_s=rollout_s,
+        train_s=metrics["seconds_train"],
+        sync_s=metrics["seconds_sync"],
+    )

@@ -1,0 +1,81 @@
+"""The file that `lockstep train` reads: TOML, checked key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, load_toml
+
+
+class ModelSection(Config):
+    """[model]: what is trained."""
+
+    name: str = Field(description="name of the model; step 3 is served as NAME@3")
+    project: str = Field(description="groups runs: files go to PATH/PROJECT/NAME")
+    base_model: str = Field(description="a Hugging Face id, or a folder with config.json and safetensors files")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+
+
+class BackendSection(Config):
+    """[backend]: where it runs. Every setting has a default that runs on the machine at hand."""
+
+    path: str = Field(default="./runs", description="folder that holds all runs, relative to the current folder")
+    rollout_weights_mode: Literal["lora", "merged"] = "lora"
+    placement: Placement | None = Field(
+        default=None, description="GPU numbers of trainer and server; none without GPUs"
+    )
+    parallel: Parallel = Field(default_factory=Parallel)
+    max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
+    tool_call_parser: str | None = Field(
+        default=None, description="vLLM's parser that turns the model's text into tool calls; the family's if not given"
+    )
+    enable_expert_replay: bool = Field(
+        default=True, description="mixture-of-experts only: train on the server's experts"
+    )
+
+
+class TaskSection(Config):
+    """[task]: what is rolled out."""
+
+    file: str = Field(description="Python file with scenarios() and rollout(), relative to this config")
+    steps: int = Field(gt=0, description="the run ends when the model has this many steps")
+    groups_per_step: int = Field(default=8, gt=0)
+    group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
+    temperature: float = Field(default=1.0, gt=0)
+    max_exceptions: int | float = Field(
+        default=0, ge=0, description="failed rollouts tolerated per step: a count, or a fraction below 1"
+    )
+    evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
+    evaluate_scenarios: int = Field(default=64, gt=0)
+    stop_at_reward: float | None = Field(default=None, description="end early when the greedy reward reaches this")
+    seed: int = 0
+
+
+class TinySection(Config):
+    """[tiny]: what `--tiny` changes, so that the run needs no GPU and no download."""
+
+    family: Literal["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"] = "qwen3"
+    config: dict[str, int | float | bool | str] = Field(
+        default={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128},
+        description="fields of the model's config.json, as in `lockstep tiny --set`",
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="supervised steps on the task's demonstrations")
+    train: dict[str, Any] = Field(default_factory=dict, description="settings that replace those of [train]")
+
+
+class RunFile(Config):
+    """A whole run."""
+
+    model: ModelSection
+    backend: BackendSection = Field(default_factory=BackendSection)
+    task: TaskSection
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    tiny: TinySection = Field(default_factory=TinySection)
+
+
+def load_run_file(path: Path) -> RunFile:
+    """Read a run's TOML file. Raises ConfigError with the first thing that is wrong, in one line."""
+    return load_toml(path, RunFile)

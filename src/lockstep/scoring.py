@@ -1,0 +1,141 @@
+"""`lockstep score`: log-probabilities of token sequences, computed by the training engine at any parallel size.
+
+A line in: {"id": "a", "tokens": [1, 2, 3], "routes": null}; a line out: {"id": "a", "logprobs": [-1.2, -0.4]}, one value (nats) per
+token after the first, in input order. `routes` are expert ids [tokens][MoE layers][experts per token] for mixture-of-experts models.
+
+Shape suffixes: S tokens, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from safetensors.numpy import load_file
+
+from lockstep.backends.trainer import Trainer
+from lockstep.config import Config, Parallel
+from lockstep.errors import ConfigError, DataError
+from lockstep.families.config import checkpoint_dtype
+from lockstep.families.hub import checkpoint_folder
+from lockstep.families.registry import load_model_config
+from lockstep.tokens.batch import unpack_scores
+from lockstep.tokens.pack import pack, save_batch
+from lockstep.tokens.tree import TokenSequence, scoring_sequence
+
+_DEADLINE_S = 600.0
+
+
+class Line(Config):
+    """One input line."""
+
+    id: str
+    tokens: list[int] = Field(min_length=2)
+    routes: list[list[list[int]]] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probability (nats) of each token after the first."""
+
+    id: str
+    logprobs: list[float]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read a JSON-lines file. Raises DataError naming the line: not JSON, unknown key, fewer than two tokens, an id twice."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give a JSON-lines file with id and tokens")
+    lines, seen = [], set()
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            raw = json.loads(text)
+            line = Line(**raw) if isinstance(raw, dict) else None
+        except (json.JSONDecodeError, ConfigError) as error:
+            raise DataError(f"{path} line {number}: {error}") from None
+        if line is None:
+            raise DataError(f"{path} line {number}: expected an object with id and tokens")
+        if line.id in seen:
+            raise DataError(f"{path} line {number}: id {line.id!r} occurs twice")
+        seen.add(line.id)
+        lines.append(line)
+    if not lines:
+        raise DataError(f"{path} is empty: there is nothing to score")
+    return lines
+
+
+def _sequences(lines: Sequence[Line], vocab_size: int) -> list[TokenSequence]:
+    sequences = []
+    for line in lines:
+        outside = next((token for token in line.tokens if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise DataError(f"{line.id}: token {outside} is outside the vocabulary of {vocab_size}")
+        routes_SLK = None if line.routes is None else np.asarray(line.routes)
+        if routes_SLK is not None and (routes_SLK.ndim != 3 or len(routes_SLK) != len(line.tokens)):
+            raise DataError(
+                f"{line.id}: routes must be [tokens][MoE layers][experts per token] for {len(line.tokens)} tokens"
+            )
+        sequences.append(scoring_sequence(line.id, line.tokens, routes_SLK))
+    return sequences
+
+
+def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str | None) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "dtype": dtype or checkpoint_dtype(model),
+        "parallel": parallel.model_dump(mode="json") | {"sequence": parallel.sequence_parallel},
+    }
+
+
+async def score(
+    base_model: str,
+    lines: Sequence[Line],
+    *,
+    adapter: Path | None = None,
+    parallel: Parallel | None = None,
+    packed: bool = False,
+    dtype: str | None = None,
+    log_path: Path | None = None,
+) -> list[Scored]:
+    """Score `lines` with the engine, in input order.
+
+    packed: put the sequences into prefix trees first; the values don't change. dtype: None takes the checkpoint's. Raises
+    UnsupportedModelError, DataError, WeightsError, or TrainerError.
+    """
+    folder, parallel = checkpoint_folder(base_model), parallel or Parallel()
+    sequences = _sequences(lines, load_model_config(str(folder)).vocab_size)
+    count = len(sequences)
+    batch = pack(sequences, np.zeros(count), np.ones(count), share_prefixes=packed, data=parallel.data)
+    with tempfile.TemporaryDirectory(prefix="lockstep-score-") as scratch:
+        batch_path, out = Path(scratch) / "batch.safetensors", Path(scratch) / "scores.safetensors"
+        await asyncio.to_thread(save_batch, batch, batch_path)
+        trainer = await Trainer.start(
+            _settings(folder, adapter, parallel, dtype),
+            parallel.processes,
+            log_path or Path(scratch) / "logs" / "trainer.log",
+        )
+        try:
+            await trainer.call("score", {"batch": str(batch_path), "out": str(out)}, deadline_s=_DEADLINE_S)
+        finally:
+            await trainer.close()
+        values_RS = load_file(out)["logprobs_RS"]
+    found = unpack_scores(batch, values_RS)
+    return [Scored(line.id, [float(v) for v in values]) for line, values in zip(lines, found, strict=True)]
+
+
+def write_lines(path: Path, scored: Sequence[Scored]) -> None:
+    """Write the results as JSON lines, all or nothing."""
+    text = "".join(json.dumps({"id": one.id, "logprobs": one.logprobs}) + "\n" for one in scored)
+    staged = path.with_name(f".{path.name}.staging")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)

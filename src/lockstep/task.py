@@ -1,0 +1,67 @@
+"""A user's task: scenarios, a rollout that earns a reward, and (for a tiny model) demonstrations of the format.
+
+A task is an ordinary Python file with these names at module level:
+
+    def scenarios() -> list                                            required; anything the rollout understands
+    async def rollout(model, scenario, temperature) -> Trajectory      required; the same function trains and evaluates
+    def demonstrations(rng) -> list[dict]                              optional; what `--tiny` learns first: {"messages", "tools"}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import random
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lockstep.model import TrainableModel
+    from lockstep.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task file defines, checked."""
+
+    path: Path
+    scenarios: list[Any]
+    rollout: Callable[[TrainableModel, Any, float], Awaitable[Trajectory]]
+    demonstrations: Callable[[random.Random], list[dict[str, Any]]] | None
+
+    def draw(self, count: int, seed: int, step: int) -> list[Any]:
+        """The scenarios of one step, from epochs of a shuffled list: a function of (seed, step) alone, so a resumed run keeps the order."""
+        drawn = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, offset = divmod(position, len(self.scenarios))
+            order = random.Random(f"{seed}/{epoch}").sample(range(len(self.scenarios)), len(self.scenarios))
+            drawn.append(self.scenarios[order[offset]])
+        return drawn
+
+
+def load_task(path: Path) -> Task:
+    """Import a task file and check its names. Raises ConfigError naming what is missing; errors inside the file keep their traceback."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"task file {path} does not exist: set [task] file to a Python file beside the config")
+    spec = importlib.util.spec_from_file_location(f"lockstep_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"task file {path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    rollout = getattr(module, "rollout", None)
+    if not inspect.iscoroutinefunction(rollout):
+        raise ConfigError(f"{path} must define `async def rollout(model, scenario, temperature) -> Trajectory`")
+    make_scenarios: Any = getattr(module, "scenarios", None)
+    if not inspect.isfunction(make_scenarios):
+        raise ConfigError(f"{path} must define `def scenarios() -> list`")
+    scenarios: list[Any] = list(make_scenarios())
+    if not scenarios:
+        raise ConfigError(f"{path}: scenarios() returned an empty list, there is nothing to roll out")
+    return Task(path, scenarios, rollout, getattr(module, "demonstrations", None))

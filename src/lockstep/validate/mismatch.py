@@ -1,0 +1,101 @@
+"""How far the policy that is scored is from the policy that sampled: pure functions of log-probabilities, top tokens
+and routes.
+
+Compare the trainer with the server, the server with itself (generate, then score again: its own noise), and the
+adapter's delta with the server's; all with the same functions.
+
+Shape suffixes: T tokens, V most likely tokens of one position, L mixture-of-experts layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from lockstep.errors import DataError
+
+
+@dataclass(frozen=True)
+class LogprobMismatch:
+    """Differences of log-probabilities of the same tokens, in nats.
+
+    mean_abs_pct: mean |difference| over mean |reference|, in percent.
+    kl: k3 estimate of KL(reference policy || other), nats per token, for tokens the reference sampled.
+    """
+
+    tokens: int
+    mean_abs: float
+    mean_abs_pct: float
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    largest: float
+    kl: float
+
+    def as_metrics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in asdict(self).items()}
+
+
+def logprob_mismatch(reference_T: np.ndarray, other_T: np.ndarray) -> LogprobMismatch:
+    """Compare log-probabilities of tokens that the reference sampled. Raises DataError if lengths differ, or a value is
+    not finite.
+    """
+    reference_T, other_T = np.asarray(reference_T, dtype=np.float64), np.asarray(other_T, dtype=np.float64)
+    if reference_T.shape != other_T.shape or reference_T.ndim != 1 or not len(reference_T):
+        raise DataError(f"can't compare {reference_T.shape} with {other_T.shape} log-probabilities")
+    if not (np.isfinite(reference_T).all() and np.isfinite(other_T).all()):
+        raise DataError("can't compare log-probabilities that are not finite")
+    difference_T = other_T - reference_T
+    size_T = np.abs(difference_T)
+    scale = np.abs(reference_T).mean()
+    return LogprobMismatch(
+        tokens=len(reference_T),
+        mean_abs=float(size_T.mean()),
+        mean_abs_pct=float(100 * size_T.mean() / scale) if scale else 0.0,
+        mean=float(difference_T.mean()),
+        p50=float(np.quantile(size_T, 0.5)),
+        p95=float(np.quantile(size_T, 0.95)),
+        p99=float(np.quantile(size_T, 0.99)),
+        largest=float(size_T.max()),
+        kl=float((np.expm1(difference_T) - difference_T).mean()),
+    )
+
+
+def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> float:
+    """Mean share of the reference's `count` most likely token ids that are also among the other's, 0 to 1. Ids, most
+    likely first.
+    """
+    first, second = reference_TV[:, :count], other_TV[:, :count]
+    if first.shape != second.shape or first.shape[1] != count or not len(first):
+        raise DataError(f"can't compare the top {count} of {reference_TV.shape} with those of {other_TV.shape}")
+    return float((first[:, :, None] == second[:, None, :]).any(axis=2).mean())
+
+
+def top_kl(ids_TV: np.ndarray, reference_TV: np.ndarray, other: list[dict[int, float]]) -> float:
+    """KL(reference || other), nats per token, on the reference's top tokens that the other knows too, both renormalised.
+
+    ids_TV with their log-probabilities reference_TV; other: per token, log-probability by id. A token without a common
+    id is an error.
+    """
+    total = 0.0
+    for ids, logprobs, known in zip(ids_TV.tolist(), np.asarray(reference_TV, dtype=np.float64), other, strict=True):
+        common = [k for k, token in enumerate(ids) if token in known]
+        if not common:
+            raise DataError("two distributions have none of their most likely tokens in common")
+        p = logprobs[common] - np.logaddexp.reduce(logprobs[common])
+        q = np.array([known[ids[k]] for k in common], dtype=np.float64)
+        q -= np.logaddexp.reduce(q)
+        total += float((np.exp(p) * (p - q)).sum())
+    return total / len(other)
+
+
+def picks_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:
+    """Share of the reference's router picks that the other did not make (order within a token's top-k does not matter),
+    0 to 1.
+    """
+    if reference_TLK.shape != other_TLK.shape or reference_TLK.ndim != 3 or not reference_TLK.size:
+        raise DataError(f"can't compare routes of shape {reference_TLK.shape} with {other_TLK.shape}")
+    kept = (reference_TLK[..., :, None] == other_TLK[..., None, :]).any(axis=-1)
+    return float(1 - kept.mean())

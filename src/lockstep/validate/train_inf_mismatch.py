@@ -1,0 +1,234 @@
+"""Stage train_inf_mismatch: how far the trainer's policy is from the one the server sampled from.
+
+The server samples, with the base model and with a random adapter. Then the same tokens are scored three times: by the
+server again (its own noise), by the trainer on the experts that the server used, and, for a mixture of experts, by the
+trainer on the experts it would choose itself.
+
+Shape suffixes: S tokens of a sequence, T sampled tokens of all sequences, V most likely tokens, L layers, K experts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from lockstep.backends.megatron import route_shape
+from lockstep.backends.trainer import Trainer
+from lockstep.config import Parallel
+from lockstep.errors import ServerError
+from lockstep.families.config import checkpoint_dtype
+from lockstep.families.hub import checkpoint_folder
+from lockstep.families.registry import get_model_support_spec, load_model_config
+from lockstep.serving.client import Server
+from lockstep.serving.environments import default_kind
+from lockstep.serving.install import find_runtime
+from lockstep.serving.launch import LoraServing, ServerConfig, launch
+from lockstep.tokens.batch import PackedBatch, unpack_scores
+from lockstep.tokens.pack import pack, save_batch
+from lockstep.tokens.routes import RouteShape, decode_routes
+from lockstep.tokens.tree import scoring_sequence
+from lockstep.validate.mismatch import logprob_mismatch, top_overlap
+from lockstep.validate.stage import Report, Request, Row
+
+TOP = 20
+_DEADLINE_S = 600.0
+_PROMPT_ROOM = 128
+_BASE, _ADAPTER = "validate@base", "validate@adapter"
+COLUMNS = {
+    "mean_abs": "|Δlogp|",
+    "mean_abs_pct": "in %",
+    "kl": "KL",
+    "largest": "largest",
+    "top1": "top-1",
+    "top20": "top-20",
+    "picks_differ": "router",
+}
+"""Means over the sampled tokens, in nats: |Δlogp|, also in percent of mean |logp|; KL (k3); the largest |Δlogp|. Shares: most
+likely tokens that are the same; `router`: replayed picks that the trainer's own router would not have made.
+"""
+LARGEST = {"float32": 1e-4, "bfloat16": float("inf")}
+KL = {"float32": 1e-6, "bfloat16": 1e-3}
+"""Limits of the trainer against the server, per token in nats: where both compute in fp32 they agree on every token; in
+bf16 the rounding of two programs shows, but not in the policy."""
+_THINGS = ("a river", "the number seven", "a bicycle", "winter", "a library", "salt", "the moon", "a violin")
+_ASKS = ("Describe {} in a few words:", "Write down what you know about {}.", "Once there was {},", "def about({!r}):")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely ids, and its routes."""
+
+    prompt: list[int]
+    sampled: list[int]
+    logprobs: list[float]
+    top: list[list[int]]
+    routes_SLK: np.ndarray | None
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.sampled
+
+
+async def run(request: Request) -> Report:
+    """See the module. Raises what the server, the trainer or the model's family raises, and ServerError for lost routes."""
+    base = checkpoint_folder(request.base_model)
+    request = replace(request, dtype=request.dtype or checkpoint_dtype(base))
+    shape = route_shape(load_model_config(str(base)))
+    adapter = await asyncio.to_thread(_adapter, base, request)
+    samples, rows = await _served(base, adapter, shape, request)
+    for name, folder in ((_BASE, None), (_ADAPTER, adapter)):
+        request.say(f"scoring with the trainer: {_policy(name)}")
+        rows += await _trained(base, folder, name, samples[name], request)
+    limits = (
+        f"trainer against server: KL <= {KL[str(request.dtype)]:g}, largest <= {LARGEST[str(request.dtype)]:g} nats"
+    )
+    rows.sort(key=lambda row: row.policy != "base")
+    return Report("train_inf_mismatch", request.base_model, str(request.dtype), COLUMNS, limits, rows)
+
+
+def _policy(name: str) -> str:
+    return name.partition("@")[2]
+
+
+def _adapter(base: Path, request: Request) -> Path:
+    from lockstep.validate.random_adapter import write_random_adapter
+
+    return write_random_adapter(base, request.folder / "adapter", request.seed, str(request.dtype))
+
+
+async def _served(
+    base: Path, adapter: Path, shape: RouteShape | None, request: Request
+) -> tuple[dict[str, list[Sample]], list[Row]]:
+    """The samples of both policies, and the rows of the server's own noise."""
+    from lockstep.validate.random_adapter import RANK
+
+    kind = default_kind()
+    config = ServerConfig(
+        model=base,
+        served_name=_BASE,
+        dtype=request.dtype,  # pyright: ignore[reportArgumentType]
+        lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(base)).default_target_modules),
+        max_model_len=_PROMPT_ROOM + request.tokens + 1,
+        capture_routes=shape is not None,
+        gpus=(1,) if kind == "cuda" else (),
+        seed=request.seed,
+    )
+    server = await launch(config, find_runtime(kind), request.folder, request.say)
+    samples: dict[str, list[Sample]] = {}
+    rows = []
+    try:
+        await server.load_adapter(_ADAPTER, adapter)
+        for name in (_BASE, _ADAPTER):
+            request.say(f"sampling {request.prompts} x {request.tokens} tokens: {_policy(name)}")
+            samples[name] = await asyncio.gather(
+                *(_sample(server, name, number, shape, request) for number in range(request.prompts))
+            )
+            again = await asyncio.gather(*(_score_again(server, name, sample) for sample in samples[name]))
+            rows.append(_noise(name, samples[name], again))
+    finally:
+        await server.close()
+    return samples, rows
+
+
+def prompt(number: int) -> str:
+    """The text that sequence `number` continues."""
+    return _ASKS[number // len(_THINGS) % len(_ASKS)].format(_THINGS[number % len(_THINGS)])
+
+
+async def _sample(server: Server, name: str, number: int, shape: RouteShape | None, request: Request) -> Sample:
+    body = {
+        "model": name,
+        "prompt": prompt(number),
+        "max_tokens": request.tokens,
+        "ignore_eos": True,
+        "seed": request.seed + number,
+        "logprobs": TOP,
+        "return_tokens_as_token_ids": True,
+    }
+    choice = (await server.call("POST", "/v1/completions", body, deadline_s=_DEADLINE_S)).json()["choices"][0]
+    ids, sampled = choice["prompt_token_ids"], choice["token_ids"]
+    routes_SLK = None
+    if shape is not None:
+        routes_SLK = decode_routes(
+            choice.get("routed_experts"), choice.get("routes_digest"), ids, sampled, shape, f"sequence {number}"
+        )
+    logprobs = choice["logprobs"]
+    top = [_most_likely(entry) for entry in logprobs["top_logprobs"]]
+    return Sample(ids, sampled, logprobs["token_logprobs"], top, routes_SLK)
+
+
+def _most_likely(entry: dict[str, float]) -> list[int]:
+    """Ids of the TOP most likely tokens, from {"token_id:5": log-probability}."""
+    ordered = sorted(entry, key=lambda token: -entry[token])[:TOP]
+    return [int(token.removeprefix("token_id:")) for token in ordered]
+
+
+async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[float], list[list[int]]]:
+    """(log-probability of each sampled token, the most likely ids there), the whole sequence computed afresh."""
+    body = {"model": name, "prompt": sample.ids, "max_tokens": 1, "prompt_logprobs": TOP}
+    reply = (await server.call("POST", "/v1/completions", body, deadline_s=_DEADLINE_S)).json()
+    entries: list[dict[str, Any]] = reply["choices"][0]["prompt_logprobs"][len(sample.prompt) :]
+    if len(entries) != len(sample.sampled):
+        raise ServerError(f"the server scored {len(entries)} of {len(sample.sampled)} tokens")
+    logprobs = [float(entry[str(token)]["logprob"]) for token, entry in zip(sample.sampled, entries, strict=True)]
+    top = [sorted(map(int, entry), key=lambda token: -entry[str(token)]["logprob"])[:TOP] for entry in entries]
+    return logprobs, top
+
+
+def _noise(name: str, samples: list[Sample], again: list[tuple[list[float], list[list[int]]]]) -> Row:
+    values = _compare(samples, [logprobs for logprobs, _ in again])
+    first_TV = np.array([top for sample in samples for top in sample.top])
+    second_TV = np.array([top for _, tops in again for top in tops])
+    values |= {"top1": top_overlap(first_TV, second_TV, 1), "top20": top_overlap(first_TV, second_TV, TOP)}
+    return Row(_policy(name), "server again", values)
+
+
+def _compare(samples: list[Sample], scored: list[list[float]]) -> dict[str, float]:
+    sampled_T = np.concatenate([sample.logprobs for sample in samples])
+    return logprob_mismatch(sampled_T, np.concatenate(scored)).as_metrics()
+
+
+async def _trained(base: Path, adapter: Path | None, name: str, samples: list[Sample], request: Request) -> list[Row]:
+    settings = {
+        "model": str(base),
+        "adapter": None if adapter is None else str(adapter),
+        "dtype": request.dtype,
+        "parallel": Parallel().model_dump(mode="json") | {"sequence": False},
+    }
+    gpus = (0,) if default_kind() == "cuda" else ()
+    trainer = await Trainer.start(settings, 1, request.folder / "logs" / "trainer.log", gpus=gpus)
+    moe = samples[0].routes_SLK is not None
+    ways = {"trainer, replay": True, "trainer, own picks": False} if moe else {"trainer": False}
+    rows = []
+    try:
+        for what, replay in ways.items():
+            values = await _scores(trainer, samples, replay, request.folder)
+            limited = replay or not moe
+            within = values["kl"] <= KL[str(request.dtype)] and values["largest"] <= LARGEST[str(request.dtype)]
+            rows.append(Row(_policy(name), what, values, within if limited else None))
+    finally:
+        await trainer.close()
+    return rows
+
+
+async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder: Path) -> dict[str, float]:
+    sequences = [
+        scoring_sequence(f"sequence {number}", sample.ids, sample.routes_SLK if replay else None)
+        for number, sample in enumerate(samples)
+    ]
+    batch = pack(sequences, np.zeros(len(samples)), np.ones(len(samples)))
+    path, out = folder / "batch.safetensors", folder / "scores.safetensors"
+    await asyncio.to_thread(save_batch, batch, path)
+    reply = await trainer.call("score", {"batch": str(path), "out": str(out)}, deadline_s=_DEADLINE_S)
+    values = _compare(samples, _of_sampled(samples, batch, load_file(out)["logprobs_RS"]))
+    return values | {name: reply[name] for name in ("picks_differ",) if name in reply}
+
+
+def _of_sampled(samples: list[Sample], batch: PackedBatch, logprobs_RS: np.ndarray) -> list[list[float]]:
+    found = unpack_scores(batch, logprobs_RS)
+    return [values[-len(sample.sampled) :].tolist() for sample, values in zip(samples, found, strict=True)]

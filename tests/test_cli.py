@@ -1,0 +1,168 @@
+"""The command line: bad input gets one line and a non-zero exit; what it writes is what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from lockstep.backends.trainer import Trainer
+from lockstep.errors import TrainerError
+from lockstep.families.tiny import write_tiny
+
+TASK = """
+def scenarios():
+    return ["hi"]
+
+
+async def rollout(model, scenario, temperature):
+    raise RuntimeError("never reached")
+"""
+
+
+def lockstep(*arguments, cwd=None):
+    command = [sys.executable, "-m", "lockstep.cli", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False)
+
+
+def run_file(folder: Path, model="", task="", train="", task_code=TASK) -> Path:
+    (folder / "task.py").write_text(task_code)
+    config = folder / "run.toml"
+    base = model or 'base_model = "Nobody/NoSuchModel-7B"'
+    config.write_text(
+        f'[model]\nname = "m"\nproject = "p"\n{base}\n[task]\nfile = "task.py"\nsteps = 1\n{task}\n[train]\n{train}\n'
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "Nobody/NoSuchModel-7B"),
+        ({"train": "learning_rat = 1e-3"}, "did you mean learning_rate"),
+        ({"train": "learning_rate = -1"}, "learning_rate"),
+        ({"train": "kl_reference_step = 2"}, "kl_coef"),
+        ({"task": "group_size = 1"}, "group_size"),
+        ({"model": 'base_model = "x"\nlora = { rank = 7 }'}, "rank"),
+        ({"task_code": "def scenarios():\n    return []\n" + TASK.split("\n\n\n")[1]}, "nothing to roll out"),
+        ({"task_code": "def scenarios():\n    return [1]\n"}, "async def rollout"),
+    ],
+)
+def test_a_bad_run_file_gets_one_line(tmp_path, change, says):
+    result = lockstep("train", run_file(tmp_path, **change), cwd=tmp_path)
+    assert result.returncode not in (0, 1) or "error:" in result.stderr
+    assert result.returncode != 0
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_run_file_is_named(tmp_path):
+    result = lockstep("train", tmp_path / "none.toml")
+    assert result.returncode == 2
+    assert "none.toml does not exist" in result.stderr
+
+
+def test_help_names_every_command():
+    result = lockstep("--help")
+    assert result.returncode == 0
+    for command in ("quickstart", "train", "chat", "score", "models", "tiny", "runtime"):
+        assert command in result.stdout
+
+
+def test_models_lists_every_family():
+    result = lockstep("models")
+    assert result.returncode == 0
+    for key in ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3"):
+        assert key in result.stdout
+
+
+def test_tiny_and_score_agree_with_hugging_face(tmp_path):
+    """A fresh random model and random tokens: `score` gives Hugging Face's log-probabilities, packed or not."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    rng = np.random.default_rng(seed)
+    folder = tmp_path / "model"
+    result = lockstep("tiny", "qwen3", folder, "--seed", seed % 1000, "--set", "num_hidden_layers=3")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+    prompt = rng.integers(0, 300, 12).tolist()
+    lines = [{"id": f"s{k}", "tokens": prompt + rng.integers(0, 300, 3 + k).tolist()} for k in range(4)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out.jsonl"
+    result = lockstep("score", folder, "--input", tmp_path / "in.jsonl", "--output", out, "--packed")
+    assert result.returncode == 0, result.stderr
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for line, text in zip(lines, out.read_text().splitlines(), strict=True):
+        found = json.loads(text)
+        ids = torch.tensor([line["tokens"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert found["id"] == line["id"]
+        np.testing.assert_allclose(found["logprobs"], logprobs.numpy(), atol=2e-5, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"id": "a", "tokens": [1]}', "tokens"),
+        ('{"id": "a", "tokens": [1, 2], "more": 1}', "more"),
+        ('{"id": "a", "tokens": [1, 2]}\n{"id": "a", "tokens": [1, 2]}', "twice"),
+        ("[1]", "line 1"),
+        ("", "empty"),
+        ('{"id": "a", "tokens": [1, 99999]}', "99999"),
+    ],
+)
+def test_bad_score_input_is_named(tmp_path, tiny_qwen3, text, says):
+    (tmp_path / "in.jsonl").write_text(text)
+    result = lockstep("score", tiny_qwen3, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def oversized_checkpoint(folder: Path) -> Path:
+    """A checkpoint whose embedding alone is 4 TiB: the file is sparse, only its header takes room."""
+    write_tiny("qwen3", folder, seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    rows = 2**33
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    rest = {key: value for key, value in tensors.items() if key != name}
+    save_file(rest, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    size = rows * config["hidden_size"] * 4
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": [rows, config["hidden_size"]], "data_offsets": [0, size]}}
+    ).encode()
+    big = folder / "model-00002-of-00002.safetensors"
+    big.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(big, 8 + len(header) + size)
+    weight_map = dict.fromkeys(rest, "model-00001-of-00002.safetensors") | {name: big.name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+async def test_no_free_memory_is_said_before_anything_is_allocated(tmp_path):
+    folder = oversized_checkpoint(tmp_path / "big")
+    config = {
+        "model": str(folder),
+        "dtype": "float32",
+        "parallel": {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1, "sequence": False},
+        "lora": {"rank": 8, "alpha": 16.0, "targets": ["q_proj"]},
+    }
+    with pytest.raises(TrainerError, match="no free memory") as caught:
+        await Trainer.start(config, 1, tmp_path / "logs" / "trainer.log")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,287 @@
+"""The whole loop on real parts: vLLM serves, Megatron-Core trains, and what one samples the other computes.
+
+One server and one trainer for the whole file. Shape suffix: S tokens.
+"""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lockstep as ls
+from lockstep.backends.megatron import MegatronBackend, serve_step
+from lockstep.errors import ConfigError, DataError, MismatchError, RolloutError, StaleRolloutError, StoreError
+from lockstep.families.tiny import write_tiny
+from lockstep.loop import greedy_reward, roll_out
+from lockstep.parquet import read_parquet
+from lockstep.quickstart import examples_folder
+from lockstep.runfile import load_run_file
+from lockstep.store import published_steps
+from lockstep.task import load_task
+from lockstep.warmup import teach
+
+pytestmark = pytest.mark.server
+CONFIG = ls.TrainConfig(learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task(examples_folder() / "yes_no_maybe" / "task.py")
+
+
+@pytest.fixture(scope="module")
+def section():
+    return load_run_file(examples_folder() / "yes_no_maybe" / "config.toml").task
+
+
+@pytest.fixture(scope="module")
+def base_model(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    write_tiny("qwen3", folder, seed=5, overrides={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128})
+    teach(folder, task.demonstrations(random.Random(5)), steps=60, batch=32, rate=1e-2, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+async def running(runtime, base_model, tmp_path_factory):
+    """(model, backend) at step 0."""
+    backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=512)
+    model = ls.TrainableModel(
+        name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=8, alpha=16)
+    )
+    await model.register(backend)
+    yield model, backend
+    await backend.close()
+
+
+def hugging_face_logprobs(base_model, adapter, ids_S, temperature=1.0):
+    """[S-1] log-probability of each token after the first, from the PEFT library on the Hugging Face model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_model)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    ids = torch.tensor([ids_S])
+    with torch.no_grad():
+        logprobs = (model(ids).logits / temperature).log_softmax(-1)
+    return logprobs[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+
+async def test_what_was_sampled_is_what_is_trained(running, task, section, base_model):
+    """fp32: trainer, server and PEFT agree to 1e-5 on a rollout's tokens, at the first step and with a trained adapter."""
+    model, backend = running
+    section = section.model_copy(update={"temperature": 0.8})
+    for step in range(3):
+        groups = await roll_out(model, task, section, step)
+        result = await backend.train(model, groups, CONFIG)
+        assert result.metrics["mismatch_max"] < 1e-5
+        adapter = backend.run_path(model) / "steps" / f"{step:04d}" / "adapter"
+        weights = load_file(adapter / "adapter_model.safetensors")
+        moved = max(float(tensor.abs().max()) for name, tensor in weights.items() if "lora_B" in name)
+        assert (moved > 1e-3) == (step > 0)
+        choice = groups[0].trajectories[0].choices[0]
+        ids = choice.prompt_token_ids + choice.token_ids
+        sampled = [entry.logprob for entry in choice.logprobs.content]
+        expected = hugging_face_logprobs(base_model, adapter, ids, temperature=0.8)[-len(sampled) :]
+        np.testing.assert_allclose(sampled, expected, atol=1e-5)
+        assert choice.weight_versions[0]["version"] == f"loop@{step}"
+    assert result.metrics["probe"] < 1e-5
+    for name in (
+        "loss",
+        "reward",
+        "kl",
+        "clip_fraction",
+        "entropy",
+        "ess",
+        "grad_norm",
+        "tokens_per_second",
+        "mismatch",
+    ):
+        assert math.isfinite(result.metrics[name]), name
+    assert result.metrics["grad_norm"] > 0
+
+
+async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, task, section):
+    model, backend = running
+    server = backend._run(model).server
+
+    async def slow(scenario):
+        pinned = model.inference_name()
+        groups = await roll_out(model, task, section, model.step)
+        for _ in range(3):
+            await backend.train(model, groups, ls.TrainConfig(learning_rate=1e-6, max_steps_off_policy=5))
+        assert model.inference_name() == pinned
+        assert pinned in await server.models()
+        return await task.rollout(model, scenario, 1.0)
+
+    before = model.step
+    await ls.gather_trajectory_groups([[slow(task.scenarios[0])]], progress=False)
+    groups = await roll_out(model, task, section, model.step)
+    await backend.train(model, groups, CONFIG)
+    served = {name for name in await server.models() if not name.endswith("@base")}
+    assert served == {f"loop@{model.step}", f"loop@{model.step - 1}"}
+    assert model.step == before + 4
+
+
+async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatch):
+    """Planted fault: the server keeps serving the step before under the new name."""
+    model, backend = running
+    run = backend._run(model)
+    honest = run.server.load_adapter
+
+    async def stale(name, path):
+        await honest(name, path.parents[1] / f"{model.step:04d}" / "adapter")
+
+    monkeypatch.setattr(run.server, "load_adapter", stale)
+    groups = await roll_out(model, task, section, model.step)
+    step = model.step
+    with pytest.raises(MismatchError, match=f"does not hold loop@{step + 1}"):
+        await backend.train(model, groups, CONFIG)
+    monkeypatch.undo()
+    assert model.step == step
+    await run.server.unload_adapter(f"loop@{step + 1}")
+    run.store.step(step + 1)  # trained and published, so not lost
+    await backend._serve(run, model, run.store.step(step + 1))
+    model._advance(step + 1)
+
+
+async def test_kl_penalty_changes_the_gradient(running, task, section):
+    """The same rollouts with and without it; the penalty is positive once the policy has moved from its reference."""
+    model, backend = running
+    groups = await roll_out(model, task, section, model.step)
+    still = ls.TrainConfig(learning_rate=1e-9, max_steps_off_policy=1)
+    plain = await backend.train(model, groups, still)
+    pulled = await backend.train(model, groups, still.model_copy(update={"kl_coef": 10.0, "kl_reference_step": 0}))
+    assert pulled.metrics["kl_reference"] > 0
+    assert pulled.metrics["grad_norm"] != pytest.approx(plain.metrics["grad_norm"], rel=1e-2)
+
+
+async def bad_groups(kind, model, task):
+    good = await task.rollout(model, task.scenarios[0], 1.0)
+    if kind == "empty batch":
+        return []
+    if kind == "group of one":
+        return [ls.TrajectoryGroup(trajectories=[good])]
+    if kind == "no sampled token":
+        silent = ls.Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
+        return [ls.TrajectoryGroup(trajectories=[good, silent])]
+    if kind == "greedy":
+        greedy = await task.rollout(model, task.scenarios[0], 0.0)
+        return [ls.TrajectoryGroup(trajectories=[good, greedy])]
+    stale = good.model_copy(deep=True)
+    versions = {"stale": f"loop@{model.step - 1}", "foreign": "other@3", "from the future": f"loop@{model.step + 1}"}
+    stale.choices[0].weight_versions[0]["version"] = versions[kind]
+    return [ls.TrajectoryGroup(trajectories=[good, stale])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        ("empty batch", DataError, "the batch is empty"),
+        ("group of one", DataError, "group 0 has 1 trajectory"),
+        ("no sampled token", DataError, "group 0, trajectory 1"),
+        ("greedy", DataError, "temperature"),
+        ("stale", StaleRolloutError, "max_steps_off_policy"),
+        ("foreign", StaleRolloutError, "other@3"),
+        ("from the future", StaleRolloutError, "another run"),
+    ],
+)
+async def test_bad_batches_are_refused_and_change_nothing(running, task, kind, error, says):
+    model, backend = running
+    step, published = model.step, published_steps(backend.run_path(model))
+    groups = await bad_groups(kind, model, task)
+    with pytest.raises(error, match=says) as caught:
+        await backend.train(model, groups, CONFIG)
+    assert "\n" not in str(caught.value)
+    assert (model.step, published_steps(backend.run_path(model))) == (step, published)
+
+
+async def test_a_rollout_that_raises_loses_nothing(running, task, section, tmp_path):
+    """The finished rollouts of the step are on disk, and the error names the first failure."""
+    from dataclasses import replace
+
+    from lockstep.loop import run
+
+    model, backend = running
+    calls = 0
+
+    async def sometimes(model, scenario, temperature):
+        nonlocal calls
+        if temperature:
+            calls += 1
+            if calls == 20:
+                raise ValueError("the environment fell over")
+        return await task.rollout(model, scenario, temperature)
+
+    broken = replace(task, rollout=sometimes)
+    limited = section.model_copy(update={"steps": model.step + 1, "stop_at_reward": None})
+    step = model.step
+    with pytest.raises(RolloutError, match="the environment fell over"):
+        await run(model, backend, broken, limited, CONFIG, tmp_path, lambda row: None)
+    kept = read_parquet(tmp_path / "trajectories" / "train" / f"{step:04d}.parquet")
+    assert any(failure.message == "the environment fell over" for group in kept for failure in group.exceptions)
+    assert model.step == step
+
+
+async def test_a_nan_reward_is_named(running, task):
+    model, _ = running
+
+    async def nan(scenario):
+        trajectory = await task.rollout(model, scenario, 1.0)
+        trajectory.reward = float("nan")
+        return trajectory
+
+    with pytest.raises(RolloutError, match="reward is nan"):
+        await ls.gather_trajectory_groups([[nan(task.scenarios[0])]], progress=False)
+
+
+async def test_resume_continues_from_the_last_step(running, task, section, base_model):
+    """Last, since it closes the shared run: the next process serves the same greedy answers and trains on.
+
+    The optimizer's moments and the adapter come back byte for byte.
+    """
+    model, backend = running
+    path, step = backend.path, model.step
+    before = await greedy_reward(model, task, 8)
+    trainer_state = (
+        backend.run_path(model) / "steps" / f"{step:04d}" / "trainer" / "optimizer.safetensors"
+    ).read_bytes()
+    await backend.close()
+    other = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=16))
+    with pytest.raises(StoreError, match="lora"):
+        await other.register(MegatronBackend(path=path, max_model_len=512))
+    again = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=model.lora)
+    resumed = MegatronBackend(path=path, max_model_len=512)
+    try:
+        await again.register(resumed)
+        assert again.step == step
+        assert await greedy_reward(again, task, 8) == before
+        out = path / "saved"
+        await resumed._run(again).trainer.call("save", {"out": str(out)}, deadline_s=60)
+        assert (out / "trainer" / "optimizer.safetensors").read_bytes() == trainer_state
+        result = await resumed.train(again, await roll_out(again, task, section, step), CONFIG)
+        assert result.step == step + 1
+        assert result.metrics["mismatch_max"] < 1e-5
+    finally:
+        await resumed.close()
+
+
+async def test_serve_step_needs_a_run(tmp_path):
+    with pytest.raises(StoreError, match="is no run"):
+        await serve_step(tmp_path, None, lambda line: None)
+
+
+def test_unknown_settings_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout_weights_mode|learning_rat"):
+        ls.TrainConfig(learning_rat=1e-3)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[model]\nname = "a"\nproject = "b"\nbase_model = "c"\n[task]\nfile = "t.py"\nsteps = 1\n[train]\nlr = 1\n'
+    )
+    with pytest.raises(ConfigError, match="'lr'"):
+        load_run_file(file)
+    assert json.loads(ls.TrainConfig().model_dump_json())["loss"] == "cispo"

@@ -1,0 +1,274 @@
+"""Expert replay on real parts: the experts vLLM used, choice by choice, are the ones Megatron-Core trains on.
+
+One server and one trainer for the whole file, on a Qwen3 mixture of experts in fp32, where routes have one right answer.
+Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import random
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import lockstep as ls
+from lockstep.backends.megatron import MegatronBackend
+from lockstep.errors import DataError, MismatchError
+from lockstep.families.tiny import write_tiny
+from lockstep.tokens.routes import RouteShape, decode_routes, routes_digest
+
+pytestmark = pytest.mark.server
+SHAPE = RouteShape(layers=4, top_k=2, experts=8)
+CONFIG = ls.TrainConfig(learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    return write_tiny("qwen3_moe", tmp_path_factory.mktemp("base") / "moe", seed=random.randrange(1000))
+
+
+@pytest.fixture(scope="module")
+async def running(runtime, base_model, tmp_path_factory):
+    """(model, backend) at step 1, so that the adapter changes something."""
+    backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=1024)
+    model = ls.TrainableModel(
+        name="moe", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=8, alpha=32)
+    )
+    await model.register(backend)
+    await backend.train(model, [group(await roll_out(model, [words(20)], n=4))], CONFIG)
+    yield model, backend
+    await backend.close()
+
+
+def words(count: int) -> dict[str, str]:
+    """A message of random letters, most of them tokens of their own."""
+    return {"role": "user", "content": "".join(random.choice("abcdefghij ") for _ in range(count))}
+
+
+async def roll_out(model, messages, n=1, tokens=8):
+    completion = await model.openai_client().chat.completions.create(
+        model=model.inference_name(), messages=messages, n=n, max_tokens=tokens, extra_body={"ignore_eos": True}
+    )
+    return [ls.Trajectory(messages_and_choices=[*messages, choice], reward=0.0) for choice in completion.choices]
+
+
+def group(trajectories, reward=None):
+    for number, trajectory in enumerate(trajectories):
+        trajectory.reward = float(number) if reward is None else reward
+    return ls.TrajectoryGroup(trajectories=trajectories)
+
+
+def hugging_face(base_model, adapter, ids_S):
+    """(log-probability of each token after the first, [S, L, K] experts) from PEFT on the Hugging Face model, in fp32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    ids = torch.tensor([ids_S])
+    with torch.no_grad():
+        out = model(ids, output_router_logits=True)
+    logprobs = out.logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    routes_SLK = torch.stack([layer.topk(SHAPE.top_k).indices for layer in out.router_logits], 1)
+    return logprobs.numpy(), routes_SLK.numpy()
+
+
+def routes_of(choice) -> np.ndarray:
+    return decode_routes(
+        choice.routed_experts, choice.routes_digest, choice.prompt_token_ids, choice.token_ids, SHAPE, "it"
+    )
+
+
+def prompt_tokens(trajectories) -> int:
+    return sum(len(choice.prompt_token_ids) for one in trajectories for choice in one.choices)
+
+
+async def prefix_hits(server) -> float:
+    text = (await server.call("GET", "/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+async def multi_turn(model):
+    """Three turns; each prompt repeats the history as the chat template renders it."""
+    messages: list = [words(30)]
+    for _ in range(3):
+        (turn,) = await roll_out(model, [m if isinstance(m, dict) else m.message.model_dump() for m in messages])
+        messages += [turn.choices[-1], words(10)]
+    return ls.Trajectory(messages_and_choices=messages[:-1], reward=0.0)
+
+
+async def served_in_every_way(model, server) -> dict[str, list]:
+    long = words(600)
+    found = {"cold": await roll_out(model, [long])}
+    before = await prefix_hits(server)
+    found["prefix-cache hit"] = await roll_out(model, [long])
+    found["longer prompt over a cached one"] = await roll_out(model, [{**long, "content": long["content"] + " abc"}])
+    assert await prefix_hits(server) >= before + 2 * 512
+    found["n = 4"] = await roll_out(model, [words(40)], n=4)
+    found["multi-turn"] = [await multi_turn(model)]
+    many = await asyncio.gather(*(roll_out(model, [words(900)], tokens=4) for _ in range(8)))
+    found["chunked prefill"] = [one for part in many for one in part]
+    return found
+
+
+async def test_replayed_routes_are_the_servers(running, base_model):
+    """Every row that the server sends is what Hugging Face's router picks, and with them the trainer's log-probabilities are
+    the server's.
+    """
+    model, backend = running
+    found = await served_in_every_way(model, backend._run(model).server)
+    adapter = backend.run_path(model) / "steps" / f"{model.step:04d}" / "adapter"
+    for way, trajectories in found.items():
+        for trajectory in trajectories:
+            for choice in trajectory.choices:
+                rows_SLK = routes_of(choice)
+                ids = choice.prompt_token_ids + choice.token_ids
+                logprobs, expected_SLK = hugging_face(base_model, adapter, ids)
+                assert len(rows_SLK) == len(ids) - 1
+                np.testing.assert_array_equal(rows_SLK, expected_SLK[: len(rows_SLK)], err_msg=way)
+                sampled = [entry.logprob for entry in choice.logprobs.content]
+                np.testing.assert_allclose(sampled, logprobs[-len(sampled) :], atol=1e-5)
+    assert prompt_tokens(found["chunked prefill"]) > 3 * 2048
+    everything = [one for part in found.values() for one in part]
+    result = await backend.train(model, [group(everything)], CONFIG)
+    assert result.metrics["mismatch_max"] < 1e-5
+    assert result.metrics["picks_differ"] == 0.0
+    assert result.metrics["routes_differ_between_turns"] == 0.0
+
+
+def encode(rows) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def with_routes(choice, rows, honest_digest=True) -> None:
+    """Give a choice other routes; with `honest_digest`, those of a server that made them."""
+    text = encode(rows)
+    choice.routed_experts = text
+    if honest_digest:
+        choice.routes_digest = routes_digest(choice.prompt_token_ids, choice.token_ids, base64.b64decode(text))
+
+
+def plant(fault: str, choice) -> None:
+    rows = routes_of(choice)
+    if fault == "one row dropped":
+        with_routes(choice, np.delete(rows, len(rows) // 2, axis=0))
+    elif fault == "two rows swapped":
+        different = next(k for k in range(1, len(rows)) if (rows[k] != rows[0]).any())
+        rows[[0, different]] = rows[[different, 0]]
+        with_routes(choice, rows, honest_digest=False)
+    elif fault == "an id out of range":
+        rows[3, 1, 0] = SHAPE.experts
+        with_routes(choice, rows)
+    elif fault == "an expert twice":
+        rows[3, 1] = rows[3, 1, 0]
+        with_routes(choice, rows)
+    else:
+        choice.routed_experts = choice.routes_digest = None
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("one row dropped", r"has expert routes for \d+ of \d+ tokens: 1 are lost"),
+        ("two rows swapped", "rows were changed or moved"),
+        ("a sibling without routes", "has no expert routes for tokens 0 to"),
+        ("an id out of range", "token 3: expert 8 is out of range"),
+        ("an expert twice", "token 3: a layer names the same expert twice"),
+    ],
+)
+async def test_planted_faults_are_refused_by_name_and_change_nothing(running, fault, says):
+    model, backend = running
+    trajectories = await roll_out(model, [words(20)], n=3)
+    plant(fault, trajectories[1].choices[0])
+    step = model.step
+    with pytest.raises(DataError, match=f"group 0, trajectory 1, choice 0.*{says}") as caught:
+        await backend.train(model, [group(trajectories)], CONFIG)
+    assert "\n" not in str(caught.value)
+    assert model.step == step
+
+
+async def test_other_experts_are_replayed_counted_and_felt(running):
+    """A wrong pick that no check can see is replayed as given: it shows in `picks_differ`, exactly, and in the log-probabilities.
+
+    In the last layer, where no later router depends on it.
+    """
+    model, backend = running
+    trajectories = await roll_out(model, [words(20)], n=2)
+    (choice,) = trajectories[0].choices
+    rows = routes_of(choice)
+    changed = len(choice.token_ids) - 1  # pyright: ignore[reportAttributeAccessIssue]
+    for token in range(len(rows) - changed, len(rows)):
+        rows[token, -1, 0] = next(e for e in range(SHAPE.experts) if e not in rows[token, -1])
+    with_routes(choice, rows)
+    result = await backend.train(model, [group(trajectories)], CONFIG.model_copy(update={"max_mismatch": None}))
+    computed = result.metrics["tokens_computed"] - len(trajectories)  # nothing follows the last ones
+    expected = changed / (computed * SHAPE.layers * SHAPE.top_k)
+    assert result.metrics["picks_differ"] == pytest.approx(expected)
+    assert result.metrics["mismatch_max"] > 1e-3
+    refusing = CONFIG.model_copy(update={"max_mismatch": 1e-4, "max_steps_off_policy": 1})
+    kept = await backend.train(model, [group(trajectories)], refusing)  # sampled by the step before: they don't count
+    assert "mismatch" not in kept.metrics
+    fresh = await roll_out(model, [words(20)], n=2)
+    with_routes(fresh[0].choices[0], np.roll(routes_of(fresh[0].choices[0]), 1, axis=0))
+    with pytest.raises(MismatchError, match="max_mismatch"):
+        await backend.train(model, [group(fresh)], refusing)
+
+
+async def test_scores_may_be_asked_for_beside_rollouts(running):
+    """Without `--lora-target-modules`, vLLM on a CPU dies of prompt logprobs that share a batch."""
+    model, backend = running
+    server, name = backend._run(model).server, model.inference_name()
+    ids = [random.randrange(3, 300) for _ in range(50)]
+    alone = await server.score(name, ids)
+    rollouts = asyncio.ensure_future(roll_out(model, [words(20)], n=4))
+    together = await asyncio.gather(*(server.score(name, ids) for _ in range(4)))
+    assert len(await rollouts) == 4
+    for scores in together:
+        np.testing.assert_allclose(scores, alone, atol=1e-5)
+
+
+async def test_replay_can_be_turned_off(running, base_model):
+    """Last, since it closes the shared server: no routes come, none are wanted, and in fp32 the router picks the same."""
+    model, backend = running
+    captured = await roll_out(model, [words(20)], n=2)
+    await backend.close()
+    off = MegatronBackend(path=backend.path, max_model_len=1024, enable_expert_replay=False)
+    again = ls.TrainableModel(name="moe", project="tests", base_model=str(base_model), lora=model.lora)
+    await again.register(off)
+    try:
+        assert again.step == model.step
+        trajectories = await roll_out(again, [words(20)], n=2)
+        assert (trajectories[0].choices[0].model_extra or {}).get("routed_experts") is None
+        result = await off.train(again, [group(trajectories + captured)], CONFIG)
+        assert result.metrics["mismatch_max"] < 1e-5
+        assert "picks_differ" not in result.metrics
+    finally:
+        await off.close()
+
+
+def test_vllm_still_needs_the_interpreter(runtime):
+    """What `lockstep_vllm/interpreter` is for. When this fails, vLLM returns routes on a CPU by itself: drop the folder."""
+    code = "from vllm.triton_utils import HAS_TRITON; print(HAS_TRITON)"
+    for interpreter in (False, True):
+        path = str(runtime.plugin_path)
+        if interpreter:
+            path += f":{runtime.plugin_path / 'lockstep_vllm' / 'interpreter'}"
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "TRITON_INTERPRET": "1", "VLLM_PLUGINS": ""}
+        done = subprocess.run(
+            [str(runtime.python), "-c", code],
+            env=environment | {"VLLM_NO_USAGE_STATS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip().splitlines()[-1] == str(interpreter)

@@ -1,0 +1,88 @@
+"""`lockstep validate` end to end on a dense model, and what its exit code and files follow from."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lockstep.errors import ConfigError
+from lockstep.families.tiny import write_tiny
+from lockstep.validate.command import validate_model
+from lockstep.validate.report import table, write_json
+from lockstep.validate.stage import STAGES, Report, Row, check_names
+from lockstep.validate.train_inf_mismatch import COLUMNS, KL, prompt
+
+
+def report(ok) -> Report:
+    values = {"mean_abs": 0.02867, "kl": 3.3e-4, "mean_abs_pct": 0.6159, "largest": 0.6764, "top1": 0.958}
+    values |= {"top20": 0.9781, "picks_differ": 0.006584}
+    rows = [Row("base", "server again", values), Row("adapter", "trainer, own picks", values, ok)]
+    return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", rows)
+
+
+@pytest.mark.parametrize(("ok", "verdict"), [(True, "ok"), (False, "no"), (None, "")])
+def test_one_line_outside_its_limit_fails_the_report(ok, verdict, tmp_path):
+    made = report(ok)
+    assert made.ok == (ok is not False)
+    console = Console(width=80, record=True)
+    console.print(table(made))
+    text = console.export_text()
+    line = next(line for line in text.splitlines() if "trainer, own picks" in line)
+    for shown in ("0.0287", "3.3e-04", "0.616", "0.676", "0.958", "0.978", "0.00658"):
+        assert shown in line
+    assert line.split()[-1] == (verdict or "0.00658")
+    write_json([made], tmp_path / "new" / "report.json")
+    (read,) = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert read["ok"] == made.ok
+    assert read["rows"][1]["values"]["kl"] == 3.3e-4
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
+
+
+def test_unknown_stages_are_named_before_anything_starts():
+    with pytest.raises(ConfigError, match="did you mean train_inf_mismatch"):
+        check_names(["train_inf_mismatc"])
+    with pytest.raises(ConfigError, match="choose from train_inf_mismatch"):
+        check_names([])
+    check_names(list(STAGES))
+    assert len({prompt(number) for number in range(32)}) == 32
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("damage", [False, True], ids=["sound", "the server holds other weights"])
+async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
+    """fp32: trainer and server agree on every token, for base and adapter. Planted fault: the trainer reads another checkpoint."""
+    from lockstep.validate import train_inf_mismatch as stage
+
+    small = {"num_hidden_layers": 2, "hidden_size": 64}
+    base = write_tiny("qwen3", tmp_path / "model", seed=random.randrange(1000), overrides=small)
+    if damage:
+        other = write_tiny("qwen3", tmp_path / "other", seed=1001, overrides=small)
+        honest = stage.launch
+
+        async def launch(config, *rest):
+            return await honest(config.model_copy(update={"model": other}), *rest)
+
+        monkeypatch.setattr(stage, "launch", launch)
+    settings = {"seed": 3, "prompts": 5, "tokens": 12}
+    output = tmp_path / "report.json"
+    code = await validate_model(str(base), ["train_inf_mismatch"], output, settings, Console(quiet=True))
+    (found,) = json.loads(output.read_text())
+    assert code == (1 if damage else 0)
+    rows = {(row["policy"], row["compared"]): row for row in found["rows"]}
+    assert set(rows) == {(policy, what) for policy in ("base", "adapter") for what in ("server again", "trainer")}
+    for (_, what), row in rows.items():
+        values = row["values"]
+        assert values["tokens"] == 5 * 12
+        if what == "trainer":
+            assert row["ok"] == (not damage)
+            assert (values["kl"] > KL["float32"]) == damage
+            assert "picks_differ" not in values
+        else:
+            assert (values["top1"], row["ok"]) == (1.0, None)
+            assert values["largest"] < 1e-5
+    own = [rows[policy, "server again"]["values"]["mean_abs_pct"] for policy in ("base", "adapter")]
+    assert np.all(np.array(own) < 0.01)
