@@ -1,0 +1,356 @@
+"""Time and peak memory of one training step: packed as prefix trees, as plain rows, and with Hugging Face + PEFT.
+
+    python benchmarks/packing.py                                  # tiny model, CPU, a minute
+    python benchmarks/packing.py --shape qwen3-8b --length 3072   # on a GPU, random weights
+
+Every contender gets the same sequences: groups that share a prompt (share 0 to 0.95, 4 to 32 samples), and a three-turn
+tree that branches at each turn. A step is forward, loss, backward and an AdamW update of LoRA rank 16 on the family's
+default targets. Activations are recomputed as memory asks for it (`--recompute`); Hugging Face + PEFT always does so on a
+GPU, and leaves routed experts out. Each contender runs in a process of its own, all in one call of this program; the
+median of `--repeat` steps counts, after one to warm
+up. `ideal` is our own step on one row with as many unique tokens and nothing to share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from shapes import SHAPES, write_random
+
+from lockstep.tokens.batch import PackedBatch
+from lockstep.tokens.pack import pack, packing_metrics
+from lockstep.tokens.tree import TokenSequence
+
+CONTENDERS = ("packed", "unpacked", "ideal", "hf")
+RANK, ALPHA = 16, 32.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch. kind "group": `samples` of `length` tokens, the first `share` of them equal. kind "tree": three turns,
+    each branching.
+    """
+
+    kind: str
+    samples: int
+    share: float
+    length: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.samples} x {self.length}, share {self.share:.2f}"
+            if self.kind == "group"
+            else f"tree, {self.samples} leaves"
+        )
+
+
+def sequence(name: str, tokens: list[int], sampled: list[bool]) -> TokenSequence:
+    mask_S = np.array(sampled)
+    logprobs_S = np.where(mask_S, np.float32(-5), np.float32(np.nan))
+    ones_S = np.ones(len(tokens), np.float32)
+    return TokenSequence(name, np.array(tokens, np.int32), mask_S, logprobs_S, ones_S)
+
+
+def sequences_of(case: Case, vocabulary: int) -> list[TokenSequence]:
+    """The case's sequences; the part that is not shared was sampled."""
+    random = np.random.default_rng(0)
+
+    def draw(count: int) -> list[int]:
+        return random.integers(3, vocabulary, count).tolist()
+
+    if case.kind == "group":
+        shared = draw(round(case.share * case.length))
+        own = case.length - len(shared)
+        tails = [draw(own) for _ in range(case.samples)]
+        mask = [False] * max(1, len(shared)) + [True] * (case.length - max(1, len(shared)))
+        return [sequence(f"sample {k}", shared + tail, mask) for k, tail in enumerate(tails)]
+    turns, branches = 3, round(case.samples ** (1 / 3))
+    part = case.length // (2 * turns)  # each turn: so many tokens of prompt or tool output, so many sampled
+    paths: list[tuple[list[int], list[bool]]] = [([], [])]
+    for _ in range(turns):
+        grown = []
+        for tokens, mask in paths:
+            given = draw(part)
+            replies = [draw(part) for _ in range(branches)]
+            grown += [(tokens + given + reply, mask + [False] * part + [True] * part) for reply in replies]
+        paths = grown
+    return [sequence(f"leaf {k}", tokens, mask) for k, (tokens, mask) in enumerate(paths)]
+
+
+def batch_of(case: Case, contender: str, vocabulary: int, row_length: int | None) -> PackedBatch:
+    """What our engine gets: rows of trees, rows of whole sequences, or one row of unshared tokens as long as the trees
+    together.
+    """
+    sequences = sequences_of(case, vocabulary)
+    count = len(sequences)
+    advantages = np.where(np.arange(count) % 2, 1.0, -1.0)
+    longest = max(map(len, sequences))
+    whole = pack(sequences, advantages, np.ones(count), row_length=sum(map(len, sequences)))
+    unique = int((whole.nodes_RS >= 0).sum())
+    room = max(longest, row_length or unique)
+    if contender == "unpacked":
+        return pack(
+            sequences, advantages, np.ones(count), row_length=max(longest, row_length or longest), share_prefixes=False
+        )
+    if contender == "packed":
+        return pack(sequences, advantages, np.ones(count), row_length=room)
+    share = int(whole.loss_mask_RS.sum()) / unique  # the loss head is to cost the same
+    plain = []
+    for start in range(0, unique, longest):  # pieces as long as a sequence: attention costs what such contexts must
+        size = min(longest, unique - start)
+        scored = min(size - 1, round(share * size))
+        tokens = np.random.default_rng(start).integers(3, vocabulary, size).tolist()
+        plain.append(sequence(f"piece {len(plain)}", tokens, [False] * (size - scored) + [True] * scored))
+    ones = np.ones(len(plain))
+    return pack(plain, ones, ones, row_length=room, share_prefixes=False)
+
+
+def peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
+    """(median seconds after one warm-up, peak bytes)."""
+    import torch
+
+    def synchronise() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeat):
+        synchronise()
+        start = time.perf_counter()
+        step()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), peak_bytes()
+
+
+def run_engine(folder: Path, cases: list[Case], contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Our engine, one process. Device start-up as in `lockstep.engine.worker`."""
+    from lockstep.config import TrainConfig
+    from lockstep.engine import device
+    from lockstep.engine.session import LoraSettings, Settings, open_session
+    from lockstep.engine.step import train_step
+    from lockstep.families.registry import default_target_modules_for_model
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for key, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_PORT": port,
+    }.items():
+        os.environ[key] = str(value)
+    device.start(device.Parallelism(), seed=0)
+    lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
+    dtype = "bfloat16" if device.CUDA else "float32"
+    recompute = {"auto": None, "all": True, "none": False}[options.recompute]
+    session = open_session(Settings(str(folder), device.Parallelism(), dtype, lora, recompute=recompute))
+    config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
+    results = []
+    for case in cases:
+        batch = batch_of(case, contender, session.config.vocab_size, options.row_length)
+        steps: list[dict[str, float]] = []
+        seconds, peak = timed(
+            lambda b=batch, s=steps: s.append(train_step(session, b, config, None, print_nothing)), options.repeat
+        )
+        if device.CUDA:  # each step reports its own peak and starts a new count
+            peak = int(max(step["peak_memory_bytes"] for step in steps[1:]))
+        metrics = packing_metrics(batch)
+        results.append(
+            {
+                "seconds": seconds,
+                "peak_bytes": peak,
+                "tokens": metrics["tokens_computed"],
+                "rows": metrics["rows"],
+                "layers_recomputed": steps[-1]["layers_recomputed"],
+            }
+        )
+    return results
+
+
+def print_nothing(_event: dict[str, Any]) -> None:
+    """The progress a benchmark does not show."""
+
+
+def run_hugging_face(folder: Path, cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """transformers + PEFT: one sequence per forward pass, loss head in chunks, fused AdamW, gradient checkpointing on
+    GPU.
+    """
+    import peft
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
+    from transformers import AutoModelForCausalLM
+
+    from lockstep.families.registry import default_target_modules_for_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    targets = [name for name in default_target_modules_for_model(str(folder)) if name != "experts"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    if device == "cuda":
+        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        wrapped.enable_input_require_grads()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device == "cuda")
+    head = model.lm_head.weight
+
+    def piece_logprob(hidden_NH: Any, target_N: Any) -> Any:
+        return -F.cross_entropy((hidden_NH @ head.T).float(), target_N, reduction="none")
+
+    def step(sequences: list[TokenSequence]) -> None:
+        total = sum(one.scored for one in sequences)
+        for number, one in enumerate(sequences):
+            ids_S = torch.from_numpy(one.tokens_S.astype(np.int64)).to(device)
+            hidden_SH = wrapped.base_model.model.model(input_ids=ids_S[None]).last_hidden_state[0]
+            scored_N = torch.from_numpy(np.flatnonzero(one.loss_mask_S)).to(device)
+            sign = 1.0 if number % 2 else -1.0
+            parts = [
+                checkpoint(piece_logprob, hidden_SH[at - 1], ids_S[at], use_reentrant=False)
+                for at in scored_N.split(1024)
+            ]
+            old = torch.from_numpy(one.logprobs_S[one.loss_mask_S]).to(device)
+            new = torch.cat(parts)
+            ((new.detach() - old).exp().clamp(0, 5) * -sign * new).sum().div(total).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    results = []
+    for case in cases:
+        sequences = sequences_of(case, model.config.vocab_size)
+        seconds, peak = timed(lambda s=sequences: step(s), options.repeat)
+        results.append(
+            {
+                "seconds": seconds,
+                "peak_bytes": peak,
+                "tokens": float(sum(map(len, sequences))),
+                "rows": float(len(sequences)),
+            }
+        )
+    return results
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    shares = [
+        Case("group", options.samples[0] if len(options.samples) == 1 else 8, share, options.length)
+        for share in options.shares
+    ]
+    groups = [Case("group", samples, 2 / 3, options.length) for samples in options.samples]
+    trees = [Case("tree", leaves, 0.0, options.length) for leaves in options.trees]
+    return list(dict.fromkeys([*shares, *groups, *trees]))
+
+
+def table(cases: list[Case], found: dict[str, list[dict[str, Any]]]) -> str:
+    """One line per case: seconds and GiB of each contender, and packed relative to the others."""
+    names = [name for name in CONTENDERS if name in found]
+    header = f"{'case':28}" + "".join(f"{name + ' s':>12}{'GiB':>7}" for name in names)
+    ratios = [name for name in names if name != "packed" and "packed" in found]
+    lines = [header + "".join(f"{name + '/packed':>16}" for name in ratios)]
+    for number, case in enumerate(cases):
+        cells = [f"{found[n][number]['seconds']:12.3f}{found[n][number]['peak_bytes'] / 2**30:7.2f}" for n in names]
+        packed = found["packed"][number]["seconds"] if "packed" in found else 0.0
+        cells += [f"{found[n][number]['seconds'] / packed:16.2f}" for n in ratios]
+        lines.append(f"{case.name:28}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--family", default="qwen3", help="family of the tiny model")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
+    parser.add_argument("--length", type=int, help="tokens per sequence (tiny: 192, else 3072)")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.5, 2 / 3, 0.9, 0.95])
+    parser.add_argument("--samples", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument("--trees", type=int, nargs="*", default=[27], help="leaves of three-turn branching trees")
+    parser.add_argument("--row-length", type=int, help="tokens per row; left out: all trees of a case in one row")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--recompute", choices=["auto", "all", "none"], default="auto", help="activations, on a GPU")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.length = options.length or (192 if options.shape == "tiny" else 3072)
+    return options
+
+
+def checkpoint_folder(options: argparse.Namespace, scratch: Path) -> Path:
+    folder = options.model or scratch / "model"
+    if (folder / "config.json").is_file():
+        return folder
+    if options.shape == "tiny":
+        from lockstep.families.tiny import write_tiny
+
+        return write_tiny(options.family, folder)
+    return write_random(options.shape, folder)
+
+
+def main() -> None:
+    options = parse()
+    cases = cases_of(options)
+    if options.worker:
+        engine = options.worker != "hf"
+        results = (
+            run_engine(options.model, cases, options.worker, options)
+            if engine
+            else run_hugging_face(options.model, cases, options)
+        )
+        options.output.write_text(json.dumps(results))
+        return
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint_folder(options, Path(scratch))
+        for contender in options.contenders:
+            print(f"running {contender} on {len(cases)} cases ...", flush=True)
+            result = Path(scratch) / f"{contender}.json"
+            command = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                "--worker",
+                contender,
+                "--model",
+                str(folder),
+                "--output",
+                str(result),
+            ]
+            subprocess.run(command, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+            found[contender] = json.loads(result.read_text())
+    print(table(cases, found))
+    if options.output:
+        figures = {"shape": options.shape, "cases": [asdict(case) for case in cases], "found": found}
+        options.output.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
