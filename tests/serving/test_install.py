@@ -67,7 +67,10 @@ def source(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     for folder in ("wheels", "runtime/locks", "runtime/src"):
         (tmp_path / folder).mkdir(parents=True)
-    small = write_wheel(tmp_path / "wheels", "smallwheel", {"smallwheel.py": b"VALUE = 1\n"})
+    # Some wheels carry byte code, which installing replaces: no sign of damage.
+    byte_code = f"__pycache__/smallwheel.{sys.implementation.cache_tag}.pyc"
+    files = {"smallwheel.py": b"VALUE = 1\n", byte_code: b"of another source"}
+    small = write_wheel(tmp_path / "wheels", "smallwheel", files)
     parts = {f"bigwheel/part{i}.txt": b"%d\n" % i for i in range(BIG_FILES)}
     big = write_wheel(tmp_path / "wheels", "bigwheel", {"bigwheel/__init__.py": b"VALUE = 2\n"} | parts)
     runtime = tmp_path / "runtime"

@@ -293,9 +293,9 @@ def _drop_half_installed(folder: Path) -> list[str]:
 
 
 def _all_files_there(record_folder: Path) -> bool:
-    """Whether every file that a package's RECORD lists exists with its listed size;
+    """Whether every file that a package's RECORD lists exists with its listed size; without a RECORD it does not count.
 
-    without a RECORD it does not count.
+    Byte code counts for nothing: some wheels carry a .pyc, and installing or importing writes it anew with another size.
     """
     record = record_folder / "RECORD"
     if not record.is_file():
@@ -305,7 +305,7 @@ def _all_files_there(record_folder: Path) -> bool:
             if len(row) != 3:
                 return False
             path = record_folder.parent / row[0]
-            if row[2] and (not path.is_file() or path.stat().st_size != int(row[2])):
+            if row[2] and path.suffix != ".pyc" and (not path.is_file() or path.stat().st_size != int(row[2])):
                 return False
     return True
 
