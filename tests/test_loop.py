@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep as ls
-from lockstep.backends.megatron import MegatronBackend, serve_step
+from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, DataError, MismatchError, RolloutError, StaleRolloutError, StoreError
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import greedy_reward, roll_out

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import lockstep as ls
-from lockstep.backends import megatron
-from lockstep.backends.megatron import MegatronBackend, serve_step
+from lockstep.backends import run as backend_run
+from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import roll_out
@@ -168,7 +169,7 @@ async def check_stalled_sync(model, backend, task, section, monkeypatch):
     """A server that stops in the middle: a named error within the deadline, the old version served, and the way on."""
     server, step = backend._run(model).server, model.step
     groups = await roll_out(model, task, section, step)
-    monkeypatch.setattr(megatron, "_SYNC_DEADLINE_S", 3.0)
+    monkeypatch.setattr(backend_run, "SYNC_DEADLINE_S", 3.0)
     stopped = below(server.child.pid)
     call = backend._run(model).trainer.call
 

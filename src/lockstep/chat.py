@@ -14,7 +14,7 @@ async def chat_with(run: Path, message: str | None, step: int | None, console: C
     """Serve the run's base model with a step's adapter; answer `message`, or read messages from the terminal until it ends."""
     from openai import AsyncOpenAI
 
-    from lockstep.backends.megatron import serve_step
+    from lockstep.backends.start import serve_step
 
     with console.status("starting the server") as status:
         server, name = await serve_step(run, step, status.update)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron import route_shape
+from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Parallel
 from lockstep.errors import ServerError
