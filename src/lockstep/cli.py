@@ -72,6 +72,7 @@ def score(
     tp: Annotated[int, typer.Option(help="tensor parallel size")] = 1,
     pp: Annotated[int, typer.Option(help="pipeline parallel size")] = 1,
     ep: Annotated[int, typer.Option(help="expert parallel size")] = 1,
+    cp: Annotated[int, typer.Option(help="context parallel size")] = 1,
     sp: Annotated[bool, typer.Option("--sp", help="sequence parallel between tensor parallel layers")] = False,
     packed: Annotated[
         bool, typer.Option("--packed", help="pack into prefix trees first; values stay the same")
@@ -85,8 +86,8 @@ def score(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
-    # Experts split the ranks that tensor and data parallelism span, so what tensor leaves open is data parallel.
-    parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, data=max(1, ep // tp), sequence=sp)
+    # Experts split the ranks that tensor, context and data parallelism span, so what the first two leave open is data parallel.
+    parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, context=cp, data=max(1, ep // (tp * cp)), sequence=sp)
     lines = read_lines(input)
     with console.status(f"scoring {len(lines)} sequences on {parallel.processes} processes"):
         scored = asyncio.run(score_lines(model, lines, adapter=adapter, parallel=parallel, packed=packed, dtype=dtype))

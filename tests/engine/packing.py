@@ -1,6 +1,6 @@
 """The loss and every gradient of one batch, packed as trees or as plain rows, from the real engine at whatever sizes are up.
 
-Run as a program under torch.distributed.run it compares both over several random batches and writes the worst difference.
+Run as a program under torch.distributed.run it answers a parent that draws the problems (`pool.Pool`).
 
 Shapes: N scored tokens of a row.
 """
@@ -8,13 +8,16 @@ Shapes: N scored tokens of a row.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lockstep.config import TrainConfig
@@ -23,7 +26,9 @@ from lockstep.engine.device import Parallelism
 from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.session import LoraSettings, Session, Settings, open_session
+from lockstep.engine.statefile import rectangles
 from lockstep.engine.step import _head, _shard, prepare
+from lockstep.engine.trainable import assign
 from lockstep.families.registry import default_target_modules_for_model
 from lockstep.families.tiny import write_tiny
 from lockstep.tokens.batch import PackedBatch, total_weight
@@ -31,6 +36,7 @@ from lockstep.tokens.pack import pack
 from lockstep.tokens.tree import TokenSequence
 
 from drawing import random_sequences  # isort: skip
+from parity import FLOOR, compare_tensors  # isort: skip
 
 LAYERS, TOP_K, EXPERTS = 2, 2, 8
 SIZES: dict[str, Any] = {"num_hidden_layers": LAYERS, "hidden_size": 64, "dtype": "float32"}
@@ -51,18 +57,20 @@ CONFIGS = {
 
 
 def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Parallelism) -> Session:
-    """A session on a new tiny model; a LoRA adapter gets values, so that both of its matrices have gradients."""
-    folder = folder / "model"
-    if dist.get_rank() == 0:
+    """A session on the family's tiny model in `folder`, which is made if it isn't there; a LoRA adapter gets values, so that both of
+    its matrices have gradients."""
+    folder = folder / family
+    if not folder.exists():
         write_tiny(family, folder, seed=3, overrides=FAMILIES[family])
-    dist.barrier()
     targets = tuple(default_target_modules_for_model(str(folder)))
     settings = Settings(str(folder), parallel, dtype=dtype, lora=LoraSettings(8, 16, targets) if lora else None)
     session = open_session(settings)
     if lora:
         generator = torch.Generator().manual_seed(4)
-        for bucket in session.optimizer.buckets:
-            bucket.weights.copy_(torch.randn(bucket.size, generator=generator, dtype=torch.float64) * 0.1)
+        assign(
+            session.trainables,
+            {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in sorted(session.shapes.items())},
+        )
     return session
 
 
@@ -96,38 +104,80 @@ def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.nda
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 
-def difference(session: Session, seed: int, leaves: int, config: TrainConfig, tight: bool) -> dict[str, float]:
-    """Relative differences of loss and gradients between packed trees and one row per sequence; and what packing saved.
+def named_gradients(session: Session) -> dict[str, Tensor]:
+    """Gradients by canonical name, after `loss_and_gradients` on one rank that holds everything."""
+    found: dict[str, Tensor] = {}
+    for bucket in session.optimizer.buckets:
+        for trainable, first, last, place in bucket.slices():
+            part = bucket.gradients[bucket.low : bucket.high][place]
+            for box in rectangles(trainable, first, last):
+                whole = found.setdefault(box.name, part.new_zeros(session.shapes[box.name]))
+                whole = whole if box.index is None else whole[box.index]
+                whole.reshape(len(whole), -1)[box.rows, box.columns] = part[box.first : box.last].view(
+                    box.rows.stop - box.rows.start, -1
+                )
+    return found
 
-    tight: rows so short that a tree has to be cut and its prefix computed again.
-    """
-    sequences, advantages, weights = draw(seed, leaves, session.config.is_moe)
-    longest, multiple = max(map(len, sequences)), 2 * session.parallel.tensor
-    trees = pack(sequences, advantages, weights, row_length=longest if tight else 1024, multiple=multiple)
+
+@dataclass(frozen=True)
+class Drawn:
+    """One random problem. tight: rows so short that a tree has to be cut and its prefix computed again."""
+
+    family: str
+    seed: int
+    leaves: int
+    loss: str
+    tight: bool
+    lora: bool
+
+
+def batches(drawn: Drawn, multiple: int = 4) -> tuple[PackedBatch, PackedBatch]:
+    """(packed as trees, one row per sequence)."""
+    sequences, advantages, weights = draw(drawn.seed, drawn.leaves, "moe" in drawn.family)
+    longest = max(map(len, sequences))
+    trees = pack(sequences, advantages, weights, row_length=longest if drawn.tight else 1024, multiple=multiple)
     plain = pack(sequences, advantages, weights, row_length=longest, share_prefixes=False, multiple=multiple)
-    loss, gradients = loss_and_gradients(session, trees, config)
-    expected_loss, expected = loss_and_gradients(session, plain, config)
-    return {
-        "loss": abs(loss - expected_loss) / max(1.0, abs(expected_loss)),
-        "gradient": float((gradients - expected).abs().max() / expected.abs().max().clamp(min=1e-9)),
-        "size": float(expected.abs().max()),
-        "tokens": float((trees.nodes_RS >= 0).sum()),
-        "unpacked": float((plain.nodes_RS >= 0).sum()),
-    }
+    return trees, plain
+
+
+def distance(session: Session, drawn: Drawn, expected: Path, packed: bool = True) -> dict[str, Any]:
+    """How far the packed trees' loss and this rank's gradients are from the unpacked ones in the file. Relative: to the tensor's
+    largest entry, or the model's largest where rounding to fp32 leaves no more. packed False: of unpacked rows."""
+    gradients = load_file(expected)
+    wanted = float(gradients.pop("loss"))
+    loss, _ = loss_and_gradients(session, batches(drawn)[0 if packed else 1], CONFIGS[drawn.loss])
+    largest = max(float(one.abs().max()) for one in gradients.values())
+    floor = largest * (FLOOR if session.settings.dtype == "float64" else 1.0)
+    gradient, where = compare_tensors(session, "gradient", gradients, max(floor, 1e-9))
+    return {"loss": abs(loss - wanted) / max(1.0, abs(wanted)), "gradient": gradient, "at": where, "size": largest}
+
+
+def serve(folder: Path, connection: socket.socket) -> None:
+    """Answer {"parallel", "dtype", "drawn", "expected"}, one JSON line each, until the other side hangs up. Models are kept while
+    the sizes stay the same."""
+    sizes, sessions = None, dict[tuple[str, str, bool], Session]()
+    lines = connection.makefile("rw")
+    for line in lines:
+        asked = json.loads(line)
+        if sizes != asked["parallel"]:
+            sizes = asked["parallel"]
+            sessions.clear()
+            device.rebuild_groups(Parallelism(**sizes), seed=0)
+        drawn = Drawn(**asked["drawn"])
+        key = drawn.family, asked["dtype"], drawn.lora
+        if key not in sessions:
+            sessions[key] = open_tiny(drawn.family, folder, asked["dtype"], drawn.lora, Parallelism(**sizes))
+        lines.write(json.dumps(distance(sessions[key], drawn, Path(asked["expected"]))) + "\n")
+        lines.flush()
 
 
 def main() -> None:
-    """argv: folder, parallel sizes as JSON, dtype. Writes folder/result-RANK.json: the worst difference per family."""
-    folder, parallel = Path(sys.argv[1]), Parallelism(**json.loads(sys.argv[2]))
+    """argv: folder with a model per family, path of the parent's socket."""
     torch.set_num_threads(1)
-    device.start(parallel, seed=0)
-    worst: dict[str, dict[str, float]] = {}
-    for family in FAMILIES:
-        session = open_tiny(family, folder / family, sys.argv[3], lora=False, parallel=parallel)
-        for seed, (name, config) in enumerate(CONFIGS.items()):
-            found = difference(session, seed + 100, leaves=5, config=config, tight=seed % 2 == 1)
-            worst[f"{family}/{name}"] = found
-    (folder / f"result-{dist.get_rank()}.json").write_text(json.dumps(worst))
+    device.start(Parallelism(data=int(os.environ["WORLD_SIZE"])), seed=0, timeout_s=100)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(sys.argv[2])
+        serve(Path(sys.argv[1]), connection)
 
 
 if __name__ == "__main__":

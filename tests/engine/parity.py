@@ -19,14 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.config import TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
 from lockstep.engine.device import Parallelism
 from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.session import LoraSettings, Session, Settings, load_step, open_session, save_step
 from lockstep.engine.statefile import rectangles
-from lockstep.engine.step import _head, _shard, prepare, score
+from lockstep.engine.step import _head, _shard, prepare, score, train_step
 from lockstep.engine.trainable import assign
+from lockstep.families.config import ModelConfig
 from lockstep.families.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
 
@@ -104,6 +106,10 @@ def run(session: Session, batch: PackedBatch, slope_P: np.ndarray) -> tuple[floa
             parts = [torch.empty_like(whole) for _ in range(session.parallel.tensor)]
             dist.all_gather(parts, whole.contiguous(), group=ps.get_tensor_model_parallel_group())
             whole = torch.cat(parts)
+        if session.parallel.context > 1:
+            parts = [torch.empty_like(whole) for _ in range(session.parallel.context)]
+            dist.all_gather(parts, whole.contiguous(), group=ps.get_context_parallel_group())
+            whole = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
         row = mine[number]
         logits[row] = whole @ session.model.head_weight().detach().T
         new_N, _ = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
@@ -243,7 +249,9 @@ def main() -> None:
     for item in checks:
         name, kind = item.pop("name"), item.pop("kind", "check")
         item["folder"] = Path(item["folder"])
-        mine = {"check": check, "lora": check_lora, "routes": check_routes, "resume": check_resume}[kind](**item)
+        mine = {"check": check, "lora": check_lora, "routes": check_routes, "resume": check_resume, "step": check_step}[
+            kind
+        ](**item)
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, mine)
         measured[name] = worst_of(everyone)
@@ -311,6 +319,36 @@ def merged_reference(
     return expected, float(loss)
 
 
+def replayed(batch: PackedBatch, config: ModelConfig, seed: int) -> PackedBatch:
+    """The batch with random routes, which no router would choose."""
+    shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
+    routes = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
+    return replace(batch, routes_RSLK=routes[..., : config.experts_per_token].astype(np.uint8))
+
+
+def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Metrics of a whole training step (two updates) at these sizes and on data-parallel ranks alone: the largest relative difference
+    of any that does not tell of time or memory."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(tree_sequences(rng, leaves=9), rng, minibatches=2, data=2, row_length=40)
+    config = TrainConfig(minibatches=2, old_logprobs="trainer", max_mismatch=None, learning_rate=1e-3)
+    targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
+    found = []
+    for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
+        device.rebuild_groups(sizes, seed=0)
+        session = open_session(Settings(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
+        given = replayed(batch, session.config, seed) if session.config.is_moe else batch
+        found.append(train_step(session, given, config, None, lambda _event: None))
+    mine, theirs = found
+    assert set(mine) == set(theirs), set(mine) ^ set(theirs)
+    worst, where = 0.0, ""
+    for name in mine.keys() - {"tokens_per_second", "peak_memory_bytes"}:
+        off = abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 0.05)
+        if not name.startswith("seconds_") and not off <= worst:
+            worst, where = off, name
+    return {"metric": worst, "metric_at": where, "metrics": float(len(mine))}
+
+
 def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
     """Random routes, scored at these sizes and with every rank on its own: the largest difference, and what the routes change at all."""
     rng = np.random.default_rng(seed)
@@ -319,11 +357,7 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         session = open_session(Settings(str(folder), sizes))
-        config = session.config
-        shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
-        routes = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
-        replayed = replace(batch, routes_RSLK=routes[..., : config.experts_per_token].astype(np.uint8))
-        scores.append(score(session, replayed, lambda _event: None))
+        scores.append(score(session, replayed(batch, session.config, seed), lambda _event: None))
     live = score(session, batch, lambda _event: None)
     return {
         "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),

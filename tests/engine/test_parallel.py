@@ -22,17 +22,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "dp2": {"data": 2},
+    "cp2": {"context": 2},
 }
 EXPERT_SIZES: dict[str, dict[str, Any]] = {
     "ep2": {"expert": 2, "data": 2},
     "tp2-ep2": {"tensor": 2, "expert": 2},
     "tp2-sp-ep2": {"tensor": 2, "sequence": True, "expert": 2},
     "tp2-sp-etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
+    "cp2-ep2": {"context": 2, "expert": 2},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "tp2-sp-ep2-etp2-dp2": {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2, "data": 2},
     "pp2-dp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
     "pp4": {"pipeline": 4},
+    "tp2-sp-cp2-ep2": {"tensor": 2, "sequence": True, "context": 2, "expert": 2},
+    "pp2-cp2": {"pipeline": 2, "context": 2},
 }
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe")
 
@@ -51,11 +55,15 @@ RESUMED = [
     ("qwen3_5_moe", "tp2-sp-ep2", False),
     ("qwen3_5", "pp2", False),
     ("qwen3", "tp2", True),
+    ("qwen3_5_moe", "cp2-ep2", True),
 ]
 
 
-NARROW = [(s, kind) for s in ("tp2", "tp2-sp") for kind in ("check",)]
-"""One key head for two tensor-parallel ranks."""
+STEPPED = [("qwen3_moe", "tp2-sp"), ("qwen3_moe", "cp2-ep2"), ("qwen3_5", "cp2")]
+
+
+NARROW = [(s, kind) for s in ("tp2", "tp2-sp", "cp2") for kind in ("check",)]
+"""One key head for two ranks that share heads."""
 
 
 def launch(folder: Path, checks: list[dict[str, Any]], processes: int) -> dict[str, Any]:
@@ -79,11 +87,11 @@ def launch(folder: Path, checks: list[dict[str, Any]], processes: int) -> dict[s
     return json.loads(answered.read_text())
 
 
-def models(folder: Path, families: tuple[str, ...], seed: int) -> dict[str, str]:
+def models(folder: Path, families: tuple[str, ...], seed: int, **fixed: Any) -> dict[str, str]:
     rng = np.random.default_rng(seed)
     made = {}
     for family in families:
-        fields = random_fields(family, rng) | {"num_hidden_layers": 4}
+        fields = random_fields(family, rng) | {"num_hidden_layers": 4} | fixed
         made[family] = str(tiny(family, folder / family, seed=seed, dtype="float32", **fields))
     return made
 
@@ -107,6 +115,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         for f, s, lora in RESUMED
     ]  # fmt: skip
+    checks += [
+        {"name": f"{f}/{s}/step", "kind": "step", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
+        for f, s in STEPPED
+    ]
     made["narrow"] = str(tiny("qwen3", folder / "narrow", seed=seed, dtype="float32", num_key_value_heads=1))
     checks += [
         {"name": f"narrow/{s}/{kind}", "kind": kind, "folder": made["narrow"], "parallel": SIZES[s], "seed": seed}
@@ -144,6 +156,15 @@ def test_replayed_routes(two: dict[str, Any], family: str, size: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(("family", "size"), STEPPED)
+def test_whole_steps(two: dict[str, Any], family: str, size: str) -> None:
+    """Loss, KL, ratios, gradient norm and all other metrics of two updates are those of data-parallel ranks."""
+    measured = two[f"{family}/{size}/step"]
+    assert measured["metric"] < 5e-3, (two["seed"], measured)
+    assert measured["metrics"] > 20
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("family", "size", "lora"), RESUMED)
 def test_state_does_not_depend_on_sizes(two: dict[str, Any], family: str, size: str, lora: bool) -> None:
     measured = two[f"resume/{family}/{size}/{lora}"]
@@ -174,7 +195,8 @@ def test_uneven_stages_with_recompute(two: dict[str, Any]) -> None:
 @pytest.mark.distributed
 def test_four_processes(tmp_path: Path) -> None:
     seed = draw_seed()
-    made = models(tmp_path, ("qwen3_5_moe",), seed)
+    heads = {"num_attention_heads": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8}  # for tensor x context
+    made = models(tmp_path, ("qwen3_5_moe",), seed, **heads)
     checks = [
         {"name": f"{s}/{kind}", "kind": kind, "folder": made["qwen3_5_moe"], "parallel": parallel, "seed": seed}
         for s, parallel in FOUR.items()

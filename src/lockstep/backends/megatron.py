@@ -69,10 +69,6 @@ class MegatronBackend:
         if rollout_weights_mode not in ("lora", "merged"):
             raise unsupported("rollout_weights_mode", rollout_weights_mode, "MegatronBackend", "use 'lora' or 'merged'")
         self.rollout_weights_mode = rollout_weights_mode
-        if self.parallel.context > 1:
-            raise unsupported(
-                "parallel.context", self.parallel.context, "MegatronBackend", "rows must fit one tensor-parallel group"
-            )
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""

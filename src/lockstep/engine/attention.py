@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
+from lockstep.engine.context import repeats, to_heads, to_tokens
 from lockstep.engine.device import CUDA
 from lockstep.engine.regions import rotate, sigmoid_gate, wide
 from lockstep.engine.tree import Row
@@ -71,11 +72,20 @@ class TreeAttention(SelfAttention):
         if self.q_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)  # pyright: ignore[reportOptionalCall]
         q, k = rotate(q, *rotary_pos_emb), rotate(k, *rotary_pos_emb)
-        out_SND = self.core_attention(q, k, v, attention_mask)  # pyright: ignore[reportCallIssue]
+        out_SND = self._attend(q, k, v, attention_mask)
         if gate is not None:
             out_SND = sigmoid_gate(out_SND, gate)
         out_S1H, _ = self.linear_proj(out_SND.reshape(length, 1, heads * dim))  # pyright: ignore[reportCallIssue]
         return out_S1H, None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        """Attention over the whole row; under context parallelism on this rank's share of the heads, then back to its own tokens."""
+        dim, times = q.shape[2], repeats(k.shape[1])
+        if times > 1:
+            k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        whole = (x_SF.unflatten(1, (-1, dim)) for x_SF in to_heads(q.flatten(1), k.flatten(1), v.flatten(1)))
+        out_SND = self.core_attention(*whole, row)  # pyright: ignore[reportCallIssue]
+        return to_tokens(out_SND.flatten(1)).unflatten(1, (-1, dim))
 
     def _heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """This rank's query heads, their gates (None without an output gate), key and value heads, `[S, heads, D]`.

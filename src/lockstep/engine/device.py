@@ -34,29 +34,36 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How the ranks split the work. `world` must be tensor x pipeline x data; experts split the same ranks their own way."""
+    """How the ranks split the work. `world` must be tensor x pipeline x context x data; experts split the same ranks their own way."""
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
     expert_tensor: int = 1
     data: int = 1
+    context: int = 1
     sequence: bool = False
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights outside of the experts."""
+        return self.data * self.context
 
     def check(self, world: int) -> None:
         """Raise ConfigError unless `world` processes can be split this way."""
         if self.world != world:
             raise ConfigError(
-                f"parallel sizes tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} need {self.world} processes, "
-                f"but {world} were started"
+                f"parallel sizes tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} x data {self.data} need "
+                f"{self.world} processes, but {world} were started"
             )
-        if (self.tensor * self.data) % (self.expert * self.expert_tensor):
+        if (self.tensor * self.replicas) % (self.expert * self.expert_tensor):
             raise ConfigError(
-                f"expert {self.expert} x expert_tensor {self.expert_tensor} does not divide tensor x data = {self.tensor * self.data}"
+                f"expert {self.expert} x expert_tensor {self.expert_tensor} does not divide tensor x context x data = "
+                f"{self.tensor * self.replicas}"
             )
         if self.sequence and self.tensor == 1:
             raise ConfigError("sequence parallelism needs tensor parallelism: set parallel.tensor to 2 or more")
@@ -95,6 +102,7 @@ def rebuild_groups(parallel: Parallelism, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.engine import groups
+from lockstep.engine.context import share
 from lockstep.engine.dispatch import through_ranks
 from lockstep.engine.mlp import GatedMLP
 from lockstep.engine.regions import gated_silu, wide
@@ -149,4 +150,4 @@ class MoE(MegatronModule):
             return None, None
         first = self.group.rank() * tokens if self.group.size() > 1 else 0
         here = slice(first, first + tokens)
-        return row.routes_SLK[here, self.number].long(), row.followed_S()[here]
+        return share(row.routes_SLK[:, self.number])[here].long(), share(row.followed_S())[here]

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from lockstep.engine.context import to_heads, to_tokens, window
 from lockstep.engine.delta_rule import over_tree, rule_for
 from lockstep.engine.linear import RowLinear
 from lockstep.engine.lora import LocalAdapter, Part
@@ -84,26 +85,37 @@ class GatedDeltaNet(MegatronModule):
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.group)
         x_S = x[:, 0]
-        mixed_SC = self.convolve(self.in_proj_qkv(x_S), attention_mask)
         beta_SH = wide(self.in_proj_b(x_S)).sigmoid()
         g_SH = -wide(self.A_log).exp() * F.softplus(wide(self.in_proj_a(x_S)) + wide(self.dt_bias))
-        q, k, v = mixed_SC.split(self.split, -1)
-        q, k = (normalise(y.unflatten(-1, (self.key_heads, self.key_dim))) for y in (q, k))
-        repeat = self.value_heads // self.key_heads
-        if repeat > 1:
-            q, k = (y.repeat_interleave(repeat, 1) for y in (q, k))
-        v = v.unflatten(-1, (self.value_heads, self.value_dim))
-        out_SHV = over_tree((q, k, v, g_SH, beta_SH), attention_mask, rule_for(x))
-        z_SHV = self.in_proj_z(x_S).unflatten(-1, (self.value_heads, self.value_dim))
+        out_SF = self._mix(self.in_proj_qkv(x_S), g_SH, beta_SH, attention_mask)
+        out_SHV, z_SHV = (y.unflatten(-1, (self.value_heads, self.value_dim)) for y in (out_SF, self.in_proj_z(x_S)))
         normed = self.norm(out_SHV, z_SHV).to(hidden_states.dtype)
         out, _ = self.out_proj(normed.flatten(1)[:, None].contiguous())
         return out, None
+
+    def _mix(self, qkv_SC: Tensor, g_SH: Tensor, beta_SH: Tensor, row: Row) -> Tensor:
+        """Convolution and delta rule over the whole row, value heads x dim of this rank's tokens. Under context parallelism they run on
+        this rank's share of the heads."""
+        parts = to_heads(*qkv_SC.split(self.split, -1))
+        g, beta = to_heads(g_SH, beta_SH)
+        q, k, v = self.convolve(torch.cat(parts, -1), row).split([part.shape[1] for part in parts], -1)
+        q, k = (normalise(y.unflatten(-1, (-1, self.key_dim))) for y in (q, k))
+        repeat = self.value_heads // self.key_heads
+        if repeat > 1:
+            q, k = (y.repeat_interleave(repeat, 1) for y in (q, k))
+        v = v.unflatten(-1, (-1, self.value_dim))
+        out_SHV = over_tree((q, k, v, g, beta), row, rule_for(v))
+        return to_tokens(out_SHV.flatten(1))
+
+    def _taps(self) -> Tensor:
+        """The convolution's weights of the heads that this rank convolves, `[C, taps]`."""
+        return torch.cat([window(part) for part in self.conv_weight[:, 0].split(self.split)])
 
     def convolve(self, x_SC: Tensor, row: Row) -> Tensor:
         """silu of the depthwise causal convolution along each token's own sequence; before its beginning there are zeros."""
         taps_KS = row.conv_taps_KS(self.taps)
         beyond = torch.cat((x_SC, x_SC.new_zeros(1, x_SC.shape[1])))
-        weight_CK = wide(self.conv_weight[:, 0])
+        weight_CK = wide(self._taps())
         total = wide(torch.zeros_like(x_SC))
         for back in reversed(
             range(self.taps)

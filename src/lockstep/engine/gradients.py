@@ -2,7 +2,7 @@
 
 Every rank's backward pass gives the gradient of the loss of its own rows. On top of that some parameters that are the same on all
 tensor-parallel ranks see only part of the work there: a share of the sequence, or of the heads. Their gradients are summed over those
-ranks; everything is then summed over the data-parallel ranks (experts: over the ranks that hold the same experts).
+ranks; everything is then summed over the context- and data-parallel ranks (experts: over the ranks that hold the same experts).
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def sum_group(over: Sum) -> ProcessGroup | None:
 
 
 def replica_group(trainable: Trainable) -> ProcessGroup:
-    """The ranks that hold the same part of this parameter and see different rows."""
+    """The ranks that hold the same part of this parameter and see different rows, or different tokens of them."""
     if trainable.domain.startswith("expert"):
         return groups.expert_data()
-    return groups.data()
+    return groups.replicas()
 
 
 def counts_here(trainable: Trainable, over: Sum) -> bool:

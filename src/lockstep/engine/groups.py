@@ -1,7 +1,8 @@
 """The process groups a rank belongs to, as Megatron-Core built them. With one process each has size one.
 
-tensor: ranks that share a layer's matrices. pipeline: stages. data: same weights, other rows. expert: ranks among which whole experts
-are split. expert_tensor: ranks that share one expert's matrices. expert_data: ranks that hold the same experts and see other tokens.
+tensor: ranks that share a layer's matrices. pipeline: stages. context: same weights and rows, other tokens. data: same weights, other
+rows. replicas: context and data together. expert: ranks among which whole experts are split. expert_tensor: ranks that share one
+expert's matrices. expert_data: ranks that hold the same experts and see other tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ def pipeline() -> ProcessGroup:
 
 def data() -> ProcessGroup:
     return cast(ProcessGroup, parallel_state.get_data_parallel_group())
+
+
+def context() -> ProcessGroup:
+    return cast(ProcessGroup, parallel_state.get_context_parallel_group())
+
+
+def replicas() -> ProcessGroup:
+    return cast(ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def expert() -> ProcessGroup:

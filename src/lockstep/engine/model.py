@@ -1,7 +1,8 @@
 """The model a rank holds: Megatron's GPTModel and TransformerLayer with forward passes of our own.
 
 Rotary angles come from each token's own position (rows hold many sequences), and the model returns hidden states: logits exist only
-in chunks, inside `head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over TP under sequence parallelism.
+in chunks, inside `head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over context-parallel ranks, and over TP under
+sequence parallelism.
 
 Shapes: S tokens, H hidden, D rotary dims.
 """
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lockstep.engine.context import share
 from lockstep.engine.experts import MoE
 from lockstep.engine.tree import Row
 from lockstep.families.config import Rope
@@ -77,11 +79,12 @@ class Model(GPTModel):
     def forward_row(self, row: Row, received: Tensor | None = None) -> Tensor:
         """Hidden states after this stage. `received`: the previous stage's output, on every stage but the first."""
         if self.pre_process:
-            hidden = self.embedding(input_ids=row.tokens_S[None], position_ids=row.positions_S[None])
+            tokens_S = share(row.tokens_S)
+            hidden = self.embedding(input_ids=tokens_S[None], position_ids=share(row.positions_S)[None])
         else:
             hidden = None
             self.decoder.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
-        angles = self.angles(row.positions_S)
+        angles = self.angles(share(row.positions_S))
         return self.decoder(hidden_states=hidden, attention_mask=row, rotary_pos_emb=angles)  # pyright: ignore
 
     def head_weight(self) -> Tensor:

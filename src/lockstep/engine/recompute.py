@@ -74,6 +74,7 @@ def plan(session: Session, tokens: int) -> int:
     if session.settings.recompute is not None or not CUDA:
         return sum(bool(layer.recompute) for layer in layers)
     keep = 0
+    tokens = -(-tokens // session.parallel.context)
     if session.parallel.pipeline == 1:
         width, tensor = session.dtype.itemsize, session.parallel.tensor
         sizes = [

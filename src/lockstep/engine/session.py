@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lockstep.engine import device, regions
 from lockstep.engine.build import DTYPES, build, sizes_here
+from lockstep.engine.context import check_heads
 from lockstep.engine.device import Parallelism
 from lockstep.engine.model import Model
 from lockstep.engine.optimizer import Optimizer
@@ -72,10 +73,7 @@ class Settings:
         if unknown:
             raise ConfigError(f"engine.json: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         values = dict(raw)
-        parallel = {k: v for k, v in values.get("parallel", {}).items() if k != "context"}
-        if values.get("parallel", {}).get("context", 1) != 1:
-            raise ConfigError("context parallelism is not supported by this engine; set parallel.context to 1")
-        values["parallel"] = Parallelism(**parallel)
+        values["parallel"] = Parallelism(**values.get("parallel", {}))
         if values.get("lora") is not None:
             lora = values["lora"]
             values["lora"] = LoraSettings(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
@@ -128,6 +126,7 @@ def open_session(settings: Settings) -> Session:
         settings = replace(settings, lora=LoraSettings(info.rank, info.alpha, info.targets))
     _check_targets(whole, settings.lora)
     _check_adapters_split(config, settings)
+    check_heads(config, settings.parallel)
     _preflight(shards, settings)
     compiled = device.CUDA if settings.compile is None else settings.compile
     regions.enable(handler.compile.regions if compiled else ())
@@ -184,7 +183,9 @@ def _preflight(shards: Sequence[Shard], settings: Settings) -> None:
     elements = sum(torch.Size(s.shape).numel() for s in shards)
     needed = elements * DTYPES[settings.dtype].itemsize
     if settings.lora is None:
-        needed += elements * DTYPES[settings.dtype].itemsize + elements * 4 + elements * 12 // settings.parallel.data
+        needed += (
+            elements * DTYPES[settings.dtype].itemsize + elements * 4 + elements * 12 // settings.parallel.replicas
+        )
     device.require_memory(
         needed, f"this rank's part of {settings.model} ({elements / 1e9:.2f}B parameters in {settings.dtype})"
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.config import TrainConfig
-from lockstep.engine import groups
+from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
 from lockstep.engine.exchange import broadcast_json
 from lockstep.engine.head import linear_logprob
@@ -87,10 +87,11 @@ def prepare(session: Session, batch: PackedBatch, rows: Sequence[int]) -> list[M
 
 def _multiple(session: Session, batch: PackedBatch) -> int:
     """Rows are cut to a multiple of this: sequence shards, and on GPU few different lengths, as each one is compiled."""
-    tensor = session.parallel.tensor if session.parallel.sequence or session.config.is_moe else 1
+    parts = session.parallel.tensor if session.parallel.sequence or session.config.is_moe else 1
+    parts *= session.parallel.context
     if not CUDA:
-        return tensor
-    unit = BLOCK * tensor
+        return parts
+    unit = BLOCK * parts
     return max(unit, batch.row_length // 8 // unit * unit)
 
 
@@ -108,21 +109,29 @@ def _micro_batch(session: Session, batch: PackedBatch, number: int) -> MicroBatc
 def _head(
     session: Session, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    here = hidden.device
-    return linear_logprob(
+    """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose predictor is its own."""
+    mine = context.owned(predictor)
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(hidden.device)
+
+    found = linear_logprob(
         hidden,
         session.model.head_weight(),
-        torch.from_numpy(predictor).to(here),
-        torch.from_numpy(target).to(here),
-        torch.from_numpy(np.ascontiguousarray(temperature)).to(here),
+        put(predictor[mine] // session.parallel.context),
+        put(target[mine]),
+        put(temperature[mine]),
         session.config.vocab_size,
         groups.tensor(),
         session.parallel.sequence,
     )
+    logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
+    return logprob_N, entropy_N
 
 
 def _shard(session: Session) -> int:
-    return session.parallel.tensor if session.parallel.sequence else 1
+    """In how many parts a row's tokens are split between the layers."""
+    return session.parallel.context * (session.parallel.tensor if session.parallel.sequence else 1)
 
 
 def _logprobs(session: Session, work: Sequence[MicroBatch]) -> list[Tensor]:
