@@ -114,8 +114,11 @@ def rebuild_groups(parallel: Parallelism, seed: int) -> None:
 
 def free_memory() -> int:
     """Bytes this rank may still allocate: of its GPU, or its share of the host's available memory."""
-    if CUDA:
-        return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()[0] if CUDA else host_free()
+
+
+def host_free() -> int:
+    """Bytes this rank may still allocate on the host: its share of what is available."""
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     limit = _cgroup_free()

@@ -40,7 +40,8 @@ def write_state(optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequenc
     for bucket in optimizer.buckets:
         if _owns(bucket):
             for kind in KINDS:
-                values = getattr(bucket, kind).cpu().numpy()
+                # A copy also on a CPU: a storage that NumPy has seen can never be emptied again (offload.py).
+                values = getattr(bucket, kind).to("cpu", copy=True).numpy()
                 _exchange(file, bucket, kind, values, write=True)
     file.close()
     dist.barrier()
@@ -52,7 +53,8 @@ def read_state(optimizer: Optimizer, folder: Path) -> None:
     count = file.metadata().get("count")
     if count is None or not count.isdigit():
         raise WeightsError(f"{folder / FILE} has no update count; it was not written by this version")
-    held = {kind: [np.zeros(len(b.master), b.master.cpu().numpy().dtype) for b in optimizer.buckets] for kind in KINDS}
+    wide = {torch.float32: np.float32, torch.float64: np.float64}
+    held = {kind: [np.zeros(len(b.master), wide[b.master.dtype]) for b in optimizer.buckets] for kind in KINDS}
     for at, bucket in enumerate(optimizer.buckets):
         for kind in KINDS:
             _exchange(file, bucket, kind, held[kind][at], write=False)

@@ -9,6 +9,10 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
   sync       {root_url, api_key, version, transport, deadline_s}
                                               -> {"version", "nbytes", "transfer_s", "commit_s", "pause_s"}   the server holds the
                                                  (merged) weights as `version`, or, after an error, what it held before
+  offload    {keep_weights}                   -> {"nbytes"}   memory of the device to the host; with keep_weights score and sync still
+                                                 work, else only onload and memory do
+  onload     {}                               -> {"nbytes"}
+  memory     {}                               -> bytes of rank 0: see Offload.memory; device_free: of the rank that has least
   shutdown   {}                               -> {}
 A verb that fails leaves the worker usable; when weights were already changed it refuses to go on until `load`.
 """
@@ -27,9 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine import device, protocol
 from lockstep.engine.agreement import LOST, Agreement
+from lockstep.engine.offload import Offload
 from lockstep.engine.session import Session, Settings, load_step, open_session, save_step
 from lockstep.engine.step import clear_picks, picks_that_differ, score, train_step
 from lockstep.engine.weights_out import WeightsOut
@@ -62,6 +70,7 @@ class Worker:
     agreement: Agreement
     stale: bool = False
     weights_out: WeightsOut | None = None
+    offloaded: Offload | None = None
 
     def verbs(self) -> dict[str, Callable[[Json, Callable[[Json], None]], Json]]:
         return {
@@ -70,6 +79,9 @@ class Worker:
             "load": self.load,
             "save": self.save,
             "sync": self.sync,
+            "offload": self.offload,
+            "onload": self.onload,
+            "memory": self.memory,
         }
 
     def train_step(self, args: Json, report: Callable[[Json], None]) -> Json:
@@ -112,6 +124,30 @@ class Worker:
             self.weights_out = WeightsOut(self.session)
         endpoint = Endpoint(args["root_url"], args["api_key"])
         return self.weights_out.push(endpoint, args["version"], float(args["deadline_s"]))
+
+    def offload(self, args: Json, report: Callable[[Json], None]) -> Json:
+        return {"nbytes": self._offload().out(keep_weights=bool(args.get("keep_weights")))}
+
+    def onload(self, args: Json, report: Callable[[Json], None]) -> Json:
+        return {"nbytes": self._offload().back()}
+
+    def memory(self, args: Json, report: Callable[[Json], None]) -> Json:
+        found = self._offload().memory()
+        least = torch.tensor(found["device_free"], dtype=torch.int64, device=device.device())
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return found | {"device_free": int(least), "resident": resident_bytes()}
+
+    def _offload(self) -> Offload:
+        if self.offloaded is None:
+            self.offloaded = Offload(self.session)
+        return self.offloaded
+
+    def _check_here(self, verb: str) -> None:
+        """Raise TrainerError when `verb` needs memory that was moved to the host."""
+        state = self.offloaded.state if self.offloaded else "here"
+        works = {"here": self.verbs().keys(), "weights": {"score", "sync"}, "away": set()}
+        if verb not in works[state] | {"offload", "onload", "memory"}:
+            raise TrainerError(f"{verb} needs memory that is on the host while the server has the device: onload first")
 
     def serve(self, receive: Callable[[int], Json]) -> None:
         """Answer requests until shutdown. `receive(n)` gives the n-th request."""
@@ -159,6 +195,7 @@ class Worker:
             raise TrainerError(
                 "an earlier step failed after it had changed the weights; load the last published step first"
             )
+        self._check_here(str(verb))
         return verbs[verb](args, report)
 
 
@@ -211,6 +248,11 @@ def start(config: Path, channel: protocol.Channel | Silent) -> Worker:
         channel.send(protocol.error(0, error["type"], error["message"], error["traceback"]) if error else {})
         sys.exit(1)
     return Worker(session, channel, agreement)
+
+
+def resident_bytes() -> int:
+    """What this process holds of the host's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def facts(worker: Worker) -> Json:
