@@ -7,6 +7,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ async def server(runtime, tiny_qwen3, tmp_path_factory):
         model=tiny_qwen3,
         served_name="base",
         dtype="float32",
-        lora=LoraServing(max_rank=16, max_loras=4, max_cpu_loras=8),
+        lora=LoraServing(max_rank=16, max_loras=4, max_cpu_loras=8, targets=LINEAR),
         max_model_len=512,
         max_num_seqs=16,
         threads=1,

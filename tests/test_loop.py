@@ -146,7 +146,7 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
     assert model.step == step
     await run.server.unload_adapter(f"loop@{step + 1}")
     run.store.step(step + 1)  # trained and published, so not lost
-    await backend._serve(run, model, run.store.step(step + 1))
+    await backend._serve(run, run.store.step(step + 1))
     model._advance(step + 1)
 
 

@@ -1,4 +1,5 @@
-"""rollout_weights_mode "merged" on real parts: the trainer streams its weights into vLLM, which then serves the next version.
+"""rollout_weights_mode "merged" on real parts: the trainer streams its weights into vLLM, which then serves the next version; the second
+run takes turns with its server (shared mode).
 
 One server and one trainer per test. Shape suffix: S tokens.
 """
@@ -10,12 +11,12 @@ import signal
 from pathlib import Path
 
 import numpy as np
-import openai
 import pytest
 import torch
 
 import lockstep as ls
 from lockstep.backends import run as backend_run
+from lockstep.backends import turns
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError
@@ -65,30 +66,29 @@ def hugging_face_logprobs(folder, ids_S, adapter=None):
 
 
 async def check_served(model, backend, folder, adapter=None):
-    """The server has the current version and no other name, and computes what Hugging Face computes from the published step."""
+    """The server has the current version, and computes what Hugging Face computes from the published step."""
     server = backend._run(model).server
-    assert await server.models() == [f"{model.name}@{model.step}"]
+    assert (await server.models())[0] == f"{model.name}@{model.step}"
+    assert (await server.version())["version"] == f"{model.name}@{model.step}"
     served = await server.score(model.inference_name(), PROBE_S)
     # Random tokens are far from what the policy samples, down to -15 nats: fp32 noise grows with the logits.
     np.testing.assert_allclose(served, hugging_face_logprobs(folder, PROBE_S, adapter), atol=1e-5, rtol=1e-5)
     return served
 
 
-async def answers_until_refused(model, name, max_tokens):
-    """Samples from version `name` until the server knows it no more; every choice."""
+async def answers_until_swapped(model, name, max_tokens):
+    """Asks for version `name` until other weights answer, as a rollout does that goes on after the swap; every choice."""
     choices = []
     client = model.openai_client()
-    while True:
-        try:
-            reply = await client.chat.completions.create(
-                model=name,
-                messages=[{"role": "user", "content": "yes"}],
-                max_tokens=max_tokens,
-                extra_body={"ignore_eos": True},
-            )
-        except openai.NotFoundError:
-            return choices
+    while not choices or choices[-1].weight_versions[-1]["version"] == name:
+        reply = await client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": "yes"}],
+            max_tokens=max_tokens,
+            extra_body={"ignore_eos": True},
+        )
         choices += reply.choices
+    return choices
 
 
 def trajectory(choice, reward):
@@ -111,6 +111,7 @@ async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_pa
         steps = backend.run_path(model) / "steps"
         before = await check_served(model, backend, base)
         in_flight = []
+        model._leases.take(0)  # a rollout that goes on through all of this
         for step in range(2):
             assert (model.step, model.inference_name()) == (step, f"merged@{step}")
             groups = await roll_out(model, task, section, step)
@@ -118,7 +119,7 @@ async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_pa
             assert extra["weight_versions"][0]["version"] == f"merged@{step}"
             # Of different lengths, so that they don't all end just before the swap.
             lengths = (400, 330, 270, 210) if step == 1 else ()
-            in_flight = [asyncio.create_task(answers_until_refused(model, f"merged@{step}", n)) for n in lengths]
+            in_flight = [asyncio.create_task(answers_until_swapped(model, f"merged@{step}", n)) for n in lengths]
             result = await backend.train(model, groups, CONFIG)
             assert result.metrics["mismatch_max"] < 1e-5
             assert result.metrics["probe"] < 1e-5
@@ -128,6 +129,7 @@ async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_pa
             before = served
         choices = [choice for answers in await asyncio.gather(*in_flight) for choice in answers]
         await check_mixed_versions(model, backend, choices)
+        await check_leased_name(model, backend)
         await check_stalled_sync(model, backend, task, section, monkeypatch)
         await check_stale_weights_are_seen(model, backend, monkeypatch)
     finally:
@@ -163,6 +165,21 @@ async def check_mixed_versions(model, backend, choices):
     result = await backend.train(model, groups, CONFIG.model_copy(update={"max_steps_off_policy": 1}))
     assert result.metrics["steps_off_policy"] == 1.0
     assert result.metrics["mismatch_max"] < 1e-5  # of the tokens that the current version sampled
+
+
+async def check_leased_name(model, backend):
+    """A rollout that still holds its first version is answered, by the current weights, and every reply says so."""
+    server, current = backend._run(model).server, model.inference_name()
+    assert model.step == 3
+    assert await server.models() == [current, "merged@0", "merged@2"]
+    under_old_name, choice = await server.score_choice("merged@0", PROBE_S)
+    assert under_old_name == await server.score(current, PROBE_S)
+    assert [span["version"] for span in choice["weight_versions"]] == [current]
+    reply = await model.openai_client().completions.create(model="merged@0", prompt=PROBE_S, max_tokens=2)
+    assert reply.model == current
+    with pytest.raises(ServerError, match="merged@1"):  # nobody holds this one
+        await server.score("merged@1", PROBE_S)
+    model._leases.give_back(0)
 
 
 async def check_stalled_sync(model, backend, task, section, monkeypatch):
@@ -207,41 +224,116 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
 
     monkeypatch.setattr(run.trainer, "call", renaming)
     with pytest.raises(MismatchError, match=f"does not hold {name}"):
-        await backend._serve(run, model, run.store.step(model.step + 1))
+        await backend._serve(run, run.store.step(model.step + 1))
     monkeypatch.undo()
+    _, choice = await run.server.score_choice(name, PROBE_S)
+    assert choice["weight_versions"][0]["version"] == model.inference_name()  # a name alone makes no version
+    with pytest.raises(ServerError, match="merged@0"):  # given back
+        await run.server.score("merged@0", PROBE_S)
     sync = {"root_url": "", "api_key": "", "version": name, "transport": "nccl", "deadline_s": 1.0}
     with pytest.raises(ConfigError, match="'nccl'"):
         await call("sync", sync, deadline_s=60.0)
 
 
-async def test_all_weights_of_an_untied_model(runtime, task, section, tmp_path):
-    """Full fine-tuning; the run goes on after a restart, and a step is served without the trainer."""
+async def test_all_weights_of_an_untied_model_in_shared_mode(runtime, task, section, tmp_path, monkeypatch):
+    """Full fine-tuning while trainer and server take turns; the run goes on after a restart, and a step is served without the trainer."""
     base = taught("qwen3", tmp_path / "base", task, SMALL | {"tie_word_embeddings": False})
     model = ls.TrainableModel(name="full", project="tests", base_model=str(base), lora=None)
     with pytest.raises(ConfigError, match="full weights need rollout_weights_mode 'merged'"):
         await model.register(MegatronBackend(path=tmp_path))
-    backend = MegatronBackend(path=tmp_path, rollout_weights_mode="merged", max_model_len=512)
+    with pytest.raises(ConfigError, match="don't share GPUs"):
+        await model.register(MegatronBackend(path=tmp_path, rollout_weights_mode="merged", offload=True))
+    together = ls.Placement(trainer="cpu", inference="cpu")
+    backend = MegatronBackend(path=tmp_path, rollout_weights_mode="merged", max_model_len=512, placement=together)
     await model.register(backend)
     try:
         first = await check_served(model, backend, base)
         groups = await roll_out(model, task, section, 0)
-        result = await backend.train(model, groups, CONFIG.model_copy(update={"learning_rate": 1e-3}))
+        await check_server_does_not_sleep_over_requests(model, backend, groups, monkeypatch)
+        await check_failed_step_wakes_the_server(model, backend, groups)
+        result, waited, order = await trained_in_turns(model, backend, groups, monkeypatch)
         assert result.metrics["mismatch_max"] < 1e-5
         assert result.metrics["probe"] < 1e-5
         folder = backend.run_path(model) / "steps" / "0001"
         served = await check_served(model, backend, folder / "model")
         assert not (folder / "adapter").exists()
-        with pytest.raises(ServerError, match="full@0"):
-            await backend._run(model).server.score("full@0", [5, 6, 7])
         assert np.abs(np.array(first) - served).mean() > 1e-3
+        assert waited == served  # asked for full@0 while the server slept
+        assert order == ORDER
+        client = model.openai_client()
     finally:
         await backend.close()
+    assert client.is_closed()
     server, name = await serve_step(folder.parents[1], None, lambda line: None)
     try:
         assert name == "full@1"
         np.testing.assert_allclose(await server.score(name, PROBE_S), served, atol=1e-6)
     finally:
         await server.close()
+
+
+# Who does what in a step of shared mode with merged weights and nothing to replay.
+ORDER = [
+    *("POST /lockstep/sleep", "onload", "train_step", "score", "POST /lockstep/kept_names"),
+    *(
+        "offload, weights stay",
+        "POST /lockstep/wake weights",
+        "sync",
+        "offload",
+        "POST /lockstep/wake weights kv_cache",
+    ),
+    "POST /v1/completions",
+]
+
+
+async def trained_in_turns(model, backend, groups, monkeypatch):
+    """One step, with a request that comes while the server sleeps: (result, its scores, who did what)."""
+    run, order, asked = backend._run(model), [], []
+    serve, work = run.server.call, run.trainer.call
+
+    async def called(method, path, body=None, **kwargs):
+        order.append(" ".join([f"{method} {path}", *(body or {}).get("parts", [])]))
+        return await serve(method, path, body, **kwargs)
+
+    async def worked(verb, args, **kwargs):
+        if verb == "train_step":
+            before = list(order)
+            assert (await run.server.version())["asleep"] == ["kv_cache", "weights"]
+            asked.append(asyncio.create_task(run.server.score("full@0", PROBE_S)))
+            done, _ = await asyncio.wait(asked, timeout=0.5)
+            assert not done
+            order[:] = before  # without what this test asked
+        order.append(f"{verb}, weights stay" if args.get("keep_weights") else verb)
+        return await work(verb, args, **kwargs)
+
+    monkeypatch.setattr(run.server, "call", called)
+    monkeypatch.setattr(run.trainer, "call", worked)
+    result = await backend.train(model, groups, CONFIG.model_copy(update={"learning_rate": 1e-3}))
+    monkeypatch.undo()
+    return result, await asked[0], order
+
+
+async def check_server_does_not_sleep_over_requests(model, backend, groups, monkeypatch):
+    """A request that does not end in time stops the step before it begins, and is not harmed."""
+    monkeypatch.setattr(turns, "IN_FLIGHT_DEADLINE_S", 0.3)
+    body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 440, "extra_body": {"ignore_eos": True}}
+    server = backend._run(model).server
+    running = asyncio.create_task(model.openai_client().completions.create(**body))
+    while not await server.in_flight():
+        await asyncio.sleep(0.01)
+    with pytest.raises(ServerError, match="still in flight"):
+        await backend.train(model, groups, CONFIG)
+    monkeypatch.undo()
+    assert len((await running).choices[0].token_ids) == 440
+    assert (await server.version())["asleep"] == []
+
+
+async def check_failed_step_wakes_the_server(model, backend, groups):
+    """The trainer refuses the step: the server, which forgot its weights asleep, has them again."""
+    before = await backend._run(model).server.score("full@0", PROBE_S)
+    with pytest.raises(MismatchError, match="max_mismatch"):
+        await backend.train(model, groups, CONFIG.model_copy(update={"max_mismatch": 1e-12}))
+    assert await backend._run(model).server.score("full@0", PROBE_S) == before
 
 
 @pytest.mark.slow

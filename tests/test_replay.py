@@ -35,7 +35,9 @@ def base_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 async def running(runtime, base_model, tmp_path_factory):
     """(model, backend) at step 1, so that the adapter changes something."""
-    backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=1024)
+    # In turns: the proof then has to wake the server for its routes, and the trainer again to replay them.
+    together = ls.Placement(trainer="cpu", inference="cpu")
+    backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=1024, placement=together)
     model = ls.TrainableModel(
         name="moe", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=8, alpha=32)
     )

@@ -77,32 +77,36 @@ class LoraConfig(Config):
 
 class Placement(Config):
     """Which GPUs of this machine train and which serve. The same list in both: shared mode, the server sleeps while
-    training.
+    training. "cpu" in both: shared mode without a GPU, to try it out.
     """
 
-    trainer: tuple[int, ...] = Field(description="GPU numbers of the trainer, such as [0]")
-    inference: tuple[int, ...] = Field(description="GPU numbers of the server, such as [1]")
+    trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
+    inference: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the server, such as [1]; or 'cpu'")
 
     @field_validator("trainer", "inference")
     @classmethod
-    def _gpu_numbers(cls, gpus: tuple[int, ...]) -> tuple[int, ...]:
-        if not gpus or min(gpus) < 0 or len(set(gpus)) != len(gpus):
+    def _gpu_numbers(cls, gpus: tuple[int, ...] | Literal["cpu"]) -> tuple[int, ...] | Literal["cpu"]:
+        if gpus != "cpu" and (not gpus or min(gpus) < 0 or len(set(gpus)) != len(gpus)):
             raise ValueError("must name at least one GPU, each once, counted from 0")
         return gpus
 
     @model_validator(mode="after")
     def _apart_or_shared(self) -> Placement:
+        if "cpu" in (self.trainer, self.inference):
+            if self.trainer != self.inference:
+                raise ValueError("'cpu' for one of trainer and inference only: give it for both, or give both GPUs")
+            return self
         common = set(self.trainer) & set(self.inference)
         if common and set(self.trainer) != set(self.inference):
             raise ValueError(
-                f"trainer and inference share GPU {min(common)} but not all: give them the same GPUs (shared) or "
+                f"trainer and inference share GPU {sorted(common)[0]} but not all: give them the same GPUs (shared) or "
                 "none in common"
             )
         return self
 
     @property
     def shared(self) -> bool:
-        """True when trainer and server take turns on the same GPUs."""
+        """True when trainer and server take turns on the same devices."""
         return set(self.trainer) == set(self.inference)
 
 

@@ -125,3 +125,11 @@ class TrainableModel:
             )
             self._client = (endpoint, loop, client)
         return self._client[2]
+
+    async def _disconnect(self) -> None:
+        """Close the client's connections. Called by the backend, when the server they lead to ends."""
+        found, self._client = self._client, None
+        if (
+            found is not None and found[1] is asyncio.get_running_loop()
+        ):  # another loop's connections are not ours to touch
+            await found[2].close()

@@ -69,7 +69,7 @@ async def test_vllm_serves_what_merging_gives(case: Case, runtime: Runtime, tmp_
         model=base,
         served_name="base",
         dtype=case.dtype,
-        lora=LoraServing(max_rank=8),
+        lora=LoraServing(max_rank=8, targets=tuple(sorted({site.target for site in model.sites}))),
         max_model_len=128,
         max_num_seqs=8,
         threads=1,

@@ -10,6 +10,7 @@ Methods answer `{"error": kind, "message": text}` for what is the sender's to fi
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,23 @@ class _State:
 
 
 class Receiver:
-    """Mixed into vLLM's worker. Every name starts with `lockstep_sync` so that none of vLLM's is hidden."""
+    """Mixed into vLLM's worker. Every name starts with `lockstep_` so that none of vLLM's is hidden."""
 
     # The worker's own, which this class is mixed into.
     vllm_config: Any
     model_runner: Any
     rank: int
     device: torch.device
+
+    def lockstep_memory(self) -> dict[str, int]:
+        """Bytes: what this process holds of the host's memory and of its device, and what the device has free and in all."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
+        if self.device.type != "cuda":
+            return found
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        return found | {"reserved": reserved, "device_free": free, "device_total": total}
 
     def lockstep_sync_connect(self, info: dict[str, Any]) -> dict[str, Any]:
         """Joins the sender; blocks until all have joined."""

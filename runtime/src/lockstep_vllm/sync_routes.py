@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
 from lockstep_vllm.memory_adapters import SCHEME
+from lockstep_vllm.served_names import keep_names, rename_base
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -69,7 +70,9 @@ class WeightSync:
             await self._swap(version)
             if served_name is not None:
                 rename_base(self._state, served_name)
-            await self._engine.resume_generation()
+            # A server that is half awake (shared mode) must not generate yet: waking the rest resumes it.
+            if not self._state.lockstep_turns.asleep:
+                await self._engine.resume_generation()
             return {"version": version, "pause_s": time.monotonic() - started}
 
     async def commit_adapter(
@@ -131,12 +134,6 @@ class WeightSync:
             raise
 
 
-def rename_base(state: State, name: str) -> None:
-    """Serves the base model as `name` from now on, and no longer under its old name."""
-    paths = state.openai_serving_models.base_model_paths
-    paths[:] = [type(paths[0])(name=name, model_path=paths[0].model_path)]
-
-
 def add_routes(app: FastAPI) -> None:
     """`/lockstep/sync/...`; `app.state.lockstep_sync` is set once the engine is there."""
 
@@ -189,6 +186,10 @@ def add_routes(app: FastAPI) -> None:
     async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         rename_base(app.state, name)
         return {"name": name}
+
+    @app.post("/lockstep/kept_names")
+    async def kept_names(names: Annotated[list[str], Body(embed=True)]) -> dict[str, Any]:
+        return {"names": keep_names(app.state, names)}
 
 
 async def _answer(step: Any) -> Any:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.base import Endpoint
-from lockstep.backends.placement import resolve_placement
+from lockstep.backends.placement import resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.backends.serve import serve
+from lockstep.backends.serve import give_up_turn, serve
 from lockstep.backends.start import Parts, route_shape, start_both
+from lockstep.backends.turns import trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.families.config import checkpoint_dtype
@@ -33,7 +34,10 @@ class MegatronBackend:
     """Trains with Megatron-Core and serves with vLLM on this machine. Every argument has a default that runs on the machine at hand.
 
     path: folder of all runs. rollout_weights_mode: how new weights reach the server. placement: GPU numbers of the trainer and the
-    server; None runs on the CPU when there is no GPU, and on GPU 0 and 1 otherwise. parallel: how the trainer is spread over
+    server; None runs on the CPU when there is no GPU, on one GPU in turns (shared mode), and else on GPU 0 and 1. offload: in shared mode
+    the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them on the GPU, which the
+    server then has less of. weight_transport: how merged weights travel, "disk" or what fits the placement (None). parallel:
+    how the trainer is spread over
     processes. enable_expert_replay: train mixture-of-experts models on the experts the server used. max_model_len: longest sequence
     the server accepts, in tokens. dtype: of the weights; None takes the checkpoint's. seed: of the adapter's initial values and the
     server's sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
@@ -54,6 +58,8 @@ class MegatronBackend:
         seed: int = 0,
         recompute: bool | None = None,
         tool_call_parser: str | None = None,
+        offload: bool | None = None,
+        weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = None,
     ):
         self.path = Path(path)
         self.parallel = parallel or Parallel()
@@ -63,6 +69,8 @@ class MegatronBackend:
         self.seed = seed
         self.recompute = recompute
         self.tool_call_parser = tool_call_parser
+        self.offload = offload
+        self.weight_transport: str | None = weight_transport
         self.enable_expert_replay = enable_expert_replay
         self.on_progress: Callable[[str], None] | None = None
         self._runs: dict[str, Run] = {}
@@ -89,7 +97,7 @@ class MegatronBackend:
             self.on_progress(text)
 
     async def register(self, model: TrainableModel) -> int:
-        """Start (or resume) the model's run: trainer and server side by side, the last published step in both, and the proof.
+        """Start (or resume) the model's run: trainer and server, the last published step in both, and the proof.
 
         Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError, TrainerError or ServerError.
         """
@@ -97,7 +105,7 @@ class MegatronBackend:
             raise ConfigError(f"model {model.name} is registered already")
         self._say(f"preparing {model.base_model}")
         parts, vocab_size = await self._parts(model)
-        runtime = find_runtime("cuda" if parts.gpus else "cpu")
+        runtime = find_runtime(parts.devices.kind)
         store = RunStore(self.path, model.project, model.name)
         run: Run | None = None
         try:
@@ -109,14 +117,15 @@ class MegatronBackend:
             }
             store.claim(identity)
             trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
-            run = Run(store, trainer, server, Probe.make(vocab_size, parts.dtype), parts)
+            run = Run(model, store, trainer, server, Probe.make(vocab_size, parts.dtype), parts)
+            await trainers_turn(run, forget_weights=parts.merged)
             step = store.latest()
             if step is not None:
                 await trainer.call("load", {"step_dir": str(step.path)}, deadline_s=STEP_DEADLINE_S)
             else:
                 step = await _publish_first(run)
             self._runs[model.name] = run
-            await self._serve(run, model, step)
+            await self._serve(run, step)
             return step.number
         except BaseException:
             self._runs.pop(model.name, None)
@@ -133,13 +142,12 @@ class MegatronBackend:
             raise unsupported("lora", None, "MegatronBackend", "full weights need rollout_weights_mode 'merged'")
         spec = get_model_support_spec(model.base_model)
         base = await asyncio.to_thread(checkpoint_folder, model.base_model)
-        config, gpus = load_model_config(str(base)), resolve_placement(self.placement)
-        if merged and gpus:
+        config, devices = load_model_config(str(base)), resolve_placement(self.placement)
+        if self.offload and not devices.shared:
+            raise unsupported("offload", True, "MegatronBackend", "trainer and server don't share GPUs: leave it out")
+        if self.weight_transport is not None and not merged:
             raise unsupported(
-                "rollout_weights_mode",
-                "merged",
-                "MegatronBackend",
-                "weights travel between CPU processes only for now; on GPUs use 'lora'",
+                "weight_transport", self.weight_transport, "MegatronBackend", "only merged weights use it"
             )
         parts = Parts(
             base=base,
@@ -148,7 +156,9 @@ class MegatronBackend:
             merged=merged,
             dtype=self.dtype or checkpoint_dtype(base),
             parallel=self.parallel,
-            gpus=gpus,
+            devices=devices,
+            offload=devices.shared and self.offload is not False,
+            transport=resolve_transport(self.weight_transport, devices),
             routes=route_shape(config) if self.enable_expert_replay else None,
             seed=self.seed,
             recompute=self.recompute,
@@ -157,9 +167,9 @@ class MegatronBackend:
         )
         return parts, config.vocab_size
 
-    async def _serve(self, run: Run, model: TrainableModel, step: Step) -> dict[str, float]:
-        self._say(f"loading {model.name}@{step.number}")
-        return await serve(run, model, step)
+    async def _serve(self, run: Run, step: Step) -> dict[str, float]:
+        self._say(f"loading {run.model.name}@{step.number}")
+        return await serve(run, step)
 
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
@@ -172,7 +182,7 @@ class MegatronBackend:
         run, config = self._run(model), config or TrainConfig()
         started = time.monotonic()
         current = model.step
-        run.check_in_step(model)
+        run.check_in_step()
         prepared = await asyncio.to_thread(
             prepare,
             groups,
@@ -194,12 +204,17 @@ class MegatronBackend:
         }
         if config.reference_step is not None:
             arguments["reference"] = str(run.store.step(config.reference_step).path)
-        reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
+        await trainers_turn(run, forget_weights=run.parts.merged)
+        try:
+            reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
+        except BaseException as error:
+            await give_up_turn(run, error)
+            raise
         metrics |= reply["metrics"]
         metrics["seconds_train"] = time.monotonic() - started
         step = await asyncio.to_thread(run.store.publish, current + 1, staged, metrics)
         started = time.monotonic()
-        synced = await self._serve(run, model, step)
+        synced = await self._serve(run, step)
         synced["seconds_sync"] = time.monotonic() - started
         metrics |= synced
         run.store.record(step.number, synced)

@@ -1,26 +1,39 @@
-"""Which GPUs of this machine train and which serve."""
+"""Where a run's trainer and server are: which GPUs of this machine, or its CPU, and whether they share them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lockstep.config import Placement, unsupported
 from lockstep.errors import ConfigError
 
 
-def resolve_placement(placement: Placement | None) -> Placement | None:
-    """The given placement; else GPU 0 and 1, or None (CPU) without a GPU. Raises ConfigError for what this machine lacks."""
+@dataclass(frozen=True)
+class Devices:
+    """GPU numbers; empty: the CPU. shared: trainer and server take turns on them."""
+
+    trainer: tuple[int, ...] = ()
+    inference: tuple[int, ...] = ()
+    shared: bool = False
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]:
+        """Which of the server's environments: "cuda" or "cpu"."""
+        return "cuda" if self.inference else "cpu"
+
+
+def resolve_placement(placement: Placement | None) -> Devices:
+    """What the placement asks for. None: GPU 0 and 1 apart; one GPU, shared; or the CPU, where both work at the same time.
+
+    Raises ConfigError for what this machine lacks.
+    """
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if placement is None and count == 1:
-        raise ConfigError(
-            "one GPU: trainer and server need one each for now; set placement, or hide the GPU to run on the CPU"
-        )
     if placement is None:
-        return Placement(trainer=(0,), inference=(1,)) if count else None
-    if placement.shared:
-        raise unsupported(
-            "placement", placement, "MegatronBackend", "trainer and server need GPUs of their own for now"
-        )
+        return (Devices(), Devices((0,), (0,), shared=True), Devices((0,), (1,)))[min(count, 2)]
+    if placement.trainer == "cpu" or placement.inference == "cpu":
+        return Devices(shared=True)
     wanted = max(*placement.trainer, *placement.inference)
     if wanted >= count:
         raise ConfigError(
@@ -28,4 +41,15 @@ def resolve_placement(placement: Placement | None) -> Placement | None:
             if count
             else "placement names GPUs, this machine has none: leave placement out to run on the CPU"
         )
-    return placement
+    return Devices(placement.trainer, placement.inference, placement.shared)
+
+
+def resolve_transport(transport: str | None, devices: Devices) -> str:
+    """How merged weights travel. None: gloo on the CPU, ipc between programs that share GPUs, nccl between GPUs apart.
+
+    Raises ConfigError for one that can't work there.
+    """
+    fitting = "gloo" if devices.kind == "cpu" else "ipc" if devices.shared else "nccl"
+    if transport not in (None, fitting, "disk"):
+        raise unsupported("weight_transport", transport, "MegatronBackend", f"here it is {fitting!r} or 'disk'")
+    return transport or fitting

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from lockstep.backends.probe import Probe
 from lockstep.backends.start import Parts
 from lockstep.backends.trainer import Trainer
 from lockstep.errors import StoreError
+from lockstep.model import TrainableModel, version_name
 from lockstep.serving.client import Server
 from lockstep.store import RunStore
-
-if TYPE_CHECKING:
-    from lockstep.model import TrainableModel
 
 STEP_DEADLINE_S = 600.0
 """Longest silence of the trainer while it works; it sends heartbeats, so this bounds a hang and not a long step."""
@@ -26,17 +23,26 @@ SYNC_DEADLINE_S = 300.0
 class Run:
     """One model between `register` and `close`."""
 
+    model: TrainableModel
     store: RunStore
     trainer: Trainer
     server: Server
     probe: Probe
     parts: Parts
     served: set[int] = field(default_factory=set)
-    """Steps whose adapters the server holds."""
+    """Steps that the server answers to: by their adapters or, merged, by name only."""
 
-    def check_in_step(self, model: TrainableModel) -> None:
+    def name(self, step: int) -> str:
+        """What the step is served as."""
+        return version_name(self.model.name, step)
+
+    def kept(self, current: int) -> set[int]:
+        """Steps that rollouts may still ask for when `current` is served: it, the one before it, and what running rollouts hold."""
+        return {current, current - 1} | self.model.leased_steps()
+
+    def check_in_step(self) -> None:
         """Raise StoreError if a step was published that never got served: the trainer is ahead of the rollouts then."""
-        latest = self.store.published()[-1]
+        model, latest = self.model, self.store.published()[-1]
         if latest != model.step:
             raise StoreError(
                 f"{model.name} has published step {latest} but serves step {model.step}, since the step's sync failed: "
@@ -44,6 +50,7 @@ class Run:
             )
 
     async def close(self) -> None:
-        """End trainer and server; published steps stay."""
+        """End trainer and server and the model's connections; published steps stay."""
+        await self.model._disconnect()
         await asyncio.gather(self.trainer.close(), self.server.close())
         self.store.close()

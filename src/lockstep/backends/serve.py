@@ -13,58 +13,100 @@ from safetensors.numpy import load_file
 
 from lockstep.backends import run as deadlines
 from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.errors import MismatchError, ServerError, WeightsError
+from lockstep.backends.turns import make_room_for_weights, servers_turn, trainers_turn
+from lockstep.errors import LockstepError, MismatchError, ServerError, TrainerError, WeightsError
 from lockstep.tokens.batch import unpack_scores
 from lockstep.tokens.pack import pack, save_batch
 from lockstep.tokens.routes import decode_routes
 from lockstep.tokens.tree import scoring_sequence
 
 if TYPE_CHECKING:
-    from lockstep.model import TrainableModel
     from lockstep.store import Step
 
 
-async def serve(run: Run, model: TrainableModel, step: Step) -> dict[str, float]:
+async def serve(run: Run, step: Step) -> dict[str, float]:
     """Bring `step`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
 
-    Returns the probe's mean difference and what a merged sync took.
+    In shared mode the trainer has the device before and the server has it after, also after a failed proof. Returns the probe's mean
+    difference and what a merged sync took.
     """
-    name = f"{model.name}@{step.number}"
-    figures = await _sync(run, name) if run.parts.merged else {}
-    if not run.parts.merged:
-        await run.server.load_adapter(name, step.adapter)
+    name = run.name(step.number)
     tokens = list(run.probe.tokens)
+    # Before the trainer's memory leaves the device; with replay its score has to wait for the server's routes.
+    trained = None if run.parts.routes else await _score(run, tokens, None)
+    figures = await _into_server(run, step)
     served, choice = await run.server.score_choice(name, tokens)
-    trained = await _score(run, tokens, _probe_routes(run, choice))
+    if trained is None:
+        await trainers_turn(run, forget_weights=False)
+        trained = await _score(run, tokens, _probe_routes(run, choice))
+        await servers_turn(run)
     figures["probe"] = run.probe.compare(name, served, trained, run.server.child.log_path)
-    if run.parts.merged:
-        return figures
     run.served.add(step.number)
-    keep = {step.number, step.number - 1} | model.leased_steps()
-    for old in sorted(run.served - keep):
-        await run.server.unload_adapter(f"{model.name}@{old}")
+    for old in sorted(run.served - run.kept(step.number)):
+        if not run.parts.merged:
+            await run.server.unload_adapter(run.name(old))
         run.served.discard(old)
     return figures
 
 
-async def _sync(run: Run, name: str) -> dict[str, float]:
-    """Merged weights from the trainer's memory into the server, which from then on is `name` and nothing else.
+async def _into_server(run: Run, step: Step) -> dict[str, float]:
+    """The server, awake, holds the step's weights or adapter; what a merged sync took."""
+    name = run.name(step.number)
+    if not run.parts.merged:
+        await servers_turn(run)
+        await run.server.load_adapter(name, step.adapter)
+        return {}
+    # Rollouts that are under way go on under the name they began with; each token says which weights made it.
+    await run.server.keep_names([run.name(old) for old in sorted(run.kept(step.number) & run.served)])
+    await make_room_for_weights(run)
+    figures = await _sync(run, name)
+    await servers_turn(run)
+    return figures
 
-    Raises ServerError, WeightsError or MismatchError; the server then serves what it served before.
+
+async def give_up_turn(run: Run, error: BaseException) -> None:
+    """After a step that failed with `error`, in shared mode: the server serves the step of before again.
+
+    Where that fails too the server is ended: asleep it would let requests wait for ever.
+    """
+    if not run.parts.shared:
+        return
+    step = run.store.published()[-1]
+    try:
+        if isinstance(error, TrainerError):  # it may have changed the weights
+            await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+        if run.parts.merged:
+            await make_room_for_weights(run)
+            await _sync(run, run.name(step))
+        await servers_turn(run)
+    except LockstepError as another:
+        await run.server.close()
+        error.add_note(f"the server could not go on with {run.name(step)} and was ended: {another}")
+
+
+async def _sync(run: Run, name: str) -> dict[str, float]:
+    """Merged weights from the trainer's memory into the server, which from then on is `name`.
+
+    Raises ServerError, WeightsError or MismatchError; the server then serves what it served before, but in shared mode it is ended.
     """
     arguments = {
         "root_url": run.server.root_url,
         "api_key": run.server.api_key,
         "version": name,
-        "transport": "gloo",
+        "transport": run.parts.transport,
         "deadline_s": deadlines.SYNC_DEADLINE_S,
     }
     try:
         reply = await run.trainer.call("sync", arguments, deadline_s=STEP_DEADLINE_S)
     except (ServerError, WeightsError, MismatchError) as error:
         run.server.check_alive()
+        if run.parts.shared:  # asleep it forgot the weights of before
+            await run.server.close()
+        left = (
+            "held no weights any more and was ended" if run.parts.shared else f"still serves {run.server.served_name}"
+        )
         raise type(error)(
-            f"{name} did not reach the server, which still serves {run.server.served_name}: {error}; "
+            f"{name} did not reach the server, which {left}: {error}; "
             "close the backend and register again to go on from the last published step"
         ) from error
     run.server.served_name = name

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends.placement import resolve_placement
+from lockstep.backends.placement import Devices, resolve_placement
 from lockstep.backends.trainer import Trainer
-from lockstep.config import LoraConfig, Parallel, Placement
+from lockstep.config import LoraConfig, Parallel
+from lockstep.errors import ConfigError
 from lockstep.families.hub import checkpoint_folder
 from lockstep.families.registry import get_model_support_spec
 from lockstep.serving.client import Server
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from lockstep.families.config import ModelConfig
     from lockstep.families.spec import ModelSupportSpec
 
+_OFFLOAD_DEADLINE_S = 600.0
+_LEAST_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is started from, resolved: no default is left to fill in. `gpus` None: the CPU."""
+    """Everything a run is started from, resolved: no default is left to fill in."""
 
     base: Path
     spec: ModelSupportSpec
@@ -36,13 +40,22 @@ class Parts:
     """The server holds the trained weights as its base model's, and no adapters."""
     dtype: Literal["float32", "bfloat16"]
     parallel: Parallel
-    gpus: Placement | None
+    devices: Devices
+    offload: bool
+    """Shared mode: the trainer's memory goes to the host while the server serves."""
     routes: RouteShape | None
     """What each choice's expert routes look like; None: none are captured or replayed."""
     seed: int
     recompute: bool | None
     max_model_len: int
     tool_call_parser: str | None
+
+    transport: str
+    """How merged weights travel."""
+
+    @property
+    def shared(self) -> bool:
+        return self.devices.shared
 
     def engine_config(self) -> dict[str, Any]:
         """engine.json of the trainer processes."""
@@ -61,7 +74,7 @@ class Parts:
             "recompute": self.recompute,
         }
 
-    def server_config(self, served_name: str) -> ServerConfig:
+    def server_config(self, served_name: str, gpu_memory_utilization: float = 0.9) -> ServerConfig:
         return ServerConfig(
             model=self.base,
             served_name=served_name,
@@ -70,7 +83,9 @@ class Parts:
             tool_call_parser=self.tool_call_parser or self.spec.tool_call_parser,
             max_model_len=self.max_model_len,
             capture_routes=self.routes is not None,
-            gpus=self.gpus.inference if self.gpus else (),
+            gpus=self.devices.inference,
+            gpu_memory_utilization=gpu_memory_utilization,
+            sleeps=self.shared,
             seed=self.seed,
         )
 
@@ -84,17 +99,23 @@ def route_shape(config: ModelConfig) -> RouteShape | None:
     return RouteShape(sum(config.moe_layers), config.experts_per_token, config.experts) if config.is_moe else None
 
 
+def start_trainer(parts: Parts, folder: Path) -> Awaitable[Trainer]:
+    """folder: of the run, for the log."""
+    log, processes = folder / "logs" / "trainer.log", parts.parallel.processes
+    return Trainer.start(parts.engine_config(), processes, log, gpus=parts.devices.trainer)
+
+
 async def start_both(
     parts: Parts, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
 ) -> tuple[Trainer, Server]:
-    """Trainer and server, started side by side: (trainer, server). The caller closes them.
+    """Trainer and server: (trainer, server). The caller closes them.
 
     folder: of the run, for the logs. If one fails to start, the other is closed and the error raised.
     """
-    gpus = parts.gpus.trainer if parts.gpus else ()
-    log = folder / "logs" / "trainer.log"
+    if parts.shared:
+        return await _start_in_turn(parts, served_name, runtime, folder, say)
     starting = (
-        asyncio.ensure_future(Trainer.start(parts.engine_config(), parts.parallel.processes, log, gpus=gpus)),
+        asyncio.ensure_future(start_trainer(parts, folder)),
         asyncio.ensure_future(launch(parts.server_config(served_name), runtime, folder, say)),
     )
     try:
@@ -107,6 +128,42 @@ async def start_both(
         raise
 
 
+async def _start_in_turn(
+    parts: Parts, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
+) -> tuple[Trainer, Server]:
+    """On the same GPUs: the trainer first, so that the server takes its share of what the trainer leaves free (vLLM measures the
+    device while it starts, and nothing may change meanwhile).
+    """
+    say("starting the trainer")
+    trainer = await start_trainer(parts, folder)
+    try:
+        if parts.offload:
+            await trainer.call("offload", {"keep_weights": False}, deadline_s=_OFFLOAD_DEADLINE_S)
+        memory = await trainer.call("memory", {}, deadline_s=_OFFLOAD_DEADLINE_S)
+        share = memory_share(memory["device_free"], memory["device_total"])
+        return trainer, await launch(parts.server_config(served_name, share), runtime, folder, say)
+    except BaseException:
+        await trainer.close()
+        raise
+
+
+def memory_share(free: int, total: int) -> float:
+    """The part of the GPU's memory (`total` bytes) for a server that shares it, when `free` bytes are: nine tenths of them.
+
+    The rest is for what the trainer's process grows by outside of its tensors (NCCL, cuBLAS). 0.9 where nothing is known (a CPU). Raises
+    ConfigError when too little is left to serve anything. Unproven on a GPU.
+    """
+    if total == 0:
+        return 0.9
+    share = int(90 * free / total) / 100
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"shared mode: the trainer leaves {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB to the server, too little: "
+            "use offload = True, a smaller model, or GPUs of their own"
+        )
+    return share
+
+
 async def serve_step(run_path: Path, step: int | None, progress: Callable[[str], None]) -> tuple[Server, str]:
     """A server with a published step, without a trainer: (server, "name@step"). The caller closes it.
 
@@ -117,16 +174,16 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
     identity, found = read_step(run_path, step)
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
-    gpus, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"
+    devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"
     config = ServerConfig(
         model=base if lora else found.path / "model",
         served_name=f"{run_path.name}@base" if lora else name,
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
         tool_call_parser=spec.tool_call_parser,
-        gpus=gpus.inference if gpus else (),
+        gpus=devices.inference,
     )
-    server = await launch(config, find_runtime("cuda" if gpus else "cpu"), run_path, progress)
+    server = await launch(config, find_runtime(devices.kind), run_path, progress)
     if lora is None:
         return server, name
     try:

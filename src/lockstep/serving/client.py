@@ -71,6 +71,35 @@ class Server:
         await self.call("POST", "/lockstep/served_name", {"name": name})
         self.served_name = name
 
+    async def keep_names(self, names: list[str]) -> None:
+        """Older names that the base model answers to as well, from now on and after the next rename; any others are dropped.
+
+        Every reply says by which weights it was made, in its `model` and its `weight_versions`.
+        """
+        await self.call("POST", "/lockstep/kept_names", {"names": names})
+
+    async def version(self) -> dict[str, Any]:
+        """`version` of the base weights, `names` they answer to (the current first), and the parts that are `asleep`."""
+        return (await self.call("GET", "/lockstep/version")).json()
+
+    async def sleep(self, level: int, *, deadline_s: float) -> None:
+        """Lets requests in flight finish, then gives the device's memory away; requests that come meanwhile wait.
+
+        level: 1 keeps the weights on the host, 2 forgets them. Raises ServerError, with the server awake, if requests are still in
+        flight after `deadline_s`.
+        """
+        body = {"level": level, "deadline_s": deadline_s}
+        await self.call("POST", "/lockstep/sleep", body, deadline_s=deadline_s + _CALL_DEADLINE_S)
+
+    async def wake(self, *parts: str) -> None:
+        """Takes the memory of `parts` ("weights", "kv_cache") back; all of them, and requests go on, when none is named."""
+        body = {"parts": list(parts or ("weights", "kv_cache"))}
+        await self.call("POST", "/lockstep/wake", body, deadline_s=_ADAPTER_DEADLINE_S)
+
+    async def memory(self) -> list[dict[str, int]]:
+        """Bytes of each worker: `resident` on the host; on a GPU also `reserved`, `device_free` and `device_total`."""
+        return (await self.call("GET", "/lockstep/memory")).json()["workers"]
+
     async def in_flight(self) -> dict[str, int]:
         """Requests being served now, by the model name they asked for."""
         return (await self.status())["in_flight"]

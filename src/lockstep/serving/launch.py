@@ -38,10 +38,10 @@ class LoraServing(BaseModel):
     """Adapters that one batch may mix."""
     max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters kept in host memory."""
-    targets: tuple[str, ...] = ()
-    """The only layers that adapters change, by their Hugging Face names; vLLM then keeps no room for the others. Empty: all.
+    targets: tuple[str, ...] = Field(min_length=1)
+    """The only layers that adapters change, by their Hugging Face names; vLLM then keeps no room for the others.
 
-    Without a limit vLLM 0.32 wraps the output head too, and on a CPU it dies of a request for prompt logprobs that is
+    Without this limit vLLM 0.32 wraps the output head too, and on a CPU it dies of a request for prompt logprobs that is
     batched with another one.
     """
 
@@ -65,6 +65,8 @@ class ServerConfig(BaseModel):
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     """Memory of the KV cache. None: 256 MiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    sleeps: bool = False
+    """Shared mode: the server can give its device memory away (vLLM then allocates it in a way that it can)."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of a CPU server. None: half of this machine's cores."""
     tool_call_parser: str | None = None
@@ -148,8 +150,9 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     if config.lora is not None:
         command += ["--enable-lora", "--max-lora-rank", str(_served_rank(config.lora.max_rank))]
         command += ["--max-loras", str(config.lora.max_loras), "--max-cpu-loras", str(config.lora.max_cpu_loras)]
-        if config.lora.targets:
-            command += ["--lora-target-modules", *config.lora.targets]
+        command += ["--lora-target-modules", *config.lora.targets]
+    if config.sleeps and runtime.kind != "cpu":
+        command += ["--enable-sleep-mode"]
     if config.capture_routes:
         command += ["--enable-return-routed-experts", "--enable-prefix-caching"]
     if runtime.kind == "cpu":

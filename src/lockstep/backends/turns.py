@@ -1,0 +1,47 @@
+"""Shared mode: trainer and server on the same GPUs take turns. Everything here does nothing when each has its own.
+
+A step: the server sleeps, the trainer's memory comes back to the device, it trains; then it goes to the host again (with `offload`), and
+the server wakes. Merged weights travel in between, when the server's weights are awake and its cache is not: the only moment at which
+the device holds both programs' weights.
+"""
+
+from __future__ import annotations
+
+from lockstep.backends.run import STEP_DEADLINE_S, Run
+
+IN_FLIGHT_DEADLINE_S = 600.0
+"""How long a step waits for requests in flight before the server may sleep."""
+
+
+async def trainers_turn(run: Run, *, forget_weights: bool) -> None:
+    """The server sleeps, the trainer has the device.
+
+    forget_weights: the server's weights will be sent again before it wakes. Raises ServerError, and the server goes on, when requests
+    are in flight for too long.
+    """
+    if not run.parts.shared:
+        return
+    await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
+    if run.parts.offload:
+        await run.trainer.call("onload", {}, deadline_s=STEP_DEADLINE_S)
+
+
+async def make_room_for_weights(run: Run) -> None:
+    """Both programs' weights on the device, for a merged sync: no optimizer, no cache."""
+    if not run.parts.shared:
+        return
+    await _offload(run, keep_weights=True)
+    await run.server.wake("weights")
+
+
+async def servers_turn(run: Run) -> None:
+    """The trainer's memory leaves the device (with `offload`), and the server is awake."""
+    if not run.parts.shared:
+        return
+    await _offload(run, keep_weights=False)
+    await run.server.wake()
+
+
+async def _offload(run: Run, *, keep_weights: bool) -> None:
+    if run.parts.offload:
+        await run.trainer.call("offload", {"keep_weights": keep_weights}, deadline_s=STEP_DEADLINE_S)
