@@ -7,8 +7,6 @@ Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import random
 import subprocess
 
@@ -20,10 +18,20 @@ import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.errors import DataError, MismatchError
 from lockstep.families.tiny import write_tiny
-from lockstep.tokens.routes import RouteShape, decode_routes, routes_digest
+from replaying import (
+    FAULTS,
+    SHAPE,
+    group,
+    plant,
+    prompt_tokens,
+    roll_out,
+    routes_of,
+    served_in_every_way,
+    with_routes,
+    words,
+)
 
 pytestmark = pytest.mark.server
-SHAPE = RouteShape(layers=4, top_k=2, experts=8)
 CONFIG = ls.TrainConfig(learning_rate=1e-2)
 
 
@@ -47,24 +55,6 @@ async def running(runtime, base_model, tmp_path_factory):
     await backend.close()
 
 
-def words(count: int) -> dict[str, str]:
-    """A message of random letters, most of them tokens of their own."""
-    return {"role": "user", "content": "".join(random.choice("abcdefghij ") for _ in range(count))}
-
-
-async def roll_out(model, messages, n=1, tokens=8):
-    completion = await model.openai_client().chat.completions.create(
-        model=model.inference_name(), messages=messages, n=n, max_tokens=tokens, extra_body={"ignore_eos": True}
-    )
-    return [ls.Trajectory(messages_and_choices=[*messages, choice], reward=0.0) for choice in completion.choices]
-
-
-def group(trajectories, reward=None):
-    for number, trajectory in enumerate(trajectories):
-        trajectory.reward = float(number) if reward is None else reward
-    return ls.TrajectoryGroup(trajectories=trajectories)
-
-
 def hugging_face(base_model, adapter, ids_S):
     """(log-probability of each token after the first, [S, L, K] experts) from PEFT on the Hugging Face model, in fp32."""
     from peft import PeftModel
@@ -78,45 +68,6 @@ def hugging_face(base_model, adapter, ids_S):
     logprobs = out.logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     routes_SLK = torch.stack([layer.topk(SHAPE.top_k).indices for layer in out.router_logits], 1)
     return logprobs.numpy(), routes_SLK.numpy()
-
-
-def routes_of(choice) -> np.ndarray:
-    return decode_routes(
-        choice.routed_experts, choice.routes_digest, choice.prompt_token_ids, choice.token_ids, SHAPE, "it"
-    )
-
-
-def prompt_tokens(trajectories) -> int:
-    return sum(len(choice.prompt_token_ids) for one in trajectories for choice in one.choices)
-
-
-async def prefix_hits(server) -> float:
-    text = (await server.call("GET", "/metrics")).text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-
-async def multi_turn(model):
-    """Three turns; each prompt repeats the history as the chat template renders it."""
-    messages: list = [words(30)]
-    for _ in range(3):
-        (turn,) = await roll_out(model, [m if isinstance(m, dict) else m.message.model_dump() for m in messages])
-        messages += [turn.choices[-1], words(10)]
-    return ls.Trajectory(messages_and_choices=messages[:-1], reward=0.0)
-
-
-async def served_in_every_way(model, server) -> dict[str, list]:
-    long = words(600)
-    found = {"cold": await roll_out(model, [long])}
-    before = await prefix_hits(server)
-    found["prefix-cache hit"] = await roll_out(model, [long])
-    found["longer prompt over a cached one"] = await roll_out(model, [{**long, "content": long["content"] + " abc"}])
-    assert await prefix_hits(server) >= before + 2 * 512
-    found["n = 4"] = await roll_out(model, [words(40)], n=4)
-    found["multi-turn"] = [await multi_turn(model)]
-    many = await asyncio.gather(*(roll_out(model, [words(900)], tokens=4) for _ in range(8)))
-    found["chunked prefill"] = [one for part in many for one in part]
-    return found
 
 
 async def test_replayed_routes_are_the_servers(running, base_model):
@@ -142,50 +93,10 @@ async def test_replayed_routes_are_the_servers(running, base_model):
     assert result.metrics["mismatch_max"] < 1e-5
     assert result.metrics["picks_differ"] == 0.0
     assert result.metrics["routes_differ_between_turns"] == 0.0
+    assert result.metrics["turns_split"] == 0.0
 
 
-def encode(rows) -> str:
-    buffer = io.BytesIO()
-    np.save(buffer, rows)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def with_routes(choice, rows, honest_digest=True) -> None:
-    """Give a choice other routes; with `honest_digest`, those of a server that made them."""
-    text = encode(rows)
-    choice.routed_experts = text
-    if honest_digest:
-        choice.routes_digest = routes_digest(choice.prompt_token_ids, choice.token_ids, base64.b64decode(text))
-
-
-def plant(fault: str, choice) -> None:
-    rows = routes_of(choice)
-    if fault == "one row dropped":
-        with_routes(choice, np.delete(rows, len(rows) // 2, axis=0))
-    elif fault == "two rows swapped":
-        different = next(k for k in range(1, len(rows)) if (rows[k] != rows[0]).any())
-        rows[[0, different]] = rows[[different, 0]]
-        with_routes(choice, rows, honest_digest=False)
-    elif fault == "an id out of range":
-        rows[3, 1, 0] = SHAPE.experts
-        with_routes(choice, rows)
-    elif fault == "an expert twice":
-        rows[3, 1] = rows[3, 1, 0]
-        with_routes(choice, rows)
-    else:
-        choice.routed_experts = choice.routes_digest = None
-
-
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [
-        ("one row dropped", r"has expert routes for \d+ of \d+ tokens: 1 are lost"),
-        ("two rows swapped", "rows were changed or moved"),
-        ("a sibling without routes", "has no expert routes for tokens 0 to"),
-        ("an id out of range", "token 3: expert 8 is out of range"),
-        ("an expert twice", "token 3: a layer names the same expert twice"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "says"), FAULTS.items())
 async def test_planted_faults_are_refused_by_name_and_change_nothing(running, fault, says):
     model, backend = running
     trajectories = await roll_out(model, [words(20)], n=3)
