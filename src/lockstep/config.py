@@ -231,6 +231,12 @@ class TrainConfig(Config):
         "this, in nats; tokens that an earlier step sampled don't count, since the policy has changed under them; "
         "None: never",
     )
+    max_token_mismatch: float | None = Field(
+        default=None,
+        gt=0,
+        description="refuse the step if the |log-probability difference| of any one of these tokens exceeds this, in "
+        "nats, and the rounding of an fp32 log-probability of its size; None: never",
+    )
     seed: int = Field(default=0, ge=0, description="order of rows and ties in packing")
 
     @field_validator("betas")

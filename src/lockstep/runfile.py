@@ -29,6 +29,10 @@ class BackendSection(Config):
     )
     parallel: Parallel = Field(default_factory=Parallel)
     max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
+    numerics: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="exact: on a CPU, fp64 on both sides; every token agrees to 1e-6 nats, or the step fails",
+    )
     tool_call_parser: str | None = Field(
         default=None, description="vLLM's parser that turns the model's text into tool calls; the family's if not given"
     )

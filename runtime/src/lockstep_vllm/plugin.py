@@ -27,10 +27,11 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from lockstep_vllm import cpu_reload, moe_lora_cpu
+        from lockstep_vllm import cpu_reload, exact, moe_lora_cpu
 
         cpu_reload.apply()
         moe_lora_cpu.apply()
+        exact.apply()
 
 
 def endpoints():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.base import Endpoint
+from lockstep.backends.exact import check_exact, exact_config
 from lockstep.backends.placement import resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run
@@ -39,8 +40,10 @@ class MegatronBackend:
     server then has less of. weight_transport: how merged weights travel, "disk" or what fits the placement (None). parallel:
     how the trainer is spread over
     processes. enable_expert_replay: train mixture-of-experts models on the experts the server used. max_model_len: longest sequence
-    the server accepts, in tokens. dtype: of the weights; None takes the checkpoint's. seed: of the adapter's initial values and the
-    server's sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
+    the server accepts, in tokens. dtype: of the weights; None takes the checkpoint's. numerics: "fast", or "exact": on a CPU, fp32
+    weights computed in fp64 on both sides, so that every sampled token's log-probability agrees to 1e-6 nats, which each step
+    checks (docs/numerics.md). seed: of the adapter's initial values and the server's sampling.
+    recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
     tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's.
 
     Raises ConfigError for a setting it can't honour.
@@ -55,6 +58,7 @@ class MegatronBackend:
         enable_expert_replay: bool = True,
         max_model_len: int = 2048,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        numerics: Literal["fast", "exact"] = "fast",
         seed: int = 0,
         recompute: bool | None = None,
         tool_call_parser: str | None = None,
@@ -66,6 +70,7 @@ class MegatronBackend:
         self.placement = placement
         self.max_model_len = max_model_len
         self.dtype: Literal["float32", "bfloat16"] | None = dtype
+        self.numerics: Literal["fast", "exact"] = numerics
         self.seed = seed
         self.recompute = recompute
         self.tool_call_parser = tool_call_parser
@@ -117,7 +122,8 @@ class MegatronBackend:
             }
             store.claim(identity)
             trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
-            run = Run(model, store, trainer, server, Probe.make(vocab_size, parts.dtype), parts)
+            probe = Probe.make(vocab_size, "exact" if parts.exact else parts.dtype)
+            run = Run(model, store, trainer, server, probe, parts)
             await trainers_turn(run, forget_weights=parts.merged)
             step = store.latest()
             if step is not None:
@@ -149,12 +155,16 @@ class MegatronBackend:
             raise unsupported(
                 "weight_transport", self.weight_transport, "MegatronBackend", "only merged weights use it"
             )
+        exact = self.numerics == "exact"
+        dtype = self.dtype or ("float32" if exact else checkpoint_dtype(base))
+        if exact:
+            check_exact(spec, config, dtype, self.rollout_weights_mode, devices)
         parts = Parts(
             base=base,
             spec=spec,
             lora=model.lora,
             merged=merged,
-            dtype=self.dtype or checkpoint_dtype(base),
+            dtype=dtype,
             parallel=self.parallel,
             devices=devices,
             offload=devices.shared and self.offload is not False,
@@ -164,6 +174,7 @@ class MegatronBackend:
             recompute=self.recompute,
             max_model_len=self.max_model_len,
             tool_call_parser=self.tool_call_parser,
+            exact=exact,
         )
         return parts, config.vocab_size
 
@@ -180,6 +191,8 @@ class MegatronBackend:
         MismatchError leave step N published and served.
         """
         run, config = self._run(model), config or TrainConfig()
+        if run.parts.exact:
+            config = exact_config(config)
         started = time.monotonic()
         current = model.step
         run.check_in_step()

@@ -11,13 +11,14 @@ from lockstep.errors import MismatchError
 
 # Largest |difference| per token between two programs that compute the same policy, in nats. fp32: measured at 1e-6 to 3e-6 between
 # vLLM and Megatron-Core on CPU; a wrong or missing adapter shows at 1e-2 and more. bf16: rounding alone gives a few 1e-2.
-_LARGEST = {"float32": 1e-4, "bfloat16": 0.25}
-_MEAN = {"float32": 2e-5, "bfloat16": 0.06}
+# "exact": fp64 on both sides; the served number's rounding to fp32, up to 32 nats.
+_LARGEST = {"float32": 1e-4, "bfloat16": 0.25, "exact": 2e-6}
+_MEAN = {"float32": 2e-5, "bfloat16": 0.06, "exact": 1e-6}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed tokens, the same for a run's whole life. `dtype` is what both sides compute in."""
+    """Fixed tokens, the same for a run's whole life. `dtype` is what both sides compute in, or "exact"."""
 
     tokens: tuple[int, ...]
     dtype: str

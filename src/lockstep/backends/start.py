@@ -49,9 +49,10 @@ class Parts:
     recompute: bool | None
     max_model_len: int
     tool_call_parser: str | None
-
     transport: str
     """How merged weights travel."""
+    exact: bool
+    """Trainer and server compute the fp32 weights in fp64."""
 
     @property
     def shared(self) -> bool:
@@ -62,7 +63,7 @@ class Parts:
         parallel = self.parallel.model_dump(mode="json") | {"sequence": self.parallel.sequence_parallel}
         return {
             "model": str(self.base),
-            "dtype": self.dtype,
+            "dtype": "float64" if self.exact else self.dtype,
             "parallel": parallel,
             "lora": self.lora
             and {
@@ -87,6 +88,7 @@ class Parts:
             gpu_memory_utilization=gpu_memory_utilization,
             sleeps=self.shared,
             seed=self.seed,
+            exact=self.exact,
         )
 
 

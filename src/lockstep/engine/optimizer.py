@@ -65,7 +65,8 @@ class Bucket:
         self.gradients = torch.zeros(self.size, dtype=wide, device=here)
         for trainable, offset in zip(trainables, self.offsets, strict=True):
             self._adopt(trainable.parameter, offset)
-        self.master = self.weights[self.low : self.high].to(wide, copy=True)
+        # fp32 also where the model computes in fp64: a published step holds these very numbers.
+        self.master = self.weights[self.low : self.high].to(torch.float32, copy=True)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
 
     def _adopt(self, parameter: torch.nn.Parameter, offset: int) -> None:
@@ -86,7 +87,7 @@ class Bucket:
         if self.partial is not None:
             dist.all_reduce(self.gradients, group=self.partial)
         if self.group.size() > 1:
-            summed = torch.empty_like(self.master)
+            summed = self.gradients.new_empty(len(self.master))
             dist.reduce_scatter_tensor(summed, self.gradients, group=self.group)
             self.gradients[self.low : self.high] = summed
         return self.gradients[self.low : self.high]
@@ -169,7 +170,7 @@ class Optimizer:
             gradient = bucket.gradients[bucket.low : bucket.high]
             for at in range(0, len(bucket.master), STRIDE):
                 piece = slice(at, at + STRIDE)
-                update(bucket, piece, gradient[piece].mul_(scale), rates, self.count)
+                update(bucket, piece, gradient[piece].mul_(scale).to(torch.float32), rates, self.count)
             bucket.publish()
         self.zero()
 

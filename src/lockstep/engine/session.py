@@ -243,10 +243,14 @@ def _masters(session: Session, state: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_adapter(session: Session, folder: Path, state: Path) -> None:
-    """The masters of the file just written, rounded to the model's dtype: exactly what the forward pass uses."""
+    """The masters of the file just written, rounded to the model's dtype: exactly what the forward pass uses.
+
+    A model that computes in fp64 uses the masters as they are.
+    """
     lora = session.settings.lora
     assert lora is not None
-    tensors = {name: master.to(session.dtype) for name, master in _masters(session, state)}
+    dtype = torch.float32 if session.dtype == torch.float64 else session.dtype
+    tensors = {name: master.to(dtype) for name, master in _masters(session, state)}
     info = AdapterInfo(session.settings.model, lora.rank, lora.alpha, lora.targets)
     write_adapter(folder, tensors, info, session.config, session.checkpoint.layout)
 

@@ -37,6 +37,7 @@ from lockstep.engine.router import Router
 from lockstep.engine.routes import check_routes
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
+from lockstep.engine.worst import Worst, worst_token
 from lockstep.errors import DataError, MismatchError, TrainerError
 from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
 from lockstep.tokens.pack import minibatch_rows
@@ -152,8 +153,9 @@ def train_step(
     """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
 
     Raises TrainerError when a loss or gradient is not finite and MismatchError when server and trainer disagree by more than
-    `config.max_mismatch`: both before the first update, with weights unchanged. After a failure in a later minibatch the weights are
-    those of the updates before it; `load` the last published step.
+    `config.max_mismatch` on average or `config.max_token_mismatch` on one token: both before the
+    first update, with weights unchanged. After a failure in a later minibatch the weights are those of the updates before it; `load`
+    the last published step.
     """
     clock = Clock(report)
     if batch.rows % config.minibatches:
@@ -208,6 +210,7 @@ def _update(
     if weight <= 0:
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
+    worst: list[Worst] = []
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
@@ -222,12 +225,16 @@ def _update(
         reference_N = None if references is None else references[number]
         loss = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), old_N, reference_N), config)
         losses.append(loss)
+        if first and config.max_token_mismatch is not None:
+            worst.append(worst_token(scored, new_N.detach(), config.max_token_mismatch))
         return loss.loss / weight
 
     with clock.phase("forward_backward"):
         session.optimizer.zero()
         clear_picks(session)
         forward_backward(session.model, [w.row for w in work], last, _shard(session))
+    if first and config.max_token_mismatch is not None:
+        _check_tokens(session, worst, config.max_token_mismatch)
     metrics = _gather_metrics(session, losses, work) | picks_that_differ(session)
     if first and config.max_mismatch is not None and metrics.get("mismatch", 0.0) > config.max_mismatch:
         session.optimizer.zero()
@@ -241,6 +248,20 @@ def _update(
             Rates(config.learning_rate, config.betas, config.eps, config.weight_decay, config.max_grad_norm), norm
         )
     return metrics | {"grad_norm": norm}
+
+
+def _check_tokens(session: Session, found: Sequence[Worst], limit: float) -> None:
+    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the worst."""
+    mine = max(found, key=lambda one: one.excess, default=Worst())
+    everyone: list[Worst] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    worst = max(everyone, key=lambda one: one.excess)
+    if worst.excess > 0:
+        session.optimizer.zero()
+        raise MismatchError(
+            f"{worst.name}: server and trainer disagree by {worst.difference:.2e} nats on a token of log-probability "
+            f"{worst.logprob:.4f}, more than max_token_mismatch = {limit:g}; weights are unchanged"
+        )
 
 
 def _routers(session: Session) -> list[Router]:

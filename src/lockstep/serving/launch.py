@@ -79,6 +79,8 @@ class ServerConfig(BaseModel):
 
     On a CPU vLLM can do this with Triton's interpreter only: some tens of tokens per second.
     """
+    exact: bool = False
+    """Weights in fp32, computed in fp64, on a CPU only: log-probabilities are right to their own fp32 rounding. Slow."""
     extra_args: tuple[str, ...] = ()
     """Further arguments of vLLM's own command line."""
     start_deadline_s: float = Field(default=900.0, gt=0.0)
@@ -191,8 +193,11 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         extra |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
         # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token, for nothing here.
         extra["TORCH_COMPILE_DISABLE"] = "1"
-        if config.capture_routes:
-            # Only vLLM's second model runner returns routes. It wants Triton, which a CPU has as an interpreter only.
+        if config.exact:
+            extra["LOCKSTEP_EXACT"] = "1"
+        if config.capture_routes or config.exact:
+            # Only vLLM's second model runner returns routes, and only it is taught fp64. It wants Triton, which a CPU has
+            # as an interpreter only.
             interpreter = runtime.plugin_path / "lockstep_vllm" / "interpreter"
             extra["PYTHONPATH"] = os.pathsep.join([str(runtime.plugin_path), str(interpreter)])
             extra |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}

@@ -11,7 +11,7 @@ tokens of one row, L MoE layers, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -95,6 +95,7 @@ class ScoredRow:
     weight_Q: np.ndarray  # float32, weight of one scored token
     names_Q: tuple[str, ...]
     current_N: np.ndarray | None = None  # bool, sampled by the step that is trained; None: all
+    position_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the token in its sequence
 
 
 def _pairs_of(batch: PackedBatch, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +125,7 @@ def scored_row(batch: PackedBatch, row: int) -> ScoredRow:
         weight_Q=batch.sequence_weight_Q[sequences],
         names_Q=tuple(batch.sequence_ids[q] for q in sequences),
         current_N=None if batch.current_RS is None else batch.current_RS[row, index_N],
+        position_N=batch.positions_RS[row, index_N].astype(np.int64),
     )
 
 

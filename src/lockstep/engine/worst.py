@@ -1,0 +1,43 @@
+"""The token on which trainer and server disagree most, and whose it is.
+
+Shape suffixes: N scored tokens of a row, P pairs (sequence, token that carries its loss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lockstep.tokens.batch import ScoredRow
+
+HALF_ULP = 2.0**-24
+"""Largest relative error of a number that was rounded to fp32, as the server's log-probabilities are."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A token: what it exceeds the limit by (nats, negative if within), the difference, and the server's log-probability."""
+
+    excess: float = float("-inf")
+    difference: float = 0.0
+    logprob: float = 0.0
+    name: str = ""
+
+
+def worst_token(scored: ScoredRow, new_N: Tensor, limit: float) -> Worst:
+    """The worst of a row's tokens that the trained step sampled. The limit is `limit`, or the rounding of the server's
+    number if that is larger (beyond 16 nats for 1e-6).
+    """
+    sampling_N = scored.sampling_N.astype(np.float64)
+    difference_N = np.abs(new_N.double().cpu().numpy() - sampling_N)
+    excess_N = difference_N - np.maximum(limit, np.abs(sampling_N) * HALF_ULP)
+    if scored.current_N is not None:
+        excess_N = np.where(scored.current_N, excess_N, -np.inf)
+    if not len(excess_N):
+        return Worst()
+    token = int(excess_N.argmax())
+    owner = int(scored.sequence_P[np.flatnonzero(scored.token_P == token)[0]])
+    name = f"{scored.names_Q[owner]}, token {int(scored.position_N[token])}"
+    return Worst(float(excess_N[token]), float(difference_N[token]), float(sampling_N[token]), name)
