@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend, Endpoint
     from lockstep.backends.megatron import MegatronBackend
+    from lockstep.backends.tinker import TinkerBackend
     from lockstep.config import LoraConfig, Parallel, Placement, TrainConfig, TrainResult
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
@@ -27,6 +28,7 @@ _HOME = {
     "MegatronBackend": "lockstep.backends.megatron",
     "Parallel": "lockstep.config",
     "Placement": "lockstep.config",
+    "TinkerBackend": "lockstep.backends.tinker",
     "TrainConfig": "lockstep.config",
     "TrainResult": "lockstep.config",
     "TrainableModel": "lockstep.model",
@@ -43,6 +45,7 @@ __all__ = [
     "MegatronBackend",
     "Parallel",
     "Placement",
+    "TinkerBackend",
     "TrainConfig",
     "TrainResult",
     "TrainableModel",

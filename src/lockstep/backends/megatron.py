@@ -115,6 +115,7 @@ class MegatronBackend:
         run: Run | None = None
         try:
             identity = {
+                "backend": "megatron",
                 "base_model": model.base_model,
                 "lora": model.lora.model_dump(mode="json") if model.lora else None,
                 "family": parts.spec.key,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.backends.placement import Devices, resolve_placement
 from lockstep.backends.trainer import Trainer
 from lockstep.config import LoraConfig, Parallel
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, StoreError
 from lockstep.families.hub import checkpoint_folder
 from lockstep.families.registry import get_model_support_spec
 from lockstep.serving.client import Server
@@ -174,6 +174,8 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
     run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is no run or a step that isn't published.
     """
     identity, found = read_step(run_path, step)
+    if identity.get("backend") == "tinker":
+        raise StoreError(f"{run_path} was trained by TinkerBackend: its weights are with the service, not here")
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
     devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"

@@ -1,0 +1,145 @@
+"""What the Tinker service is trained on: sequences with their targets, and what its answer says about the step.
+
+The service's losses are sums over tokens of terms that are linear in the advantage (for a positive factor), and divide by the sampling
+log-probability. So a token's weight over the batch's total weight goes into its advantage, and the sum is Lockstep's loss.
+
+Shape suffix: T tokens of a sequence after its first; position t of the inputs predicts target t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lockstep.config import unsupported
+from lockstep.errors import DataError, MismatchError, TrainerError
+from lockstep.tokens.batch import PackedBatch, total_weight
+
+if TYPE_CHECKING:
+    from lockstep.config import LoraConfig, TrainConfig
+    from lockstep.families.spec import ModelSupportSpec
+
+_NAME = "TinkerBackend"
+_MLP_TARGETS = {"gate_proj", "up_proj", "down_proj", "experts"}
+_DEFAULT_ALPHA = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence. Where nothing was sampled, sampling logprob and advantage are 0, and so is the loss."""
+
+    name: str
+    inputs_T: np.ndarray  # int64
+    targets_T: np.ndarray  # int64
+    sampling_T: np.ndarray  # float32, the log-probability it was sampled with
+    advantages_T: np.ndarray  # float32, times the token's share of the batch's weight
+    scored_T: np.ndarray  # bool, carries loss
+    current_T: np.ndarray  # bool, sampled by the step that is trained now
+
+
+def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, bool]:
+    """What the service is told to adapt: `train_attn`, `train_mlp`, `train_unembed`. Raises ConfigError for what it can't do."""
+    if lora is None:
+        raise unsupported("lora", None, _NAME, "the service trains adapters only")
+    if lora.alpha != _DEFAULT_ALPHA:
+        raise unsupported("lora.alpha", lora.alpha, _NAME, "the service sets the adapter's scale itself, leave it out")
+    every = set(spec.default_target_modules)
+    mlp = every & _MLP_TARGETS
+    wanted = every if lora.target_modules is None else set(lora.target_modules)
+    if wanted not in (every, mlp, every - mlp):
+        raise unsupported(
+            "lora.target_modules",
+            lora.target_modules,
+            _NAME,
+            f"the service adapts all of {', '.join(sorted(every - mlp))}, all of {', '.join(sorted(mlp))}, or both",
+        )
+    return {"train_attn": wanted != mlp, "train_mlp": bool(wanted & mlp), "train_unembed": False}
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raises ConfigError naming the first setting that the service can't honour."""
+    refused = (
+        ("kl_coef", config.kl_coef > 0, "the service's losses have no KL penalty"),
+        ("old_logprobs", config.old_logprobs != "sampling", "the service's losses divide by the sampling policy"),
+        ("minibatches", config.minibatches > 1, "a batch is one optimizer step"),
+        ("row_length", config.row_length is not None, "the service packs the sequences itself"),
+        ("share_prefixes", not config.share_prefixes, "the service packs the sequences itself"),
+        ("seed", config.seed != 0, "nothing in the step is random here"),
+    )
+    for setting, wrong, why in refused:
+        if wrong:
+            raise unsupported(setting, getattr(config, setting), _NAME, why)
+
+
+def examples_of(batch: PackedBatch) -> list[Example]:
+    """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a temperature other than 1."""
+    weight = total_weight(batch)
+    found = []
+    for number, name in enumerate(batch.sequence_ids):
+        row, path = int(batch.row_Q[number]), batch.path_index(number)
+        offsets = batch.scored_offsets_Q
+        scored_S = np.isin(path, batch.scored_index_P[offsets[number] : offsets[number + 1]])
+        temperature_S = batch.temperatures_RS[row, path]
+        if (temperature_S[scored_S] != 1).any():
+            raise DataError(
+                f"{name} was sampled with temperature = {temperature_S[scored_S & (temperature_S != 1)][0]:g}: {_NAME} trains "
+                "on temperature 1 only, since the service computes log-probabilities of the unscaled distribution"
+            )
+        advantage = float(batch.sequence_advantage_Q[number]) * float(batch.sequence_weight_Q[number]) / weight
+        current_RS = batch.current_RS
+        tokens_S = batch.tokens_RS[row, path].astype(np.int64)
+        found.append(
+            Example(
+                name,
+                tokens_S[:-1],
+                tokens_S[1:],
+                np.where(scored_S, batch.logprobs_RS[row, path], 0).astype(np.float32)[1:],
+                np.where(scored_S, advantage, 0).astype(np.float32)[1:],
+                scored_S[1:],
+                (scored_S if current_RS is None else scored_S & current_RS[row, path])[1:],
+            )
+        )
+    return found
+
+
+def loss_inputs(example: Example, loss: str) -> dict[str, np.ndarray]:
+    """`Datum.loss_fn_inputs` of the service's loss `loss`, which has our name for it."""
+    inputs = {"target_tokens": example.targets_T, "logprobs": example.sampling_T, "advantages": example.advantages_T}
+    if loss == "gspo":
+        inputs["sequence_ratio_mask"] = example.scored_T.astype(np.float32)
+    return inputs
+
+
+def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) -> dict[str, float]:
+    """Metrics of a forward and backward pass, named as the engine's. `output`: the service's ForwardBackwardOutput.
+
+    Raises TrainerError if it does not answer for every target, MismatchError if sampler and trainer disagree by more than
+    `max_mismatch` nats per token on what the current step sampled.
+    """
+    answers = [np.asarray(one["logprobs"].tolist(), dtype=np.float64) for one in output.loss_fn_outputs]
+    if [len(one) for one in answers] != [len(example.targets_T) for example in examples]:
+        raise TrainerError("Tinker did not answer with one log-probability per target")
+    if "loss:sum" not in output.metrics:
+        raise TrainerError(f"Tinker gave no loss:sum, only {', '.join(sorted(output.metrics)) or 'nothing'}")
+    pairs = list(zip(answers, examples, strict=True))
+    drift = np.concatenate([(answer - one.sampling_T)[one.scored_T] for answer, one in pairs])
+    current = np.concatenate([one.current_T[one.scored_T] for one in examples])
+    if not np.isfinite(drift).all():
+        raise TrainerError("Tinker computed log-probabilities that are no numbers")
+    metrics = {
+        "loss": float(output.metrics["loss:sum"]),
+        "kl": float(np.mean(np.expm1(drift) - drift)),
+        "tokens_scored": float(len(drift)),
+    }
+    if current.any():
+        metrics["mismatch"] = float(np.abs(drift[current]).mean())
+        metrics["mismatch_max"] = float(np.abs(drift[current]).max())
+    if config.max_mismatch is not None and metrics.get("mismatch", 0.0) > config.max_mismatch:
+        raise MismatchError(
+            f"Tinker's sampler and trainer disagree by {metrics['mismatch']:.4f} nats per token on average, more than "
+            f"max_mismatch = {config.max_mismatch}; the step was not taken"
+        )
+    return metrics
