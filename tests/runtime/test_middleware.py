@@ -9,6 +9,7 @@ import pytest
 from lockstep_vllm import spans
 from lockstep_vllm.auth import BearerAuth
 from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
+from lockstep_vllm.short_prompts import TwoTokenPrompts
 
 
 class Echo:
@@ -174,3 +175,54 @@ async def test_errors_streams_and_other_routes_are_untouched():
     sent = await call(ChoiceFields(app), chunks=(b'{"stream": true, "temperature": 0, "logprobs": 3}',))
     assert b"".join(message.get("body", b"") for message in sent) == b"data: {}\n\n"
     assert json.loads(app.body) == {"stream": True, "temperature": 0, "logprobs": 3, "return_token_ids": True}
+
+
+class Counting(Echo):
+    """Echo with a `/tokenize` that takes words for tokens, and knows the model `m` only."""
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["path"] != "/tokenize":
+            await super().__call__(scope, receive, send)
+            return
+        asked = json.loads((await receive())["body"])
+        known = asked["model"] == "m" and asked["add_special_tokens"] is True
+        await send({"type": "http.response.start", "status": 200 if known else 404, "headers": []})
+        body = json.dumps({"count": len(asked["prompt"].split()), "tokens": []}).encode()
+        await send({"type": "http.response.body", "body": body[:4], "more_body": True})
+        await send({"type": "http.response.body", "body": body[4:], "more_body": False})
+
+
+@pytest.mark.parametrize(
+    ("request_", "refused"),
+    [
+        ({"prompt": [5]}, True),
+        ({"prompt": [5, 6]}, False),
+        ({"prompt": [[5, 6], [7]]}, True),
+        ({"prompt": [[5, 6], [7, 8]]}, False),
+        ({"prompt": "one"}, True),
+        ({"prompt": "one two"}, False),
+        ({"prompt": ["one two", "one"]}, True),
+        ({"prompt": "one", "model": "unknown"}, False),
+        ({"prompt": [5, 6], "truncate_prompt_tokens": 1}, True),
+        ({"prompt": None}, False),
+        ({}, False),
+    ],
+)
+async def test_prompts_of_one_token_are_refused_where_they_kill(request_, refused):
+    app = Counting(b"an answer")
+    body = json.dumps({"model": "m"} | request_).encode()
+    sent = await call(TwoTokenPrompts(app), chunks=(body[:3], body[3:]))
+    assert sent[0]["status"] == (400 if refused else 200)
+    answer = b"".join(message.get("body", b"") for message in sent)
+    if refused:
+        assert "one token" in json.loads(answer)["error"]["message"]
+        assert app.calls == 0
+    else:
+        assert (app.body, answer) == (body, b"an answer")
+
+
+async def test_only_completions_are_looked_at():
+    for path, kind in (("/v1/chat/completions", "http"), ("/tokenize2", "http"), ("/v1/completions", "lifespan")):
+        app = Echo(b"an answer")
+        await call(TwoTokenPrompts(app), scope_type=kind, path=path, chunks=(b'{"prompt": [5]}',))
+        assert app.calls == 1

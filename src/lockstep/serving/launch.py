@@ -17,7 +17,7 @@ from lockstep.errors import ServerError
 from lockstep.process import Child, child_env, spawn
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
-from lockstep.serving.modelargs import model_arguments
+from lockstep.serving.modelargs import model_arguments, needs_two_tokens
 from lockstep.serving.serverlog import last_words, why_it_ended
 
 Progress = Callable[[str], None]
@@ -144,7 +144,10 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     # Nothing hidden in the checkpoint changes the sampling, and logprobs are of the distribution that was sampled from.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     # The last one is the outermost.
-    command += ["--middleware", "lockstep_vllm.choices.ChoiceFields", "--middleware", "lockstep_vllm.auth.BearerAuth"]
+    command += ["--middleware", "lockstep_vllm.choices.ChoiceFields"]
+    if runtime.kind == "cpu" and needs_two_tokens(config.model):
+        command += ["--middleware", "lockstep_vllm.short_prompts.TwoTokenPrompts"]
+    command += ["--middleware", "lockstep_vllm.auth.BearerAuth"]
     if config.tool_call_parser is not None:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
     command += ["--worker-extension-cls", "lockstep_vllm.receiver.Receiver"]

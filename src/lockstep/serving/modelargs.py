@@ -10,9 +10,22 @@ _STACKED_ADAPTERS_IN_A_2D_CLASS = "Qwen3_5MoeForCausalLM"
 """vLLM's text-only class takes one pair per expert only; stacked ones, which PEFT and the released class want, need a flag."""
 
 
+_CONVOLUTIONS = "Qwen3_5"
+"""Start of the names of the classes with convolutions, which die of a prompt of one token on a CPU."""
+
+
+def _classes(model: Path) -> list[str]:
+    return json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+
+
+def needs_two_tokens(model: Path) -> bool:
+    """Whether vLLM's CPU build dies of a prompt of one token for this checkpoint's class."""
+    return any(name.startswith(_CONVOLUTIONS) for name in _classes(model))
+
+
 def model_arguments(model: Path, *, lora: bool) -> list[str]:
     """Command-line arguments that follow from the checkpoint's class."""
-    classes = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    classes = _classes(model)
     arguments = []
     if any(name.endswith("ForConditionalGeneration") for name in classes):
         arguments.append("--language-model-only")
