@@ -125,6 +125,7 @@ MINIMAL = '[model]\nname = "m"\nproject = "p"\nbase_model = "b"\n[task]\nfile = 
         (MINIMAL + "[train]\nlearnin_rate = 1\n", ["learnin_rate", "did you mean learning_rate"]),
         (MINIMAL + "[trian]\n", ["no setting 'trian'", "did you mean train"]),
         (MINIMAL + "[model.lora]\nrank = 5\n", ["rank = 5"]),
+        (MINIMAL.replace("[task]", "lora = true\n[task]"), ["lora = True", "false to train all weights"]),
         (MINIMAL + "stepz = 4\n", ["[task] has no setting 'stepz'", "steps"]),
         (MINIMAL.replace("steps = 3", 'steps = "many"'), ["task.steps = 'many'"]),
         (MINIMAL.replace("steps = 3\n", ""), ["task.steps is missing"]),
@@ -143,6 +144,10 @@ def test_run_files(tmp_path):
     path.write_text(MINIMAL + "[train]\nlearning_rate = 1e-3\n[model.lora]\nrank = 8\n")
     loaded = load_toml(path, RunFile)
     assert loaded.train.learning_rate == 1e-3
-    assert loaded.model.lora.rank == 8
+    assert loaded.model.lora == LoraConfig(rank=8)
+    path.write_text(MINIMAL)
+    assert load_toml(path, RunFile).model.lora == LoraConfig()
+    path.write_text(MINIMAL.replace("[task]", "lora = false\n[task]"))
+    assert load_toml(path, RunFile).model.lora is None
     refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")
     refused(lambda: load_toml(tmp_path, RunFile), "is a folder")

@@ -76,7 +76,8 @@ async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> 
     else:
         verdict = f"greedy reward {outcome.greedy:.3f} is below {target} after {outcome.step} steps"
     console.print(f"\n{verdict} ({seconds:.0f} s)", markup=False, highlight=False)
-    console.print(f"checkpoint  {step_path / 'adapter'}", markup=False, highlight=False, soft_wrap=True)
+    trained = step_path / ("adapter" if file.model.lora else "model")
+    console.print(f"checkpoint  {trained}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"chat        lockstep chat {step_path.parents[1]}", markup=False, highlight=False, soft_wrap=True)
     return 0 if target is None or outcome.reached else 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, load_toml
 
@@ -16,7 +16,17 @@ class ModelSection(Config):
     name: str = Field(description="name of the model; step 3 is served as NAME@3")
     project: str = Field(description="groups runs: files go to PATH/PROJECT/NAME")
     base_model: str = Field(description="a Hugging Face id, or a folder with config.json and safetensors files")
-    lora: LoraConfig = Field(default_factory=LoraConfig)
+    lora: LoraConfig | None = Field(
+        default_factory=LoraConfig,
+        description="the adapter's shape; false trains all weights (with rollout_weights_mode = merged)",
+    )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _or_all_weights(cls, lora: Any) -> Any:
+        if lora is True:
+            raise ValueError("must be a table such as { rank = 16 }, or false to train all weights")
+        return None if lora is False else lora  # TOML has no none
 
 
 class BackendSection(Config):
