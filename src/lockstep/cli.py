@@ -139,7 +139,7 @@ def models() -> None:
 
 @app.command()
 def tiny(
-    family: Annotated[str, typer.Argument(help="qwen3, qwen3_moe, qwen3_5 or qwen3_5_moe", show_default=False)],
+    family: Annotated[str, typer.Argument(help="qwen3, qwen3_moe, qwen3_5, qwen3_5_moe or llama3", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
     seed: Annotated[int, typer.Option(help="seed of the weights")] = 0,
     settings: Annotated[
