@@ -88,7 +88,7 @@ async def test_rollouts_run_at_the_same_time():
     barrier = asyncio.Barrier(6)
 
     async def meet() -> Trajectory:
-        await asyncio.wait_for(barrier.wait(), 5)
+        await asyncio.wait_for(barrier.wait(), 60)
         return trajectory(reward=0.0)
 
     groups = await gather_trajectory_groups([[meet() for _ in range(3)] for _ in range(2)], progress=False)
