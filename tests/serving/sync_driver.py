@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,32 @@ def hf_logprobs(model, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits_SV = model(torch.tensor([tokens])).logits[0].float()
     return torch.log_softmax(logits_SV[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@contextmanager
+def on_experts(model, routes_SLK):
+    """Runs a Qwen3.5 mixture on given experts, weighted by its own routers; None: as it is."""
+    hooks = []
+    routers = [] if routes_SLK is None else [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+
+    def replay(layer):
+        chosen_SK = torch.from_numpy(routes_SLK[:, layer].astype("int64"))
+
+        def replaced(module, inputs, outputs):
+            logits_SE = outputs[0]
+            weights_SK = logits_SE.softmax(-1, dtype=torch.float32).gather(1, chosen_SK)
+            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
+            return logits_SE, weights_SK.to(logits_SE.dtype), chosen_SK
+
+        return replaced
+
+    try:
+        for layer, router in enumerate(routers):
+            hooks.append(router.register_forward_hook(replay(layer)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def checkpoint_weights(model, folder) -> list[tuple[str, torch.Tensor]]:
