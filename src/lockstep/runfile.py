@@ -38,6 +38,12 @@ class BackendSection(Config):
         default=None, description="GPU numbers of trainer and server; none without GPUs"
     )
     parallel: Parallel = Field(default_factory=Parallel)
+    offload: bool | None = Field(
+        default=None, description="shared GPUs only: the trainer's memory goes to the host while the server serves; on"
+    )
+    weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
+        default=None, description="how merged weights travel: disk, or what fits the placement if not given"
+    )
     max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
     numerics: Literal["fast", "exact"] = Field(
         default="fast",

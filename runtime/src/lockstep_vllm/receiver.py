@@ -63,12 +63,17 @@ class Receiver:
         reserved = torch.cuda.memory_reserved(self.device)
         return found | {"reserved": reserved, "device_free": free, "device_total": total}
 
+    def lockstep_empty_cache(self) -> None:
+        """Gives memory that this process's allocator keeps for later back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def lockstep_sync_connect(self, info: dict[str, Any]) -> dict[str, Any]:
         """Joins the sender; blocks until all have joined."""
         parallel = self.vllm_config.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank
         try:
-            self._lockstep_sync_state().transport = connect(info, rank)
+            self._lockstep_sync_state().transport = connect(info, rank, self.device)
         except (RuntimeError, ValueError) as error:
             return _refused("server", f"worker {rank} could not join the sender: {error}")
         return {}

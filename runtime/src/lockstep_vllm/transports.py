@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from lockstep_vllm.transport_disk import DiskTransport
+from lockstep_vllm.transport_ipc import IpcTransport
+
 
 class Transport(Protocol):
     """One connection to the sender."""
@@ -24,7 +27,7 @@ class Transport(Protocol):
 class GlooTransport:
     """Broadcasts from rank 0 over gloo on loopback; a group of its own, vLLM's are not touched."""
 
-    def __init__(self, info: dict[str, Any], rank: int) -> None:
+    def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
         deadline = timedelta(seconds=info["deadline_s"])
         store = dist.TCPStore(
             info["host"],
@@ -50,11 +53,11 @@ class GlooTransport:
         del self._group
 
 
-_TRANSPORTS = {"gloo": GlooTransport}
+_TRANSPORTS = {"gloo": GlooTransport, "disk": DiskTransport, "ipc": IpcTransport}
 
 
-def connect(info: dict[str, Any], rank: int) -> Transport:
+def connect(info: dict[str, Any], rank: int, device: torch.device) -> Any:
     """Joins the sender as `rank` (1 and up)."""
     if info["transport"] not in _TRANSPORTS:
         raise ValueError(f"unknown transport {info['transport']!r}: expected one of {', '.join(sorted(_TRANSPORTS))}")
-    return _TRANSPORTS[info["transport"]](info, rank)
+    return _TRANSPORTS[info["transport"]](info, rank, device)

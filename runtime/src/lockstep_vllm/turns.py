@@ -61,6 +61,8 @@ class Turns:
         async with self._lock:
             waking = [part for part in PARTS if part in parts and part in self.asleep]
             if waking:
+                # What a sync staged is cached by the workers' allocator: the KV cache needs that room.
+                await self._engine.collective_rpc("lockstep_empty_cache")
                 await self._engine.wake_up(waking)
                 self.asleep -= set(waking)
         return self.state()

@@ -1,0 +1,99 @@
+"""Buckets that stay where they are: the server's workers map the trainer's two buffers by CUDA IPC, on the same host and GPU.
+
+What travels is the handle of each buffer, once, and then "bucket n is ready" and "worker r has taken it", as JSON through a store on
+loopback. No pickle: a handle is plain bytes and numbers. Unproven on a GPU; the exchange itself is tested on a CPU.
+
+Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused where its handles look different.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.errors import ConfigError, ServerError
+from lockstep.sync.rendezvous import listen
+
+HANDLE_PARTS = 8
+"""Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to wait for the event."""
+
+
+def share(buffer: torch.Tensor) -> list[Any]:
+    """What another process needs to map `buffer`'s storage: bytes as base64, the rest as it is. Raises ConfigError off a GPU."""
+    if buffer.device.type != "cuda":
+        raise ConfigError(
+            f"weights on {buffer.device} can't travel by 'ipc', which maps GPU memory: use 'gloo' or 'disk'"
+        )
+    parts = buffer.untyped_storage()._share_cuda_()
+    if len(parts) != HANDLE_PARTS:
+        raise ConfigError(
+            f"torch {torch.__version__} shares GPU memory in another way than 'ipc' knows: use 'nccl' or 'disk'"
+        )
+    return [{"base64": base64.b64encode(part).decode()} if isinstance(part, bytes) else part for part in parts]
+
+
+class IpcTransport:
+    """Sends by reference. A bucket's buffer is free again when every worker has copied it."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline = timedelta(seconds=deadline_s)
+        self._store: dist.TCPStore | None = None
+        self._receivers = 0
+        self._shared: dict[int, list[Any]] = {}
+        self._sent = self._taken = 0
+
+    def open(self, receivers: int) -> dict[str, Any]:
+        self.close()
+        self._receivers = receivers
+        self._store, port = listen(receivers + 1, self._deadline)
+        place = {"host": "127.0.0.1", "port": port, "world_size": receivers + 1}
+        return {"transport": "ipc", **place, "deadline_s": self._deadline.total_seconds()}
+
+    def accept(self) -> None:
+        self._wait("joined")
+
+    def send(self, bytes_N: torch.Tensor) -> None:
+        """Announces the bucket, then waits until the one before it was taken."""
+        assert self._store is not None
+        storage = bytes_N.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._shared:
+            self._shared[address] = share(bytes_N)
+        if bytes_N.is_cuda:
+            torch.cuda.current_stream(bytes_N.device).synchronize()  # the bucket is filled
+        place = {"handle": self._shared[address], "start": bytes_N.storage_offset(), "nbytes": bytes_N.numel()}
+        self._store.set(f"bucket/{self._sent}", json.dumps(place))
+        self._sent += 1
+        self._wait_taken(self._sent - 1)
+
+    def flush(self) -> None:
+        self._wait_taken(self._sent)
+
+    def close(self) -> None:
+        self._store = None
+        self._shared.clear()
+        self._sent = self._taken = 0
+
+    def _wait_taken(self, until: int) -> None:
+        assert self._store is not None
+        while self._taken < until:
+            self._wait(f"taken/{self._taken}")
+            self._store.delete_key(f"bucket/{self._taken}")
+            self._taken += 1
+
+    def _wait(self, key: str) -> None:
+        """Until every worker has set its own `key`. Raises ServerError at the deadline."""
+        assert self._store is not None
+        keys = [f"{key}/{rank}" for rank in range(1, self._receivers + 1)]
+        try:
+            self._store.wait(keys, self._deadline)
+        except RuntimeError as error:
+            missing = [one for one in keys if not self._store.check([one])]
+            raise ServerError(f"the server's workers did not answer ({', '.join(missing)}): {error}") from None
+        for one in keys:
+            self._store.delete_key(one)

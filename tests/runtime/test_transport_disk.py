@@ -1,0 +1,77 @@
+"""Buckets as files: whole or not there, removed when they are done with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lockstep.errors import ServerError
+from lockstep.sync.transport_disk import DiskTransport
+from lockstep_vllm import transport_disk as receiving
+
+CPU = torch.device("cpu")
+
+
+def bucket(size: int = 999) -> torch.Tensor:
+    return torch.randint(256, (size,), dtype=torch.uint8)
+
+
+def received(transport, size: int = 999) -> torch.Tensor:
+    bytes_N = torch.empty(size, dtype=torch.uint8)
+    transport.receive(bytes_N)()
+    return bytes_N
+
+
+def test_bytes_arrive_and_a_finished_sync_is_removed(tmp_path):
+    sender = DiskTransport(5.0, tmp_path / "weights")
+    info = sender.open(2)
+    receivers = [receiving.DiskTransport(info, rank, CPU) for rank in (1, 2)]
+    folder = Path(info["folder"])
+    for sync in range(3):
+        sent = [bucket() for _ in range(3)]
+        for bytes_N in sent:
+            sender.send(bytes_N)
+        sender.flush()
+        assert len(list(folder.iterdir())) == 3, sync
+        for transport in receivers:
+            assert all(torch.equal(received(transport), bytes_N) for bytes_N in sent)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    sender.close()
+    sender.close()
+    assert not folder.exists()
+
+
+def test_torn_missing_and_other_files_are_refused(tmp_path):
+    sender = DiskTransport(5.0, tmp_path)
+    info = sender.open(1) | {"deadline_s": 0.2}
+    for _ in range(2):
+        sender.send(bucket())
+    receiver, folder = receiving.DiskTransport(info, 1, CPU), Path(info["folder"])
+    first = folder / "00000000.safetensors"
+    whole = first.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        first.write_bytes(whole[:cut])
+        with pytest.raises(RuntimeError, match=r"00000000\.safetensors is torn"):
+            received(receiver)
+    first.write_bytes(whole)
+    with pytest.raises(RuntimeError, match="expected 1000 bytes"):
+        received(receiver, 1000)
+    received(receiver)
+    received(receiver)
+    (folder / "00000002.part").write_bytes(whole)  # written, not yet named
+    with pytest.raises(RuntimeError, match=r"00000002\.safetensors did not come"):
+        received(receiver)
+    sender.close()
+    with pytest.raises(ValueError, match="both sides see"):
+        receiving.DiskTransport(info, 1, CPU)
+
+
+def test_a_folder_that_takes_no_files_is_one_error(tmp_path):
+    sender = DiskTransport(5.0, tmp_path)
+    folder = Path(sender.open(1)["folder"])
+    folder.rmdir()
+    folder.write_text("a file where the folder was")
+    with pytest.raises(ServerError, match="could not be written"):
+        sender.send(bucket())
