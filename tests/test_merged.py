@@ -337,7 +337,7 @@ async def check_failed_step_wakes_the_server(model, backend, groups):
 
 
 @pytest.mark.slow
-async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path):
+async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path, monkeypatch):
     """Experts over two ranks, attention split over them: each rank merges what it holds, rank 0 gathers and streams."""
     base = taught("qwen3_moe", tmp_path / "base", task, MIXTURE)
     lora = ls.LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj", "o_proj", "experts"))
@@ -356,5 +356,25 @@ async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path):
         assert result.metrics["mismatch_max"] < 1e-5
         served = await check_served(model, backend, base, backend.run_path(model) / "steps" / "0001" / "adapter")
         assert np.abs(np.array(first) - served).mean() > 1e-3
+        await check_lost_server_is_replaced(model, backend, await roll_out(model, task, section, 1), monkeypatch)
+        await check_served(model, backend, base, backend.run_path(model) / "steps" / "0002" / "adapter")
     finally:
         await backend.close()
+
+
+async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
+    """The server dies when the weights are about to leave: the step ends with a new one that has been proved."""
+    run = backend._run(model)
+    lost, work = run.server, run.trainer.call
+
+    async def worked(verb, args, **kwargs):
+        if verb == "sync" and run.server is lost:
+            lost.child.kill()
+        return await work(verb, args, **kwargs)
+
+    monkeypatch.setattr(run.trainer, "call", worked)
+    result = await backend.train(model, groups, CONFIG)
+    monkeypatch.undo()
+    assert result.metrics["server_restarts"] == 1.0
+    assert run.server is not lost
+    assert result.step == model.step == 2

@@ -51,6 +51,10 @@ class ServerError(LockstepError):
     """The inference server died, refused a request, or missed a deadline."""
 
 
+class ServerLostError(ServerError):
+    """The server ended itself or can't be trusted: it may hold a mixture of two versions. Restart it from the last published step."""
+
+
 class TrainerError(LockstepError):
     """A trainer process died, raised, or missed a deadline."""
 

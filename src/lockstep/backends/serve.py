@@ -14,7 +14,16 @@ from safetensors.numpy import load_file
 from lockstep.backends import run as deadlines
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.turns import make_room_for_weights, servers_turn, trainers_turn
-from lockstep.errors import LockstepError, MismatchError, ServerError, TrainerError, WeightsError
+from lockstep.errors import (
+    LockstepError,
+    MismatchError,
+    ServerError,
+    ServerLostError,
+    TrainerError,
+    WeightsError,
+)
+from lockstep.serving.install import find_runtime
+from lockstep.serving.launch import launch
 from lockstep.tokens.batch import unpack_scores
 from lockstep.tokens.pack import pack, save_batch
 from lockstep.tokens.routes import decode_routes
@@ -87,21 +96,17 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
 async def _sync(run: Run, name: str) -> dict[str, float]:
     """Merged weights from the trainer's memory into the server, which from then on is `name`.
 
-    Raises ServerError, WeightsError or MismatchError; the server then serves what it served before, but in shared mode it is ended.
+    A server that was lost on the way is started anew. Raises ServerError, WeightsError or MismatchError; the server then serves what it
+    served before, but in shared mode it is ended.
     """
-    arguments = {
-        "root_url": run.server.root_url,
-        "api_key": run.server.api_key,
-        "version": name,
-        "transport": run.parts.transport,
-        "deadline_s": deadlines.SYNC_DEADLINE_S,
-    }
     try:
-        reply = await run.trainer.call("sync", arguments, deadline_s=STEP_DEADLINE_S)
+        return await _send(run, name)
     except (ServerError, WeightsError, MismatchError) as error:
-        run.server.check_alive()
         if run.parts.shared:  # asleep it forgot the weights of before
             await run.server.close()
+        elif isinstance(error, ServerLostError) or run.server.child.poll() is not None:
+            await _start_server_again(run)
+            return await _send(run, name) | {"server_restarts": 1.0}
         left = (
             "held no weights any more and was ended" if run.parts.shared else f"still serves {run.server.served_name}"
         )
@@ -109,12 +114,32 @@ async def _sync(run: Run, name: str) -> dict[str, float]:
             f"{name} did not reach the server, which {left}: {error}; "
             "close the backend and register again to go on from the last published step"
         ) from error
+
+
+async def _send(run: Run, name: str) -> dict[str, float]:
+    arguments = {
+        "root_url": run.server.root_url,
+        "api_key": run.server.api_key,
+        "version": name,
+        "transport": run.parts.transport,
+        "deadline_s": deadlines.SYNC_DEADLINE_S,
+    }
+    reply = await run.trainer.call("sync", arguments, deadline_s=STEP_DEADLINE_S)
     run.server.served_name = name
     return {
         "sync_bytes": float(reply["nbytes"]),
         "seconds_sync_transfer": reply["transfer_s"],
         "seconds_sync_pause": reply["pause_s"],
     }
+
+
+async def _start_server_again(run: Run) -> None:
+    """In the place of one that died, or that was ended half-way through a swap: rollouts have to begin again, at a new address."""
+    await run.server.close()
+    await run.model._disconnect()
+    config = run.parts.server_config(f"{run.model.name}@base")
+    run.server = await launch(config, find_runtime(run.parts.devices.kind), run.store.path)
+    run.served.clear()
 
 
 async def _score(run: Run, tokens: list[int], routes_SLK: np.ndarray | None) -> list[float]:

@@ -26,6 +26,7 @@ from lockstep.errors import (
     LockstepError,
     MismatchError,
     ServerError,
+    ServerLostError,
     TrainerError,
     WeightsError,
 )
@@ -33,7 +34,8 @@ from lockstep.process import Child, child_env, spawn
 
 # Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
 _USER_ERRORS: dict[str, type[LockstepError]] = {
-    error.__name__: error for error in (ConfigError, DataError, MismatchError, ServerError, TrainerError, WeightsError)
+    error.__name__: error
+    for error in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
 }
 _LINE_LIMIT = 64 * 2**20
 
