@@ -230,8 +230,8 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
     assert choice["weight_versions"][0]["version"] == model.inference_name()  # a name alone makes no version
     with pytest.raises(ServerError, match="merged@0"):  # given back
         await run.server.score("merged@0", PROBE_S)
-    sync = {"root_url": "", "api_key": "", "version": name, "transport": "nccl", "deadline_s": 1.0}
-    with pytest.raises(ConfigError, match="'nccl'"):
+    sync = {"root_url": "", "api_key": "", "version": name, "transport": "pigeon", "deadline_s": 1.0}
+    with pytest.raises(ConfigError, match="'pigeon'"):
         await call("sync", sync, deadline_s=60.0)
 
 
@@ -241,10 +241,14 @@ async def test_all_weights_of_an_untied_model_in_shared_mode(runtime, task, sect
     model = ls.TrainableModel(name="full", project="tests", base_model=str(base), lora=None)
     with pytest.raises(ConfigError, match="full weights need rollout_weights_mode 'merged'"):
         await model.register(MegatronBackend(path=tmp_path))
+    with pytest.raises(ConfigError, match="here it is 'gloo' or 'disk'"):
+        await model.register(MegatronBackend(path=tmp_path, rollout_weights_mode="merged", weight_transport="nccl"))
     with pytest.raises(ConfigError, match="don't share GPUs"):
         await model.register(MegatronBackend(path=tmp_path, rollout_weights_mode="merged", offload=True))
     together = ls.Placement(trainer="cpu", inference="cpu")
-    backend = MegatronBackend(path=tmp_path, rollout_weights_mode="merged", max_model_len=512, placement=together)
+    backend = MegatronBackend(
+        path=tmp_path, rollout_weights_mode="merged", max_model_len=512, placement=together, weight_transport="disk"
+    )
     await model.register(backend)
     try:
         first = await check_served(model, backend, base)

@@ -3,6 +3,7 @@
 Arguments: pairs of checkpoint folders, old and new. Prints one line of JSON per pair.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,20 +11,39 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from lockstep_vllm.direct import make_plan
+from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
 
-def staged(folder):
-    """Every weight of a checkpoint, as views of one bucket of bytes."""
+
+def staged(folder, cuts):
+    """A checkpoint's weights in buckets: some whole, some cut into boxes along rows or columns, in no order. Buckets, bytes, weights."""
     tensors = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         tensors.update(load_file(path))
-    sizes = [tensor.nbytes for tensor in tensors.values()]
-    bucket_N = torch.zeros(sum(-(-size // 64) * 64 for size in sizes), dtype=torch.uint8)
-    views, offset = {}, 0
-    for name, tensor in tensors.items():
-        views[name] = bucket_N[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        views[name].copy_(tensor)
-        offset += -(-tensor.nbytes // 64) * 64
-    return bucket_N, views
+    boxes = []
+    for name, tensor in sorted(tensors.items(), key=lambda pair: hash_of(pair[0])):
+        axis = hash_of(name) % tensor.dim()
+        step = max(1, -(-tensor.shape[axis] // (1 + hash_of(name) % cuts)))
+        for low in range(0, tensor.shape[axis], step):
+            box = [(0, size) for size in tensor.shape]
+            box[axis] = (low, min(tensor.shape[axis], low + step))
+            boxes.append((name, tuple(box)))
+    buckets, filled = [], []
+    for number, start in enumerate(range(0, len(boxes), 50)):
+        slots, parts, offset = [], [], 0
+        for name, box in boxes[start : start + 50]:
+            part = tensors[name][tuple(slice(*pair) for pair in box)].contiguous()
+            meta = Meta(part.dtype, tuple(tensors[name].shape))
+            slots.append(Slot(name, meta, box, offset))
+            parts.append(part.reshape(-1).view(torch.uint8))
+            offset += part.nbytes
+        buckets.append(Bucket(0, number, offset, tuple(slots)))
+        filled.append(torch.cat(parts))
+    return buckets, filled, tensors
+
+
+def hash_of(name):
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
 
 
 def fresh_model(folder):
@@ -44,23 +64,33 @@ def fresh_model(folder):
 def compare(old, new):
     from vllm.config import set_current_vllm_config
 
-    from lockstep_vllm.direct import make_plan
-
     model, config = fresh_model(old)
-    bucket_N, views = staged(old)
+    buckets, _, tensors = staged(old, 3)
+    metas = {slot.name: slot.meta for bucket in buckets for slot in bucket.slots}
     with set_current_vllm_config(config):
-        plan = make_plan(dict(model.named_parameters()), [bucket_N], lambda: model.load_weights(views.items()))
-    bucket_N.copy_(staged(new)[0])
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    plan.copy()
+        model.load_weights(tensors.items())
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        plan = make_plan(dict(model.named_parameters()), metas, buckets, model.load_weights)
+        whole, _, _ = staged(old, 1)
+        simple = make_plan(dict(model.named_parameters()), metas, whole, model.load_weights)
+    untouched = all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    filled = staged(new, 3)[1]
+    matched = [plan.matches(number, bytes_N) for number, bytes_N in enumerate(filled)]
+    for number, bytes_N in enumerate(filled):
+        plan.copy(number, bytes_N)
     reference, config = fresh_model(new)
     with set_current_vllm_config(config):
-        reference.load_weights(staged(new)[1].items())
+        reference.load_weights(staged(new, 1)[2].items())
     expected = dict(reference.named_parameters())
     found = dict(model.named_parameters())
     return {
         "parameters": len(found),
+        "weights": len(metas),
         "copies": len(plan),
+        "copies_of_whole": len(simple),
+        "untouched": untouched,
+        "matched_before": sum(matched),
+        "matched_after": all(plan.matches(number, bytes_N) for number, bytes_N in enumerate(filled)),
         "differing": [name for name in expected if not torch.equal(expected[name], found[name])],
         "unchanged": [name for name in expected if torch.equal(before[name], found[name])],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
 from lockstep_vllm.direct import DirectUnavailableError, make_plan
+from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
 
 # A mixture first: vLLM makes its expert group for the first model of a process, if that has experts.
 FAMILIES = ["qwen3_moe", "qwen3", "qwen3_5", "qwen3_5_moe"]
@@ -35,39 +37,74 @@ def test_the_same_bytes_as_load_weights(runtime, tmp_path):
     assert len(lines) == len(FAMILIES)
     for line in lines:
         result = json.loads(line.removeprefix("RESULT "))
-        assert result["copies"] >= result["parameters"] > 20
+        assert result["untouched"]
+        assert result["matched_before"] == 0
+        assert result["matched_after"]
+        assert result["copies"] > result["copies_of_whole"] >= result["parameters"] > 20
         assert result["differing"] == []
         # Parameters that start the same under every seed stay; the matrices change.
         assert not [name for name in result["unchanged"] if "proj" in name or "experts" in name or "embed" in name]
 
 
-def staged_pair():
-    bucket_N = torch.zeros(64, dtype=torch.uint8)
-    return bucket_N, bucket_N[:32].view(torch.float32), bucket_N[32:].view(torch.float32)
+def bucket_of(**shapes):
+    """One bucket with these weights, fp32, one after another."""
+    slots, offset = [], 0
+    for name, shape in shapes.items():
+        slots.append(Slot(name, Meta(torch.float32, shape), tuple((0, size) for size in shape), offset))
+        offset += 4 * math.prod(shape)
+    bucket = Bucket(0, 0, offset, tuple(slots))
+    return bucket, {slot.name: slot.meta for slot in slots}, torch.arange(offset // 4).float().view(torch.uint8)
+
+
+def test_neighbours_are_one_copy_and_odd_views_are_boxes():
+    bucket, metas, bytes_N = bucket_of(gate=(2, 3), up=(2, 3), down=(3, 2), norm=(1, 4))
+    fused, turned, norm = torch.zeros(4, 3), torch.zeros(2, 3), torch.zeros(4)
+
+    def load(weights):
+        weight = dict(weights)
+        fused[:2].copy_(weight["gate"])
+        fused[2:].copy_(weight["up"])
+        for column in range(2):
+            turned[column].copy_(weight["down"].t()[column])
+        norm.copy_(weight["norm"][0])
+
+    plan = make_plan({"fused": fused, "turned": turned, "norm": norm}, metas, [bucket], load)
+    assert not fused.any()
+    assert len(plan) == 4
+    plan.copy(0, bytes_N)
+    assert fused.flatten().tolist() == list(range(12))
+    assert turned.tolist() == [[12, 14, 16], [13, 15, 17]]
+    assert norm.tolist() == [18, 19, 20, 21]
+    assert plan.matches(0, bytes_N)
+    turned[1, 2] += 1
+    assert not plan.matches(0, bytes_N)
 
 
 def test_what_cannot_be_repeated_is_refused():
-    bucket_N, left, right = staged_pair()
+    bucket, metas, bytes_N = bucket_of(left=(8,), right=(8,))
     weight = torch.zeros(2, 8)
-    both = {"w": weight, "alias": weight}
-    plan = make_plan(both, [bucket_N], lambda: (weight[0].copy_(left), weight[1].copy_(right)))
-    left.fill_(3)
-    right.fill_(4)
-    plan.copy()
-    assert weight.tolist() == [[3.0] * 8, [4.0] * 8]
-    padded = make_plan({"w": weight}, [bucket_N], lambda: (weight[0].copy_(right), weight[1:].fill_(7)))
-    left.fill_(1)
-    padded.copy()
-    assert weight.tolist() == [[4.0] * 8, [7.0] * 8]
+
+    def planned(load, parameters=None):
+        return make_plan(parameters or {"w": weight}, metas, [bucket], lambda weights: load(**dict(weights)))
+
+    plan = planned(lambda left, right: (weight[0].copy_(left), weight[1].copy_(right)), {"w": weight, "alias": weight})
+    plan.copy(0, bytes_N)
+    assert weight.flatten().tolist() == list(range(16))
+    padded = planned(lambda left, right: (weight[0].copy_(right), weight[1:].fill_(7)))
+    padded.copy(0, bytes_N)
+    assert weight.tolist() == [list(range(8, 16))] * 2  # a filled row stays as it is
     bad = {
-        "computed": lambda: weight.copy_(torch.stack([left, right]) + 1),
-        "in place": lambda: (weight[0].copy_(left), weight[1].copy_(right), weight.add_(1)),
-        "filled and written": lambda: (weight.zero_(), weight[0].copy_(left), weight[1].copy_(right)),
-        "half": lambda: weight[0].copy_(left),
-        "twice": lambda: (weight[0].copy_(left), weight[1].copy_(right), weight[0].copy_(right)),
+        "computed": lambda left, right: weight.copy_(torch.stack([left, right]) + 1),
+        "other memory": lambda left, right: (weight[0].copy_(left), weight[1].copy_(torch.ones(8))),
+        "in place": lambda left, right: (weight[0].copy_(left), weight[1].copy_(right), weight.add_(1)),
+        "filled and written": lambda left, right: (weight.zero_(), weight[0].copy_(left), weight[1].copy_(right)),
+        "half": lambda left, right: weight[0].copy_(left),
+        "twice": lambda left, right: (weight[0].copy_(left), weight[1].copy_(right), weight[0].copy_(right)),
+        "read": lambda left, right: weight[0].copy_(left) if left.sum() > 0 else None,
+        "steps": lambda left, right: (weight[:, ::2].copy_(left.view(2, 4)), weight[:, 1::2].copy_(right.view(2, 4))),
     }
     for load in bad.values():
-        with pytest.raises(DirectUnavailableError, match="'w'"):
-            make_plan({"w": weight}, [bucket_N], load)
+        with pytest.raises(DirectUnavailableError, match=r"'w'|'left'"):
+            planned(load)
     with pytest.raises(DirectUnavailableError, match="packed away"):
-        make_plan({"gone": torch.empty(0)}, [bucket_N], lambda: None)
+        planned(lambda left, right: None, {"gone": torch.empty(0)})

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
+import sys
 
 import pytest
+import sender_ranks
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,6 +17,7 @@ from sync_driver import hf_logprobs, load
 
 from lockstep.errors import ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
+from lockstep.process import child_env, spawn
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
@@ -95,13 +100,72 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
     with pytest.raises(WeightsError, match="rank"):
         await asyncio.to_thread(pusher.push, tensors, "torn@3")
     pusher.close()
-    with pytest.raises(ValueError, match="listed twice"):
-        make_plan(describe([*tensors, tensors[0]]))
+    with pytest.raises(WeightsError, match="listed twice"):
+        make_pusher(server, [*tensors, tensors[0]], config)
     assert await server.models() == ["base", "torn@1", "torn@2"]
     for name in ("torn@1", "torn@2"):
         await server.unload_adapter(name)
     with pytest.raises(ServerError, match="torn@1"):
         await served(server, "torn@1")
+
+
+def run_ranks(folder, server, tmp_path, **job):
+    """Two trainer ranks send adapters; what they wrote at the end. Blocks."""
+    answer, port = tmp_path / "answer.json", int(server.root_url.rpartition(":")[2])
+    job |= {"tokens": TOKENS, "port": port, "api_key": server.api_key, "answer": str(answer), "adapter": True}
+    job["settings"] |= {"model": str(folder)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", sender_ranks.__file__, str(tmp_path / "job.json")]
+    child = spawn(command, child_env({"OMP_NUM_THREADS": "1"}), tmp_path / "log", "two ranks")
+    assert child.wait(600.0) == 0, child.log_tail(40)
+    return json.loads(answer.read_text())
+
+
+def merged_reference(folder, tensors, modules, seed, where):
+    """What Hugging Face scores with the ranks' random adapter merged in."""
+    shutil.copytree(folder, where, ignore=shutil.ignore_patterns("*.safetensors*"))
+    merged = sender_ranks.merged(tensors, sender_ranks.adapter(modules, seed))
+    save_file(merged, where / "model.safetensors", metadata={"format": "pt"})
+    return hf_logprobs(load(where), TOKENS)
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+async def test_adapters_from_two_trainer_ranks(server, tiny_qwen3, tmp_path):
+    """Matrices split over two ranks, each sent by the rank that holds it; all versions stay served, each as itself."""
+    lora = {"rank": sender_ranks.RANK, "alpha": sender_ranks.SCALE * sender_ranks.RANK, "targets": TARGETS}
+    settings = {"parallel": {"tensor": 2}, "lora": lora}
+    told = await asyncio.to_thread(run_ranks, tiny_qwen3, server, tmp_path, settings=settings, steps=3)
+    base = load_file(tiny_qwen3 / "model.safetensors")
+    modules = {
+        name.removesuffix(".weight"): tuple(weight.shape) for name, weight in base.items() if "_proj.weight" in name
+    }
+    for step in (1, 2, 3):
+        expected = merged_reference(tiny_qwen3, base, modules, step, tmp_path / f"{step}")
+        torch.testing.assert_close(torch.tensor(told["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(await served(server, f"ranks@{step}"), expected, atol=1e-5, rtol=1e-6)
+    assert told["report"]["path"] == "adapter"
+    assert told["report"]["nbytes"] == sum(4 * sender_ranks.RANK * sum(shape) for shape in modules.values())
+    assert max(told["sizes"]) < 0.7 * sum(told["sizes"])
+    for step in (1, 2, 3):
+        await server.unload_adapter(f"ranks@{step}")
+
+
+async def test_an_adapter_that_fell_out_of_the_cache_comes_back_as_it_was(server, tiny_qwen3, tmp_path):
+    """vLLM loads it again, and multiplies its B by alpha/r again."""
+    tensors, config, expected_S = adapter(tiny_qwen3, tmp_path / "first", 6)
+    pusher = make_pusher(server, tensors, config)
+    await asyncio.to_thread(pusher.push, tensors, "first")
+    pusher.close()
+    torch.testing.assert_close(await served(server, "first"), expected_S, atol=1e-5, rtol=0)
+    for other in range(8):  # as many as the server keeps
+        await server.load_adapter(f"other@{other}", tmp_path / "first")
+        await served(server, f"other@{other}")
+    torch.testing.assert_close(await served(server, "first"), expected_S, atol=1e-5, rtol=0)
+    for name in ("first", *(f"other@{other}" for other in range(8))):
+        await server.unload_adapter(name)
 
 
 @pytest.mark.slow
@@ -138,6 +202,32 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
         await server.load_adapter("disk@1", tmp_path / "adapter")
         assert torch.equal(await served(server, "live@1"), await served(server, "disk@1"))
         assert (await served(server, "live@1") - await served(server, "base")).abs().mean() > 0.05
+        stacks: dict[str, dict[int, torch.Tensor]] = {}
+        for name in [name for name in tensors if ".experts." in name]:
+            owner, number, rest = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name).groups()
+            stacks.setdefault(f"{owner}.{rest}", {})[int(number)] = tensors[name]
+        stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        stacked |= {name: torch.stack([one[i] for i in range(len(one))]) for name, one in stacks.items()}
+        pusher.close()
+        pusher = make_pusher(server, sorted(stacked.items()), config)
+        await asyncio.to_thread(pusher.push, sorted(stacked.items()), "live@2")
+        assert torch.equal(await served(server, "live@2"), await served(server, "disk@1"))
+        lora = {
+            "rank": sender_ranks.RANK,
+            "alpha": sender_ranks.SCALE * sender_ranks.RANK,
+            "targets": ["q_proj", "experts"],
+        }
+        settings = {"parallel": {"tensor": 2, "expert": 2}, "lora": lora}
+        told = await asyncio.to_thread(run_ranks, folder, server, tmp_path, settings=settings, steps=2)
+        base = load_file(folder / "model.safetensors")
+        modules = {
+            name.removesuffix(".weight"): tuple(weight.shape)
+            for name, weight in base.items()
+            if ".experts." in name or ".q_proj." in name
+        }
+        for step in (1, 2):
+            expected = merged_reference(folder, base, modules, step, tmp_path / f"{step}")
+            torch.testing.assert_close(torch.tensor(told["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
         pusher.close()
     finally:
         await server.close()

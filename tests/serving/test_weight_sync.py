@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import re
+import shutil
+import sys
 import threading
 
 import httpx
 import pytest
+import sender_ranks
 import torch
 from openai import AsyncOpenAI
+from safetensors.torch import load_file, save_file
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
+from lockstep.process import child_env, spawn
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
@@ -86,6 +92,59 @@ async def sampled_tokens(server) -> float:
     """How many tokens the server has sampled in its life."""
     metrics = (await server.call("GET", "/metrics")).text
     return float(re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)[0])
+
+
+def reference(folder, weights, where):
+    """The Hugging Face model of `folder` with other weights."""
+    shutil.copytree(folder, where, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(weights, where / "model.safetensors", metadata={"format": "pt"})
+    return load(where)
+
+
+async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp_path):
+    """Matrices split over two ranks, and for the mixture experts too: all weights trained, or adapters merged on the way."""
+    server, _ = merged
+    mixture = folder.name == "qwen3_moe"
+    targets = ["q_proj", "k_proj", "o_proj", "experts"]
+    settings = {
+        "model": str(folder),
+        "parallel": {"tensor": 2, "expert": 2 if mixture else 1},
+        "lora": {"rank": sender_ranks.RANK, "alpha": 2.0 * sender_ranks.RANK, "targets": targets} if mixture else None,
+    }
+    answer, job = tmp_path / "answer.json", tmp_path / "job.json"
+    port = int(server.root_url.rpartition(":")[2])
+    steps = 10
+    job.write_text(
+        json.dumps(
+            {"settings": settings, "tokens": TOKENS, "port": port, "api_key": server.api_key, "answer": str(answer)}
+            | {"steps": steps}
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", sender_ranks.__file__, str(job)]
+    child = spawn(command, child_env({"OMP_NUM_THREADS": "1"}), tmp_path / "log", "two ranks")
+    status = await asyncio.to_thread(child.wait, 600.0)
+    assert status == 0, child.log_tail(40)
+    told = json.loads(answer.read_text())
+    base = load_file(folder / "model.safetensors")
+    modules = {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in base.items()
+        if any(f".{target}" in name for target in targets) and name.endswith("_proj.weight")
+    }
+    before = None
+    for step in range(1, steps + 1):
+        pairs = sender_ranks.adapter(modules, step)
+        weights = sender_ranks.merged(base, pairs) if mixture else sender_ranks.changed(base, step)
+        expected = hf_logprobs(reference(folder, weights, tmp_path / f"{step}"), TOKENS)
+        found = torch.tensor(told["scores"][step - 1])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+        assert before is None or (found - before).abs().mean() > 1e-3
+        before = found
+    # Neither sends for both, and what both hold is sent once.
+    assert sum(told["sizes"]) == told["report"]["nbytes"] == sum(weight.nbytes for weight in base.values())
+    assert max(told["sizes"]) < 0.6 * sum(told["sizes"])
+    pusher.close()  # the ranks' connection took its place
 
 
 async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher, folder):
@@ -205,11 +264,11 @@ async def test_a_sender_that_stalls_is_given_up_at_the_deadline(merged, folder):
     pusher = WeightPusher(endpoint, GlooTransport(3.0), plan, deadline_s=100.0)
     await asyncio.to_thread(pusher.connect)
     await asyncio.to_thread(
-        pusher._call, "POST", "/lockstep/sync/receive", {"plan": plan.to_json()["id"], "version": "x"}
+        pusher._control.call, "POST", "/lockstep/sync/receive", {"plan": pusher._described["id"], "version": "x"}
     )
-    body = {"version": "x", "digests": [], "served_name": None, "deadline_s": 1.0}
+    body = {"version": "x", "digests": [[]], "served_name": None, "deadline_s": 1.0}
     with pytest.raises(ServerError, match=plan.buckets[0].slots[0].meta.name):
-        await asyncio.to_thread(pusher._call, "POST", "/lockstep/sync/commit", body)
+        await asyncio.to_thread(pusher._control.call, "POST", "/lockstep/sync/commit", body)
     await asyncio.to_thread(pusher._abort)
     assert torch.equal(await served(server, name), before)
     pusher.close()

@@ -55,7 +55,7 @@ async def test_ten_random_steps_and_what_goes_wrong_on_the_way(tiny_qwen3, pushi
         assert (after - before).abs().mean() > 1e-3
         before = after
         files = [path for path in folder.rglob("*") if path.is_file()]
-        assert len(files) == len(pusher._plan.buckets)  # those of this sync, and none of the one before
+        assert len(files) == len(pusher._plan.senders[0].buckets)  # those of this sync, and none of the one before
     change(model, 100)
     for damage, error, match in ((torn, ServerError, "is torn"), (flipped, MismatchError, "bucket 2")):
         with monkeypatch.context() as patch:

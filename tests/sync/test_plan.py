@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from hypothesis import strategies as st
 from lockstep.errors import MismatchError, WeightsError
 from lockstep.sync.digest import digest
 from lockstep.sync.export import BucketFiller, describe
-from lockstep.sync.plan import ALIGNMENT, make_plan
+from lockstep.sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
 from lockstep.sync.proof import check_probe
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])
-SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
+SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)
+WHOLE = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
 
 @st.composite
@@ -36,19 +39,74 @@ def test_what_is_filled_in_comes_out_of_the_buckets(tensors, bucket_bytes):
     plan = make_plan(describe(tensors), bucket_bytes)
     filler = BucketFiller(plan)
     for _ in range(2):  # buffers are used again
-        out = {}
+        out = {name: torch.full_like(tensor, 77) for name, tensor in tensors}
         for _, bucket, bytes_N in filler.fill(tensors):
-            assert len(bucket.slots) == 1 or bucket.nbytes <= bucket_bytes
+            rows = [slot for slot in bucket.slots if slot.nbytes > bucket_bytes]
+            assert bucket.nbytes <= bucket_bytes or (len(bucket.slots) == 1 and len(rows) == 1)
             stop = 0
+            for block in bucket.blocks:
+                assert block.offset % ALIGNMENT == 0
             for slot in bucket.slots:
-                assert slot.offset % ALIGNMENT == 0
                 assert slot.offset >= stop
-                stop = slot.offset + slot.meta.nbytes
-                out[slot.meta.name] = slot.view(bytes_N).clone()
+                stop = slot.offset + slot.nbytes
+                out[slot.meta.name][tuple(slice(*pair) for pair in slot.box)] = slot.view(bytes_N)
             assert bucket.nbytes == stop
-        assert list(out) == [name for name, _ in tensors]
         assert all(torch.equal(out[name], tensor) for name, tensor in tensors)
-    assert plan.to_json() == make_plan(describe(tensors), bucket_bytes).to_json()
+    described = SyncPlan((plan,)).to_json()
+    assert described == SyncPlan((make_plan(describe(tensors), bucket_bytes),)).to_json()
+    receiver = receivers_plan().parse(json.loads(json.dumps(described)))
+    assert receiver.nbytes == sum(bucket.nbytes for bucket in plan.buckets)
+
+
+@settings(deadline=None)
+@given(data=st.data(), bucket_bytes=st.integers(1, 400), seed=st.integers(0, 2**31))
+def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, seed):
+    """Weights cut into boxes at random, held by random senders, some boxes next to each other in one source."""
+    generator = torch.Generator().manual_seed(seed)
+    senders = data.draw(st.integers(1, 3))
+    weights = {f"w{i}": torch.randn(data.draw(WHOLE), generator=generator) for i in range(data.draw(st.integers(1, 4)))}
+    sources, held = [[] for _ in range(senders)], [[] for _ in range(senders)]
+    for name, weight in weights.items():
+        meta = TensorMeta(name, weight.dtype, tuple(weight.shape))
+        axis = data.draw(st.integers(0, weight.dim() - 1))
+        cut = data.draw(st.integers(1, weight.shape[axis]))
+        for low in range(0, weight.shape[axis], cut):
+            box = list(meta.whole)
+            box[axis] = (low, min(weight.shape[axis], low + cut))
+            part = weight[tuple(slice(*pair) for pair in box)]
+            first = next((i for i, (a, b) in enumerate(box) if b - a > 1), 0)
+            rows = part.shape[first]
+            owner, key = data.draw(st.integers(0, senders - 1)), f"{name}.{low}"
+            padding = data.draw(st.integers(0, 2))  # rows that don't travel
+            block = torch.cat([torch.zeros(padding, part.numel() // rows), part.reshape(rows, -1)])
+            one = Part(meta, tuple(box), padding, rows)
+            sources[owner].append(Source(key, weight.dtype, len(block), block.shape[1], (one,)))
+            held[owner].append((key, block))
+    plan = SyncPlan(tuple(plan_sources(one, bucket_bytes) for one in sources))
+    received = receivers_plan()
+    parsed = received.parse(json.loads(json.dumps(plan.to_json())))
+    bytes_of = {}
+    for sender, (one, tensors) in enumerate(zip(plan.senders, held, strict=True)):
+        for index, _, bytes_N in BucketFiller(one).fill(tensors):
+            bytes_of[sender, index] = bytes_N.clone()
+    buffers = [bytes_of[bucket.sender, bucket.index] for bucket in parsed.buckets]
+    found = dict(received.assemble(parsed, buffers))
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    if len(plan.senders[-1].buckets) and senders > 1:
+        with pytest.raises(ValueError, match="a sender is missing"):
+            received.parse(SyncPlan(plan.senders[:-1]).to_json() | {"senders": dropped_part(plan)})
+    with pytest.raises(WeightsError, match="twice in a sync"):
+        SyncPlan((*plan.senders, max(plan.senders, key=lambda one: one.nbytes)))
+
+
+def dropped_part(plan):
+    """A plan whose last sender has lost a slot of a weight that has others, or half of its only one."""
+    described = plan.to_json()["senders"]
+    slot = described[-1][-1]["slots"][-1]
+    slot[4] = [list(pair) for pair in (slot[4] or [[0, size] for size in slot[2]])]
+    slot[4][-1][1] = slot[4][-1][0]
+    return described
 
 
 def test_a_stream_that_is_not_the_plans_is_refused():
@@ -57,15 +115,16 @@ def test_a_stream_that_is_not_the_plans_is_refused():
     bad = [
         (good[:2], "end before 'c'"),
         ([*good, ("d", torch.zeros(1))], "'d'"),
-        ([good[1], good[0], good[2]], "name='a'"),
-        ([("a", torch.zeros(4)), *good[1:]], r"shape=\(4,\)"),
+        ([good[1], good[0], good[2]], "expected 'a'"),
+        ([("a", torch.zeros(4)), *good[1:]], r"got 'a' \(4,\)"),
+        ([good[0], ("b", torch.zeros(4)), good[2]], r"got 'b' \(4,\)"),
         ([*good[:2], ("c", torch.zeros(1))], r"torch\.float32"),
     ]
     for stream, match in bad:
         with pytest.raises(WeightsError, match=match):
             list(filler.fill(stream))
-    with pytest.raises(ValueError, match="twice in a sync: b"):
-        make_plan(describe([*good, good[1]]))
+    with pytest.raises(WeightsError, match="twice in a sync: b"):
+        SyncPlan((make_plan(describe([*good, good[1]])),))
 
 
 @settings(deadline=None, max_examples=60)
@@ -87,13 +146,25 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
 
 def receivers_digest():
     """The same function as the server's plugin has it."""
-    path = Path(__file__).resolve().parents[2] / "runtime" / "src" / "lockstep_vllm" / "digest.py"
-    spec = importlib.util.spec_from_file_location("receivers_digest", path)
+    return plugins("digest").digest
+
+
+def receivers_plan():
+    return plugins("incoming_plan")
+
+
+def plugins(name):
+    """A module of the server's plugin that needs no vLLM."""
+    path = Path(__file__).resolve().parents[2] / "runtime" / "src" / "lockstep_vllm" / f"{name}.py"
+    known = sys.modules.get(f"receivers_{name}")
+    if known is not None:
+        return known
+    spec = importlib.util.spec_from_file_location(f"receivers_{name}", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.digest
+    return module
 
 
 def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):

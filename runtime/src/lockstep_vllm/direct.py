@@ -1,20 +1,28 @@
-"""The direct path of a weight sync: every sender slice copied to its slice of a live parameter, in one call.
+"""The direct path of a weight sync: every box a sender ships copied to its place in the live parameters, without Python per weight.
 
-The plan is not written by hand per model. vLLM's own `load_weights` runs once while every copy into a live parameter is
-recorded; from then on a sync repeats those copies from the same staging buffers, without a line of Python per tensor.
-Same copies, same bytes, whatever the family, and whatever slice of a tensor this worker holds.
+The plan is not written by hand per model. vLLM's own `load_weights` runs once on weights that have shape and no bytes, while every copy
+into a live parameter is noted and not done. Each noted copy takes a box of a Hugging Face tensor; where it meets a box that a sender
+ships, there is a piece of memory to copy and a place for it. Copies whose bytes follow each other on both sides are joined, so that a
+layer's experts are one copy. From then on a sync repeats them. Same copies, same bytes, whatever the family, the senders' layout, and
+whatever slice of a tensor this worker holds.
 
-It holds only where a parameter stays as `load_weights` leaves it. A server that packs or permutes weights after loading
-them (linear layers on a CPU, some expert kernels) needs the other path, and says so when the plan is made.
+It holds only where a parameter stays as `load_weights` leaves it. A server that packs or permutes weights after loading them (linear
+layers on a CPU, some expert kernels) needs the other path: `matches` tells, after a load by that path, whether the plan would have
+written the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lockstep_vllm.incoming_plan import Box, Bucket, Meta
 
 _CONSTANTS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
@@ -23,45 +31,142 @@ class DirectUnavailableError(ValueError):
     """This model's weights can't be copied in place; the message says which and why."""
 
 
-class DirectPlan:
-    """Pairs of views: where to, where from. Valid as long as the parameters and the buffers live where they did."""
+@dataclass(frozen=True)
+class Piece:
+    """Where to, and where from in a bucket of bytes: element sizes and strides, offset in bytes."""
 
-    def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        self._targets = targets
-        self._sources = sources
+    target: torch.Tensor
+    dtype: torch.dtype
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def source(self, bytes_N: torch.Tensor) -> torch.Tensor:
+        start = self.offset // self.dtype.itemsize
+        return (
+            bytes_N[: bytes_N.numel() // self.dtype.itemsize * self.dtype.itemsize]
+            .view(self.dtype)
+            .as_strided(self.sizes, self.strides, start)
+        )
+
+
+class DirectPlan:
+    """The pieces of every bucket. Valid as long as the parameters live where they did."""
+
+    def __init__(self, pieces: Sequence[Sequence[Piece]]) -> None:
+        self._pieces = pieces
+        self._views: dict[tuple[int, int], list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return sum(len(pieces) for pieces in self._pieces)
 
     @torch.no_grad()
-    def copy(self) -> None:
-        """Copies what the buffers hold now into the live parameters."""
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
+    def copy(self, bucket: int, bytes_N: torch.Tensor) -> None:
+        """Copies what a bucket's buffer holds now into the live parameters; on a GPU, queued on the current stream."""
+        for targets, sources in self._pairs(bucket, bytes_N):
+            torch._foreach_copy_(targets, sources)
+
+    def matches(self, bucket: int, bytes_N: torch.Tensor) -> bool:
+        """Whether the live parameters hold just what `copy` would write."""
+        return all(
+            torch.equal(target, source.to(target.dtype))
+            for targets, sources in self._pairs(bucket, bytes_N)
+            for target, source in zip(targets, sources, strict=True)
+        )
+
+    def _pairs(self, bucket: int, bytes_N: torch.Tensor) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Views, kept from sync to sync: buffers come back. Apart, since one strided copy slows a whole list down."""
+        key = (bucket, bytes_N.data_ptr())
+        if key not in self._views:
+            self._views[key] = []
+            for flat in (True, False):
+                chosen = [piece for piece in self._pieces[bucket] if (piece.strides == (1,)) == flat]
+                if chosen:
+                    sources = [piece.source(bytes_N) for piece in chosen]
+                    self._views[key].append(([piece.target for piece in chosen], sources))
+        return self._views[key]
 
 
 def make_plan(
-    parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.Tensor], load: Callable[[], object]
+    parameters: Mapping[str, torch.Tensor],
+    metas: Mapping[str, Meta],
+    buckets: Sequence[Bucket],
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
 ) -> DirectPlan:
-    """Runs `load` once, which loads from views of `buffers` into `parameters`, and returns the plan to repeat it.
+    """Runs `load` (a model's `load_weights`) once, on weights without bytes, and returns the copies it would make. Nothing live changes.
 
-    parameters: the live ones, by name; two names of one tensor count once. buffers: the staging buckets. Raises
-    DirectUnavailableError when a parameter is filled from anything but the buffers, or not exactly once.
+    parameters: the live ones, by name; two names of one tensor count once. metas: the weights under their shipped names; `load` gets
+    them in this order. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or not exactly once.
     """
-    recorder = _Recorder(parameters, buffers)
+    recorder = _Recorder(parameters)
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     with torch.no_grad(), recorder:
-        load()
+        load([(name, _Ghost(name, meta, device)) for name, meta in metas.items()])
     recorder.check()
-    return DirectPlan(recorder.targets, recorder.sources)
+    shipped: dict[str, list[tuple[int, Any]]] = {}
+    for number, bucket in enumerate(buckets):
+        for slot in bucket.slots:
+            shipped.setdefault(slot.name, []).append((number, slot))
+    pieces: list[list[Piece]] = [[] for _ in buckets]
+    for copy in recorder.copies:
+        found = _Box.of(copy)
+        for number, slot in shipped[copy.name]:
+            piece = found.meet(slot.box, slot.offset, slot.meta)
+            if piece is not None:
+                pieces[number].append(piece)
+    return DirectPlan([_joined(one) for one in pieces])
+
+
+class _Ghost(torch.Tensor):
+    """A weight on the parameters' device with shape, strides and no bytes; it can be viewed and copied from, nothing else."""
+
+    weight: str
+    whole: Meta
+    shapes: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, name: str, whole: Meta, device: torch.device, inner: torch.Tensor | None = None):
+        if inner is None:
+            inner = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
+        made.weight, made.whole, made.shapes = name, whole, inner
+        return made
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"<{self.weight} {tuple(self.shapes.shape)}>"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise DirectUnavailableError(f"weights without bytes were used outside of planning ({func})")
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A noted copy: the live view written, and the view of a weight it was read from."""
+
+    owner: str
+    name: str
+    whole: Meta
+    target: torch.Tensor
+    view: torch.Tensor
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every copy whose target lies in a live parameter."""
+    """Notes every copy whose target lies in a live parameter, and keeps it from happening."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.targets: list[torch.Tensor] = []
-        self.sources: list[torch.Tensor] = []
+        self.copies: list[_Copy] = []
         self._live: dict[int, str] = {}
         self._sizes: dict[str, int] = {}
         for name, parameter in parameters.items():
@@ -70,25 +175,40 @@ class _Recorder(TorchDispatchMode):
             if _storage(parameter) not in self._live:
                 self._live[_storage(parameter)] = name
                 self._sizes[name] = parameter.numel()
-        self._staged = {_storage(buffer) for buffer in buffers}
         self._filled = dict.fromkeys(self._sizes, 0)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        if func._schema.is_mutable and isinstance(args[0] if args else None, torch.Tensor):
-            name = self._live.get(_storage(args[0]))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func._schema.is_mutable and isinstance(first, torch.Tensor) and not isinstance(first, _Ghost):
+            name = self._live.get(_storage(first))
             if name is not None:
                 self._note(name, func, args)
-        return func(*args, **(kwargs or {}))
+                return first
+        ghosts = [a for a in tree_leaves((args, kwargs)) if isinstance(a, _Ghost)]
+        if not ghosts:
+            return func(*args, **kwargs)
+        return self._view(func, ghosts[0], args, kwargs)
+
+    def _view(self, func: Any, ghost: _Ghost, args: Any, kwargs: Any) -> Any:
+        """Views of a ghost are ghosts; anything that would read its bytes can't be planned."""
+        if func._schema.is_mutable or not any(r.alias_info is not None for r in func._schema.returns):
+            raise DirectUnavailableError(f"{ghost.weight!r} is computed with while it is loaded ({func})")
+        bare, named = tree_map_only(_Ghost, lambda one: one.shapes, (args, kwargs))
+        result = func(*bare, **named)
+        wrap = lambda inner: _Ghost(ghost.weight, ghost.whole, ghost.device, inner)  # noqa: E731
+        return [wrap(one) for one in result] if isinstance(result, (list, tuple)) else wrap(result)
 
     def _note(self, name: str, func: Any, args: tuple[Any, ...]) -> None:
         if func in _CONSTANTS:  # padding: it stays as it is, but a parameter filled and then written counts too often
             self._filled[name] += args[0].numel()
             return
-        if func is not torch.ops.aten.copy_.default or _storage(args[1]) not in self._staged:
+        if func is not torch.ops.aten.copy_.default or not isinstance(args[1], _Ghost):
             raise DirectUnavailableError(f"{name!r} is computed while it is loaded ({func}): use the load_weights path")
-        # Detached views of the same memory, so that repeating the copy meets no autograd and no parameter subclass.
-        self.targets.append(args[0].detach())
-        self.sources.append(args[1].detach().expand(args[0].shape))
+        if args[0].numel() != args[1].numel():
+            raise DirectUnavailableError(f"{name!r} is filled with a repeated value: use the load_weights path")
+        # A detached view of the same memory, so that repeating the copy meets no autograd and no parameter subclass.
+        self.copies.append(_Copy(name, args[1].weight, args[1].whole, args[0].detach(), args[1].shapes))
         self._filled[name] += args[0].numel()
 
     def check(self) -> None:
@@ -98,6 +218,92 @@ class _Recorder(TorchDispatchMode):
                 raise DirectUnavailableError(
                     f"{name!r} has {size} elements and {self._filled[name]} were loaded: use the load_weights path"
                 )
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A copy as a box of its weight: `dims[i]` is the weight's dimension that the target's dimension i runs along."""
+
+    box: Box
+    dims: tuple[int, ...]
+    target: torch.Tensor
+
+    @staticmethod
+    def of(copy: _Copy) -> _Box:
+        """Raises DirectUnavailableError for a view that is no box (dimensions flattened together, steps)."""
+        shape, view = copy.whole.shape, copy.view
+        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        left, low = view.storage_offset(), []
+        for stride in strides:
+            low.append(left // max(1, stride))
+            left -= low[-1] * stride
+        ranges = [(start, start + 1) for start in low]
+        dims: list[int] = []
+        for size, stride in zip(view.shape, view.stride(), strict=True):
+            if size == 1:
+                continue
+            dim = next((d for d, one in enumerate(strides) if one == stride and shape[d] > 1), None)
+            if dim is None or dim in dims or low[dim] + size > shape[dim]:
+                raise DirectUnavailableError(f"{copy.owner!r} takes no box of {copy.name!r}: use the load_weights path")
+            ranges[dim] = (low[dim], low[dim] + size)
+            dims.append(dim)
+        target = copy.target.squeeze()
+        if tuple(target.shape) != tuple(size for size in view.shape if size > 1):
+            raise DirectUnavailableError(f"{copy.owner!r} reshapes {copy.name!r}: use the load_weights path")
+        return _Box(tuple(ranges), tuple(dims), target)
+
+    def meet(self, shipped: Box, offset: int, meta: Meta) -> Piece | None:
+        """The part of this copy that lies in a shipped box, whose bytes start at `offset`; None when they don't meet."""
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.box, shipped, strict=True)]
+        if any(low >= high for low, high in common):
+            return None
+        extents = [high - low for low, high in shipped]
+        strides = [math.prod(extents[d + 1 :]) for d in range(len(extents))]
+        start = sum((low - s[0]) * stride for (low, _), s, stride in zip(common, shipped, strides, strict=True))
+        target = self.target
+        for i, dim in enumerate(self.dims):
+            low, high = common[dim]
+            target = target.narrow(i, low - self.box[dim][0], high - low)
+        sizes = tuple(common[dim][1] - common[dim][0] for dim in self.dims)
+        byte = offset + start * meta.dtype.itemsize
+        return _flat(Piece(target, meta.dtype, byte, sizes, tuple(strides[dim] for dim in self.dims)))
+
+
+def _flat(piece: Piece) -> Piece:
+    """The piece as one run of elements, where it is one on both sides."""
+    expected, count = [], 1
+    for size in reversed(piece.sizes):
+        expected.append(count)
+        count *= size
+    kept = [(s, want) for s, size, want in zip(piece.strides, piece.sizes, reversed(expected), strict=True) if size > 1]
+    if all(stride == want for stride, want in kept) and piece.target.is_contiguous():
+        return Piece(piece.target.view(-1), piece.dtype, piece.offset, (count,), (1,))
+    return piece
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours on both sides as one."""
+    done: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        last = done[-1] if done else None
+        if last is not None and _follows(last, piece):
+            target = last.target.as_strided((last.sizes[0] + piece.sizes[0],), (1,), last.target.storage_offset())
+            done[-1] = Piece(target, last.dtype, last.offset, tuple(target.shape), (1,))
+        else:
+            done.append(piece)
+    return done
+
+
+def _follows(last: Piece, piece: Piece) -> bool:
+    if not (last.strides == piece.strides == (1,)) or last.dtype != piece.dtype:
+        return False
+    one, two = last.target, piece.target
+    return (
+        last.offset + last.sizes[0] * last.dtype.itemsize == piece.offset
+        and _storage(one) == _storage(two)
+        and one.dtype == two.dtype
+        and one.data_ptr() + one.numel() * one.element_size() == two.data_ptr()
+    )
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -9,11 +9,15 @@ of its cache. A path is used once: vLLM keys its prefix cache on an adapter's na
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 SCHEME = "mem://"
+
+_STACKED = re.compile(r"\.mlp\.experts\.(gate_proj|up_proj|down_proj|gate_up_proj)\.lora_[AB]\.weight$")
+"""A layer's experts in one tensor; those of a PEFT file carry a number, or no projection's name."""
 
 staged: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
 """Path to (fields of adapter_config.json, tensors by their names in a PEFT file)."""
@@ -46,7 +50,7 @@ def apply() -> None:
 
 
 def _from_memory(manager: Any, lora_request: Any) -> Any:
-    """The checks and the steps of vLLM's own loader, from tensors instead of a file."""
+    """The checks and the steps of vLLM's own loader, from tensors instead of a file, on the device that the tensors are on."""
     from vllm.lora.peft_helper import PEFTHelper
 
     config, tensors = staged[lora_request.lora_path]
@@ -59,19 +63,60 @@ def _from_memory(manager: Any, lora_request: Any) -> Any:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
     _check_modules(adapters, tensors, mapper)
+    dtype = manager.lora_config.lora_dtype
+    # vLLM multiplies B by alpha/r in place, and loads an adapter again when it fell out of its cache: it gets a B of its own.
+    given = {name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in tensors.items()}
+    stacked = {name: given.pop(name) for name in list(given) if _STACKED.search(name)}
     lora = manager._lora_model_cls.from_lora_tensors(
         lora_model_id=lora_request.lora_int_id,
-        tensors=tensors,
+        tensors=given,
         peft_helper=helper,
-        device="cpu",
-        dtype=manager.lora_config.lora_dtype,
+        device=str(next(iter(tensors.values())).device),
+        dtype=dtype,
         model_vocab_size=manager.vocab_size,
         weights_mapper=mapper,
         skip_prefixes=getattr(model, "lora_skip_prefixes", None),
     )
+    _add_stacked(lora, stacked, helper, adapters, mapper)
     lora.is_3d_lora_weight = lora_request.is_3d_lora_weight
     adapters._validate_moe_lora_format(lora)
     return lora
+
+
+def _add_stacked(lora: Any, stacked: dict[str, torch.Tensor], helper: Any, adapters: Any, mapper: Any) -> None:
+    """Experts that come stacked, A [E, r, in] and B [E, out, r], in the form vLLM would pack them into, as they are.
+
+    One pair per expert, as a file has them, would be 37,000 tensors for 48 layers of 128 experts, each with its own Python.
+    """
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    layers: dict[str, dict[tuple[str, bool], torch.Tensor]] = {}
+    for name, tensor in stacked.items():
+        module, is_a = parse_fine_tuned_lora_name(name, mapper)
+        owner, _, projection = module.rpartition(".")
+        layers.setdefault(owner, {})[projection, is_a] = tensor
+    for owner, given in layers.items():
+        a, b = (_as_packed(adapters.modules[owner], owner, given, is_a) for is_a in (True, False))
+        rank, scaling = helper.get_rank_and_scaling(owner)
+        lora.loras[owner] = PackedLoRALayerWeights(
+            owner, rank, [helper.lora_alpha] * len(a), a, b, scaling=[scaling] * len(a)
+        )
+
+
+def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tensor], is_a: bool) -> list[torch.Tensor]:
+    """The list that the layer's `set_lora` takes: gate, down, up; or where gate and up are one matrix, that and down."""
+    from vllm.lora.layers import FusedMoE3DWithLoRA
+
+    fused = ("gate_up_proj", is_a) in given
+    wanted = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "down_proj", "up_proj")
+    missing = [one for one in wanted if (one, is_a) not in given]
+    if missing or isinstance(module, FusedMoE3DWithLoRA) != fused:
+        raise ValueError(
+            f"the adapter's experts of {owner!r} are {sorted({one for one, _ in given})}, "
+            f"which this model's {type(module).__name__} can't take: load the adapter from a folder"
+        )
+    return [given[one, is_a] for one in wanted]
 
 
 def _check_modules(adapters: Any, tensors: dict[str, torch.Tensor], mapper: Any) -> None:

@@ -1,7 +1,8 @@
 """The worker's part of a weight sync: methods added to vLLM's worker class (`--worker-extension-cls`).
 
-A sync has two halves. Buckets are received into staging memory by a thread of their own, while the engine goes on; then
-`lockstep_sync_apply`, called while generation is paused, loads them. Until that call nothing live is touched.
+A `staged` sync has two halves. Buckets are received into memory of their own while the engine goes on; then `lockstep_sync_apply`,
+called while generation is paused, puts them into the model. Until that call nothing live is touched. A `streamed` one is for a server
+without room for a second copy: while generation is paused, buckets go straight into the live parameters (`direct.py`).
 
 Methods answer `{"error": kind, "message": text}` for what is the sender's to fix; an exception would be vLLM's end.
 """
@@ -10,8 +11,9 @@ Methods answer `{"error": kind, "message": text}` for what is the sender's to fi
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,29 +21,30 @@ from typing import Any
 import torch
 
 from lockstep_vllm import coverage, memory_adapters
-from lockstep_vllm.digest import digest
+from lockstep_vllm.direct import DirectPlan, DirectUnavailableError, make_plan
+from lockstep_vllm.incoming import Incoming
+from lockstep_vllm.incoming_plan import Plan, assemble, parse
 from lockstep_vllm.names import UnknownWeightError, resolve
 from lockstep_vllm.transports import Transport, connect
 
+logger = logging.getLogger("vllm.lockstep")
 
-@dataclass
-class _Incoming:
-    """What one receive has staged so far. Written by its thread; read once that has ended."""
-
-    version: str
-    thread: threading.Thread
-    weights: list[tuple[str, torch.Tensor]] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    waiting_for: str = ""
-    failure: str = ""
+_MARGIN = 1 << 30
+"""Bytes of a GPU's memory that staging leaves alone."""
 
 
 @dataclass
 class _State:
-    transport: Transport | None = None
-    plan: dict[str, Any] | None = None
+    transports: list[Transport] = field(default_factory=list)
+    plan: Plan | None = None
+    adapter: dict[str, Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
-    incoming: _Incoming | None = None
+    direct: DirectPlan | None = None
+    proven: bool = False
+    """The direct path wrote what `load_weights` wrote, in this server, once."""
+    staging: list[torch.Tensor] = field(default_factory=list)
+    turning: list[torch.Tensor] = field(default_factory=list)
+    incoming: Incoming | None = None
 
 
 class Receiver:
@@ -63,70 +66,121 @@ class Receiver:
         reserved = torch.cuda.memory_reserved(self.device)
         return found | {"reserved": reserved, "device_free": free, "device_total": total}
 
-    def lockstep_empty_cache(self) -> None:
-        """Gives memory that this process's allocator keeps for later back to the device."""
+    def lockstep_free_buffers(self) -> None:
+        """Gives the buffers of the last sync, and what this process's allocator keeps for later, back to the device."""
+        state = self._lockstep_sync_state()
+        state.staging, state.turning = [], []
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def lockstep_sync_connect(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Joins the sender; blocks until all have joined."""
+    def lockstep_sync_connect(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+        """Joins every sender, in their order; blocks until all have joined."""
         parallel = self.vllm_config.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank
-        try:
-            self._lockstep_sync_state().transport = connect(info, rank, self.device)
-        except (RuntimeError, ValueError) as error:
-            return _refused("server", f"worker {rank} could not join the sender: {error}")
+        state = self._lockstep_sync_state()
+        self._lockstep_sync_hang_up()
+        for sender, info in enumerate(infos):
+            try:
+                state.transports.append(connect(info, rank, self.device))
+            except (RuntimeError, ValueError) as error:
+                self._lockstep_sync_hang_up()
+                return _refused("server", f"worker {rank} could not join sender {sender}: {error}")
         return {}
 
-    def lockstep_sync_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Takes the plan of all syncs to come: resolves every name and checks that nothing is left out.
+    def lockstep_sync_plan(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Takes the plan of all syncs to come: resolves every name, checks that nothing is left out, and plans the direct path.
 
         A plan with `adapter` (the fields of an adapter_config.json) brings adapters instead of the model's weights.
         """
-        if "adapter" in plan:
-            return self._lockstep_sync_adapter_plan(plan)
-        model = self.model_runner.get_model()
         state = self._lockstep_sync_state()
-        shapes = {name: tuple(shape) for bucket in plan["buckets"] for name, _, shape, _ in bucket["slots"]}
+        if state.plan is not None and state.plan.id == raw["id"] and state.adapter == raw.get("adapter"):
+            return {}  # the same again, after a new connection
+        self.lockstep_sync_release()
         try:
-            names = _resolved(model, shapes)
-            _check_coverage(model, shapes, Path(self.vllm_config.model_config.model))
-        except (UnknownWeightError, coverage.IncompleteError) as error:
+            plan = parse(raw)
+            if "adapter" in raw:
+                memory_adapters.check_config(raw["adapter"], self.vllm_config.lora_config)
+                memory_adapters.apply()
+            else:
+                model = self.model_runner.get_model()
+                shapes = {name: meta.shape for name, meta in plan.metas.items()}
+                state.names = _resolved(model, shapes)
+                _check_coverage(model, shapes, Path(self.vllm_config.model_config.model))
+                state.direct = self._lockstep_sync_direct(plan)
+        except (UnknownWeightError, ValueError) as error:
             return _refused("weights", str(error))
-        state.plan, state.names = plan, names
+        state.plan, state.adapter = plan, raw.get("adapter")
         return {}
 
-    def lockstep_sync_receive(self, plan_id: str, version: str) -> dict[str, Any]:
-        """Starts receiving and returns at once."""
+    def lockstep_sync_choose(self, plan_id: str, policy: str) -> dict[str, Any]:
+        """Which policy this worker can follow: `staged`, `streamed`, or for "auto" the former where there is memory for it."""
         state = self._lockstep_sync_state()
-        if state.transport is None or state.plan is None or state.plan["id"] != plan_id:
+        plan = state.plan
+        if not state.transports or plan is None or plan.id != plan_id:
             return _refused("server", "no connection, or another plan than the one agreed on: connect again")
-        if state.incoming is not None and state.incoming.thread.is_alive():
+        if state.incoming is not None and not state.incoming.done:
             return _refused("server", f"version {state.incoming.version} is still being received")
-        thread = threading.Thread(target=self._lockstep_sync_run, daemon=True, name="lockstep-sync")
-        state.incoming = _Incoming(version, thread)
-        thread.start()
+        missing = 0 if state.staging else plan.nbytes + _MARGIN
+        room = self.device.type != "cuda" or missing <= _free(self.device)
+        if policy == "auto":
+            policy = "staged" if room or state.direct is None else "streamed"
+        if policy == "streamed" and state.direct is None:
+            return _refused(
+                "weights", "this server can't take weights in place: ask for 'staged', or see its log for why"
+            )
+        if policy == "staged" and not room:
+            return _refused(
+                "weights",
+                f"worker {self.rank} has {_free(self.device) / 2**30:.1f} GiB free and a second copy of the weights needs "
+                f"{missing / 2**30:.1f}: lower gpu_memory_utilization",
+            )
+        return {"policy": policy}
+
+    def lockstep_sync_receive(self, version: str, policy: str) -> dict[str, Any]:
+        """Starts receiving and returns at once. `streamed`: only while generation is paused."""
+        state = self._lockstep_sync_state()
+        plan, direct = state.plan, state.direct
+        assert plan is not None
+        if policy == "streamed":
+            assert direct is not None
+            state.turning = state.turning or [self._lockstep_sync_buffer(plan.largest) for _ in range(2)]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            state.incoming = Incoming(version, plan, state.transports, state.turning, self.device, direct.copy)
+        else:
+            if not state.staging or state.adapter is not None:
+                # An adapter's tensors stay where they are received, so every one gets buffers of its own.
+                state.staging = [self._lockstep_sync_buffer(bucket.nbytes) for bucket in plan.buckets]
+            state.incoming = Incoming(version, plan, state.transports, state.staging, self.device)
+        state.incoming.start()
         return {}
 
-    def lockstep_sync_progress(self) -> dict[str, Any]:
-        """Where the receive stands: `done`, the digests so far, the tensor waited for, what went wrong."""
+    def lockstep_sync_progress(self, seconds: float) -> dict[str, Any]:
+        """Where the receive stands after at most that many seconds: `done`, the digests, the tensor waited for, what went wrong."""
         incoming = self._lockstep_sync_state().incoming
         if incoming is None:
             return _refused("server", "nothing is being received")
+        done = incoming.wait(seconds)
         if incoming.failure:
             return _refused("server", f"while waiting for {incoming.waiting_for!r}: {incoming.failure}")
-        done = not incoming.thread.is_alive()
         return {"done": done, "digests": incoming.digests if done else [], "waiting_for": incoming.waiting_for}
 
     def lockstep_sync_apply(self) -> dict[str, Any]:
-        """Loads what was staged. Only while generation is paused."""
+        """Puts what was staged into the model. Only while generation is paused. Says by which path."""
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
         assert incoming is not None
-        assert not incoming.thread.is_alive()
-        weights = ((state.names[name], tensor) for name, tensor in incoming.weights)
+        assert incoming.done
+        if incoming.streamed or (state.direct is not None and state.proven):
+            self._lockstep_sync_copy(state, streamed=incoming.streamed)
+            return {"path": "direct"}
+        assert state.plan is not None
+        weights = ((state.names[name], tensor) for name, tensor in assemble(state.plan, state.staging))
         self.model_runner.reload_weights(weights_iterator=weights)
-        return {}
+        self._lockstep_sync_prove(state)
+        if state.direct is None:
+            state.staging = []
+        return {"path": "load_weights"}
 
     def lockstep_sync_stage_adapter(self, path: str) -> dict[str, Any]:
         """Keeps what was received as the adapter `path`, ready for vLLM to load."""
@@ -134,7 +188,9 @@ class Receiver:
         incoming, state.incoming = state.incoming, None
         assert incoming is not None
         assert state.plan is not None
-        memory_adapters.staged[path] = (state.plan["adapter"], dict(incoming.weights))
+        assert state.adapter is not None
+        memory_adapters.staged[path] = (state.adapter, dict(assemble(state.plan, state.staging)))
+        state.staging = []
         return {}
 
     def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
@@ -143,40 +199,71 @@ class Receiver:
         return {}
 
     def lockstep_sync_discard(self) -> dict[str, Any]:
-        """Forgets what was staged. A receive that hangs keeps its connection busy: the next sync must connect again."""
+        """Forgets what was staged. A receive that hangs keeps its connection busy: the next sync must connect again.
+
+        `touched`: live weights may have been overwritten. `waiting_for`: the tensor that had not come yet.
+        """
         state = self._lockstep_sync_state()
-        if state.incoming is not None and state.incoming.thread.is_alive():
-            state.transport = None
-        state.incoming = None
+        incoming, state.incoming = state.incoming, None
+        if incoming is not None and not incoming.done:
+            state.staging, state.turning = [], []  # a late bucket must not land in the next sync's
+            self._lockstep_sync_hang_up()
+        waiting_for = "" if incoming is None else incoming.waiting_for
+        return {"touched": incoming is not None and incoming.streamed, "waiting_for": waiting_for}
+
+    def lockstep_sync_release(self) -> dict[str, Any]:
+        """Frees the buffers and forgets the plan, which holds addresses of parameters: before weights are moved or put to sleep."""
+        state = self._lockstep_sync_state()
+        state.plan, state.adapter, state.direct, state.proven = None, None, None, False
+        state.staging, state.turning, state.incoming = [], [], None
         return {}
 
-    def _lockstep_sync_adapter_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def _lockstep_sync_direct(self, plan: Plan) -> DirectPlan | None:
+        """The direct path's plan; None, with a line in the log, where this model's weights can't be copied in place."""
+        from vllm.config import set_current_vllm_config
+
+        model = self.model_runner.get_model()
+        names = self._lockstep_sync_state().names
+
+        def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            model.load_weights((names[name], weight) for name, weight in weights)
+
         try:
-            memory_adapters.check_config(plan["adapter"], self.vllm_config.lora_config)
-        except ValueError as error:
-            return _refused("weights", str(error))
-        memory_adapters.apply()
-        self._lockstep_sync_state().plan = plan
-        return {}
+            with set_current_vllm_config(self.vllm_config):
+                return make_plan(dict(model.named_parameters()), plan.metas, plan.buckets, load)
+        except DirectUnavailableError as error:
+            logger.info("no direct path for weights: %s", error)
+            return None
 
-    def _lockstep_sync_run(self) -> None:
+    def _lockstep_sync_copy(self, state: _State, *, streamed: bool) -> None:
+        """The planned copies (a streamed sync has made them already), and what `reload_weights` does beside loading."""
+        assert state.direct is not None
+        if not streamed:
+            for number, bytes_N in enumerate(state.staging):
+                state.direct.copy(number, bytes_N)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.model_runner.reset_lora_state()
+        self.model_runner.reset_encoder_cache()
+        self.model_runner.reset_mm_cache()
+
+    def _lockstep_sync_prove(self, state: _State) -> None:
+        """After a load by vLLM's own path: the direct path is used from now on if it would have written just the same."""
+        if state.direct is None:
+            return
+        state.proven = all(state.direct.matches(number, bytes_N) for number, bytes_N in enumerate(state.staging))
+        if not state.proven:
+            logger.info("no direct path for weights: the model keeps them in another form than it loads them in")
+            state.direct = None
+
+    def _lockstep_sync_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _lockstep_sync_hang_up(self) -> None:
         state = self._lockstep_sync_state()
-        incoming, plan, transport = state.incoming, state.plan, state.transport
-        assert incoming is not None
-        assert plan is not None
-        assert transport is not None
-        for index, bucket in enumerate(plan["buckets"]):
-            incoming.waiting_for = bucket["slots"][0][0]
-            # A buffer of its own for each bucket: the tensors loaded later are views of it.
-            bytes_N = torch.empty(bucket["nbytes"], dtype=torch.uint8, device=self.device)
-            try:
-                transport.receive(bytes_N)
-            except RuntimeError as error:
-                incoming.failure = str(error)
-                return
-            incoming.digests.append(digest(bytes_N, index))
-            incoming.weights += [(slot[0], _view(bytes_N, slot)) for slot in bucket["slots"]]
-        incoming.waiting_for = ""
+        transports, state.transports = state.transports, []
+        for transport in transports:
+            transport.close()
 
     def _lockstep_sync_state(self) -> _State:
         if not hasattr(self, "_lockstep_sync"):
@@ -184,16 +271,13 @@ class Receiver:
         return self._lockstep_sync
 
 
-def _view(bytes_N: torch.Tensor, slot: list[Any]) -> torch.Tensor:
-    _, dtype_name, shape, offset = slot
-    dtype = getattr(torch, dtype_name)
-    count = 1
-    for size in shape:
-        count *= size
-    return bytes_N[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+def _free(device: torch.device) -> int:
+    """Bytes a GPU has left, those that torch holds without use among them."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
-def _resolved(model: torch.nn.Module, names: Any) -> dict[str, str]:
+def _resolved(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Shipped name to the name for `load_weights`."""
     # A tied head is a second name of the embedding: a sender may ship it too.
     live = {name for name, _ in model.named_parameters(remove_duplicate=False)}

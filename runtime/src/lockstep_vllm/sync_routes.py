@@ -40,6 +40,7 @@ class WeightSync:
         self._state = state
         self._lock = asyncio.Lock()
         self._adapters: dict[str, str] = {}
+        self._paused_at: float | None = None
 
     async def workers(self) -> int:
         return self._engine.vllm_config.parallel_config.world_size_across_dp
@@ -57,26 +58,67 @@ class WeightSync:
             await self.call(method, *args)
         return {}
 
+    async def receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
+        """Lets the workers begin. Without memory for a second copy the engine is paused first, and stays so until commit or abort."""
+        async with self._lock:
+            answers = await self.call("lockstep_sync_choose", plan_id, policy)
+            chosen = "streamed" if any(answer["policy"] == "streamed" for answer in answers) else "staged"
+            if any(answer["policy"] != chosen for answer in answers):
+                await self.call("lockstep_sync_choose", plan_id, chosen)
+            if chosen == "streamed":
+                self._paused_at = time.monotonic()
+                await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self.call("lockstep_sync_receive", version, chosen)
+        return {"policy": chosen}
+
     async def commit(
-        self, version: str, digests: list[str], served_name: str | None, deadline_s: float
+        self, version: str, digests: list[list[str]], served_name: str | None, deadline_s: float
     ) -> dict[str, Any]:
         """Waits for the last bucket, compares digests, swaps while generation is paused."""
         async with self._lock:
-            await self._all_received(digests, deadline_s)
-            started = time.monotonic()
-            # Requests in flight are kept: their cached keys and values go, and are computed again under the new
-            # weights.
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            await self._swap(version)
+            try:
+                await self._all_received(digests, deadline_s)
+            except SyncRefusedError as error:
+                if self._paused_at is None:
+                    raise
+                self._end(version)
+                raise SyncRefusedError(
+                    "lost", f"{error}; {version} was half-way in the live weights, so the server was ended"
+                ) from error
+            if self._paused_at is None:
+                self._paused_at = time.monotonic()
+                # Requests in flight are kept: their cached keys and values go, and are computed again under the new
+                # weights.
+                await self._engine.pause_generation(mode="keep", clear_cache=True)
+            path = await self._swap(version)
             if served_name is not None:
                 rename_base(self._state, served_name)
-            # A server that is half awake (shared mode) must not generate yet: waking the rest resumes it.
-            if not self._state.lockstep_turns.asleep:
-                await self._engine.resume_generation()
-            return {"version": version, "pause_s": time.monotonic() - started}
+            await self._resume()
+            pause_s, self._paused_at = time.monotonic() - self._paused_at, None
+            return {"version": version, "pause_s": pause_s, "path": path}
+
+    async def abort(self) -> dict[str, Any]:
+        """Forgets what was received. `lost`: live weights may have been overwritten, so the server was ended. `waiting_for`: what had
+        not come yet.
+        """
+        async with self._lock:
+            answers = await self.call("lockstep_sync_discard")
+            waiting_for = next((answer["waiting_for"] for answer in answers if answer["waiting_for"]), "")
+            if any(answer["touched"] for answer in answers):
+                self._end("of an aborted sync")
+                return {"lost": True, "waiting_for": waiting_for}
+            if self._paused_at is not None:
+                self._paused_at = None
+                await self._resume()
+        return {"lost": False, "waiting_for": waiting_for}
+
+    async def _resume(self) -> None:
+        """A server that is half awake (shared mode) must not generate yet: waking the rest resumes it."""
+        if not self._state.lockstep_turns.asleep:
+            await self._engine.resume_generation()
 
     async def commit_adapter(
-        self, name: str, digests: list[str], stacked_experts: bool, deadline_s: float
+        self, name: str, digests: list[list[str]], stacked_experts: bool, deadline_s: float
     ) -> dict[str, Any]:
         """Waits for the last bucket, compares digests, serves the adapter as `name`. Nothing else is touched."""
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
@@ -93,7 +135,7 @@ class WeightSync:
                 await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
             self._adapters[name] = path
-            return {"version": name, "pause_s": time.monotonic() - started}
+            return {"version": name, "pause_s": time.monotonic() - started, "path": "adapter"}
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
         """Frees the tensors of an adapter that is not served any more; harmless for one that came from a folder."""
@@ -105,10 +147,10 @@ class WeightSync:
                 await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name))
         return {}
 
-    async def _all_received(self, digests: list[str], deadline_s: float) -> None:
+    async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         while True:
-            answers = await self.call("lockstep_sync_progress")
+            answers = await self.call("lockstep_sync_progress", 0.0 if self._paused_at is None else _POLL_S)
             if all(answer["done"] for answer in answers):
                 break
             if time.monotonic() > deadline:
@@ -116,22 +158,30 @@ class WeightSync:
                 raise SyncRefusedError("server", f"after {deadline_s:g} s a worker still waits for {waiting!r}")
             await asyncio.sleep(_POLL_S)
         for worker, answer in enumerate(answers):
-            if answer["digests"] != digests:
-                pairs = zip(answer["digests"], digests, strict=False)
-                bucket = next((i for i, (got, sent) in enumerate(pairs) if got != sent), len(answer["digests"]))
-                raise SyncRefusedError("mismatch", f"bucket {bucket} came to worker {worker} other than it was sent")
+            for sender, (got, sent) in enumerate(zip(answer["digests"], digests, strict=True)):
+                if got != sent:
+                    pairs = zip(got, sent, strict=False)
+                    bucket = next((i for i, (one, other) in enumerate(pairs) if one != other), len(got))
+                    raise SyncRefusedError(
+                        "mismatch", f"bucket {bucket} of sender {sender} came to worker {worker} other than it was sent"
+                    )
 
-    async def _swap(self, version: str) -> None:
-        """From the first changed parameter on there is no way back: a failure ends the server."""
+    async def _swap(self, version: str) -> str:
+        """From the first changed parameter on there is no way back: a failure ends the server. Returns the path the weights took."""
         try:
-            await self.call("lockstep_sync_apply")
+            answers = await self.call("lockstep_sync_apply")
             if not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("the prefix cache was not emptied")
             await self._engine.update_weight_version(version)
-        except BaseException:
-            logger.exception("the swap to version %s failed half-way: ending the server, it holds a mixture", version)
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise
+            return answers[0]["path"]
+        except BaseException as error:
+            logger.exception("the swap to version %s failed half-way", version)
+            self._end(version)
+            raise SyncRefusedError("lost", f"the swap to {version} failed half-way: {error}") from error
+
+    def _end(self, version: str) -> None:
+        logger.error("ending the server: it may hold a mixture of two versions, the newer is %s", version)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def add_routes(app: FastAPI) -> None:
@@ -145,21 +195,23 @@ def add_routes(app: FastAPI) -> None:
         return {"workers": await sync().workers()}
 
     @app.post("/lockstep/sync/connect")
-    async def connect(info: dict[str, Any]) -> Any:
-        return await _answer(sync().locked("lockstep_sync_connect", info))
+    async def connect(senders: Annotated[list[dict[str, Any]], Body(embed=True)]) -> Any:
+        return await _answer(sync().locked("lockstep_sync_connect", senders))
 
     @app.post("/lockstep/sync/plan")
     async def plan(plan: dict[str, Any]) -> Any:
         return await _answer(sync().locked("lockstep_sync_plan", plan))
 
     @app.post("/lockstep/sync/receive")
-    async def receive(plan: Annotated[str, Body()], version: Annotated[str, Body()]) -> Any:
-        return await _answer(sync().locked("lockstep_sync_receive", plan, version))
+    async def receive(
+        plan: Annotated[str, Body()], version: Annotated[str, Body()], policy: Annotated[str, Body()] = "auto"
+    ) -> Any:
+        return await _answer(sync().receive(plan, version, policy))
 
     @app.post("/lockstep/sync/commit")
     async def commit(
         version: Annotated[str, Body()],
-        digests: Annotated[list[str], Body()],
+        digests: Annotated[list[list[str]], Body()],
         served_name: Annotated[str | None, Body()] = None,
         deadline_s: Annotated[float, Body()] = 300.0,
     ) -> Any:
@@ -168,7 +220,7 @@ def add_routes(app: FastAPI) -> None:
     @app.post("/lockstep/sync/commit_adapter")
     async def commit_adapter(
         version: Annotated[str, Body()],
-        digests: Annotated[list[str], Body()],
+        digests: Annotated[list[list[str]], Body()],
         stacked_experts: Annotated[bool, Body()] = False,
         deadline_s: Annotated[float, Body()] = 300.0,
     ) -> Any:
@@ -180,7 +232,7 @@ def add_routes(app: FastAPI) -> None:
 
     @app.post("/lockstep/sync/abort")
     async def abort() -> Any:
-        return await _answer(sync().locked("lockstep_sync_discard"))
+        return await _answer(sync().abort())
 
     @app.post("/lockstep/served_name")
     async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Turns:
         async with self._lock:
             waking = [part for part in PARTS if part in parts and part in self.asleep]
             if waking:
-                # What a sync staged is cached by the workers' allocator: the KV cache needs that room.
-                await self._engine.collective_rpc("lockstep_empty_cache")
+                if "kv_cache" in waking:  # it needs the room that a sync's buffers have
+                    await self._engine.collective_rpc("lockstep_free_buffers")
                 await self._engine.wake_up(waking)
                 self.asleep -= set(waking)
         return self.state()

@@ -117,11 +117,12 @@ async def _sync(run: Run, name: str) -> dict[str, float]:
 
 
 async def _send(run: Run, name: str) -> dict[str, float]:
+    transport = run.parts.transport
     arguments = {
         "root_url": run.server.root_url,
         "api_key": run.server.api_key,
         "version": name,
-        "transport": run.parts.transport,
+        "transport": f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
         "deadline_s": deadlines.SYNC_DEADLINE_S,
     }
     reply = await run.trainer.call("sync", arguments, deadline_s=STEP_DEADLINE_S)

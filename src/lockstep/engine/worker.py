@@ -7,8 +7,10 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
   load       {step_dir}                       -> {"updates": n}
   save       {out}                            -> {"files": [...]}
   sync       {root_url, api_key, version, transport, deadline_s}
-                                              -> {"version", "nbytes", "transfer_s", "commit_s", "pause_s"}   the server holds the
+                                              -> the fields of a SyncReport (`sync/push.py`)   the server holds the
                                                  (merged) weights as `version`, or, after an error, what it held before
+  sync_adapter                                   the same arguments; the server has the adapter, from memory, as model `version` beside
+                                                 those it serves; -> the fields of a SyncReport
   offload    {keep_weights}                   -> {"nbytes"}   memory of the device to the host; with keep_weights score and sync still
                                                  work, else only onload and memory do
   onload     {}                               -> {"nbytes"}
@@ -36,13 +38,15 @@ import torch.distributed as dist
 
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine import device, protocol
+from lockstep.engine.adapters_out import AdaptersOut
 from lockstep.engine.agreement import LOST, Agreement
 from lockstep.engine.offload import Offload
 from lockstep.engine.session import Session, Settings, load_step, open_session, save_step
 from lockstep.engine.step import clear_picks, picks_that_differ, score, train_step
 from lockstep.engine.weights_out import WeightsOut
 from lockstep.errors import ConfigError, LockstepError, TrainerError
-from lockstep.sync.push import Endpoint
+from lockstep.sync.control import Endpoint
+from lockstep.sync.crew import StoreCrew
 
 HEARTBEAT_S = 5.0
 SHUTDOWN_S = 10.0
@@ -70,6 +74,7 @@ class Worker:
     agreement: Agreement
     stale: bool = False
     weights_out: WeightsOut | None = None
+    adapters_out: AdaptersOut | None = None
     offloaded: Offload | None = None
 
     def verbs(self) -> dict[str, Callable[[Json, Callable[[Json], None]], Json]]:
@@ -79,6 +84,7 @@ class Worker:
             "load": self.load,
             "save": self.save,
             "sync": self.sync,
+            "sync_adapter": self.sync_adapter,
             "offload": self.offload,
             "onload": self.onload,
             "memory": self.memory,
@@ -117,13 +123,19 @@ class Worker:
         return save_step(self.session, Path(args["out"]))
 
     def sync(self, args: Json, report: Callable[[Json], None]) -> Json:
-        if args["transport"] != "gloo":
-            raise ConfigError(f"weights can't travel by {args['transport']!r} yet; the only transport is 'gloo'")
         report({"kind": "phase", "phase": "sync"})
         if self.weights_out is None:
-            self.weights_out = WeightsOut(self.session)
+            crew = StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world)
+            self.weights_out = WeightsOut(self.session, crew)
         endpoint = Endpoint(args["root_url"], args["api_key"])
-        return self.weights_out.push(endpoint, args["version"], float(args["deadline_s"]))
+        return self.weights_out.push(endpoint, args["version"], args["transport"], float(args["deadline_s"]))
+
+    def sync_adapter(self, args: Json, report: Callable[[Json], None]) -> Json:
+        report({"kind": "phase", "phase": "sync"})
+        if self.adapters_out is None:
+            crew = StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world, "adapters")
+            self.adapters_out = AdaptersOut(self.session, crew, float(args["deadline_s"]))
+        return self.adapters_out.push(Endpoint(args["root_url"], args["api_key"]), args["version"], args["transport"])
 
     def offload(self, args: Json, report: Callable[[Json], None]) -> Json:
         return {"nbytes": self._offload().out(keep_weights=bool(args.get("keep_weights")))}
@@ -145,7 +157,7 @@ class Worker:
     def _check_here(self, verb: str) -> None:
         """Raise TrainerError when `verb` needs memory that was moved to the host."""
         state = self.offloaded.state if self.offloaded else "here"
-        works = {"here": self.verbs().keys(), "weights": {"score", "sync"}, "away": set()}
+        works = {"here": self.verbs().keys(), "weights": {"score", "sync", "sync_adapter"}, "away": set()}
         if verb not in works[state] | {"offload", "onload", "memory"}:
             raise TrainerError(f"{verb} needs memory that is on the host while the server has the device: onload first")
 

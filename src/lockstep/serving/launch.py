@@ -81,8 +81,15 @@ class ServerConfig(BaseModel):
     """
     exact: bool = False
     """Weights in fp32, computed in fp64, on a CPU only: log-probabilities are right to their own fp32 rounding. Slow."""
+    plain_weights: bool = False
+    """On a CPU: weights stay as they are loaded, unpacked, so that a weight sync copies them in place as it does on a GPU.
+
+    The numbers are the same; large models are slower.
+    """
     extra_args: tuple[str, ...] = ()
     """Further arguments of vLLM's own command line."""
+    extra_env: dict[str, str] = Field(default_factory=dict)
+    """Further environment variables of the server."""
     start_deadline_s: float = Field(default=900.0, gt=0.0)
 
 
@@ -196,6 +203,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         extra |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
         # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token, for nothing here.
         extra["TORCH_COMPILE_DISABLE"] = "1"
+        if config.plain_weights:
+            extra["LOCKSTEP_PLAIN_CPU_WEIGHTS"] = "1"
         if config.exact:
             extra["LOCKSTEP_EXACT"] = "1"
         if config.capture_routes or config.exact:
@@ -206,7 +215,7 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
             extra |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     elif config.gpus:
         extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus))
-    return child_env(extra)
+    return child_env(extra | config.extra_env)
 
 
 def _free_port() -> int:

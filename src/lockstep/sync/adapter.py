@@ -87,11 +87,11 @@ def to_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) 
     for name, tensor in tensors.items():
         expert = _EXPERT.fullmatch(name) if config.fused_expert_lora else None
         if expert is None:
-            found[_file_name(name, layout)] = tensor
+            found[peft_name(name, layout)] = tensor
             continue
         base, number, module, side = expert.groups()
         owner = f"{base}.base_layer" if module == "gate_up_proj" else base
-        stacks.setdefault(_file_name(f"{owner}.{side}", layout), {})[int(number)] = tensor
+        stacks.setdefault(peft_name(f"{owner}.{side}", layout), {})[int(number)] = tensor
     for name, experts in stacks.items():
         if sorted(experts) != list(range(config.experts)):
             raise WeightsError(
@@ -198,7 +198,8 @@ def identity_adapter(
     return tensors
 
 
-def _file_name(name: str, layout: Layout) -> str:
+def peft_name(name: str, layout: Layout) -> str:
+    """A canonical tensor name as the file has it, with PEFT's prefix and the checkpoint's own."""
     return f"{_PREFIX}{layout.prefix}{name.removeprefix(_CANONICAL)}.weight"
 
 

@@ -7,11 +7,14 @@ chance. It is not a defence against somebody who wants two buckets to agree. The
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # Odd, so that multiplying by it loses nothing modulo 2**64; the bits of the golden ratio.
 _STEP = -7046029254386353131
 _CHUNK_WORDS = 1 << 22
+_BLOCK_WORDS = 4096
 
 
 def digest(bytes_N: torch.Tensor, seed: int) -> str:
@@ -20,17 +23,45 @@ def digest(bytes_N: torch.Tensor, seed: int) -> str:
     bytes_N: uint8, 1-D, contiguous; a tail shorter than a word is filled up with zeros. seed: the bucket's index, so
     that two buckets which changed places are seen. Returns 16 hexadecimal digits.
     """
+    total = torch.zeros(1, dtype=torch.int64, device=bytes_N.device)
+    _add(bytes_N, seed, total)
+    return _hexadecimal(int(total))
+
+
+class Digests:
+    """The digests of a sync's buckets, left on the device until they are read: a GPU is asked once, at the end."""
+
+    def __init__(self, buckets: int, device: torch.device) -> None:
+        self._totals = torch.zeros(buckets, dtype=torch.int64, device=device)
+
+    def add(self, index: int, bytes_N: torch.Tensor, seed: int | None = None) -> None:
+        """`digest` of bucket `index`; on a GPU, queued on the current stream. seed: the index unless given."""
+        _add(bytes_N, index if seed is None else seed, self._totals[index : index + 1])
+
+    def read(self) -> list[str]:
+        return [_hexadecimal(total) for total in self._totals.tolist()]
+
+
+def _hexadecimal(total: int) -> str:
+    return f"{total & (1 << 64) - 1:016x}"
+
+
+def _add(bytes_N: torch.Tensor, seed: int, total: torch.Tensor) -> None:
     whole = bytes_N.numel() // 8 * 8
-    total = torch.zeros((), dtype=torch.int64, device=bytes_N.device)
     words = bytes_N[:whole].view(torch.int64)
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS]
-        total += (chunk * _weights(start, chunk.numel(), seed, chunk.device)).sum()
+    if bytes_N.is_cuda:
+        fused_sum(words, 0, seed, total)
+    else:
+        for start in range(0, words.numel(), _CHUNK_WORDS):
+            _sum(words[start : start + _CHUNK_WORDS], start, seed, total)
     if whole != bytes_N.numel():
         tail = torch.zeros(8, dtype=torch.uint8, device=bytes_N.device)
         tail[: bytes_N.numel() - whole] = bytes_N[whole:]
-        total += (tail.view(torch.int64) * _weights(words.numel(), 1, seed, tail.device)).sum()
-    return f"{int(total) & (1 << 64) - 1:016x}"
+        _sum(tail.view(torch.int64), words.numel(), seed, total)
+
+
+def _sum(words: torch.Tensor, first: int, seed: int, total: torch.Tensor) -> None:
+    total += (words * _weights(first, words.numel(), seed, words.device)).sum()
 
 
 def _weights(start: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
@@ -38,3 +69,13 @@ def _weights(start: int, count: int, seed: int, device: torch.device) -> torch.T
     position = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device) + (seed << 32)
     mixed = position * _STEP
     return (mixed ^ (mixed >> 29)) * _STEP | 1
+
+
+def fused_sum(words: torch.Tensor, first: int, seed: int, total: torch.Tensor) -> None:
+    """The same sum in one pass over the words and no temporary; addition modulo 2**64 has no order, so the bits agree."""
+    from lockstep.sync.digest_kernel import digest_kernel
+
+    kernel: Any = digest_kernel  # Triton has no stubs for it
+    if words.numel():
+        grid = (-(-words.numel() // _BLOCK_WORDS),)
+        kernel[grid](words, total, words.numel(), first, seed, STEP=_STEP, BLOCK=_BLOCK_WORDS)

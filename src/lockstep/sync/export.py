@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from lockstep.errors import WeightsError
-from lockstep.sync.plan import Bucket, Plan, Slot, TensorMeta
+from lockstep.sync.plan import Block, Bucket, Plan, Source, TensorMeta
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorMeta]:
@@ -25,25 +25,56 @@ class BucketFiller:
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, Bucket, torch.Tensor]]:
         """Yields (index, bucket, bytes_N) in the plan's order; the bytes stay valid until the yield after the next.
 
-        Raises WeightsError when the stream differs from the plan in a name, its order, a dtype, a shape or its end.
+        tensors: (key, tensor) of every source of the plan, in order. On a GPU everything is queued on the current stream. Raises
+        WeightsError when the stream differs from the plan in a key, its order, a dtype, a size or its end.
         """
-        stream = iter(tensors)
+        stream = _Stream(self.plan, tensors)
         for index, bucket in enumerate(self.plan.buckets):
             bytes_N = self._buffers[index % 2][: bucket.nbytes]
-            for slot in bucket.slots:
-                slot.view(bytes_N).copy_(_next(stream, slot))
+            for block in bucket.blocks:
+                rows = stream.rows(block)
+                start = block.offset
+                into = bytes_N[start : start + rows.numel() * rows.element_size()].view(rows.dtype)
+                into.view(rows.shape).copy_(rows)
             yield index, bucket, bytes_N
-        extra = next(stream, None)
+        stream.finish()
+
+
+class _Stream:
+    """The sources in the plan's order, each checked when it comes and held until the next one is asked for."""
+
+    def __init__(self, plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._expected = iter(plan.sources)
+        self._tensors = iter(tensors)
+        self._key: str | None = None
+        self._held = torch.empty(0)
+
+    def rows(self, block: Block) -> torch.Tensor:
+        while self._key != block.key:
+            self._next(next(self._expected))
+        return self._held[block.start : block.stop]
+
+    def finish(self) -> None:
+        for source in self._expected:  # those that hold nothing
+            self._next(source)
+        extra = next(self._tensors, None)
         if extra is not None:
             raise WeightsError(f"the weights to send go on after the plan's end, with {extra[0]!r}: make a new plan")
 
-
-def _next(stream: Iterator[tuple[str, torch.Tensor]], slot: Slot) -> torch.Tensor:
-    found = next(stream, None)
-    if found is None:
-        raise WeightsError(f"the weights to send end before {slot.meta.name!r}, which the plan lists")
-    name, tensor = found
-    actual = TensorMeta(name, tensor.dtype, tuple(tensor.shape))
-    if actual != slot.meta:
-        raise WeightsError(f"the weights to send differ from the plan: expected {slot.meta}, got {actual}")
-    return tensor.detach()
+    def _next(self, source: Source) -> None:
+        found = next(self._tensors, None)
+        if found is None:
+            raise WeightsError(f"the weights to send end before {source.key!r}, which the plan lists")
+        key, tensor = found
+        same = key == source.key and tensor.dtype == source.dtype and tensor.numel() == source.rows * source.width
+        if (
+            same and source.parts and source.key == source.parts[0].meta.name
+        ):  # a whole weight: its shape must be its own
+            same = tuple(tensor.shape) == source.parts[0].meta.shape
+        if not same:
+            shape = source.parts[0].meta.shape if len(source.parts) == 1 else (source.rows, source.width)
+            raise WeightsError(
+                f"the weights to send differ from the plan: expected {source.key!r} {shape} {source.dtype}, "
+                f"got {key!r} {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        self._key, self._held = key, tensor.detach().reshape(source.rows, source.width)

@@ -1,68 +1,126 @@
-"""Which tensor goes into which bucket, at which offset: computed once, shared by both sides, the same every time."""
+"""Which bytes of which sender go into which bucket: computed once, shared by both sides, the same every time.
+
+A sender holds `Source`s: tensors seen as rows, in which boxes of Hugging Face tensors (`Part`s) lie one after another. A trainer rank's
+sources are its Megatron parameters; a sender of whole Hugging Face tensors has one source of one part for each. Rows that follow each
+other in a source leave as one block, so that a bucket is filled by few copies however many parts (experts, heads) a block holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lockstep.errors import WeightsError
+
 # Views of any dtype start on their own size; one cache line suits every device's copies.
 ALIGNMENT = 64
 DEFAULT_BUCKET_BYTES = 64 << 20
 
+Box = tuple[tuple[int, int], ...]
+"""A half-open range for every dimension of a tensor."""
+
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Name (of the Hugging Face checkpoint), dtype and shape of one weight as it travels."""
+    """Name (of the Hugging Face checkpoint), dtype and full shape of one weight."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
+    def whole(self) -> Box:
+        return tuple((0, size) for size in self.shape)
+
+    @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a weight, which lies in a source from row `at` on. rows: how many of the source's rows it takes.
+
+    The rows run over the box's first dimension that is longer than one; everything after it is one row.
+    """
+
+    meta: TensorMeta
+    box: Box
+    at: int
+    rows: int
+
+    def window(self, start: int, stop: int) -> Box:
+        """The box of source rows [start, stop), which lie inside this part."""
+        axis = next((i for i, (low, high) in enumerate(self.box) if high - low > 1), 0)
+        if not self.box or self.rows == 1:
+            return self.box
+        low = self.box[axis][0] - self.at
+        return (*self.box[:axis], (low + start, low + stop), *self.box[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that a sender hands out under `key`: `rows` rows of `width` elements. Rows that no part covers don't travel."""
+
+    key: str
+    dtype: torch.dtype
+    rows: int
+    width: int
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor's place in its bucket."""
+    """A box of a weight, contiguous at `offset` bytes of its bucket."""
 
     meta: TensorMeta
+    box: Box
     offset: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(high - low for low, high in self.box)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.meta.dtype.itemsize
+
     def view(self, bucket_N: torch.Tensor) -> torch.Tensor:
-        """The tensor inside a bucket of bytes."""
-        stop = self.offset + self.meta.nbytes
-        return bucket_N[self.offset : stop].view(self.meta.dtype).view(self.meta.shape)
+        """The box inside a bucket of bytes."""
+        return bucket_N[self.offset : self.offset + self.nbytes].view(self.meta.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of the source `key`, at `offset` bytes of their bucket."""
+
+    key: str
+    start: int
+    stop: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slots in order, and the bucket's size in bytes."""
+    """What fills it (blocks, for the sender), what it holds (slots, for the receiver), and its size in bytes."""
 
+    blocks: tuple[Block, ...]
     slots: tuple[Slot, ...]
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every bucket of a sync, in the order they travel."""
+    """Every bucket of one sender, in the order they travel."""
 
+    sources: tuple[Source, ...]
     buckets: tuple[Bucket, ...]
-
-    def __post_init__(self) -> None:
-        names = [slot.meta.name for slot in self.slots()]
-        if len(names) != len(set(names)):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"weights listed twice in a sync: {', '.join(twice)}")
 
     def slots(self) -> Iterable[Slot]:
         return (slot for bucket in self.buckets for slot in bucket.slots)
@@ -70,44 +128,128 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of weights, without the gaps between them."""
-        return sum(slot.meta.nbytes for slot in self.slots())
+        return sum(slot.nbytes for slot in self.slots())
 
     @property
     def largest(self) -> int:
         """Bytes of the largest bucket."""
         return max((bucket.nbytes for bucket in self.buckets), default=0)
 
+
+@dataclass(frozen=True)
+class SyncPlan:
+    """The plans of all senders, in rank order. Raises WeightsError when two of them ship the same part of a weight."""
+
+    senders: tuple[Plan, ...]
+
+    def __post_init__(self) -> None:
+        boxes: dict[str, list[Box]] = {}
+        for slot in (slot for plan in self.senders for slot in plan.slots()):
+            boxes.setdefault(slot.meta.name, []).append(slot.box)
+        twice = sorted(name for name, held in boxes.items() if _overlap(held))
+        if twice:
+            raise WeightsError(f"weights listed twice in a sync: {', '.join(twice[:5])}")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plan.nbytes for plan in self.senders)
+
     def to_json(self) -> dict[str, Any]:
-        """What the receiver needs, with an id that names this content."""
-        buckets = [
-            {
-                "nbytes": bucket.nbytes,
-                "slots": [
-                    [slot.meta.name, str(slot.meta.dtype).removeprefix("torch."), list(slot.meta.shape), slot.offset]
-                    for slot in bucket.slots
-                ],
-            }
-            for bucket in self.buckets
-        ]
-        text = json.dumps(buckets, separators=(",", ":"))
-        return {"id": hashlib.sha256(text.encode()).hexdigest(), "buckets": buckets}
+        """What the receiver needs, with an id that names this content. A slot's box is null where the weight is whole."""
+        senders = [[_bucket_json(bucket) for bucket in plan.buckets] for plan in self.senders]
+        text = json.dumps(senders, separators=(",", ":"))
+        return {"id": hashlib.sha256(text.encode()).hexdigest(), "senders": senders}
+
+
+def _bucket_json(bucket: Bucket) -> dict[str, Any]:
+    slots = []
+    for slot in bucket.slots:
+        box = None if slot.box == slot.meta.whole else [list(pair) for pair in slot.box]
+        dtype = str(slot.meta.dtype).removeprefix("torch.")
+        slots.append([slot.meta.name, dtype, list(slot.meta.shape), slot.offset, box])
+    return {"nbytes": bucket.nbytes, "slots": slots}
+
+
+def _overlap(boxes: list[Box]) -> bool:
+    """Whether any two boxes share an element. Sorted by their first range, only neighbours that reach each other are compared."""
+    boxes = sorted(boxes)
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1 :]:
+            if one and other[0][0] >= one[0][1]:
+                break
+            if all(low < stop and start < high for (low, high), (start, stop) in zip(one, other, strict=True)):
+                return True
+    return False
+
+
+def whole_source(meta: TensorMeta) -> Source:
+    """A sender's source that is one whole weight: rows along its first dimension."""
+    rows = meta.shape[0] if meta.shape else 1
+    # What a row means follows the part's rule: a first dimension of one belongs to the row.
+    axis = next((i for i, size in enumerate(meta.shape) if size > 1), 0)
+    rows = meta.shape[axis] if meta.shape else 1
+    width = math.prod(meta.shape) // rows if rows else 0
+    return Source(meta.name, meta.dtype, rows, width, (Part(meta, meta.whole, 0, rows),))
 
 
 def make_plan(metas: Sequence[TensorMeta], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
-    """Fills buckets in order;
+    """The plan of a sender of whole weights."""
+    return plan_sources([whole_source(meta) for meta in metas], bucket_bytes)
 
-    a bucket is closed before the tensor that would overfill it, a larger tensor gets its own.
-    """
-    buckets: list[Bucket] = []
-    slots: list[Slot] = []
-    used = 0
-    for meta in metas:
-        offset = -(-used // ALIGNMENT) * ALIGNMENT
-        if slots and offset + meta.nbytes > bucket_bytes:
-            buckets.append(Bucket(tuple(slots), used))
-            slots, offset = [], 0
-        slots.append(Slot(meta, offset))
-        used = offset + meta.nbytes
-    if slots:
-        buckets.append(Bucket(tuple(slots), used))
-    return Plan(tuple(buckets))
+
+def plan_sources(sources: Sequence[Source], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
+    """Fills buckets in order; a source is cut between rows where a bucket is full, so only a single row can make one larger."""
+    filling = _Filling(bucket_bytes)
+    for source in sources:
+        for parts in _runs(source):
+            filling.add(source, parts)
+    filling.close()
+    return Plan(tuple(sources), tuple(filling.buckets))
+
+
+def _runs(source: Source) -> Iterator[list[Part]]:
+    """Parts of a source that follow each other without a gap."""
+    run: list[Part] = []
+    for part in source.parts:
+        if part.rows and source.width:
+            if run and run[-1].at + run[-1].rows != part.at:
+                yield run
+                run = []
+            run.append(part)
+    if run:
+        yield run
+
+
+class _Filling:
+    """The bucket that is being filled, and those that are full."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self.limit, self.used = bucket_bytes, 0
+        self.buckets: list[Bucket] = []
+        self.blocks: list[Block] = []
+        self.slots: list[Slot] = []
+
+    def close(self) -> None:
+        if self.slots:
+            self.buckets.append(Bucket(tuple(self.blocks), tuple(self.slots), self.used))
+        self.blocks, self.slots, self.used = [], [], 0
+
+    def add(self, source: Source, parts: list[Part]) -> None:
+        row_bytes = source.width * source.dtype.itemsize
+        at, stop = parts[0].at, parts[-1].at + parts[-1].rows
+        while at < stop:
+            offset = -(-self.used // ALIGNMENT) * ALIGNMENT
+            room = (self.limit - offset) // row_bytes
+            # A weight that fits into a bucket of its own is not cut for the sake of a few rows.
+            whole = (stop - at) * row_bytes <= self.limit and room < stop - at
+            if self.slots and (room < 1 or whole):
+                self.close()
+                continue
+            end = min(stop, at + max(1, room))
+            self.blocks.append(Block(source.key, at, end, offset))
+            for part in parts:
+                low, high = max(at, part.at), min(end, part.at + part.rows)
+                if low < high:
+                    self.slots.append(Slot(part.meta, part.window(low, high), offset + (low - at) * row_bytes))
+            self.used = offset + (end - at) * row_bytes
+            at = end

@@ -1,59 +1,79 @@
-"""One weight sync, from the trainer's side: stream, commit, or leave the server as it was.
+"""One weight sync, from the senders' side: stream, commit, or leave the server as it was.
 
-The server receives into staging memory while it goes on generating; only when every byte is there and its digests agree
-does it pause, swap and resume (`commit`). Anything that fails before leaves the old version serving.
+Every sender has a connection of its own and streams what it holds; rank 0 speaks to the server for all. Where the server has memory for a
+second copy it receives into that while it goes on generating, and only when every byte is there and its digests agree does it pause, swap
+and resume (`staged`): whatever fails before leaves the old version serving. Else it pauses first and receives straight into the live
+weights (`streamed`): what fails on the way ends the server, and ServerLostError says so.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-import httpx
 import torch
 
-from lockstep.errors import MismatchError, ServerError, WeightsError
-from lockstep.sync.digest import digest
+from lockstep.errors import LockstepError, ServerLostError
+from lockstep.sync.control import Control, Endpoint
+from lockstep.sync.crew import Alone, Crew, together
+from lockstep.sync.digest import Digests
 from lockstep.sync.export import BucketFiller
-from lockstep.sync.plan import Plan
+from lockstep.sync.plan import Plan, SyncPlan
 from lockstep.sync.transports import Transport
 
+__all__ = ["AdapterPusher", "Endpoint", "SyncReport", "WeightPusher"]
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the server is and the token that opens it."""
 
-    root_url: str
-    api_key: str
+Policy = Literal["auto", "staged", "streamed"]
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure."""
+    """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure.
+
+    policy: "staged" or "streamed". path: how the weights got into the model: "direct" (planned copies), "load_weights", or "adapter".
+    """
 
     version: str
     nbytes: int
     transfer_s: float
     commit_s: float
     pause_s: float
+    policy: str
+    path: str
 
 
 class _Pusher:
-    """Keeps the connection, the plan and the buffers from sync to sync. Used by the sending rank only."""
+    """One sender's part; it keeps the connection, the plan and the buffers from sync to sync. Every sender calls the same, together."""
 
     def __init__(
-        self, endpoint: Endpoint, transport: Transport, plan: Plan, *, device: str = "cpu", deadline_s: float = 300.0
+        self,
+        endpoint: Endpoint,
+        transport: Transport,
+        plan: SyncPlan | Plan,
+        *,
+        device: torch.device | str = "cpu",
+        deadline_s: float = 300.0,
+        crew: Crew | None = None,
+        policy: Policy = "auto",
     ) -> None:
-        self._endpoint = endpoint
+        """plan: of all senders, the same on each; a single sender's may come bare. policy: "auto" stages where there is memory for it."""
+        self._plan = SyncPlan((plan,)) if isinstance(plan, Plan) else plan
+        self._crew = crew or Alone()
+        self._control = Control(endpoint, deadline_s)
         self._transport = transport
-        self._plan = plan
-        self._described = plan.to_json()
+        self._described = self._plan.to_json()
         self._deadline_s = deadline_s
-        self._filler = BucketFiller(plan, device)
+        self._policy = policy
+        self._device = torch.device(device)
+        self._filler = BucketFiller(self._plan.senders[self._crew.rank], self._device)
         self._connected = False
+
+    @property
+    def _leads(self) -> bool:
+        return self._crew.rank == 0
 
     def connect(self) -> None:
         """Brings the server's workers into the transport and gives them the plan. `push` does it when it is needed.
@@ -61,28 +81,23 @@ class _Pusher:
         Raises WeightsError when the plan names a weight the server does not know, or misses one that it holds.
         """
         self._transport.close()
-        receivers = self._call("GET", "/lockstep/sync")["workers"]
-        info = self._transport.open(receivers)
-        answers: list[Exception | None] = []
+        asked = self._step(lambda: self._control.call("GET", "/lockstep/sync") if self._leads else None)
+        infos = self._step(lambda: self._transport.open(int(asked[0]["workers"])))
 
-        def call() -> None:
-            try:
-                self._call("POST", "/lockstep/sync/connect", info)
-                answers.append(None)
-            except (ServerError, WeightsError) as error:
-                answers.append(error)
+        def join() -> None:
+            if self._leads:
+                self._control.during("/lockstep/sync/connect", {"senders": infos}, self._transport.accept)
+            else:
+                self._transport.accept()
 
-        # The server answers when it has joined, and it joins only while this side is joining too.
-        caller = threading.Thread(target=call, daemon=True)
-        caller.start()
         try:
-            self._transport.accept()
-        finally:
-            caller.join(self._deadline_s)
-        refusal = answers[0] if answers else ServerError(f"the server did not join within {self._deadline_s:g} s")
-        if refusal is not None:
-            raise refusal
-        self._call("POST", "/lockstep/sync/plan", self._described)
+            self._step(join)
+            self._step(
+                lambda: self._control.call("POST", "/lockstep/sync/plan", self._described) if self._leads else None
+            )
+        except LockstepError:
+            self.close()
+            raise
         self._connected = True
 
     def close(self) -> None:
@@ -97,47 +112,69 @@ class _Pusher:
         if not self._connected:
             self.connect()
         try:
-            self._call("POST", "/lockstep/sync/receive", {"plan": self._described["id"], "version": version})
-            digests = self._send(tensors)
+            policy = self._step(lambda: self._prepare(version))[0]["policy"]
+            digests = self._step(lambda: self._send(tensors))
             transferred = time.monotonic()
             body = {"version": version, "digests": digests, "deadline_s": self._deadline_s, **extra}
-            reply = self._call("POST", route, body)
+            reply = self._step(lambda: self._control.call("POST", route, body) if self._leads else None)[0]
+        except LockstepError as error:
+            self._give_up(version, error)
         except BaseException:
-            # The two sides may be at different buckets: only a new connection is sure to be at the first.
             self.close()
             self._abort()
             raise
-        committed = time.monotonic()
-        return SyncReport(version, self._plan.nbytes, transferred - started, committed - transferred, reply["pause_s"])
+        ended = time.monotonic()
+        return SyncReport(
+            version=version,
+            nbytes=self._plan.nbytes,
+            transfer_s=transferred - started,
+            commit_s=ended - transferred,
+            pause_s=reply["pause_s"],
+            policy=policy,
+            path=reply["path"],
+        )
+
+    def _step(self, step: Any) -> list[Any]:
+        # Twice: one deadline for the step itself, one for those that got to it late.
+        return together(self._crew, step, 2 * self._deadline_s)
+
+    def _prepare(self, version: str) -> Any:
+        if not self._leads:
+            return None
+        body = {"plan": self._described["id"], "version": version, "policy": self._policy}
+        return self._control.call("POST", "/lockstep/sync/receive", body)
 
     def _send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-        digests = []
+        digests = Digests(len(self._filler.plan.buckets), self._device)
         for index, _, bytes_N in self._filler.fill(tensors):
-            digests.append(digest(bytes_N, index))
+            digests.add(index, bytes_N)
             self._transport.send(bytes_N)
         self._transport.flush()
-        return digests
+        return digests.read()
 
-    def _abort(self) -> None:
-        """Tells the server to forget what it staged; the error that led here is the one to report."""
-        try:
-            self._call("POST", "/lockstep/sync/abort")
-        except (ServerError, WeightsError, MismatchError):
-            return
+    def _give_up(self, version: str, error: LockstepError) -> NoReturn:
+        """Undoes what can be undone and raises the error, with what the server says of it."""
+        # The two sides may be at different buckets: only a new connection is sure to be at the first.
+        self.close()
+        left = self._abort()
+        if left["lost"] and not isinstance(error, ServerLostError):
+            raise ServerLostError(
+                f"{error}; the server had begun to take {version} into its live weights and was ended: "
+                "restart it from the last published step"
+            ) from error
+        if left["waiting_for"] and left["waiting_for"] not in str(error):
+            raise type(error)(f"{error}; the server was waiting for {left['waiting_for']!r}") from error
+        raise error
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
-        url = self._endpoint.root_url + path
+    def _abort(self) -> dict[str, Any]:
+        """Tells the server to forget what it received. `lost`: it could not, and ended itself. `waiting_for`: what had not come."""
+        nothing = {"lost": False, "waiting_for": ""}
+        if not self._leads:
+            return nothing
         try:
-            with httpx.Client(timeout=self._deadline_s, verify=False, trust_env=False) as client:
-                response = client.request(method, url, json=body, headers=headers)
-        except httpx.TimeoutException:
-            raise ServerError(f"the server did not answer {method} {path} within {self._deadline_s:g} s") from None
-        except httpx.TransportError as error:
-            raise ServerError(f"the server broke off {method} {path}: {error or type(error).__name__}") from None
-        if response.status_code == 200:
-            return response.json()
-        raise _refusal(response, f"{method} {path}")
+            return self._control.call("POST", "/lockstep/sync/abort")
+        except LockstepError:
+            return nothing  # the error that led here is the one to report
 
 
 class WeightPusher(_Pusher):
@@ -148,9 +185,10 @@ class WeightPusher(_Pusher):
     ) -> SyncReport:
         """Sends the weights and makes them `version`; all or nothing.
 
-        tensors: (Hugging Face name, tensor) in the plan's order. served_name: the base model's name from now on.
+        tensors: (key, tensor) of this sender's sources, in the plan's order. served_name: the base model's name from now on.
         Raises WeightsError (the stream is not the plan's), ServerError (a side stalled or refused) or MismatchError
-        (the bytes that came are not those that left); after each of them the server serves what it served before.
+        (the bytes that came are not those that left); after each of them the server serves what it served before. Raises
+        ServerLostError when it can't, and has to be restarted.
         """
         return self._sync(tensors, version, "/lockstep/sync/commit", {"served_name": served_name})
 
@@ -162,14 +200,15 @@ class AdapterPusher(_Pusher):
         self,
         endpoint: Endpoint,
         transport: Transport,
-        plan: Plan,
+        plan: SyncPlan | Plan,
         adapter_config: Mapping[str, Any],
         *,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         deadline_s: float = 300.0,
+        crew: Crew | None = None,
     ) -> None:
         """adapter_config: the fields of PEFT's adapter_config.json."""
-        super().__init__(endpoint, transport, plan, device=device, deadline_s=deadline_s)
+        super().__init__(endpoint, transport, plan, device=device, deadline_s=deadline_s, crew=crew)
         self._described |= {"adapter": dict(adapter_config)}
         # PEFT lists stacked experts as parameters of the model; vLLM must be told.
         self._extra = {"stacked_experts": bool(adapter_config.get("target_parameters"))}
@@ -181,14 +220,3 @@ class AdapterPusher(_Pusher):
         served before goes on being served. `Server.unload_adapter` frees it again.
         """
         return self._sync(tensors, name, "/lockstep/sync/commit_adapter", self._extra)
-
-
-def _refusal(response: httpx.Response, what: str) -> Exception:
-    """The server's refusal as the error it stands for."""
-    try:
-        error = response.json().get("error", {})
-    except ValueError:
-        error = {}
-    message = error.get("message") or response.text[:500]
-    kinds: dict[str, type[Exception]] = {"weights": WeightsError, "mismatch": MismatchError}
-    return kinds.get(error.get("type", ""), ServerError)(f"the server refused {what}: {message}")

@@ -1,22 +1,27 @@
-"""How buckets get from the trainer to the server's workers. Rank 0 sends, every worker receives the same bytes."""
+"""How buckets get from a sender to the server's workers: one connection per sending rank, every worker receives the same bytes."""
 
 from __future__ import annotations
 
-import socket
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from lockstep.errors import ServerError
+from lockstep.errors import ConfigError, ServerError
+from lockstep.sync.rendezvous import listen
+from lockstep.sync.transport_disk import DiskTransport
+from lockstep.sync.transport_ipc import IpcTransport
+from lockstep.sync.transport_nccl import NcclTransport
 
 
 class Transport(Protocol):
-    """One way to send. `open` and `accept` belong together: the server is told `open`'s answer in between."""
+    """One way to send, for one sender. `open` and `accept` belong together: the server is told `open`'s answer in between."""
 
     def open(self, receivers: int) -> dict[str, Any]:
-        """Prepares for that many receivers; returns what each needs to connect."""
+        """Prepares for that many receivers; returns what each needs to connect, as JSON."""
         ...
 
     def accept(self) -> None:
@@ -24,14 +29,16 @@ class Transport(Protocol):
         ...
 
     def send(self, bytes_N: torch.Tensor) -> None:
-        """Sends a bucket; it may be overwritten once `send` has returned for the bucket after it."""
+        """Sends a bucket. What is queued on the current stream after the `send` of the bucket after it may overwrite it."""
         ...
 
     def flush(self) -> None:
         """Waits until every bucket has left. Raises ServerError at the deadline."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Drops the connection; harmless twice."""
+        ...
 
 
 class GlooTransport:
@@ -50,26 +57,14 @@ class GlooTransport:
 
     def open(self, receivers: int) -> dict[str, Any]:
         self._world = receivers + 1
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
-            "127.0.0.1",
-            port,
-            self._world,
-            is_master=True,
-            timeout=self._deadline,
-            wait_for_workers=False,
-            use_libuv=False,
-            master_listen_fd=listener.detach(),  # else it would listen on every interface
-        )
+        self._store, port = listen(self._world, self._deadline)
+        deadline_s = self._deadline.total_seconds()
         return {
             "transport": "gloo",
             "host": "127.0.0.1",
             "port": port,
             "world_size": self._world,
-            "deadline_s": self._deadline.total_seconds(),
+            "deadline_s": deadline_s,
         }
 
     def accept(self) -> None:
@@ -106,3 +101,22 @@ def gloo_group(store: dist.Store, rank: int, world: int, deadline: timedelta) ->
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     options._timeout = deadline
     return gloo(dist.PrefixStore("weights", store), rank, world, options)
+
+
+TRANSPORTS: dict[str, Callable[[float], Transport]] = {
+    "gloo": GlooTransport,
+    "nccl": NcclTransport,
+    "ipc": IpcTransport,
+}
+"""By name; each is made with the deadline (seconds) of its waits."""
+_DISK = "disk:"
+
+
+def make_transport(name: str, deadline_s: float) -> Transport:
+    """name: of `TRANSPORTS`, or "disk:FOLDER". Raises ConfigError, which names those there are."""
+    if name.startswith(_DISK):
+        return DiskTransport(deadline_s, Path(name.removeprefix(_DISK)))
+    if name not in TRANSPORTS:
+        known = ", ".join([*sorted(TRANSPORTS), f"{_DISK}FOLDER"])
+        raise ConfigError(f"unknown transport {name!r} of weights: expected one of {known}")
+    return TRANSPORTS[name](deadline_s)

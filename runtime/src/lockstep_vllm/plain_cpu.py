@@ -1,0 +1,35 @@
+"""Weights on a CPU left as they are loaded, so that the direct path of a sync, which a GPU takes, can be run without one.
+
+vLLM packs linear layers and experts for its CPU kernels and throws the plain ones away. With the variable below set it multiplies plain
+matrices by torch's own kernels: slower on large models, the same numbers. The convolution of GatedDeltaNet stays packed.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "LOCKSTEP_PLAIN_CPU_WEIGHTS"
+
+
+def wanted() -> bool:
+    return os.environ.get(VARIABLE) == "1"
+
+
+def apply() -> None:
+    """For the CPU platform only. After `moe_lora_cpu.apply`, whose experts are plain already."""
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    from lockstep_vllm.moe_lora_cpu import TorchLoraExperts
+
+    utils.ops._supports_onednn = False
+    utils.check_cpu_sgl_kernel = lambda *_shape_and_dtype: False
+
+    def select(moe_config):
+        return unquantized.UnquantizedMoeBackend.CPU, TorchLoraExperts
+
+    unquantized.select_unquantized_moe_backend = select
+    unquantized_fused_moe_method.select_unquantized_moe_backend = select

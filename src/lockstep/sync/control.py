@@ -1,0 +1,82 @@
+"""The server's sync routes, as the sender's rank 0 calls them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, WeightsError
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is and the token that opens it."""
+
+    root_url: str
+    api_key: str
+
+
+class Control:
+    """One call at a time; each raises ServerError, WeightsError or MismatchError for what the server refuses."""
+
+    def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
+        self._endpoint = endpoint
+        self._deadline_s = deadline_s
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
+        url = self._endpoint.root_url + path
+        try:
+            with httpx.Client(timeout=self._deadline_s, verify=False, trust_env=False) as client:
+                response = client.request(method, url, json=body, headers=headers)
+        except httpx.TimeoutException:
+            raise ServerError(f"the server did not answer {method} {path} within {self._deadline_s:g} s") from None
+        except httpx.TransportError as error:
+            raise ServerError(f"the server broke off {method} {path}: {error or type(error).__name__}") from None
+        if response.status_code == 200:
+            return response.json()
+        raise _refusal(response, f"{method} {path}")
+
+    def during(self, path: str, body: dict[str, Any], step: Callable[[], None]) -> None:
+        """POSTs while `step` runs: the server answers when it has done its part, and it does that only while this side is doing its own."""
+        answers: list[LockstepError | None] = []
+
+        def call() -> None:
+            try:
+                self.call("POST", path, body)
+                answers.append(None)
+            except LockstepError as error:
+                answers.append(error)
+
+        caller = threading.Thread(target=call, daemon=True)
+        caller.start()
+        try:
+            step()
+        except LockstepError:
+            caller.join(1.0)  # a refusal says more than the deadline it led to
+            if answers and answers[0] is not None:
+                raise answers[0] from None
+            raise
+        caller.join(self._deadline_s)
+        refusal = answers[0] if answers else ServerError(f"the server did not join within {self._deadline_s:g} s")
+        if refusal is not None:
+            raise refusal
+
+
+def _refusal(response: httpx.Response, what: str) -> LockstepError:
+    """The server's refusal as the error it stands for."""
+    try:
+        error = response.json().get("error", {})
+    except ValueError:
+        error = {}
+    message = error.get("message") or response.text[:500]
+    kinds: dict[str, type[LockstepError]] = {
+        "weights": WeightsError,
+        "mismatch": MismatchError,
+        "lost": ServerLostError,
+    }
+    return kinds.get(error.get("type", ""), ServerError)(f"the server refused {what}: {message}")

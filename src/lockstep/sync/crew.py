@@ -1,0 +1,89 @@
+"""The processes that send together: how they tell each other what came of each step, so that none waits for one that gave up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from lockstep.errors import (
+    ConfigError,
+    LockstepError,
+    MismatchError,
+    ServerError,
+    ServerLostError,
+    TrainerError,
+    WeightsError,
+)
+
+_ERRORS: dict[str, type[LockstepError]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
+}
+
+
+class Crew(Protocol):
+    """Sender `rank` of `size`. Rank 0 speaks to the server."""
+
+    rank: int
+    size: int
+
+    def exchange(self, value: Any, deadline_s: float) -> list[Any]:
+        """Everyone's value (JSON), in rank order. Raises TrainerError, which names who is late, at the deadline."""
+        ...
+
+
+class Alone:
+    """A crew of one."""
+
+    rank, size = 0, 1
+
+    def exchange(self, value: Any, deadline_s: float) -> list[Any]:
+        return [value]
+
+
+class StoreCrew:
+    """A crew that meets in a store; every rank exchanges in the same order."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, name: str = "sync") -> None:
+        """name: of this crew's keys, where several crews meet in one store."""
+        self.rank, self.size = rank, size
+        self._store, self._name, self._count = store, name, 0
+
+    def exchange(self, value: Any, deadline_s: float) -> list[Any]:
+        self._count += 1
+        keys = [f"{self._name}/{self._count}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        if self._count > 2:  # everyone is past the exchange before the last
+            self._store.delete_key(f"{self._name}/{self._count - 2}/{self.rank}")
+        try:
+            self._store.wait(keys, timedelta(seconds=deadline_s))
+        except dist.DistStoreError:
+            late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise TrainerError(
+                f"sender {late[0]} did not come along within {deadline_s:g} s in a weight sync"
+            ) from None
+        return [json.loads(self._store.get(key)) for key in keys]
+
+
+def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any]:
+    """Runs `step` on every rank, and returns what each got. If it failed anywhere, the first rank's error is raised everywhere."""
+    value, failure = None, None
+    try:
+        value = step()
+    except LockstepError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001 (the others must hear of it, whatever it is)
+        failure = TrainerError(f"sender {crew.rank}: {type(error).__name__}: {error}")
+    told = None if failure is None else {"type": type(failure).__name__, "message": str(failure)}
+    outcomes = crew.exchange({"value": value, "error": told}, deadline_s)
+    first = next((rank for rank, outcome in enumerate(outcomes) if outcome["error"]), None)
+    if first is None:
+        return [outcome["value"] for outcome in outcomes]
+    if first == crew.rank and failure is not None:
+        raise failure
+    error = outcomes[first]["error"]
+    raise _ERRORS.get(error["type"], TrainerError)(error["message"])

@@ -1,0 +1,136 @@
+"""Weights between GPUs of one machine: broadcasts through a NCCL communicator of their own, built by torch.
+
+The communicator's id travels through a store on 127.0.0.1; both sides must run the same NCCL, since releases don't promise to speak to
+each other. Nothing here waits on the host but `accept` and `flush`: a broadcast is queued behind the work that fills its bucket, on a
+stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels on
+both sides.
+
+Not yet run on a GPU: `tests/gpu` and `benchmarks/weight_sync.py` are its proof.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.cuda import nccl
+
+from lockstep.errors import ConfigError, ServerError
+from lockstep.sync.rendezvous import listen
+
+_POLL_S = 0.0002
+_WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class NcclTransport:
+    """Rank 0 of a communicator of one sender and all receivers."""
+
+    def __init__(self, deadline_s: float = 120.0) -> None:
+        """Raises ConfigError without a GPU, or with a torch that has no NCCL."""
+        if not torch.cuda.is_available() or not dist.is_nccl_available():
+            raise ConfigError("transport 'nccl' needs a GPU and a torch with NCCL: use 'gloo' on a CPU")
+        self._deadline_s = deadline_s
+        self._store: dist.TCPStore | None = None
+        self._group: Any = None
+        self._world = 0
+        self._pending: Any = None
+
+    def open(self, receivers: int) -> dict[str, Any]:
+        self._world = receivers + 1
+        self._store, port = listen(self._world, timedelta(seconds=self._deadline_s))
+        return {
+            "transport": "nccl",
+            "host": "127.0.0.1",
+            "port": port,
+            "world_size": self._world,
+            "deadline_s": self._deadline_s,
+            "nccl": list(nccl_version()),
+        }
+
+    def accept(self) -> None:
+        assert self._store is not None
+        try:
+            self._group = nccl_group(self._store, 0, self._world, self._deadline_s)
+            # The communicator is made by its first use: this one, so that a receiver that is missing is missed here.
+            self.send(torch.zeros(1, dtype=torch.uint8, device="cuda"))
+            self.flush()
+        except (RuntimeError, ServerError) as error:
+            self.close()
+            raise ServerError(
+                f"the server's {self._world - 1} worker(s) did not join the weight sync: {error}"
+            ) from None
+
+    def send(self, bytes_N: torch.Tensor) -> None:
+        """Queues the broadcast behind the current stream's work, which then waits for the broadcast before this one."""
+        if self._pending is not None:
+            self._pending.wait()
+        self._pending = broadcast(self._group, bytes_N)
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        self._pending.wait()
+        self._pending = None
+        left = torch.cuda.Event()
+        left.record()
+        if not passed(left, self._deadline_s):
+            self.close()
+            raise ServerError(
+                f"the server's workers did not take the weights within {self._deadline_s:g} s: NCCL was aborted"
+            )
+
+    def close(self) -> None:
+        group, self._group, self._store, self._pending = self._group, None, None, None
+        if group is not None:
+            group.abort()
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Of the NCCL that this process has loaded."""
+    return tuple(int(part) for part in nccl.version())
+
+
+@contextmanager
+def _own_deadlines() -> Iterator[None]:
+    """torch's watchdog would end the process at a timeout; here the caller aborts the communicator and says what happened."""
+    before = os.environ.get(_WATCHDOG)
+    os.environ[_WATCHDOG] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WATCHDOG]
+        else:
+            os.environ[_WATCHDOG] = before
+
+
+def nccl_group(store: dist.Store, rank: int, world: int, deadline_s: float) -> Any:
+    """A communicator that belongs to nobody's default group."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=deadline_s)
+    with _own_deadlines():
+        return dist.ProcessGroupNCCL(dist.PrefixStore("weights", store), rank, world, options)
+
+
+def broadcast(group: Any, bytes_N: torch.Tensor) -> Any:
+    """From rank 0; returns torch's handle, whose `wait` lets the current stream wait and not the host."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    options.asyncOp = True
+    return group.broadcast([bytes_N], options)
+
+
+def passed(event: torch.cuda.Event, deadline_s: float) -> bool:
+    """Waits for an event; False at the deadline."""
+    end = time.monotonic() + deadline_s
+    while not event.query():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_S)
+    return True

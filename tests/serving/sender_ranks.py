@@ -1,0 +1,91 @@
+"""One rank of a trainer that sends its weights: `torch.distributed.run --nproc-per-node 2 sender_ranks.py JOB.json`.
+
+Ten random steps; after each, rank 0 scores the tokens on the server. Writes the scores and what the last sync reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lockstep.engine import device
+from lockstep.engine.adapters_out import AdaptersOut
+from lockstep.engine.agreement import Agreement
+from lockstep.engine.session import Settings, open_session
+from lockstep.engine.trainable import assign
+from lockstep.engine.weights_out import WeightsOut
+from lockstep.serving.client import Server
+from lockstep.sync.crew import StoreCrew
+from lockstep.sync.push import Endpoint
+
+SCALE = 2.0
+RANK = 4
+
+
+def noise(name: str, shape, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed * 100_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name)))
+    return torch.randn(*shape, generator=generator)
+
+
+def changed(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """All weights after a random step."""
+    return {
+        name: weight + 0.1 * weight.std().nan_to_num(0.1) * noise(name, weight.shape, seed)
+        for name, weight in weights.items()
+    }
+
+
+def adapter(modules: dict[str, tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
+    """Random pairs, by canonical names. modules: output and input features."""
+    pairs = {}
+    for name, (rows, columns) in modules.items():
+        pairs[f"{name}.lora_A"] = 0.1 * noise(f"{name}.A", (RANK, columns), seed)
+        pairs[f"{name}.lora_B"] = 0.1 * noise(f"{name}.B", (rows, RANK), seed)
+    return pairs
+
+
+def merged(weights: dict[str, torch.Tensor], pairs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = dict(weights)
+    for name, b in pairs.items():
+        if name.endswith(".lora_B"):
+            module = name.removesuffix(".lora_B")
+            found[f"{module}.weight"] = weights[f"{module}.weight"] + SCALE * b @ pairs[f"{module}.lora_A"]
+    return found
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    settings = Settings.parse(job["settings"])
+    device.start(settings.parallel, 0)
+    agreement = Agreement()
+    session = open_session(settings)
+    crew = StoreCrew(agreement.store, agreement.rank, agreement.world)
+    out = AdaptersOut(session, crew, 200.0) if job.get("adapter") else WeightsOut(session, crew)
+    base = {}
+    for path in Path(settings.model).glob("*.safetensors"):
+        base |= load_file(path)
+    modules = {site.module: (site.out_features, site.in_features) for site in session.sites}
+    server = Server(None, int(job["port"]), job["api_key"], "")  # pyright: ignore[reportArgumentType]
+    scores, report = [], {}
+    for step in range(1, job["steps"] + 1):
+        assign(session.trainables, changed(base, step) if settings.lora is None else adapter(modules, step))
+        endpoint = Endpoint(server.root_url, server.api_key)
+        if isinstance(out, AdaptersOut):
+            report = out.push(endpoint, f"ranks@{step}", "gloo")
+        else:
+            report = out.push(endpoint, f"ranks@{step}", "gloo", 200.0)
+        if agreement.rank == 0:
+            scores.append(asyncio.run(server.score(f"ranks@{step}", job["tokens"])))
+    sizes = [plan.nbytes for plan in out.plan.senders]
+    if agreement.rank == 0:
+        Path(job["answer"]).write_text(json.dumps({"scores": scores, "report": report, "sizes": sizes}))
+    torch.distributed.barrier()  # rank 0 holds the store that the ranks meet in: it leaves when the other is done
+
+
+if __name__ == "__main__":
+    main()
