@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import filecmp
 import itertools
+import json
 import tempfile
 from pathlib import Path
 
@@ -18,13 +19,19 @@ from hypothesis import strategies as st
 from lockstep.errors import ConfigError
 from lockstep.families.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from lockstep.families.config import ModelConfig, parse_config, read_json
-from lockstep.families.contract import Piece, Sizes
+from lockstep.families.contract import Piece, Shard, Sizes
 from lockstep.families.export import export_checkpoint
 from lockstep.families.handler import ModelSupportHandler
 from lockstep.families.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.families.rules import padded_vocab, stage_layers
+from lockstep.families.shares import share_out
 from lockstep.families.weights import hf_tensors, load_shards
+from lockstep.sync.export import BucketFiller
+from lockstep.sync.plan import SyncPlan, plan_sources
+from lockstep.sync.sources import share_sources
+from plugin_modules import plugin_module
 
+Ranks = list[tuple[list[Shard], dict[str, torch.Tensor]]]
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -136,6 +143,29 @@ def test_round_trip_is_exact_in_bytes(key: str, data: st.DataObject) -> None:
         names = sorted(p.name for p in source.iterdir())
         assert names == sorted(p.name for p in target.iterdir())
         assert filecmp.cmpfiles(source, target, names, shallow=False) == (names, [], [])
+        replicas = data.draw(st.integers(1, 2), label="replicas") * ranks
+        check_sync(replicas, shapes, recipe.dtype, data.draw(st.integers(100, 3000), label="bytes of a bucket"))
+
+
+def check_sync(ranks: Ranks, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, bucket_bytes: int) -> None:
+    """Each rank sends its share of a sync; what the receiver puts together is what the export writes, and no byte came twice."""
+    shares = share_out([shards for shards, _ in ranks], shapes)
+    described = [[one for share in mine for one in share_sources(share, shapes, dtype)] for mine in shares]
+    plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
+    received = plugin_module("incoming_plan").parse(json.loads(json.dumps(plan.to_json())))
+    bytes_of = {}
+    for sender, (one, (_, held)) in enumerate(zip(described, ranks, strict=True)):
+        tensors = [(s.key, held[p.name][slice(*(p.experts or (None, None)))]) for s, p in one]
+        for index, _, bytes_N in BucketFiller(plan.senders[sender]).fill(tensors):
+            bytes_of[sender, index] = bytes_N.clone()
+    buffers = [bytes_of[bucket.sender, bucket.index] for bucket in received.buckets]
+    found = dict(plugin_module("incoming_plan").assemble(received, buffers))
+    expected = dict(hf_tensors(ranks, shapes))
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
+    )
+    assert plan.nbytes == sum(tensor.nbytes for tensor in expected.values())
 
 
 def fused_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: ModelConfig) -> torch.Tensor:

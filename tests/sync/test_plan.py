@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from lockstep.sync.digest import digest
 from lockstep.sync.export import BucketFiller, describe
 from lockstep.sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
 from lockstep.sync.proof import check_probe
+from plugin_modules import plugin_module
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])
 SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)
@@ -54,7 +52,7 @@ def test_what_is_filled_in_comes_out_of_the_buckets(tensors, bucket_bytes):
         assert all(torch.equal(out[name], tensor) for name, tensor in tensors)
     described = SyncPlan((plan,)).to_json()
     assert described == SyncPlan((make_plan(describe(tensors), bucket_bytes),)).to_json()
-    receiver = receivers_plan().parse(json.loads(json.dumps(described)))
+    receiver = plugin_module("incoming_plan").parse(json.loads(json.dumps(described)))
     assert receiver.nbytes == sum(bucket.nbytes for bucket in plan.buckets)
 
 
@@ -83,7 +81,7 @@ def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, see
             sources[owner].append(Source(key, weight.dtype, len(block), block.shape[1], (one,)))
             held[owner].append((key, block))
     plan = SyncPlan(tuple(plan_sources(one, bucket_bytes) for one in sources))
-    received = receivers_plan()
+    received = plugin_module("incoming_plan")
     parsed = received.parse(json.loads(json.dumps(plan.to_json())))
     bytes_of = {}
     for sender, (one, tensors) in enumerate(zip(plan.senders, held, strict=True)):
@@ -133,7 +131,7 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
     bytes_N = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     index = seed % 100
     original = digest(bytes_N, index)
-    assert original == digest(bytes_N.clone(), index) == receivers_digest()(bytes_N, index)
+    assert original == digest(bytes_N.clone(), index) == plugin_module("digest").digest(bytes_N, index)
     assert original != digest(bytes_N, index + 1) or not bytes_N.any()
     changed = bytes_N.clone()
     changed[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -142,29 +140,6 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
         swapped = bytes_N.clone()
         swapped[:8], swapped[8:16] = bytes_N[8:16], bytes_N[:8]
         assert digest(swapped, index) != original
-
-
-def receivers_digest():
-    """The same function as the server's plugin has it."""
-    return plugins("digest").digest
-
-
-def receivers_plan():
-    return plugins("incoming_plan")
-
-
-def plugins(name):
-    """A module of the server's plugin that needs no vLLM."""
-    path = Path(__file__).resolve().parents[2] / "runtime" / "src" / "lockstep_vllm" / f"{name}.py"
-    known = sys.modules.get(f"receivers_{name}")
-    if known is not None:
-        return known
-    spec = importlib.util.spec_from_file_location(f"receivers_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):

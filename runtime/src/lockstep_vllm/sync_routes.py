@@ -93,8 +93,7 @@ class WeightSync:
             path = await self._swap(version)
             if served_name is not None:
                 rename_base(self._state, served_name)
-            await self._resume()
-            pause_s, self._paused_at = time.monotonic() - self._paused_at, None
+            pause_s = await self._resume()
             return {"version": version, "pause_s": pause_s, "path": path}
 
     async def abort(self) -> dict[str, Any]:
@@ -108,14 +107,8 @@ class WeightSync:
                 self._end("of an aborted sync")
                 return {"lost": True, "waiting_for": waiting_for}
             if self._paused_at is not None:
-                self._paused_at = None
                 await self._resume()
         return {"lost": False, "waiting_for": waiting_for}
-
-    async def _resume(self) -> None:
-        """A server that is half awake (shared mode) must not generate yet: waking the rest resumes it."""
-        if not self._state.lockstep_turns.asleep:
-            await self._engine.resume_generation()
 
     async def commit_adapter(
         self, name: str, digests: list[list[str]], stacked_experts: bool, deadline_s: float
@@ -178,6 +171,17 @@ class WeightSync:
             logger.exception("the swap to version %s failed half-way", version)
             self._end(version)
             raise SyncRefusedError("lost", f"the swap to {version} failed half-way: {error}") from error
+
+    async def _resume(self) -> float:
+        """Lets generation go on; the seconds it stood still. A server that is half awake (shared mode) must not generate yet:
+
+        waking the rest resumes it.
+        """
+        assert self._paused_at is not None
+        if not self._state.lockstep_turns.asleep:
+            await self._engine.resume_generation()
+        pause_s, self._paused_at = time.monotonic() - self._paused_at, None
+        return pause_s
 
     def _end(self, version: str) -> None:
         logger.error("ending the server: it may hold a mixture of two versions, the newer is %s", version)
