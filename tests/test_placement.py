@@ -1,0 +1,85 @@
+"""Where trainer and server go, how weights travel between them there, and what a server that shares a GPU may take of it."""
+
+from __future__ import annotations
+
+import pytest
+
+import lockstep as ls
+from lockstep.backends import placement
+from lockstep.backends.placement import Devices, resolve_placement, resolve_transport
+from lockstep.backends.start import memory_share
+from lockstep.errors import ConfigError
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """A machine with as many GPUs as asked for."""
+
+    def made(count):
+        for number in range(count):
+            (tmp_path / f"nvidia{number}").touch()
+        (tmp_path / "nvidiactl").touch()
+        monkeypatch.setattr(placement, "Path", lambda name: tmp_path if name == "/dev" else None)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "found"),
+    [
+        (0, None, Devices()),
+        (1, None, Devices((0,), (0,), shared=True)),
+        (2, None, Devices((0,), (1,))),
+        (4, None, Devices((0,), (1,))),
+        (4, ([0, 1], [1, 0]), Devices((0, 1), (1, 0), shared=True)),
+        (4, ([0, 1], [2]), Devices((0, 1), (2,))),
+        (4, ("cpu", "cpu"), Devices(shared=True)),
+    ],
+)
+def test_devices(gpus, count, asked, found):
+    gpus(count)
+    given = None if asked is None else ls.Placement(trainer=asked[0], inference=asked[1])
+    assert resolve_placement(given) == found
+    assert found.kind == ("cpu" if not found.inference else "cuda")
+
+
+def test_gpus_that_are_not_there(gpus):
+    gpus(0)
+    with pytest.raises(ConfigError, match="this machine has none"):
+        resolve_placement(ls.Placement(trainer=[0], inference=[0]))
+    gpus(2)
+    with pytest.raises(ConfigError, match="names GPU 2, this machine has 2"):
+        resolve_placement(ls.Placement(trainer=[0], inference=[2]))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "inference", "says"),
+    [
+        ([0, 1], [1], "share GPU 1 but not all"),
+        ("cpu", [0], "'cpu' for one"),
+        ([], [0], "at least one"),
+        ("gpu", "gpu", ""),
+    ],
+)
+def test_placements_that_make_no_sense(trainer, inference, says):
+    with pytest.raises(ConfigError, match=says):
+        ls.Placement(trainer=trainer, inference=inference)
+
+
+def test_transport_follows_the_devices():
+    fitting = {Devices(): "gloo", Devices((0,), (1,)): "nccl", Devices((0,), (0,), shared=True): "ipc"}
+    for devices, name in fitting.items():
+        assert resolve_transport(None, devices) == resolve_transport(name, devices) == name
+        assert resolve_transport("disk", devices) == "disk"
+        other = next(one for one in fitting.values() if one != name)
+        with pytest.raises(ConfigError, match=f"here it is '{name}' or 'disk'"):
+            resolve_transport(other, devices)
+
+
+def test_a_server_takes_most_of_what_is_free():
+    assert memory_share(0, 0) == 0.9
+    assert memory_share(140 << 30, 141 << 30) == 0.89
+    assert memory_share(70 << 30, 140 << 30) == 0.45
+    for free in range(0, 16 << 30, 1 << 30):
+        with pytest.raises(ConfigError, match="too little"):
+            memory_share(free, 144 << 30)
