@@ -19,7 +19,7 @@ from lockstep.backends import run as backend_run
 from lockstep.backends import turns
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.backends.start import serve_step
-from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError
+from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import roll_out
 from lockstep.quickstart import examples_folder
@@ -264,16 +264,35 @@ async def test_all_weights_of_an_untied_model_in_shared_mode(runtime, task, sect
         assert np.abs(np.array(first) - served).mean() > 1e-3
         assert waited == served  # asked for full@0 while the server slept
         assert order == ORDER
+        await check_server_is_not_left_asleep(model, backend, await roll_out(model, task, section, 1), monkeypatch)
         client = model.openai_client()
     finally:
         await backend.close()
     assert client.is_closed()
-    server, name = await serve_step(folder.parents[1], None, lambda line: None)
+    server, name = await serve_step(folder.parents[1], 1, lambda line: None)
     try:
         assert name == "full@1"
         np.testing.assert_allclose(await server.score(name, PROBE_S), served, atol=1e-6)
     finally:
         await server.close()
+
+
+async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
+    """The trainer fails while the server sleeps and nothing can wake it with weights: it is ended, and says so to whoever asks."""
+    run = backend._run(model)
+    work = run.trainer.call
+
+    async def worked(verb, args, **kwargs):
+        if verb == "score":
+            raise TrainerError("planted")
+        return await work(verb, args, **kwargs)
+
+    monkeypatch.setattr(run.trainer, "call", worked)
+    with pytest.raises(TrainerError, match="planted"):
+        await backend.train(model, groups, CONFIG)
+    monkeypatch.undo()
+    with pytest.raises(ServerError, match="ended"):
+        await run.server.score("full@1", PROBE_S)
 
 
 # Who does what in a step of shared mode with merged weights and nothing to replay.

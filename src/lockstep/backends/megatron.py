@@ -15,7 +15,7 @@ from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.serve import give_up_turn, serve
 from lockstep.backends.start import Parts, route_shape, start_both
-from lockstep.backends.turns import trainers_turn
+from lockstep.backends.turns import never_left_asleep, trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.families.config import checkpoint_dtype
@@ -226,7 +226,8 @@ class MegatronBackend:
             raise
         metrics |= reply["metrics"]
         metrics["seconds_train"] = time.monotonic() - started
-        step = await asyncio.to_thread(run.store.publish, current + 1, staged, metrics)
+        async with never_left_asleep(run):
+            step = await asyncio.to_thread(run.store.publish, current + 1, staged, metrics)
         started = time.monotonic()
         synced = await self._serve(run, step)
         synced["seconds_sync"] = time.monotonic() - started

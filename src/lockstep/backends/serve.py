@@ -13,13 +13,12 @@ from safetensors.numpy import load_file
 
 from lockstep.backends import run as deadlines
 from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.backends.turns import make_room_for_weights, servers_turn, trainers_turn
+from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn, trainers_turn
 from lockstep.errors import (
     LockstepError,
     MismatchError,
     ServerError,
     ServerLostError,
-    TrainerError,
     WeightsError,
 )
 from lockstep.serving.install import find_runtime
@@ -36,9 +35,14 @@ if TYPE_CHECKING:
 async def serve(run: Run, step: Step) -> dict[str, float]:
     """Bring `step`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
 
-    In shared mode the trainer has the device before and the server has it after, also after a failed proof. Returns the probe's mean
-    difference and what a merged sync took.
+    In shared mode the trainer has the device before and the server has it after, also after a failed proof; after any other error that
+    left it asleep it is ended. Returns the probe's mean difference and what a merged sync took.
     """
+    async with never_left_asleep(run):
+        return await _serve(run, step)
+
+
+async def _serve(run: Run, step: Step) -> dict[str, float]:
     name = run.name(step.number)
     tokens = list(run.probe.tokens)
     # Before the trainer's memory leaves the device; with replay its score has to wait for the server's routes.
@@ -82,8 +86,8 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
         return
     step = run.store.published()[-1]
     try:
-        if isinstance(error, TrainerError):  # it may have changed the weights
-            await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+        # Whatever the error says (a cancelled call says nothing), the trainer may have changed its weights.
+        await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
         if run.parts.merged:
             await make_room_for_weights(run)
             await _sync(run, run.name(step))

@@ -7,7 +7,11 @@ the device holds both programs' weights.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from lockstep.backends.run import STEP_DEADLINE_S, Run
+from lockstep.errors import ServerError
 
 IN_FLIGHT_DEADLINE_S = 600.0
 """How long a step waits for requests in flight before the server may sleep."""
@@ -23,7 +27,26 @@ async def trainers_turn(run: Run, *, forget_weights: bool) -> None:
         return
     await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
     if run.parts.offload:
-        await run.trainer.call("onload", {}, deadline_s=STEP_DEADLINE_S)
+        async with never_left_asleep(run):
+            await run.trainer.call("onload", {}, deadline_s=STEP_DEADLINE_S)
+
+
+@asynccontextmanager
+async def never_left_asleep(run: Run) -> AsyncIterator[None]:
+    """An error inside that leaves the server asleep ends the server: requests would wait for ever."""
+    try:
+        yield
+    except BaseException:
+        if run.parts.shared and await _asleep(run):
+            await run.server.close()
+        raise
+
+
+async def _asleep(run: Run) -> bool:
+    try:
+        return bool((await run.server.version())["asleep"])
+    except ServerError:
+        return True
 
 
 async def make_room_for_weights(run: Run) -> None:
