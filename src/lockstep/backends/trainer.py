@@ -81,8 +81,7 @@ class Trainer:
 
         server = await asyncio.start_unix_server(accept, path=str(socket), limit=_LINE_LIMIT)
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+            *(sys.executable, "-m", "lockstep.engine.ranks", str(processes)),
             *("-m", "lockstep.engine.worker", "--config", str(config_path), "--socket", str(socket)),
         ]
         threads = max(1, (os.cpu_count() or 1) // processes)

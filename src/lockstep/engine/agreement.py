@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lockstep.engine.exchange import broadcast_json
+from lockstep.engine.ranks import LOOPBACK, loopback_store
 
 GRACE_S = 15.0
 """How long a rank may stay inside a verb after another one failed in it."""
@@ -34,7 +35,8 @@ class Agreement:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), 0
         if self.rank == 0:
-            self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            local = host == LOOPBACK
+            self.store = loopback_store() if local else dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port = self.store.port
         group = dist.group.WORLD
         assert group is not None

@@ -1,4 +1,4 @@
-"""The trainer process: `python -m torch.distributed.run --nproc-per-node N -m lockstep.engine.worker --config engine.json --socket PATH`.
+"""The trainer process: `python -m lockstep.engine.ranks N -m lockstep.engine.worker --config engine.json --socket PATH`.
 
 Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs and their arguments:
   train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0
