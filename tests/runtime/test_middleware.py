@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
+from lockstep.serving.environments import Runtime
+from lockstep.serving.launch import ServerConfig, _command
 from lockstep_vllm import spans
 from lockstep_vllm.auth import BearerAuth
 from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
@@ -226,3 +229,21 @@ async def test_only_completions_are_looked_at():
         app = Echo(b"an answer")
         await call(TwoTokenPrompts(app), scope_type=kind, path=path, chunks=(b'{"prompt": [5]}',))
         assert app.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "placed"),
+    [
+        ("cpu", "Qwen3_5ForCausalLM", True),
+        ("cpu", "Qwen3_5MoeForConditionalGeneration", True),
+        ("cpu", "Qwen3ForCausalLM", False),
+        ("cuda", "Qwen3_5ForCausalLM", False),
+    ],
+)
+def test_only_servers_that_would_die_look_for_short_prompts(kind, architecture, placed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    config = ServerConfig(model=tmp_path, served_name="base")
+    command = _command(config, Runtime(kind, tmp_path / "python", tmp_path, None), 1)
+    names = [value for flag, value in pairwise(command) if flag == "--middleware"]
+    assert ("lockstep_vllm.short_prompts.TwoTokenPrompts" in names) is placed
+    assert names[-1] == "lockstep_vllm.auth.BearerAuth"  # the outermost
