@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,12 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
         swapped = bytes_N.clone()
         swapped[:8], swapped[8:16] = bytes_N[8:16], bytes_N[:8]
         assert digest(swapped, index) != original
+
+
+def test_both_sides_have_the_same_kernel():
+    root = Path(__file__).resolve().parents[2]
+    files = ["src/lockstep/sync/digest_kernel.py", "runtime/src/lockstep_vllm/digest_kernel.py"]
+    assert len({(root / file).read_text() for file in files}) == 1
 
 
 def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):

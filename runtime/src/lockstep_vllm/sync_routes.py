@@ -22,6 +22,7 @@ from lockstep_vllm.served_names import keep_names, rename_base
 logger = logging.getLogger("vllm.lockstep")
 
 _POLL_S = 0.005
+_STANDING_POLL_S = 0.5
 
 
 class SyncRefusedError(Exception):
@@ -143,13 +144,15 @@ class WeightSync:
     async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         while True:
-            answers = await self.call("lockstep_sync_progress", 0.0 if self._paused_at is None else _POLL_S)
+            # While nothing is generated the workers may as well wait themselves: they notice the end at once.
+            standing = self._paused_at is not None
+            answers = await self.call("lockstep_sync_progress", _STANDING_POLL_S if standing else 0.0)
             if all(answer["done"] for answer in answers):
                 break
             if time.monotonic() > deadline:
                 waiting = next(answer["waiting_for"] for answer in answers if not answer["done"])
                 raise SyncRefusedError("server", f"after {deadline_s:g} s a worker still waits for {waiting!r}")
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(0.0 if standing else _POLL_S)
         for worker, answer in enumerate(answers):
             for sender, (got, sent) in enumerate(zip(answer["digests"], digests, strict=True)):
                 if got != sent:
