@@ -1,0 +1,282 @@
+"""Time and bytes/s of a weight sync: per transport, layout and policy, against the link and against vLLM's own way, in one run.
+
+    python benchmarks/weight_sync.py                                   # tiny mixture, CPU, gloo: minutes, shows that it runs
+    python benchmarks/weight_sync.py --shape qwen3-8b                  # trainer on GPU 0, server on GPU 1, nccl
+    python benchmarks/weight_sync.py --shape qwen3-30b-a3b --merge-rank 16
+    python benchmarks/weight_sync.py --shape qwen3-8b --gpus 0,1 --server-gpus 2   # two senders (TP2, experts EP2) to one
+
+Weights are random: the server starts with `--load-format dummy` on a folder that holds a config only, the senders draw theirs on their
+device in the trainer's layout (`sync_sender.py`). Rows of the table: the link (`link.py`, one large tensor from the first sender's device
+to the first of the server), Lockstep's cases, and vLLM's own engine: on GPUs its NCCL weight transfer, packed (`stock_sender.py`); on a
+CPU, for which vLLM has none, `/collective_rpc reload_weights` from the checkpoint's files. `GB/s` of a sync is its bytes over transfer
+and commit; of the link, over one broadcast. Medians of `--repeat` syncs after two to warm up: the first makes the plan and goes through
+vLLM's loader, which proves the direct path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES
+
+from lockstep.families.checkpoint import expected_tensors
+from lockstep.families.contract import Layout
+from lockstep.families.registry import get_model_support_handler, load_model_config
+from lockstep.families.tiny import write_tiny
+from lockstep.process import child_env, spawn
+from lockstep.serving.client import Server
+from lockstep.serving.environments import Runtime
+from lockstep.serving.install import find_runtime
+from lockstep.serving.launch import ServerConfig, launch
+
+HERE = Path(__file__).parent
+WARM_UP = 2
+LINK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
+_DEADLINE_S = 900.0
+
+
+def write_config(shape: str, folder: Path) -> Path:
+    """A folder with the shape's config and no weights; for "tiny" a whole checkpoint, which vLLM's reload reads."""
+    if shape == "tiny":
+        return write_tiny("qwen3_moe", folder, seed=1)
+    import transformers
+
+    kind, fields = SHAPES[shape]
+    config = getattr(transformers, kind)(**fields)
+    config.architectures = [kind.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    return folder
+
+
+def server_config(arguments: argparse.Namespace, model: Path, gpus: tuple[int, ...]) -> ServerConfig:
+    """vLLM's own update routes are on beside ours: both are measured on one server."""
+    extra = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    if gpus:
+        extra += ["--weight-transfer-config", json.dumps({"backend": "nccl"}), *arguments.server_args]
+    return ServerConfig(
+        model=model,
+        served_name="bench",
+        dtype=arguments.dtype,
+        max_model_len=512,
+        max_num_seqs=16,
+        gpus=gpus,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        plain_weights=not gpus,
+        extra_args=tuple(extra),
+        extra_env={"VLLM_SERVER_DEV_MODE": "1"},
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def measure_link(gpus: tuple[int, ...], server_gpus: tuple[int, ...], repeat: int) -> dict[str, float]:
+    """One large tensor from the first sender's device to the server's."""
+    port, devices = free_port(), ["cpu", "cpu"]
+    if gpus:
+        devices = [f"cuda:{gpus[0]}", f"cuda:{server_gpus[0]}"]
+    size = LINK_BYTES["cuda" if gpus else "cpu"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "link.py"), str(rank), str(port), device, str(size), str(repeat)],
+            stdout=subprocess.PIPE,
+        )
+        for rank, device in enumerate(devices)
+    ]
+    answers = [one.communicate(timeout=_DEADLINE_S)[0] for one in running]
+    assert all(one.returncode == 0 for one in running), "the link could not be measured"
+    return json.loads(answers[0].splitlines()[-1])
+
+
+async def run_child(command: list[str], folder: Path, name: str, python_path: str = "") -> str:
+    """A program under our guard; its log's text."""
+    env = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+    }
+    if python_path or "PYTHONPATH" in os.environ:
+        env["PYTHONPATH"] = os.pathsep.join(one for one in (python_path, os.environ.get("PYTHONPATH", "")) if one)
+    child = spawn(command, child_env(env), folder / f"{name}.log", name)
+    status = await asyncio.to_thread(child.wait, _DEADLINE_S)
+    assert status == 0, f"{name} ended with status {status}:\n{child.log_tail(40)}"
+    return child.log_path.read_text()
+
+
+async def lockstep_cases(
+    arguments: argparse.Namespace, server: Server, model: Path, folder: Path, gpus: tuple[int, ...]
+) -> dict[str, Any]:
+    senders = len(gpus) or arguments.senders
+    transports = arguments.transport or (["nccl"] if gpus else ["gloo"])
+    cases = [
+        {"transport": transport, "policy": policy, "merge_rank": merge_rank}
+        for transport in transports
+        for policy in arguments.policy
+        for merge_rank in dict.fromkeys((0, arguments.merge_rank))
+    ]
+    job = {
+        **{"model": str(model), "senders": senders, "gpus": list(gpus), "cases": cases, "dtype": arguments.dtype},
+        **{"root_url": server.root_url, "api_key": server.api_key, "answer": str(folder / "answer.json")},
+        **{
+            "repeat": arguments.repeat,
+            "warm_up": WARM_UP,
+            "deadline_s": 300.0,
+            "bucket_bytes": arguments.bucket_mb << 20,
+        },
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(senders)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    await run_child([*command, str(HERE / "sync_sender.py"), str(folder / "job.json")], folder, "senders")
+    return json.loads((folder / "answer.json").read_text())
+
+
+async def stock(
+    arguments: argparse.Namespace, server: Server, model: Path, folder: Path, gpus: tuple[int, ...], runtime: Runtime
+) -> tuple[str, list[float]]:
+    """What vLLM offers by itself, on the same server: how, and the seconds of each update."""
+    if gpus:
+        config = load_model_config(str(model))
+        shapes = expected_tensors(get_model_support_handler(str(model)), config, Layout())
+        job = {
+            **{"shapes": shapes, "gpu": gpus[0], "root_url": server.root_url, "api_key": server.api_key},
+            **{"dtype": arguments.dtype, "repeat": arguments.repeat, "warm_up": WARM_UP},
+            **{"workers": len(arguments.server_gpus)},
+        }
+        (folder / "stock.json").write_text(json.dumps(job))
+        command = [str(runtime.python), str(HERE / "stock_sender.py"), str(folder / "stock.json")]
+        log = await run_child(command, folder, "stock")
+        line = next(line for line in log.splitlines() if line.startswith("SECONDS "))
+        return "vLLM's nccl engine, packed", json.loads(line.removeprefix("SECONDS "))
+    if arguments.shape != "tiny":
+        return "vLLM has no engine for a CPU, and there are no files to reload", []
+    seconds = []
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+    for _ in range(WARM_UP + arguments.repeat):
+        started = time.perf_counter()
+        await server.call("POST", "/collective_rpc", body, deadline_s=_DEADLINE_S)
+        seconds.append(time.perf_counter() - started)
+    return "vLLM reload_weights from files (no engine for a CPU)", seconds[WARM_UP:]
+
+
+def row(name: str, nbytes: int, seconds: float, pause_s: float | None, link: float, path: str = "") -> dict[str, Any]:
+    rate = nbytes / seconds / 1e9
+    return {
+        **{"what": name, "bytes": nbytes, "seconds": seconds, "pause_s": pause_s, "gb_per_s": rate},
+        **{"of_link": rate / link, "path": path},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| what | path | GB | seconds | pause s | GB/s | of the link |", "|---|---|---|---|---|---|---|"]
+    for one in rows:
+        pause = "-" if one["pause_s"] is None else f"{one['pause_s']:.4f}"
+        lines.append(
+            f"| {one['what']} | {one['path'] or '-'} | {one['bytes'] / 1e9:.4g} | {one['seconds']:.4f} | {pause} "
+            f"| {one['gb_per_s']:.4g} | {one['of_link']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def median_of(reports: list[dict[str, Any]], *fields: str) -> float:
+    return statistics.median(sum(report[field] for field in fields) for report in reports)
+
+
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    gpus, server_gpus = tuple(arguments.gpus), tuple(arguments.server_gpus) if arguments.gpus else ()
+    runtime = find_runtime("cuda" if gpus else "cpu")
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-bench-"))
+    model = write_config(arguments.shape, folder / "model")
+    link = measure_link(gpus, server_gpus, max(5, arguments.repeat))
+    rows = [row("the link: one tensor", link["bytes"], link["seconds"], None, link["gb_per_s"])]
+    server = await launch(server_config(arguments, model, server_gpus), runtime, folder, print)
+    try:
+        how, seconds = await stock(arguments, server, model, folder, gpus, runtime)
+        answer = await lockstep_cases(arguments, server, model, folder, gpus)
+    finally:
+        await server.close()
+    layout = f"TP{len(gpus) or arguments.senders} to TP{max(1, len(server_gpus))}"
+    for case in answer["cases"]:
+        reports = case["reports"][WARM_UP:]
+        merge = f", merged rank {case['merge_rank']}" if case["merge_rank"] else ""
+        name = f"{case['transport']}, {layout}, {reports[0]['policy']}{merge}"
+        total, pause = median_of(reports, "transfer_s", "commit_s"), median_of(reports, "pause_s")
+        rows.append(row(name, reports[0]["nbytes"], total, pause, link["gb_per_s"], reports[-1]["path"]))
+    nbytes = answer["cases"][0]["reports"][0]["nbytes"]
+    if seconds:
+        rows.append(row(how, nbytes, statistics.median(seconds), statistics.median(seconds), link["gb_per_s"]))
+    return {
+        "shape": arguments.shape,
+        "layout": layout,
+        "machine": machine(gpus),
+        "rows": rows,
+        "raw": answer,
+        "stock": [how, seconds],
+    }
+
+
+def machine(gpus: tuple[int, ...]) -> str:
+    if not gpus:
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    import torch
+
+    return f"{torch.cuda.get_device_name(gpus[0])}, torch {torch.__version__}"
+
+
+def numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",") if one]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--gpus", type=numbers, help="of the senders, one each; default 0 on a GPU host, none for tiny")
+    parser.add_argument("--server-gpus", type=numbers, default=[1])
+    parser.add_argument("--senders", type=int, default=1, help="sending processes on a CPU")
+    parser.add_argument("--transport", action="append", help="default: nccl between GPUs, gloo on a CPU")
+    parser.add_argument("--policy", action="append", choices=["auto", "staged", "streamed"])
+    parser.add_argument(
+        "--merge-rank", type=int, default=0, help="also merge a LoRA pair of this rank into each matrix"
+    )
+    parser.add_argument("--bucket-mb", type=int, default=0, help="default 128 between GPUs, 16 on a CPU")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.55)
+    parser.add_argument("--server-args", nargs="*", default=["--enforce-eager"])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.gpus is None:
+        arguments.gpus = [] if arguments.shape == "tiny" else [0]
+    arguments.dtype = "bfloat16" if arguments.gpus else "float32"
+    arguments.policy = arguments.policy or ["staged", "streamed"]
+    arguments.bucket_mb = arguments.bucket_mb or (128 if arguments.gpus else 16)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    result = asyncio.run(measure(arguments))
+    print(table(result["rows"]))
+    kind = "h200" if arguments.gpus else "cpu"
+    name = f"{kind}_weight_sync_{arguments.shape.replace('-', '_')}_{result['layout'].replace(' ', '_').lower()}.json"
+    out = arguments.out or HERE / "results" / name
+    out.write_text(json.dumps(result, indent=1))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
