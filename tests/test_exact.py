@@ -23,7 +23,8 @@ CONFIG = ls.TrainConfig(learning_rate=1e-2)
 async def running(family, folder, **settings):
     """(model, backend) of a fresh random model at step 0."""
     base = write_tiny(family, folder / "base", seed=random.randrange(10_000))
-    backend = MegatronBackend(path=folder / "runs", max_model_len=1024, **settings)
+    # The tiny tokenizer has no tokens of a family's own form of tool calls.
+    backend = MegatronBackend(path=folder / "runs", max_model_len=1024, tool_call_parser="hermes", **settings)
     model = ls.TrainableModel(
         name="exact",
         project="tests",
@@ -58,14 +59,8 @@ async def check_exact(model, backend):
         assert result.metrics["probe"] < 5e-7
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "qwen3_moe",
-        pytest.param("qwen3", marks=pytest.mark.slow),
-        pytest.param("llama3", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama3"])
 async def test_every_token_agrees(runtime, family, tmp_path):
     model, backend = await running(family, tmp_path, numerics="exact")
     try:

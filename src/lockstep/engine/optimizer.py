@@ -48,7 +48,12 @@ class Bucket:
     """Parameters with the same gradient sums. `low:high` is this replica's slice of the flat buffers."""
 
     def __init__(
-        self, trainables: Sequence[Trainable], group: ProcessGroup, partial: ProcessGroup | None, counted: bool
+        self,
+        trainables: Sequence[Trainable],
+        group: ProcessGroup,
+        partial: ProcessGroup | None,
+        counted: bool,
+        master: torch.dtype | None = None,
     ) -> None:
         self.trainables, self.group, self.partial, self.counted = list(trainables), group, partial, counted
         dtype = trainables[0].parameter.dtype
@@ -65,8 +70,7 @@ class Bucket:
         self.gradients = torch.zeros(self.size, dtype=wide, device=here)
         for trainable, offset in zip(trainables, self.offsets, strict=True):
             self._adopt(trainable.parameter, offset)
-        # fp32 also where the model computes in fp64: a published step holds these very numbers.
-        self.master = self.weights[self.low : self.high].to(torch.float32, copy=True)
+        self.master = self.weights[self.low : self.high].to(master or wide, copy=True)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
 
     def _adopt(self, parameter: torch.nn.Parameter, offset: int) -> None:
@@ -108,7 +112,9 @@ class Bucket:
                 yield trainable, first - offset, last - offset, slice(first - self.low, last - self.low)
 
 
-def make_buckets(trainables: Sequence[Trainable], parallel: Parallelism, tied: bool) -> list[Bucket]:
+def make_buckets(
+    trainables: Sequence[Trainable], parallel: Parallelism, tied: bool, master: torch.dtype | None = None
+) -> list[Bucket]:
     """Group parameters by what their gradients need. The order, and so every collective, is the same on all ranks of a group."""
     grouped: dict[tuple[object, ...], list[Trainable]] = {}
     for trainable in trainables:
@@ -123,15 +129,19 @@ def make_buckets(trainables: Sequence[Trainable], parallel: Parallelism, tied: b
         )
         grouped.setdefault(key, []).append(trainable)
     ordered = sorted(grouped.items(), key=lambda item: tuple(str(part) for part in item[0][:3]))
-    return [Bucket(ts, replica_group(ts[0]), sum_group(key[1]), bool(key[3])) for key, ts in ordered]  # pyright: ignore
+    return [Bucket(ts, replica_group(ts[0]), sum_group(key[1]), bool(key[3]), master) for key, ts in ordered]  # pyright: ignore
 
 
 class Optimizer:
-    """The trainable set of this rank and its state."""
+    """The trainable set of this rank and its state. master: dtype of masters and moments; None: the weights', fp32 at least."""
 
-    def __init__(self, trainables: Sequence[Trainable], parallel: Parallelism, tied: bool) -> None:
-        self.buckets = make_buckets(trainables, parallel, tied)
+    def __init__(
+        self, trainables: Sequence[Trainable], parallel: Parallelism, tied: bool, master: torch.dtype | None = None
+    ) -> None:
+        self.buckets = make_buckets(trainables, parallel, tied, master)
         self.count = 0
+        if master is not None:
+            self.restore_weights()  # what is computed with is what a step publishes, from the first one on
 
     def zero(self) -> None:
         for bucket in self.buckets:
@@ -170,7 +180,7 @@ class Optimizer:
             gradient = bucket.gradients[bucket.low : bucket.high]
             for at in range(0, len(bucket.master), STRIDE):
                 piece = slice(at, at + STRIDE)
-                update(bucket, piece, gradient[piece].mul_(scale).to(torch.float32), rates, self.count)
+                update(bucket, piece, gradient[piece].mul_(scale).to(bucket.master.dtype), rates, self.count)
             bucket.publish()
         self.zero()
 

@@ -31,9 +31,10 @@ def write_state(optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequenc
     shapes: of every Hugging Face (or adapter) tensor that is trained anywhere.
     """
     path = folder / FILE
+    wide = "F64" if any(b.master.dtype == torch.float64 for b in optimizer.buckets) else "F32"
     if dist.get_rank() == 0:
         everything = {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes.items()}
-        create(path, everything, "F32", {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
+        create(path, everything, wide, {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
     dist.barrier()
     file = StateFile(path, writable=True)
     for bucket in optimizer.buckets:

@@ -142,7 +142,9 @@ def open_session(settings: Settings) -> Session:
         trainables = attach_adapters(model, shards, lora.targets, lora.rank, lora.alpha, settings.seed)
     if initial is not None:
         assign(trainables, initial)
-    optimizer = Optimizer(trainables, settings.parallel, config.tied)
+    # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed it.
+    narrow = torch.float32 if DTYPES[settings.dtype] == torch.float64 else None
+    optimizer = Optimizer(trainables, settings.parallel, config.tied, narrow)
     return Session(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
 
 
