@@ -26,8 +26,20 @@ from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.session import LoraSettings, Session, Settings, load_step, open_session, save_step
 from lockstep.engine.statefile import rectangles
-from lockstep.engine.step import _head, _shard, prepare, score, train_step
+from lockstep.engine.step import (
+    _head,
+    _routers,
+    _shard,
+    check_records,
+    clear_picks,
+    picks_that_differ,
+    prepare,
+    score,
+    score_and_rank,
+    train_step,
+)
 from lockstep.engine.trainable import assign
+from lockstep.errors import TrainerError
 from lockstep.families.config import ModelConfig
 from lockstep.families.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
@@ -353,16 +365,71 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     """Random routes, scored at these sizes and with every rank on its own: the largest difference, and what the routes change at all."""
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
-    scores = []
+    scores, tops = [], []
     for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         session = open_session(Settings(str(folder), sizes))
-        scores.append(score(session, replayed(batch, session.config, seed), lambda _event: None))
+        replay = replayed(batch, session.config, seed)
+        # Context parallelism scores, and does not rank.
+        found, top = score_and_rank(session, replay, lambda _event: None, 0 if parallel.get("context", 1) > 1 else 5)
+        scores.append(found)
+        tops.append(top)
+        if len(scores) == 1:
+            records = check_records_once(session, replay)
+        else:
+            records["same_picks"] = float(records["picks"] == picks_that_differ(session)["picks_differ"])
     live = score(session, batch, lambda _event: None)
     return {
         "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),
         "effect": float(np.nanmax(np.abs(scores[1] - live))),
+        "same_top": float(np.mean(tops[0] == tops[1])),
+        **records,
     }
+
+
+def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, float]:
+    """Every record used once, forward only and in a training pass that recomputes its activations; and three ways to fail are seen.
+
+    Planted: a layer that reads its neighbour's records, one that reads the token before, and one that runs twice.
+    """
+    slope_P = np.zeros(len(replayed.scored_index_P), np.float32)
+    work = prepare(session, replayed, list(range(replayed.rows)))
+    found: dict[str, float] = {"picks": picks_that_differ(session)["picks_differ"]}
+    for layer in session.model.decoder.layers:
+        layer.recompute = True
+    clear_picks(session)
+    run(session, replayed, slope_P)
+    check_records(session, work)
+    found["recomputed_picks"] = picks_that_differ(session)["picks_differ"]
+    counted = sum(int(router.picks[1]) for router in _routers(session))
+    total = torch.tensor(counted)
+    dist.all_reduce(total)
+    records = replayed.routes_RSLK[0, 0].size * int(
+        np.isin(np.arange(replayed.tokens_RS.size), followed(replayed)).sum()
+    )
+    found["counted_once"] = float(int(total) == records)
+    mixture = session.model.decoder.layers[-1].mlp
+    honest, number = mixture._routes, mixture.number
+    plants = {
+        "layer": lambda row, tokens: (setattr(mixture, "number", number - 1), honest(row, tokens))[1],
+        "token": lambda row, tokens: tuple(x.roll(1, 0) if k == 0 else x for k, x in enumerate(honest(row, tokens))),
+        "twice": lambda row, tokens: (mixture.router.used.add_(12345), honest(row, tokens))[1],
+    }
+    for name, plant in plants.items():
+        mixture._routes = plant
+        found[f"caught_{name}"] = 0.0
+        try:
+            score(session, replayed, lambda _event: None)
+        except TrainerError:
+            found[f"caught_{name}"] = 1.0
+        mixture._routes, mixture.number = honest, number
+    return found
+
+
+def followed(batch: PackedBatch) -> np.ndarray:
+    """Flat places of the tokens that another token follows: the only ones whose picks count."""
+    rows = np.arange(batch.rows)[:, None] * batch.row_length
+    return np.unique((batch.previous_RS + rows)[batch.previous_RS >= 0])
 
 
 def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, place: str) -> dict[str, Any]:

@@ -75,3 +75,30 @@ def test_extreme_logits_stay_finite() -> None:
     (logprob + entropy).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 30),
+    vocab=st.integers(2, 40),
+    count=st.integers(1, 5),
+    chunk=st.integers(1, 9),
+)
+@pytest.mark.usefixtures("groups")
+def test_most_likely_tokens_match_dense(seed: int, tokens: int, vocab: int, count: int, chunk: int) -> None:
+    from megatron.core import parallel_state
+
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(50, 1, 12, dtype=torch.float64), torch.randn(vocab + 3, 12, dtype=torch.float64)
+    predictor = torch.randint(0, 50, (tokens,))
+    before, head.CHUNK_BYTES = head.CHUNK_BYTES, chunk * vocab * 8
+    try:
+        group = parallel_state.get_tensor_model_parallel_group()
+        found = head.most_likely(hidden, weight, predictor, count, vocab, group, False)
+    finally:
+        head.CHUNK_BYTES = before
+    assert found.shape == (tokens, count)
+    expected = (hidden[predictor, 0] @ weight[:vocab].T).topk(min(count, vocab), dim=1).indices
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+    assert (found[:, expected.shape[1] :] == -1).all()

@@ -153,6 +153,11 @@ def test_replayed_routes(two: dict[str, Any], family: str, size: str) -> None:
     measured = two[f"{family}/{size}/routes"]
     assert measured["difference"] < 1e-4, (two["seed"], measured)
     assert measured["effect"] > 1e-3, (two["seed"], measured)
+    assert measured["same_top"] > 0.99, (two["seed"], measured)
+    assert measured["picks"] > 0.5, (two["seed"], measured)  # random routes, hardly ever the router's own
+    assert measured["recomputed_picks"] == measured["picks"], (two["seed"], measured)
+    for once in ("same_picks", "counted_once", "caught_layer", "caught_token", "caught_twice"):
+        assert measured[once] == 1.0, (once, two["seed"], measured)
 
 
 @pytest.mark.distributed

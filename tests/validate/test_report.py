@@ -79,6 +79,8 @@ async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
         assert values["tokens"] == 5 * 12
         if what == "trainer":
             assert row["ok"] == (not damage)
+            assert (values["top1"] == 1.0) == (not damage)
+            assert (values["top20"] > 0.99) == (not damage)
             assert (values["kl"] > KL["float32"]) == damage
             assert "picks_differ" not in values
         else:

@@ -28,6 +28,7 @@ from lockstep.engine.dispatch import through_ranks
 from lockstep.engine.mlp import GatedMLP
 from lockstep.engine.regions import gated_silu, wide
 from lockstep.engine.router import Router
+from lockstep.engine.routes import layer_key
 from lockstep.engine.tree import Row
 
 ALIGN = 8
@@ -144,10 +145,13 @@ class MoE(MegatronModule):
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
         return out, None
 
-    def _routes(self, row: Row, tokens: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """This layer's replayed choices for this rank's share of the row, and which of those tokens' choices matter."""
+    def _routes(self, row: Row, tokens: int) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """This layer's replayed choices for this rank's share of the row, which of those tokens' choices matter, and the numbers that
+        the records are accounted with.
+        """
         if row.routes_SLK is None:
-            return None, None
+            return None, None, None
         first = self.group.rank() * tokens if self.group.size() > 1 else 0
         here = slice(first, first + tokens)
-        return share(row.routes_SLK[:, self.number])[here].long(), share(row.followed_S())[here]
+        keys_T = share(row.record_keys_S())[here] * layer_key(self.number)
+        return share(row.routes_SLK[:, self.number])[here].long(), share(row.followed_S())[here], keys_T

@@ -50,6 +50,12 @@ def embedding() -> ProcessGroup:
     return cast(ProcessGroup, parallel_state.get_embedding_group())
 
 
+def first_of_replica() -> bool:
+    """True on one rank of each copy of the model: the copies see other rows."""
+    ranks = (tensor().rank(), pipeline().rank(), parallel_state.get_context_parallel_rank())
+    return ranks == (0, 0, 0)
+
+
 def previous_stage() -> int:
     """Global rank of this rank's partner on the stage before."""
     return parallel_state.get_pipeline_model_parallel_prev_rank()

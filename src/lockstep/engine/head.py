@@ -126,3 +126,50 @@ def linear_logprob(
     return _LinearLogprob.apply(  # pyright: ignore[reportReturnType]
         hidden_SH[predictor_N], weight_VH[:rows], target_N, temperature_N, start, group
     )
+
+
+@torch.no_grad()
+def most_likely(
+    hidden_S1H: Tensor,
+    weight_VH: Tensor,
+    predictor_N: Tensor,
+    count: int,
+    vocab_size: int,
+    group: ProcessGroup,
+    sequence_parallel: bool,
+) -> Tensor:
+    """int64 `[N, count]`: ids of the most likely tokens after the hidden states at `predictor_N`, most likely first, on every TP rank.
+
+    Arguments as for `linear_logprob`; logits exist a chunk at a time here, too. No temperature changes the order.
+    """
+    hidden_SH = hidden_S1H[:, 0]
+    if sequence_parallel:
+        hidden_SH = gather_from_sequence_parallel_region(hidden_SH, group=group)
+    start = group.rank() * weight_VH.shape[0]
+    rows = max(0, min(weight_VH.shape[0], vocab_size - start))
+    wide = torch.promote_types(hidden_SH.dtype, torch.float32)
+    step = _chunk(max(1, rows), wide.itemsize)
+    found = [predictor_N.new_empty((0, count))]
+    for part_N in predictor_N.split(step):
+        z_NV = _logits(hidden_SH[part_N], weight_VH[:rows], torch.ones(len(part_N), dtype=wide, device=part_N.device))
+        found.append(_top_of_ranks(z_NV, start, count, group))
+    return torch.cat(found)
+
+
+def _top_of_ranks(z_NV: Tensor, start: int, count: int, group: ProcessGroup) -> Tensor:
+    """Each rank's best tokens compete; a rank with fewer than `count` of them fills up with impossible ones."""
+    have = min(count, z_NV.shape[1])
+    best_NC, at_NC = z_NV.topk(have, dim=1)
+    values = z_NV.new_full((len(z_NV), count), float("-inf"))
+    ids = torch.full(values.shape, -1, dtype=torch.int64, device=z_NV.device)
+    values[:, :have], ids[:, :have] = best_NC, at_NC + start
+    if group.size() > 1:
+        values, ids = (_gathered(one, group) for one in (values, ids))
+    return ids.gather(1, values.topk(count, dim=1).indices)
+
+
+def _gathered(mine: Tensor, group: ProcessGroup) -> Tensor:
+    """All ranks' columns side by side, in rank order."""
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine.contiguous(), group=group)
+    return torch.cat(parts, 1)

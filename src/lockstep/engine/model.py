@@ -10,6 +10,7 @@ Shapes: S tokens, H hidden, D rotary dims.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.context import share
 from lockstep.engine.experts import MoE
+from lockstep.engine.routes import recompute_pass
 from lockstep.engine.tree import Row
 from lockstep.families.config import Rope
 
@@ -40,6 +42,11 @@ def inverse_frequencies(rope: Rope) -> Tensor:
     return torch.where((wavelength <= longest) & (wavelength >= shortest), between, scaled)
 
 
+def _passes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first and the second computation of a layer."""
+    return nullcontext(), recompute_pass()
+
+
 class Layer(TransformerLayer):
     """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, recomputed in the backward pass when asked."""
 
@@ -49,7 +56,8 @@ class Layer(TransformerLayer):
         self, hidden_states: Tensor, attention_mask: Row, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
         if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._run, hidden_states, attention_mask, rotary_pos_emb, use_reentrant=False)
+            inputs = (hidden_states, attention_mask, rotary_pos_emb)
+            out = checkpoint(self._run, *inputs, use_reentrant=False, context_fn=_passes)
         else:
             out = self._run(hidden_states, attention_mask, rotary_pos_emb)
         return out, None

@@ -1,15 +1,73 @@
-"""Expert routes of a batch, checked before any layer replays them (`router.py`): Megatron uses replayed numbers unchecked.
+"""Expert routes of a batch: checked before any layer replays them (`router.py`), since Megatron uses replayed numbers unchecked, and
+accounted for afterwards: every record was used exactly once, at its own token and layer.
 
-Shapes: R rows, S row length, L mixture-of-experts layers, K experts per token.
+The account is a sum modulo 2^64. Each record is multiplied with a pseudo-random number of its row, token, layer and place in the top K;
+what the routers used, over all ranks, must add up to what the rows hold. A record that is left out, used twice, or used elsewhere
+changes the sum.
+
+Shapes: R rows, S row length, T tokens of this rank, L mixture-of-experts layers, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from lockstep.errors import DataError
 from lockstep.families.config import ModelConfig
 from lockstep.tokens.batch import PackedBatch
+
+_ODD, _OTHER_ODD = -7046029254386353131, -4658895280553007687
+"""2^64 over the golden ratio, and a multiplier of the splitmix64 generator, as signed numbers."""
+_LAYERS = 1 << 40
+"""Row numbers and layer numbers draw from different ranges."""
+
+recomputing: ContextVar[bool] = ContextVar("lockstep_recomputing", default=False)
+"""True while activations are computed a second time for the backward pass: nothing is counted then."""
+
+
+@contextmanager
+def recompute_pass() -> Iterator[None]:
+    """Around the second computation of a layer."""
+    token = recomputing.set(True)
+    try:
+        yield
+    finally:
+        recomputing.reset(token)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """A pseudo-random int64 for each int64, modulo 2^64."""
+    product = (numbers + 1) * _ODD
+    return (product ^ (product >> 29)) * _OTHER_ODD
+
+
+def record_keys(row: int, length: int, device: torch.device) -> Tensor:
+    """int64 `[length]`: a number for each token of row `row` of the batch (-1: a row of padding)."""
+    return mixed(torch.arange(length, device=device) + (row + 1) * (1 << 24))
+
+
+def layer_key(layer: int) -> int:
+    """The number of mixture-of-experts layer `layer`, counted over the whole model."""
+    return int(mixed(torch.tensor(_LAYERS + layer)))
+
+
+def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
+    """int64 scalar: these records' part of the sum. keys_T: of their tokens, times that of their layer."""
+    places_K = mixed(torch.arange(experts_TK.shape[1], device=experts_TK.device))
+    return (((experts_TK + 1) * places_K).sum(1) * keys_T).sum()
+
+
+def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
+    """int64 scalar: the sum over all of a row's records."""
+    keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
+    parts = [account(routes_SLK[:, n].long(), keys_S * layer_key(n)) for n in range(routes_SLK.shape[1])]
+    return torch.stack(parts).sum()
 
 
 def check_routes(batch: PackedBatch, config: ModelConfig) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from lockstep.config import TrainConfig
 from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
 from lockstep.engine.exchange import broadcast_json
-from lockstep.engine.head import linear_logprob
+from lockstep.engine.head import linear_logprob, most_likely
 from lockstep.engine.loss import (
     MISMATCH_KEYS,
     LossSums,
@@ -34,11 +35,11 @@ from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.recompute import plan as plan_recompute
 from lockstep.engine.router import Router
-from lockstep.engine.routes import check_routes
+from lockstep.engine.routes import account_of_row, check_routes
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
-from lockstep.errors import DataError, MismatchError, TrainerError
+from lockstep.errors import ConfigError, DataError, MismatchError, TrainerError
 from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
 from lockstep.tokens.pack import minibatch_rows
 
@@ -128,6 +129,20 @@ def _head(
     )
     logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
     return logprob_N, entropy_N
+
+
+def _most_likely(session: Session, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
+    """int32 `[N, count]` on the CPU."""
+    ids_NC = most_likely(
+        hidden,
+        session.model.head_weight(),
+        torch.from_numpy(predictor).to(hidden.device),
+        count,
+        session.config.vocab_size,
+        groups.tensor(),
+        session.parallel.sequence,
+    )
+    return ids_NC.to(torch.int32).cpu()
 
 
 def _shard(session: Session) -> int:
@@ -233,6 +248,7 @@ def _update(
         session.optimizer.zero()
         clear_picks(session)
         forward_backward(session.model, [w.row for w in work], last, _shard(session))
+    check_records(session, work)
     if first and config.max_token_mismatch is not None:
         _check_tokens(session, worst, config.max_token_mismatch)
     metrics = _gather_metrics(session, losses, work) | picks_that_differ(session)
@@ -271,6 +287,28 @@ def _routers(session: Session) -> list[Router]:
 def clear_picks(session: Session) -> None:
     for router in _routers(session):
         router.picks.zero_()
+        router.used.zero_()
+
+
+def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
+    """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
+    if not session.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
+        return
+    sums = torch.zeros(2, dtype=torch.int64, device=device())
+    for router in _routers(session):
+        sums[0] += router.used
+    if groups.first_of_replica():
+        for micro in work:
+            assert micro.row.routes_SLK is not None
+            sums[1] += account_of_row(micro.row.routes_SLK, micro.row.index)
+    dist.all_reduce(sums)
+    used, recorded = sums.tolist()
+    if used != recorded:
+        session.optimizer.zero()
+        raise TrainerError(
+            "expert replay is broken: the routers did not use every recorded choice exactly once, at its own token and layer; "
+            "weights are unchanged. Train with enable_expert_replay=False, and report this with the parallel sizes"
+        )
 
 
 def picks_that_differ(session: Session) -> dict[str, float]:
@@ -328,11 +366,26 @@ def score(session: Session, batch: PackedBatch, report: Report) -> np.ndarray:
 
     Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss or not. On every rank.
     """
+    return score_and_rank(session, batch, report, 0)[0]
+
+
+def score_and_rank(
+    session: Session, batch: PackedBatch, report: Report, count: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`score`, and where `count` is not 0 int32 `[R, S, count]`: the ids that were most likely in each token's place, best first,
+    -1 where there is no prediction.
+    """
+    if count and parallel_state.get_context_parallel_world_size() > 1:
+        raise ConfigError(
+            "the most likely tokens are not computed under context parallelism: set parallel.context to 1"
+        )
     clock = Clock(report)
     values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
+    top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
     replicas, rank = groups.data().size(), groups.data().rank()
     mine = list(range(batch.rows))[rank::replicas]
     check_routes(batch, session.config)
+    clear_picks(session)
     with clock.phase("score"):
         work = prepare(session, batch, list(range(batch.rows)))
 
@@ -341,18 +394,20 @@ def score(session: Session, batch: PackedBatch, report: Report) -> np.ndarray:
                 return
             at = mine[number]
             index_N = np.flatnonzero(batch.previous_RS[at] >= 0)
-            found, _ = _head(
-                session,
-                hidden,
-                batch.previous_RS[at, index_N].astype(np.int64),
-                batch.tokens_RS[at, index_N].astype(np.int64),
-                batch.temperatures_RS[at, index_N],
-            )
+            predictor_N = batch.previous_RS[at, index_N].astype(np.int64)
+            target_N = batch.tokens_RS[at, index_N].astype(np.int64)
+            found, _ = _head(session, hidden, predictor_N, target_N, batch.temperatures_RS[at, index_N])
             values_RS[at, torch.from_numpy(index_N)] = found.double().cpu()
+            if count:
+                top_RSC[at, torch.from_numpy(index_N)] = _most_likely(session, hidden, predictor_N, count)
 
         forward_only(session.model, [w.row for w in work], last, _shard(session))
+        check_records(session, work)
         values_RS = _sum_over_ranks(session, values_RS)
-    return np.where(batch.previous_RS >= 0, values_RS.numpy(), np.nan).astype(np.float32)
+        top_RSC = _sum_over_ranks(session, top_RSC) if count else top_RSC
+    predicted_RS = batch.previous_RS >= 0
+    scores_RS = np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)
+    return scores_RS, np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1)) if count else None
 
 
 def _sum_over_ranks(session: Session, values_RS: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.engine.routes import record_keys
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch
 
@@ -122,6 +123,12 @@ class Row:
             followed[self.previous_S] = True  # -1, no token before, falls on the spare place at the end
             self._cache["followed"] = followed[:-1]
         return self._cache["followed"]  # pyright: ignore[reportReturnType]
+
+    def record_keys_S(self) -> Tensor:
+        """int64: what the routes of each token are accounted with."""
+        if "keys" not in self._cache:
+            self._cache["keys"] = record_keys(self.index, self.length, self.tokens_S.device)
+        return self._cache["keys"]  # pyright: ignore[reportReturnType]
 
     def conv_taps_KS(self, taps: int) -> Tensor:
         """Row index of the token 0, 1, .. taps-1 places before each in its own sequence (S: before its beginning)."""

@@ -2,7 +2,8 @@
 
 Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs and their arguments:
   train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0
-  score      {batch, out}                     -> {"rows": R}   writes logprobs_RS, float32, NaN where nothing is predicted;
+  score      {batch, out, top}                -> {"rows": R}   writes logprobs_RS, float32, NaN where nothing is predicted; with
+                                                 top = C also top_RSC, int32, the C most likely ids there;
                                                  with replayed routes also picks_differ: the share that is not the live router's
   load       {step_dir}                       -> {"updates": n}
   save       {out}                            -> {"files": [...]}
@@ -42,7 +43,7 @@ from lockstep.engine.adapters_out import AdaptersOut
 from lockstep.engine.agreement import LOST, Agreement
 from lockstep.engine.offload import Offload
 from lockstep.engine.session import Session, Settings, load_step, open_session, save_step
-from lockstep.engine.step import clear_picks, picks_that_differ, score, train_step
+from lockstep.engine.step import picks_that_differ, score_and_rank, train_step
 from lockstep.engine.weights_out import WeightsOut
 from lockstep.errors import ConfigError, LockstepError, TrainerError
 from lockstep.sync.control import Endpoint
@@ -107,11 +108,11 @@ class Worker:
 
         from lockstep.tokens.pack import load_batch
 
-        clear_picks(self.session)
-        values_RS = score(self.session, load_batch(Path(args["batch"])), report)
+        count = int(args.get("top") or 0)
+        values_RS, top_RSC = score_and_rank(self.session, load_batch(Path(args["batch"])), report, count)
         picks = picks_that_differ(self.session)
         if self.agreement.rank == 0:
-            save_file({"logprobs_RS": values_RS}, args["out"])
+            save_file({"logprobs_RS": values_RS} | ({} if top_RSC is None else {"top_RSC": top_RSC}), args["out"])
         return {"rows": len(values_RS), **picks}
 
     def load(self, args: Json, report: Callable[[Json], None]) -> Json:

@@ -182,10 +182,14 @@ async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[
 
 def _noise(name: str, samples: list[Sample], again: list[tuple[list[float], list[list[int]]]]) -> Row:
     values = _compare(samples, [logprobs for logprobs, _ in again])
-    first_TV = np.array([top for sample in samples for top in sample.top])
-    second_TV = np.array([top for _, tops in again for top in tops])
-    values |= {"top1": top_overlap(first_TV, second_TV, 1), "top20": top_overlap(first_TV, second_TV, TOP)}
+    values |= _overlap(samples, np.array([top for _, tops in again for top in tops]))
     return Row(_policy(name), "server again", values)
+
+
+def _overlap(samples: list[Sample], other_TV: np.ndarray) -> dict[str, float]:
+    """Shares of the most likely tokens that are the same, one and twenty of them."""
+    sampled_TV = np.array([top for sample in samples for top in sample.top])
+    return {"top1": top_overlap(sampled_TV, other_TV, 1), "top20": top_overlap(sampled_TV, other_TV, TOP)}
 
 
 def _compare(samples: list[Sample], scored: list[list[float]]) -> dict[str, float]:
@@ -224,11 +228,15 @@ async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder:
     batch = pack(sequences, np.zeros(len(samples)), np.ones(len(samples)))
     path, out = folder / "batch.safetensors", folder / "scores.safetensors"
     await asyncio.to_thread(save_batch, batch, path)
-    reply = await trainer.call("score", {"batch": str(path), "out": str(out)}, deadline_s=_DEADLINE_S)
-    values = _compare(samples, _of_sampled(samples, batch, load_file(out)["logprobs_RS"]))
+    arguments = {"batch": str(path), "out": str(out), "top": TOP}
+    reply = await trainer.call("score", arguments, deadline_s=_DEADLINE_S)
+    scores = load_file(out)
+    values = _compare(samples, [found.tolist() for found in _of_sampled(samples, batch, scores["logprobs_RS"])])
+    values |= _overlap(samples, np.concatenate(_of_sampled(samples, batch, scores["top_RSC"])))
     return values | {name: reply[name] for name in ("picks_differ",) if name in reply}
 
 
-def _of_sampled(samples: list[Sample], batch: PackedBatch, logprobs_RS: np.ndarray) -> list[list[float]]:
-    found = unpack_scores(batch, logprobs_RS)
-    return [values[-len(sample.sampled) :].tolist() for sample, values in zip(samples, found, strict=True)]
+def _of_sampled(samples: list[Sample], batch: PackedBatch, values_RS: np.ndarray) -> list[np.ndarray]:
+    """Each sequence's values at its sampled tokens."""
+    found = unpack_scores(batch, values_RS)
+    return [values[-len(sample.sampled) :] for sample, values in zip(samples, found, strict=True)]
