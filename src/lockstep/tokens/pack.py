@@ -1,7 +1,7 @@
 """Pack token sequences into a PackedBatch, take it apart again, check it, and keep it in one safetensors file.
 
-Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries its loss), T tokens of
-one node.
+Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries its loss), X tokens of
+all sequences end to end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.rows import Part, partition, sizes
-from lockstep.tokens.tree import Node, TokenSequence, build
+from lockstep.tokens.tree import Flat, TokenSequence, build
 
 SCHEMA = "lockstep.packed/1"
 AUTO_ROW_LENGTH = 4096
@@ -89,7 +89,7 @@ def pack(
     _check_input(sequences, advantages_Q, weights_Q)
     random = np.random.default_rng(seed)
     order_Q = random.permutation(len(sequences))
-    root = build(sequences, share_prefixes)
+    root, flat = build(sequences, share_prefixes)
     longest = max(map(len, sequences))
     if row_length is None:
         share = -(-sizes(root)[id(root)] // (minibatches * data))
@@ -104,7 +104,8 @@ def pack(
             "lower minibatches or row_length"
         )
     rows = [rows[i] for i in random.permutation(len(rows))]
-    return _Writer(sequences, advantages_Q, weights_Q, _deal(rows, minibatches, data), row_length).batch()
+    dealt = _deal(rows, minibatches, data)
+    return _Writer(sequences, flat, advantages_Q, weights_Q, dealt, row_length).batch()
 
 
 def minibatch_rows(rows: int, minibatches: int, index: int) -> range:
@@ -140,15 +141,10 @@ def _check_input(sequences: Sequence[TokenSequence], advantages_Q: np.ndarray, w
             raise DataError(f"{sequence.name} has no expert routes, others have: all or none must be replayed")
 
 
-@dataclass(eq=False)
-class _Run:
-    """A node of the packed batch: the tokens of a chain of parts, contiguous in a row."""
-
-    chain: list[Node]
-    ends: list[int]
-    parent: int
-    start: int
-    stop: int
+def _spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
+    before = np.cumsum(size) - size
+    return np.repeat(first - before, size) + np.arange(int(size.sum()))
 
 
 class _Writer:
@@ -157,6 +153,7 @@ class _Writer:
     def __init__(
         self,
         sequences: Sequence[TokenSequence],
+        flat: Flat,
         advantages_Q: np.ndarray,
         weights_Q: np.ndarray,
         rows: list[list[Part]],
@@ -165,71 +162,88 @@ class _Writer:
         self._sequences = sequences
         self._advantage_Q = np.asarray(advantages_Q, dtype=np.float32)
         self._weight_Q = np.asarray(weights_Q, dtype=np.float32)
-        shape = (len(rows), row_length)
-        self._tokens_RS = np.zeros(shape, dtype=np.int32)
-        self._positions_RS = np.zeros(shape, dtype=np.int32)
-        self._nodes_RS = np.full(shape, -1, dtype=np.int32)
-        self._previous_RS = np.full(shape, -1, dtype=np.int32)
-        self._logprobs_RS = np.full(shape, np.nan, dtype=np.float32)
-        self._temperatures_RS = np.ones(shape, dtype=np.float32)
-        routes = sequences[0].routes_SLK
-        self._routes_RSLK = None if routes is None else np.zeros((*shape, *routes.shape[1:]), dtype=routes.dtype)
-        if self._routes_RSLK is not None:  # tokens whose experts don't matter get distinct ones, as a router would pick
-            self._routes_RSLK[:] = np.arange(self._routes_RSLK.shape[-1], dtype=self._routes_RSLK.dtype)
-        self._runs: list[_Run] = []
         self._row_M: list[int] = []
+        self._start_M: list[int] = []
+        self._stop_M: list[int] = []
+        self._parent_M: list[int] = []
+        self._above_M: list[int] = []  # tokens of a node's ancestors
+        self._pieces: list[tuple[int, int]] = []  # (place in the flat arrays, tokens) in the order of rows
         self._leaf_Q = np.full(len(sequences), -1, dtype=np.int32)
         for row, trees in enumerate(rows):
-            self._write_row(row, trees)
+            self._lay_out(row, trees)
+        self._write(flat, (len(rows), row_length))
 
-    def _write_row(self, row: int, trees: list[Part]) -> None:
+    def _lay_out(self, row: int, trees: list[Part]) -> None:
         start = 0
         stack = [(tree, -1) for tree in reversed(trees)]
         while stack:
             part, parent = stack.pop()
-            chain = [part.node]
+            self._above_M.append(part.node.above)
+            stop = start + part.node.size
+            self._pieces.append((part.node.start, part.node.size))
             while len(part.children) == 1 and not part.ends:  # nothing branches or ends here: one node, not two
                 part = part.children[0]
-                chain.append(part.node)
-            run = _Run(chain, part.ends, parent, start, start + sum(map(len, chain)))
-            number = len(self._runs)
-            self._runs.append(run)
+                stop += part.node.size
+                self._pieces.append((part.node.start, part.node.size))
+            number = len(self._row_M)
             self._row_M.append(row)
-            self._leaf_Q[part.ends] = number
-            self._write_run(row, number, run)
-            start = run.stop
-            stack.extend((child, number) for child in reversed(part.children))
+            self._start_M.append(start)
+            self._stop_M.append(stop)
+            self._parent_M.append(parent)
+            for sequence in part.ends:
+                self._leaf_Q[sequence] = number
+            start = stop
+            stack.extend([(child, number) for child in reversed(part.children)])
 
-    def _write_run(self, row: int, number: int, run: _Run) -> None:
-        start = run.start
-        for node in run.chain:
-            here = slice(start, start + len(node))
-            self._tokens_RS[row, here] = node.tokens_T
-            self._logprobs_RS[row, here] = node.logprobs_T
-            self._temperatures_RS[row, here] = node.temperatures_T
-            if self._routes_RSLK is not None and node.routes_TLK is not None and node.routed_T is not None:
-                self._routes_RSLK[row, here][node.routed_T] = node.routes_TLK[node.routed_T]
-            start = here.stop
-        here = slice(run.start, run.stop)
-        self._nodes_RS[row, here] = number
-        above = run.chain[0].above
-        self._positions_RS[row, here] = np.arange(above, above + run.stop - run.start)
-        self._previous_RS[row, here] = np.arange(run.start - 1, run.stop - 1)
-        self._previous_RS[row, run.start] = self._runs[run.parent].stop - 1 if run.parent >= 0 else -1
+    def _write(self, flat: Flat, shape: tuple[int, int]) -> None:
+        """Every field of the rows that follows from the layout."""
+        piece_2 = np.array(self._pieces, dtype=np.int64).reshape(-1, 2)
+        source = _spread(piece_2[:, 0], piece_2[:, 1])
+        row_M, start_M, stop_M = (np.array(x, dtype=np.int64) for x in (self._row_M, self._start_M, self._stop_M))
+        size_M, parent_M = stop_M - start_M, np.array(self._parent_M, dtype=np.int64)
+        place = _spread(row_M * shape[1] + start_M, size_M)
 
-    def _scored_index(self, sequence: int) -> np.ndarray:
-        spans, node = [], int(self._leaf_Q[sequence])
-        while node >= 0:
-            run = self._runs[node]
-            spans.append(np.arange(run.start, run.stop, dtype=np.int32))
-            node = run.parent
-        return np.concatenate(spans[::-1])[self._sequences[sequence].loss_mask_S]
+        def laid_out(values: np.ndarray, filling: object, dtype: type) -> np.ndarray:
+            rows = np.full((shape[0] * shape[1], *values.shape[1:]), filling, dtype=dtype)
+            rows[place] = values
+            return rows.reshape(*shape, *values.shape[1:])
+
+        self._tokens_RS = laid_out(flat.tokens_X[source], 0, np.int32)
+        self._logprobs_RS = laid_out(flat.logprobs_X[source], np.nan, np.float32)
+        self._temperatures_RS = laid_out(flat.temperatures_X[source], 1, np.float32)
+        self._nodes_RS = laid_out(np.repeat(np.arange(len(row_M)), size_M), -1, np.int32)
+        self._positions_RS = laid_out(_spread(np.array(self._above_M, dtype=np.int64), size_M), 0, np.int32)
+        previous = _spread(start_M - 1, size_M)
+        previous[np.cumsum(size_M) - size_M] = np.where(parent_M >= 0, stop_M[parent_M] - 1, -1)
+        self._previous_RS = laid_out(previous, -1, np.int32)
+        self._routes_RSLK = None
+        if flat.routes_XLK is not None and flat.routed_X is not None:
+            # Tokens whose experts don't matter get distinct ones, as a router would pick.
+            distinct = np.arange(flat.routes_XLK.shape[-1], dtype=flat.routes_XLK.dtype)
+            routes = np.where(flat.routed_X[source][:, None, None], flat.routes_XLK[source], distinct)
+            self._routes_RSLK = laid_out(routes, distinct, flat.routes_XLK.dtype.type)
+
+    def _scored_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row index of every scored token, sequence by sequence; how many each sequence has)."""
+        starts, stops, parents = self._start_M, self._stop_M, self._parent_M
+        first: list[int] = []
+        size: list[int] = []
+        for leaf in self._leaf_Q.tolist():
+            path = [leaf]
+            while parents[path[-1]] >= 0:
+                path.append(parents[path[-1]])
+            first += [starts[node] for node in reversed(path)]
+            size += [stops[node] - starts[node] for node in reversed(path)]
+        mask_S = np.concatenate([sequence.loss_mask_S for sequence in self._sequences])
+        index = _spread(np.array(first, dtype=np.int64), np.array(size, dtype=np.int64))[mask_S]
+        ends_Q = np.cumsum([len(sequence) for sequence in self._sequences])
+        return index, np.diff(np.concatenate([[0], np.cumsum(mask_S)])[ends_Q], prepend=0)
 
     def batch(self) -> PackedBatch:
         rows, length = self._tokens_RS.shape
-        index = [self._scored_index(q) for q in range(len(self._sequences))]
-        offsets_Q = np.concatenate([[0], np.cumsum([len(one) for one in index])]).astype(np.int64)
-        index_P = np.concatenate(index).astype(np.int32)
+        index, counts_Q = self._scored_index()
+        offsets_Q = np.concatenate([[0], np.cumsum(counts_Q)]).astype(np.int64)
+        index_P = index.astype(np.int32)
         row_M = np.array(self._row_M, dtype=np.int32)
         weights_RS, advantages_RS, mask_RS = loss_fields(
             (rows, length), row_M[self._leaf_Q], offsets_Q, index_P, self._weight_Q, self._advantage_Q
@@ -248,9 +262,9 @@ class _Writer:
             weights_RS=weights_RS,
             temperatures_RS=self._temperatures_RS,
             node_row_M=row_M,
-            node_start_M=np.array([run.start for run in self._runs], dtype=np.int32),
-            node_stop_M=np.array([run.stop for run in self._runs], dtype=np.int32),
-            node_parent_M=np.array([run.parent for run in self._runs], dtype=np.int32),
+            node_start_M=np.array(self._start_M, dtype=np.int32),
+            node_stop_M=np.array(self._stop_M, dtype=np.int32),
+            node_parent_M=np.array(self._parent_M, dtype=np.int32),
             leaf_Q=self._leaf_Q,
             scored_offsets_Q=offsets_Q,
             scored_index_P=index_P,

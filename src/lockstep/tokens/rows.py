@@ -7,14 +7,15 @@ above the cut.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lockstep.tokens.tree import Node
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Part:
     """A copy of `node` with some of its descendants. `size` counts its tokens; `ends`: sequences that end at this
     copy's node.
@@ -23,8 +24,8 @@ class Part:
     node: Node
     size: int
     order: int  # the seed's rank of its first sequence, to break ties
-    children: list[Part] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    children: Sequence[Part] = ()
+    ends: Sequence[int] = ()
 
 
 def best_fit(parts: list[Part], capacity: int) -> list[list[Part]]:
@@ -47,12 +48,12 @@ def sizes(root: Node) -> dict[int, int]:
     """Tokens in each subtree, keyed by id(node)."""
     total: dict[int, int] = {}
     for node in reversed(list(root.preorder())):
-        total[id(node)] = len(node) + sum(total[id(child)] for child in node.children)
+        total[id(node)] = node.size + sum([total[id(child)] for child in node.children])
     return total
 
 
-def _join(node: Node, members: list[Part], ends: list[int], order: int) -> Part:
-    return Part(node, len(node) + sum(part.size for part in members), order, members, ends)
+def _join(node: Node, members: list[Part], ends: Sequence[int], order: int) -> Part:
+    return Part(node, node.size + sum([part.size for part in members]), order, members, ends)
 
 
 def partition(root: Node, row_length: int, order_Q: np.ndarray) -> list[list[Part]]:
@@ -61,11 +62,14 @@ def partition(root: Node, row_length: int, order_Q: np.ndarray) -> list[list[Par
 
     `order_Q` ranks the sequences; only ties depend on it.
     """
-    total = sizes(root)
+    total, ranks = sizes(root), order_Q.tolist()
     parts: dict[int, list[Part]] = {}
     for node in reversed(list(root.preorder())):
+        if not node.children and node is not root:  # it fits: no path is longer than a row
+            parts[id(node)] = [Part(node, node.size, min([ranks[q] for q in node.ends]), (), node.ends)]
+            continue
         below = [part for child in node.children for part in parts.pop(id(child))]
-        order = min([*(int(order_Q[q]) for q in node.ends), *(part.order for part in below)])
+        order = min([*(ranks[q] for q in node.ends), *(part.order for part in below)])
         if node is not root and total[id(node)] <= row_length - node.above:
             parts[id(node)] = [_join(node, below, node.ends, order)]
         elif node is root:
@@ -73,7 +77,7 @@ def partition(root: Node, row_length: int, order_Q: np.ndarray) -> list[list[Par
         else:
             # The sequences that end here go with the first copy. A node without children can't be here: it fits by
             # assumption.
-            bins = best_fit(below, row_length - node.above - len(node))
+            bins = best_fit(below, row_length - node.above - node.size)
             parts[id(node)] = [
                 _join(node, members, node.ends if i == 0 else [], min(part.order for part in members))
                 for i, members in enumerate(bins)

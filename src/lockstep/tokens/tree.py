@@ -4,13 +4,13 @@ Two sequences share a token when everything that its computation depends on agre
 must be replayed, and, if both were sampled there, the temperature and the sampling log-probability. Loss mask,
 advantage and weight need not agree, since the loss of a token is kept per sequence (see `batch.py`).
 
-Shape suffixes: S tokens of one sequence, T tokens of one node, L MoE layers, K experts per token.
+Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end, L MoE layers, K experts per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -84,29 +84,62 @@ def scoring_sequence(name: str, tokens: Sequence[int], routes_SLK: np.ndarray | 
     )
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Flat:
+    """All sequences end to end. A token that several share is the first one's; the others' knowledge of it is merged in there."""
+
+    tokens_X: np.ndarray
+    text: bytes  # the same tokens: slices of it compare in one go
+    sampled_X: np.ndarray  # bool, sampled in at least one of its sequences
+    counts_X: np.ndarray  # int64 [X + 1], sampled tokens before each place, nothing merged
+    logprobs_X: np.ndarray
+    temperatures_X: np.ndarray
+    routes_XLK: np.ndarray | None
+    routed_X: np.ndarray | None
+
+
+def _flat(sequences: Sequence[TokenSequence]) -> Flat:
+    tokens_X = np.concatenate([one.tokens_S for one in sequences]).astype(np.int32, copy=False)
+    sampled_X = np.concatenate([one.loss_mask_S for one in sequences])
+    logprobs_X = np.concatenate([one.logprobs_S for one in sequences])
+    temperatures_X = np.concatenate([one.temperatures_S for one in sequences])
+    routes = [one.routes_SLK for one in sequences if one.routes_SLK is not None]
+    routed = [np.ones(len(one), bool) if one.routed_S is None else one.routed_S for one in sequences if routes]
+    return Flat(
+        tokens_X,
+        tokens_X.tobytes(),
+        sampled_X,
+        np.concatenate([[0], np.cumsum(sampled_X)]),
+        np.where(sampled_X, logprobs_X, np.float32(np.nan)),
+        np.where(sampled_X, temperatures_X, np.float32(1)),
+        np.concatenate(routes) if routes else None,
+        np.concatenate(routed) if routes else None,
+    )
+
+
+@dataclass(eq=False, slots=True)
 class Node:
-    """A run of tokens. Arrays are merged over the sequences that share them; `ends` are the sequences that stop at its
-    last token.
-    """
+    """A run of tokens: `size` of them from place `start` of the flat arrays on. `ends` are the sequences that stop at its last token."""
 
-    tokens_T: np.ndarray
-    sampled_T: np.ndarray  # bool, sampled in at least one of its sequences
-    logprobs_T: np.ndarray
-    temperatures_T: np.ndarray
-    routes_TLK: np.ndarray | None
-    routed_T: np.ndarray | None
+    start: int
+    size: int
     above: int  # tokens of its ancestors
-    children: list[Node] = field(default_factory=list)
-    by_token: dict[int, list[Node]] = field(default_factory=dict)  # children by their first token
-    ends: list[int] = field(default_factory=list)
+    sampled: bool  # False only if none of its tokens was sampled
+    # Most nodes are leaves: no containers for them. A batch may have hundreds of thousands.
+    children: Sequence[Node] = ()
+    by_token: dict[int, list[Node]] | None = None  # children by their first token
+    ends: list[int] | tuple[()] = ()
 
-    def __len__(self) -> int:
-        return len(self.tokens_T)
+    def add(self, child: Node, token: int) -> None:
+        if self.by_token is None:
+            self.children, self.by_token = [], {}
+        self.children.append(child)  # pyright: ignore[reportAttributeAccessIssue]
+        self.by_token.setdefault(token, []).append(child)
 
-    def add(self, child: Node) -> None:
-        self.children.append(child)
-        self.by_token.setdefault(int(child.tokens_T[0]), []).append(child)
+    def end(self, sequence: int) -> None:
+        if isinstance(self.ends, tuple):
+            self.ends = []
+        self.ends.append(sequence)
 
     def preorder(self) -> Iterator[Node]:
         """This node and all below it, parents first; no recursion, since chains may be thousands deep."""
@@ -115,18 +148,6 @@ class Node:
             node = stack.pop()
             yield node
             stack.extend(reversed(node.children))
-
-
-def _tail(sequence: TokenSequence, start: int) -> Node:
-    return Node(
-        sequence.tokens_S[start:],
-        sequence.loss_mask_S[start:].copy(),
-        np.where(sequence.loss_mask_S[start:], sequence.logprobs_S[start:], np.float32(np.nan)),
-        np.where(sequence.loss_mask_S[start:], sequence.temperatures_S[start:], np.float32(1)),
-        None if sequence.routes_SLK is None else sequence.routes_SLK[start:].copy(),
-        None if sequence.routed_S is None else sequence.routed_S[start:].copy(),
-        above=start,
-    )
 
 
 def _first_true(flags: np.ndarray) -> int:
@@ -139,95 +160,88 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
 
 
-def agreement(node: Node, sequence: TokenSequence, start: int) -> int:
-    """How many tokens of `node`, from its first, `sequence` can share from its position `start` on."""
-    size = min(len(node), len(sequence) - start)
-    size = _first_true(node.tokens_T[:size] != sequence.tokens_S[start : start + size])
-    here, there = slice(0, size), slice(start, start + size)
-    both = node.sampled_T[here] & sequence.loss_mask_S[there]
-    if both.any():
-        differ = _bits(node.logprobs_T[here]) != _bits(sequence.logprobs_S[there])
-        differ |= node.temperatures_T[here] != sequence.temperatures_S[there]
+def agreement(flat: Flat, node: Node, at: int, stop: int) -> int:
+    """How many tokens of `node`, from its first, a sequence can share that has the places `at` to `stop`."""
+    first, size = node.start, min(node.size, stop - at)
+    if flat.text[4 * first : 4 * (first + size)] != flat.text[4 * at : 4 * (at + size)]:
+        size = _first_true(flat.tokens_X[first : first + size] != flat.tokens_X[at : at + size])
+    if node.sampled and flat.counts_X[at + size] > flat.counts_X[at]:
+        here, there = slice(first, first + size), slice(at, at + size)
+        both = flat.sampled_X[here] & flat.sampled_X[there]
+        differ = _bits(flat.logprobs_X[here]) != _bits(flat.logprobs_X[there])
+        differ |= flat.temperatures_X[here] != flat.temperatures_X[there]
         size = _first_true(both & differ)
-        here, there = slice(0, size), slice(start, start + size)
-    if node.routes_TLK is not None and sequence.routes_SLK is not None:
-        both = node.routed_T[here] & sequence.routed_S[there]  # type: ignore[index]
-        size = _first_true(both & (node.routes_TLK[here] != sequence.routes_SLK[there]).any(axis=(1, 2)))
+    if flat.routes_XLK is not None and flat.routed_X is not None:
+        here, there = slice(first, first + size), slice(at, at + size)
+        both = flat.routed_X[here] & flat.routed_X[there]
+        size = _first_true(both & (flat.routes_XLK[here] != flat.routes_XLK[there]).any(axis=(1, 2)))
     return size
 
 
-def _split(node: Node, size: int) -> None:
+def _split(flat: Flat, node: Node, size: int) -> None:
     """Cut `node` after `size` tokens: it keeps the upper part, a new child takes the rest and all that hung below."""
-    lower = Node(
-        node.tokens_T[size:],
-        node.sampled_T[size:],
-        node.logprobs_T[size:],
-        node.temperatures_T[size:],
-        None if node.routes_TLK is None else node.routes_TLK[size:],
-        None if node.routed_T is None else node.routed_T[size:],
-        node.above + size,
-        node.children,
-        node.by_token,
-        node.ends,
-    )
-    node.tokens_T, node.sampled_T = node.tokens_T[:size], node.sampled_T[:size]
-    node.logprobs_T, node.temperatures_T = node.logprobs_T[:size], node.temperatures_T[:size]
-    if node.routes_TLK is not None and node.routed_T is not None:
-        node.routes_TLK, node.routed_T = node.routes_TLK[:size], node.routed_T[:size]
-    node.children, node.by_token, node.ends = [], {}, []
-    node.add(lower)
+    start = node.start + size
+    lower = Node(start, node.size - size, node.above + size, node.sampled, node.children, node.by_token, node.ends)
+    node.size, node.children, node.by_token, node.ends = size, (), None, ()
+    node.add(lower, int(flat.tokens_X[start]))
 
 
-def _merge(node: Node, sequence: TokenSequence, start: int) -> None:
-    """Take over what `sequence` knows about the node's tokens and the node does not yet."""
-    there = slice(start, start + len(node))
-    new_T = sequence.loss_mask_S[there] & ~node.sampled_T
-    if new_T.any():
-        node.sampled_T[new_T] = True
-        node.logprobs_T[new_T] = sequence.logprobs_S[there][new_T]
-        node.temperatures_T[new_T] = sequence.temperatures_S[there][new_T]
-    if node.routes_TLK is not None and sequence.routes_SLK is not None:
-        new_T = sequence.routed_S[there] & ~node.routed_T  # type: ignore[index,operator]
-        if new_T.any():
-            node.routes_TLK[new_T] = sequence.routes_SLK[there][new_T]
-            node.routed_T[new_T] = True  # type: ignore[index]
+def _merge(flat: Flat, node: Node, at: int) -> None:
+    """Take over what the sequence at `at` knows about the node's tokens and the node does not yet."""
+    here, there = slice(node.start, node.start + node.size), slice(at, at + node.size)
+    if flat.counts_X[there.stop] > flat.counts_X[at]:
+        new = flat.sampled_X[there] & ~flat.sampled_X[here]
+        if new.any():
+            node.sampled = True
+            flat.sampled_X[here][new] = True
+            flat.logprobs_X[here][new] = flat.logprobs_X[there][new]
+            flat.temperatures_X[here][new] = flat.temperatures_X[there][new]
+    if flat.routes_XLK is not None and flat.routed_X is not None:
+        new = flat.routed_X[there] & ~flat.routed_X[here]
+        if new.any():
+            flat.routes_XLK[here][new] = flat.routes_XLK[there][new]
+            flat.routed_X[here][new] = True
 
 
-def _insert(root: Node, sequence: TokenSequence, number: int) -> None:
-    node, start = root, 0
-    while start < len(sequence):
-        best, size = None, 0
-        for child in node.by_token.get(int(sequence.tokens_S[start]), ()):
-            agreed = agreement(child, sequence, start)
+def _tail(flat: Flat, at: int, stop: int, above: int) -> Node:
+    return Node(at, stop - at, above, bool(flat.counts_X[stop] > flat.counts_X[at]))
+
+
+def _insert(flat: Flat, root: Node, start: int, stop: int, number: int) -> None:
+    node, at = root, start
+    while at < stop:
+        best, size, token = None, 0, int(flat.tokens_X[at])
+        for child in node.by_token.get(token, ()) if node.by_token else ():
+            agreed = agreement(flat, child, at, stop)
             if agreed > size:
                 best, size = child, agreed
         if best is None:
-            best, size = _tail(sequence, start), len(sequence) - start
-            node.add(best)
-        elif size < len(best):
-            _split(best, size)
-        _merge(best, sequence, start)
-        node, start = best, start + size
-    node.ends.append(number)
+            best, size = _tail(flat, at, stop, at - start), stop - at
+            node.add(best, token)
+        else:
+            if size < best.size:
+                _split(flat, best, size)
+            _merge(flat, best, at)
+        node, at = best, at + size
+    node.end(number)
 
 
-def _empty() -> Node:
-    nothing = np.empty(0, dtype=np.float32)
-    return Node(nothing.astype(np.int32), nothing.astype(bool), nothing, nothing, None, None, above=0)
-
-
-def build(sequences: Sequence[TokenSequence], share: bool = True) -> Node:
-    """The prefix tree of `sequences` under an empty root. `share` False: one branch per sequence, whatever they have in
-    common.
+def build(sequences: Sequence[TokenSequence], share: bool = True) -> tuple[Node, Flat]:
+    """The prefix tree of `sequences` under an empty root, and the tokens its nodes refer to. `share` False: one branch per sequence,
+    whatever they have in common.
 
     Sequences are numbered as given, which `Node.ends` refers to. Time is linear in the number of tokens.
     """
-    root = _empty()
-    for number, sequence in enumerate(sequences):
+    root, flat = Node(0, 0, 0, sampled=False), _flat(sequences)
+    branches: list[Node] = []
+    stops = np.cumsum([len(one) for one in sequences]).tolist()
+    for number, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
         if share:
-            _insert(root, sequence, number)
+            _insert(flat, root, start, stop, number)
         else:
-            branch = _tail(sequence, 0)
-            branch.ends.append(number)
-            root.children.append(branch)
-    return root
+            branch = _tail(flat, start, stop, 0)
+            branch.end(number)
+            branches.append(branch)
+    if not share:
+        root.children = branches
+    return root, flat
