@@ -42,6 +42,30 @@ def test_compiled_is_plain() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.skipif(
+    shutil.which("g++") is None and not torch.cuda.is_available(), reason="torch.compile needs a compiler"
+)
+def test_each_length_has_its_own_version() -> None:
+    """Several row lengths in turn, forward and backward: equal to plain code, and none of them runs code made for any length."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    graphs, lengths = counters["stats"]["unique_graphs"], (24, 40, 24, 56, 72, 40)
+    for length in lengths:
+        gate_up = torch.randn(length, 1, 16, requires_grad=True)
+        results = []
+        for chosen in ((), ("mlp",)):
+            regions.enable(chosen)
+            try:
+                out = regions.gated_silu(gate_up)
+                results.append((out, *torch.autograd.grad(out.sin().sum(), gate_up)))
+            finally:
+                regions.enable(())
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] - graphs == len(set(lengths))
+
+
 def test_unknown_region() -> None:
     with pytest.raises(ConfigError, match="kitchen"):
         regions.enable(["norm", "kitchen"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.engine.attention import attend
-from lockstep.engine.tree import BLOCK, Nodes, Row, block_counts_BB, build_block_mask
+from lockstep.engine.tree import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, grid
 
 
 def random_row(seed: int, nodes: int, longest: int) -> Row:
@@ -72,6 +72,21 @@ def test_block_mask(seed: int, nodes: int, longest: int) -> None:
             assert covered[query, key] != 2 or tile.all()
             if query != key:  # below the diagonal the classes are exact
                 assert covered[query, key] == (2 if tile.all() else 1 if tile.any() else 0)
+
+
+@given(used=st.integers(1, 300_000), unit=st.sampled_from([1, 2, 6, 128, 256, 384]))
+def test_grid(used: int, unit: int) -> None:
+    length = grid(used, unit)
+    assert length % unit == 0
+    assert length >= max(used, 1)
+    assert length - used < max(unit, used / 8 + 1)
+    assert grid(length, unit) == length
+
+
+def test_grid_has_few_lengths() -> None:
+    lengths = {grid(used, 128) for used in range(1, 65_537)}
+    assert len(lengths) <= 8 * 7 + 1
+    assert {6144, 10_240, 12_288, 65_536} <= lengths
 
 
 def test_conv_taps_follow_the_path() -> None:

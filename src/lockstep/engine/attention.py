@@ -31,7 +31,7 @@ DEFAULT: Rendering = "flex" if CUDA else "sdpa"
 def _compiled_flex() -> object:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)  # a second row length makes it compile for any length
+    return torch.compile(flex_attention, dynamic=False)  # as in `regions`: a version for each row length
 
 
 def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row, scale: float, rendering: Rendering) -> Tensor:

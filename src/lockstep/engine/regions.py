@@ -1,7 +1,8 @@
 """Parts of the model that a GPU runs better compiled: pure functions, written once, called plain or through torch.compile.
 
 Which regions are compiled is the family's policy (`handler.compile.regions`), switched on per process by `enable`. A region never
-contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers.
+contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers. Every shape gets a version
+of its own (`dynamic=False`): kernels for any length are slower, and rows come in few lengths (`tree.grid`).
 
 Shapes: ... any leading dims, D last dim.
 """
@@ -21,7 +22,8 @@ from lockstep.errors import ConfigError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_VARIANTS = 64
+_VARIANTS = 1024
+"""Versions of one function: a few shapes (stream, heads), trained and scored, for each of the lengths of `tree.grid`."""
 _NAMES: set[str] = set()
 _ENABLED: set[str] = set()
 
@@ -33,8 +35,10 @@ def enable(names: Iterable[str]) -> None:
         raise ConfigError(f"unknown compile region {sorted(chosen - _NAMES)[0]!r}; known: {', '.join(sorted(_NAMES))}")
     _ENABLED.clear()
     _ENABLED.update(chosen)
-    # One function serves many shapes (stream, heads; trained, scored); past the default of 8 it would silently run uncompiled.
+    # Past its limits, 8 and 256 by default, torch would run a function uncompiled and say nothing.
     torch._dynamo.config.recompile_limit = _VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = _VARIANTS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -42,7 +46,7 @@ def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     _NAMES.add(name)
 
     def decorate(plain: Callable[P, R]) -> Callable[P, R]:
-        compiled = functools.cache(lambda: torch.compile(plain))
+        compiled = functools.cache(lambda: torch.compile(plain, dynamic=False))
 
         @functools.wraps(plain)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -87,25 +87,22 @@ def prepare(session: Session, batch: PackedBatch, rows: Sequence[int]) -> list[M
     return [_micro_batch(session, batch, number) for number in mine]
 
 
-def _multiple(session: Session, batch: PackedBatch) -> int:
-    """Rows are cut to a multiple of this: sequence shards, and on GPU few different lengths, as each one is compiled."""
+def _unit(session: Session) -> int:
+    """Rows are cut to a multiple of this: shards of a row, and on GPU attention's blocks."""
     parts = session.parallel.tensor if session.parallel.sequence or session.config.is_moe else 1
     parts *= session.parallel.context
-    if not CUDA:
-        return parts
-    unit = BLOCK * parts
-    return max(unit, batch.row_length // 8 // unit * unit)
+    return BLOCK * parts if CUDA else parts
 
 
 def _micro_batch(session: Session, batch: PackedBatch, number: int) -> MicroBatch:
     if number == PADDING:
-        return MicroBatch(padding_row(batch, _multiple(session, batch), device()), NOTHING)
+        return MicroBatch(padding_row(batch, _unit(session), device()), NOTHING)
     scored = scored_row(batch, number)
     if len(scored.predictor_N) and scored.predictor_N.min() < 0:
         raise DataError(
             f"row {number}: a scored token has no token before it; the first token of a sequence cannot be trained"
         )
-    return MicroBatch(row_of(batch, number, device(), _multiple(session, batch)), scored)
+    return MicroBatch(row_of(batch, number, device(), _unit(session), few_lengths=CUDA), scored)
 
 
 def _head(
