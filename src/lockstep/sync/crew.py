@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -70,7 +71,9 @@ class StoreCrew:
 
 
 def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any]:
-    """Runs `step` on every rank, and returns what each got. If it failed anywhere, the first rank's error is raised everywhere."""
+    """Runs `step` on every rank, and returns what each got. If it failed anywhere, the error that came first is raised everywhere:
+    those after it are mostly its consequences.
+    """
     value, failure = None, None
     try:
         value = step()
@@ -79,10 +82,11 @@ def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any
     except Exception as error:  # noqa: BLE001 (the others must hear of it, whatever it is)
         failure = TrainerError(f"sender {crew.rank}: {type(error).__name__}: {error}")
     told = None if failure is None else {"type": type(failure).__name__, "message": str(failure)}
-    outcomes = crew.exchange({"value": value, "error": told}, deadline_s)
-    first = next((rank for rank, outcome in enumerate(outcomes) if outcome["error"]), None)
-    if first is None:
+    outcomes = crew.exchange({"value": value, "error": told, "at": time.time()}, deadline_s)
+    failed = [rank for rank, outcome in enumerate(outcomes) if outcome["error"]]
+    if not failed:
         return [outcome["value"] for outcome in outcomes]
+    first = min(failed, key=lambda rank: outcomes[rank]["at"])
     if first == crew.rank and failure is not None:
         raise failure
     error = outcomes[first]["error"]
