@@ -187,7 +187,7 @@ async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(held, f
     def stalling():
         for number, weight in enumerate(good[1]):
             if number == len(good[1]) - 1:
-                over.wait(8.0)
+                over.wait(5.0)
             yield weight
 
     key = good[1][-1][0]
@@ -200,6 +200,7 @@ async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(held, f
     pair.close()
 
 
+@pytest.mark.slow
 async def test_a_streamed_sync_that_breaks_ends_the_server(held, folder):
     """There is no old version left to serve. Comes last: the server is gone."""
     server, model = held

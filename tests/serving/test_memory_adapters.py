@@ -133,6 +133,7 @@ def merged_reference(folder, tensors, modules, seed, where):
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.mark.slow
 async def test_adapters_from_two_trainer_ranks(server, tiny_qwen3, tmp_path):
     """Matrices split over two ranks, each sent by the rank that holds it; all versions stay served, each as itself."""
     lora = {"rank": sender_ranks.RANK, "alpha": sender_ranks.SCALE * sender_ranks.RANK, "targets": TARGETS}
