@@ -1,29 +1,36 @@
 """Time and peak memory of one training step: packed as prefix trees, as plain rows, and with Hugging Face + PEFT.
 
     python benchmarks/packing.py                                  # tiny model, CPU, a minute
-    python benchmarks/packing.py --shape qwen3-8b --length 3072   # on a GPU, random weights
+    python benchmarks/packing.py --shape qwen3-8b --budget 540    # on a GPU, random weights
+    python benchmarks/packing.py --shape qwen3-8b qwen3-30b-a3b qwen3.5-9b qwen3.5-35b-a3b --layers 12 --budget 1500
 
 Every contender gets the same sequences: groups that share a prompt (share 0 to 0.95, 4 to 32 samples), and a three-turn
 tree that branches at each turn. A step is forward, loss, backward and an AdamW update of LoRA rank 16 on the family's
 default targets. Activations are recomputed as memory asks for it (`--recompute`); Hugging Face + PEFT always does so on a
 GPU, and leaves routed experts out. Each contender runs in a process of its own, all in one call of this program; the
-median of `--repeat` steps counts, after one to warm
-up. `ideal` is our own step on one row with as many unique tokens and nothing to share.
+median of `--repeat` steps counts, after one to warm up. `ideal` is our own step on one row with as many unique tokens and
+nothing to share.
+
+Cases come in order of importance. `--budget` seconds are dealt evenly to what is left to run; a contender whose part is
+over starts no further case, and what was not run, or ran out of memory, is empty in the table. Figures are written as they
+come. `--layers` cuts the models' depth, where disk or time don't allow all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +42,10 @@ from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.pack import pack, packing_metrics
 from lockstep.tokens.tree import TokenSequence
 
-CONTENDERS = ("packed", "unpacked", "ideal", "hf")
+CONTENDERS = ("packed", "hf", "ideal", "unpacked")
 RANK, ALPHA = 16, 32.0
+
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,9 @@ class Case:
             if self.kind == "group"
             else f"tree, {self.samples} leaves"
         )
+
+
+Run = Callable[[Case], Figures]
 
 
 def sequence(name: str, tokens: list[int], sampled: list[bool]) -> TokenSequence:
@@ -149,8 +161,8 @@ def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
     return statistics.median(seconds), peak_bytes()
 
 
-def run_engine(folder: Path, cases: list[Case], contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Our engine, one process. Device start-up as in `lockstep.engine.worker`."""
+def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
+    """Our engine in this process. Device start-up as in `lockstep.engine.worker`."""
     from lockstep.config import TrainConfig
     from lockstep.engine import device
     from lockstep.engine.session import LoraSettings, Settings, open_session
@@ -174,33 +186,32 @@ def run_engine(folder: Path, cases: list[Case], contender: str, options: argpars
     recompute = {"auto": None, "all": True, "none": False}[options.recompute]
     session = open_session(Settings(str(folder), device.Parallelism(), dtype, lora, recompute=recompute))
     config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
-    results = []
-    for case in cases:
+
+    def run(case: Case) -> Figures:
         batch = batch_of(case, contender, session.config.vocab_size, options.row_length)
         steps: list[dict[str, float]] = []
         seconds, peak = timed(
-            lambda b=batch, s=steps: s.append(train_step(session, b, config, None, print_nothing)), options.repeat
+            lambda: steps.append(train_step(session, batch, config, None, print_nothing)), options.repeat
         )
         if device.CUDA:  # each step reports its own peak and starts a new count
             peak = int(max(step["peak_memory_bytes"] for step in steps[1:]))
         metrics = packing_metrics(batch)
-        results.append(
-            {
-                "seconds": seconds,
-                "peak_bytes": peak,
-                "tokens": metrics["tokens_computed"],
-                "rows": metrics["rows"],
-                "layers_recomputed": steps[-1]["layers_recomputed"],
-            }
-        )
-    return results
+        return {
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "tokens": metrics["tokens_computed"],
+            "rows": metrics["rows"],
+            "layers_recomputed": steps[-1]["layers_recomputed"],
+        }
+
+    return run
 
 
 def print_nothing(_event: dict[str, Any]) -> None:
     """The progress a benchmark does not show."""
 
 
-def run_hugging_face(folder: Path, cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+def hugging_face(folder: Path, options: argparse.Namespace) -> Run:
     """transformers + PEFT: one sequence per forward pass, loss head in chunks, fused AdamW, gradient checkpointing on
     GPU.
     """
@@ -245,48 +256,72 @@ def run_hugging_face(folder: Path, cases: list[Case], options: argparse.Namespac
         optimizer.step()
         optimizer.zero_grad()
 
-    results = []
-    for case in cases:
+    def run(case: Case) -> Figures:
         sequences = sequences_of(case, model.config.vocab_size)
-        seconds, peak = timed(lambda s=sequences: step(s), options.repeat)
-        results.append(
-            {
-                "seconds": seconds,
-                "peak_bytes": peak,
-                "tokens": float(sum(map(len, sequences))),
-                "rows": float(len(sequences)),
-            }
-        )
-    return results
+        seconds, peak = timed(lambda: step(sequences), options.repeat)
+        tokens = float(sum(map(len, sequences)))
+        return {"seconds": seconds, "peak_bytes": peak, "tokens": tokens, "rows": float(len(sequences))}
+
+    return run
+
+
+def work(cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """One contender: a line of JSON per case as it is done, until the deadline."""
+    import torch
+
+    run = (
+        hugging_face(options.model, options)
+        if options.worker == "hf"
+        else engine(options.model, options.worker, options)
+    )
+    with options.output.open("w") as file:
+        for case in cases:
+            if time.time() > options.deadline:
+                return
+            try:
+                figures = run(case)
+            except torch.OutOfMemoryError:
+                figures = {"error": "out of memory"}
+                torch.cuda.empty_cache()
+            file.write(json.dumps({"case": case.name, **figures}) + "\n")
+            file.flush()
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    shares = [
-        Case("group", options.samples[0] if len(options.samples) == 1 else 8, share, options.length)
-        for share in options.shares
-    ]
-    groups = [Case("group", samples, 2 / 3, options.length) for samples in options.samples]
+    """The most telling ones first: the reference group, a tree, the ends of the range, the rest."""
+    base = 8 if 8 in options.samples else options.samples[0]
+    first = [Case("group", base, min(options.shares, key=lambda share: abs(share - 2 / 3)), options.length)]
     trees = [Case("tree", leaves, 0.0, options.length) for leaves in options.trees]
-    return list(dict.fromkeys([*shares, *groups, *trees]))
+    ends = [Case("group", base, share, options.length) for share in (max(options.shares), min(options.shares))]
+    shares = [Case("group", base, share, options.length) for share in options.shares]
+    groups = [Case("group", samples, first[0].share, options.length) for samples in options.samples]
+    return list(dict.fromkeys([*first, *trees, *ends, *groups, *shares]))
 
 
-def table(cases: list[Case], found: dict[str, list[dict[str, Any]]]) -> str:
-    """One line per case: seconds and GiB of each contender, and packed relative to the others."""
+def table(cases: Sequence[Case], found: dict[str, dict[str, Figures]]) -> str:
+    """One line per case: seconds and GiB of each contender, and the others' time relative to packed."""
     names = [name for name in CONTENDERS if name in found]
-    header = f"{'case':28}" + "".join(f"{name + ' s':>12}{'GiB':>7}" for name in names)
     ratios = [name for name in names if name != "packed" and "packed" in found]
+    header = f"{'case':28}" + "".join(f"{name + ' s':>12}{'GiB':>7}" for name in names)
     lines = [header + "".join(f"{name + '/packed':>16}" for name in ratios)]
-    for number, case in enumerate(cases):
-        cells = [f"{found[n][number]['seconds']:12.3f}{found[n][number]['peak_bytes'] / 2**30:7.2f}" for n in names]
-        packed = found["packed"][number]["seconds"] if "packed" in found else 0.0
-        cells += [f"{found[n][number]['seconds'] / packed:16.2f}" for n in ratios]
-        lines.append(f"{case.name:28}" + "".join(cells))
+    for case in cases:
+        here = {name: found[name].get(case.name, {}) for name in names}
+        line = f"{case.name:28}"
+        for name in names:
+            seconds, peak = here[name].get("seconds"), here[name].get("peak_bytes")
+            line += f"{'-':>12}{'-':>7}" if seconds is None else f"{seconds:12.3f}{peak / 2**30:7.2f}"
+        for name in ratios:
+            both = "seconds" in here[name] and "seconds" in here["packed"]
+            line += f"{here[name]['seconds'] / here['packed']['seconds']:16.2f}" if both else f"{'-':>16}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--shape", nargs="+", choices=["tiny", *SHAPES], default=["tiny"])
+    parser.add_argument("--layers", type=int, help="cut the models to so many layers")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything")
     parser.add_argument("--family", default="qwen3", help="family of the tiny model")
     parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
     parser.add_argument("--length", type=int, help="tokens per sequence (tiny: 192, else 3072)")
@@ -299,57 +334,64 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.length = options.length or (192 if options.shape == "tiny" else 3072)
+    options.length = options.length or (192 if options.shape == ["tiny"] else 3072)
     return options
 
 
-def checkpoint_folder(options: argparse.Namespace, scratch: Path) -> Path:
+def checkpoint_folder(shape: str, options: argparse.Namespace, scratch: Path) -> Path:
     folder = options.model or scratch / "model"
     if (folder / "config.json").is_file():
         return folder
-    if options.shape == "tiny":
+    overrides = {"num_hidden_layers": options.layers} if options.layers else {}
+    if shape == "tiny":
         from lockstep.families.tiny import write_tiny
 
-        return write_tiny(options.family, folder)
-    return write_random(options.shape, folder)
+        return write_tiny(options.family, folder, overrides=overrides)
+    return write_random(shape, folder, overrides)
+
+
+def contend(shape: str, contender: str, folder: Path, deadline: float, result: Path) -> dict[str, Figures]:
+    """Run one contender in a process of its own; what it got done, by case."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", contender, "--shape", shape, "--model", str(folder)]
+    command += ["--deadline", str(deadline), "--output", str(result)]
+    done = subprocess.run(command, check=False, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    if done.returncode:
+        print(f"{contender} ended with {done.returncode}: what it has not written is missing", flush=True)
+    lines = [json.loads(line) for line in result.read_text().splitlines()] if result.exists() else []
+    return {line["case"]: line for line in lines}
+
+
+def measure(options: argparse.Namespace, cases: Sequence[Case]) -> None:
+    """Every contender on every shape; the table and the file grow as figures come."""
+    end = time.time() + options.budget
+    left = len(options.shape) * len(options.contenders)
+    report: dict[str, Any] = {"layers": options.layers, "cases": [asdict(case) for case in cases], "found": {}}
+    for shape in options.shape:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = checkpoint_folder(shape, options, Path(scratch))
+            found = report["found"].setdefault(shape, {})
+            for contender in options.contenders:
+                deadline = time.time() + max(0.0, end - time.time()) / left
+                print(f"{shape}: running {contender} on up to {len(cases)} cases ...", flush=True)
+                found[contender] = contend(shape, contender, folder, deadline, Path(scratch) / f"{contender}.jsonl")
+                left -= 1
+                if options.output:
+                    options.output.write_text(json.dumps(report, indent=1))
+            print(f"\n{shape}\n{table(cases, found)}\n", flush=True)
+            if not options.model:
+                shutil.rmtree(folder)
 
 
 def main() -> None:
     options = parse()
-    cases = cases_of(options)
+    if options.model and len(options.shape) > 1:
+        sys.exit("--model is one checkpoint: give one --shape")
     if options.worker:
-        engine = options.worker != "hf"
-        results = (
-            run_engine(options.model, cases, options.worker, options)
-            if engine
-            else run_hugging_face(options.model, cases, options)
-        )
-        options.output.write_text(json.dumps(results))
-        return
-    found: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint_folder(options, Path(scratch))
-        for contender in options.contenders:
-            print(f"running {contender} on {len(cases)} cases ...", flush=True)
-            result = Path(scratch) / f"{contender}.json"
-            command = [
-                sys.executable,
-                __file__,
-                *sys.argv[1:],
-                "--worker",
-                contender,
-                "--model",
-                str(folder),
-                "--output",
-                str(result),
-            ]
-            subprocess.run(command, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-            found[contender] = json.loads(result.read_text())
-    print(table(cases, found))
-    if options.output:
-        figures = {"shape": options.shape, "cases": [asdict(case) for case in cases], "found": found}
-        options.output.write_text(json.dumps(figures, indent=1))
+        work(cases_of(options), options)
+    else:
+        measure(options, cases_of(options))
 
 
 if __name__ == "__main__":
