@@ -60,10 +60,15 @@ def prompt_tokens(trajectories) -> int:
     return sum(len(choice.prompt_token_ids) for one in trajectories for choice in one.choices)
 
 
-async def prefix_hits(server) -> float:
+async def counted(server, name) -> float:
+    """One of the server's own counters."""
     text = (await server.call("GET", "/metrics")).text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+    lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_total")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+async def prefix_hits(server) -> float:
+    return await counted(server, "prefix_cache_hits")
 
 
 async def printable(model, messages):
@@ -85,7 +90,7 @@ async def multi_turn(model):
     return ls.Trajectory(messages_and_choices=messages[:-1], reward=0.0)
 
 
-async def served_in_every_way(model, server, block=16, long=600, chunked=(8, 900)) -> dict[str, list]:
+async def served_in_every_way(model, server, block=128, long=600, chunked=(8, 900)) -> dict[str, list]:
     """Trajectories by the way they were served. block: tokens of a block of vLLM's prefix cache, which holds whole blocks only.
 
     long: letters of a prompt of more than one block. chunked: so many prompts of so many letters fill more than one batch.
@@ -99,7 +104,7 @@ async def served_in_every_way(model, server, block=16, long=600, chunked=(8, 900
         hits = await prefix_hits(server) - before
         if hits:
             break
-    assert hits >= prompt_tokens(found["cold"]) // block * block
+    assert hits == (prompt_tokens(found["cold"]) - 1) // block * block > 0
     found["longer prompt over a cached one"] = await roll_out(model, [{**text, "content": text["content"] + " abc"}])
     assert await prefix_hits(server) >= before + 2 * hits
     found["n = 4"] = await roll_out(model, [words(40)], n=4)
