@@ -36,9 +36,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 _SHARD_BYTES = 4 * 2**30
 
 
-def write_random(shape: str, folder: Path, overrides: dict[str, Any] | None = None) -> Path:
+DECIDED = {
+    **{"mlp.gate.weight": 4.0, "shared_expert_gate.weight": 2.0, "embed_tokens.weight": 45.0, "lm_head.weight": 1.5},
+    **{"o_proj.weight": 0.5, "out_proj.weight": 0.5, "down_proj.weight": 0.5, "experts.down_proj": 0.5},
+}
+"""Gains under which a random model's routing is not flat, and its layers don't drown in each other's noise."""
+
+
+def write_random(
+    shape: str, folder: Path, overrides: dict[str, Any] | None = None, gains: dict[str, float] | None = None
+) -> Path:
     """A bf16 checkpoint of `shape` with random weights, drawn on the GPU if there is one; nothing is done if it is
-    there already.
+    there already. gains: by a matrix's last names, its standard deviation times the root of its fan-in, 1 for the others.
     """
     import torch
     import transformers
@@ -71,7 +80,8 @@ def write_random(shape: str, folder: Path, overrides: dict[str, Any] | None = No
         part, size = {}, 0
 
     for name, dims in sorted(tensors.items()):
-        scale = 1 / math.sqrt(dims[-1]) if len(dims) > 1 else 0.1
+        gain = next((gain for ending, gain in (gains or {}).items() if name.endswith(ending)), 1.0)
+        scale = gain / math.sqrt(dims[-1]) if len(dims) > 1 else 0.1
         values = torch.randn(dims, device=device, dtype=torch.bfloat16, generator=generator) * scale
         if len(dims) == 1 and "norm" in name and not model.zero_centered_norm:
             values += 1

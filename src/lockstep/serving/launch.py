@@ -103,6 +103,8 @@ async def launch(
     """
     if not (config.model / "config.json").is_file():
         raise ServerError(f"{config.model} is no Hugging Face checkpoint folder: it has no config.json")
+    if config.exact and runtime.kind != "cpu":
+        raise ServerError(f"exact numerics need a CPU server, this one is for {runtime.kind}")
     for attempt in range(_PORT_ATTEMPTS):
         server = _start(config, runtime, run_dir)
         try:

@@ -24,7 +24,7 @@ STAGES: dict[str, str] = {
 class Request:
     """What every stage gets. dtype None: the checkpoint's. folder: for logs and whatever the stage keeps.
 
-    tokens: sampled per prompt. say: progress, one line at a time.
+    tokens: sampled per prompt. say: progress, one line at a time. server_args: further arguments of vLLM's command line.
     """
 
     base_model: str
@@ -34,6 +34,7 @@ class Request:
     tokens: int = 64
     dtype: str | None = None
     say: Callable[[str], None] = print
+    server_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,9 @@ async def _served(
         lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(base)).default_target_modules),
         max_model_len=_PROMPT_ROOM + request.tokens + 1,
         capture_routes=shape is not None,
-        gpus=(1,) if kind == "cuda" else (),
+        gpus=(0,) if kind == "cuda" else (),  # it has ended when the trainer starts
         seed=request.seed,
+        extra_args=request.server_args,
     )
     server = await launch(config, find_runtime(kind), request.folder, request.say)
     samples: dict[str, list[Sample]] = {}

@@ -1,0 +1,117 @@
+"""What expert replay does to the mismatch between server and trainer: the same rollouts scored with replay on and off.
+
+    python benchmarks/replay.py --output benchmarks/results/h200_replay.json      # one GPU, Qwen3.5-35B-A3B's shape, 8 layers
+    python benchmarks/replay.py --tiny                                            # CPU, a minute or two
+
+On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`. Random weights, scaled so that
+routing is decided and not flat, a random adapter on all of the family's targets, bf16. vLLM samples, scores its own
+samples again, and ends; then the trainer scores them on the recorded experts and on its own. It fails (exit code 1) unless
+replay brings the adapter's KL to a quarter or less, and to at most 0.001 nats per token. With replay no pick that is used
+differs from the recorded one: the engine accounts for every record and raises an error otherwise; `own router` is the
+share that it would have picked differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from shapes import DECIDED, write_random
+
+from lockstep.families.tiny import write_tiny
+from lockstep.families.tiny_tokenizer import save_tokenizer
+from lockstep.validate.stage import Report, Request, Row
+from lockstep.validate.train_inf_mismatch import run
+
+SHARE, KL = 0.25, 1e-3
+"""Limits: KL with replay over KL without, and KL with replay in nats per token."""
+
+
+def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
+    """The random model; a tokenizer beside it, since the prompts are text."""
+    folder = options.model or scratch / "model"
+    if options.tiny:
+        return write_tiny("qwen3_5_moe", folder, seed=options.seed)
+    write_random("qwen3.5-35b-a3b", folder, {"num_hidden_layers": options.layers}, DECIDED)
+    save_tokenizer(folder)
+    return folder
+
+
+def rows_of(report: Report, policy: str) -> tuple[Row, Row, Row]:
+    """(the server again, replay on, replay off)."""
+    found = {row.compared: row for row in report.rows if row.policy == policy}
+    return found["server again"], found["trainer, replay"], found["trainer, own picks"]
+
+
+def table(report: Report) -> str:
+    lines = [
+        f"{'':28}{'KL':>11}{'mean |dlogp|':>14}{'largest':>10}{'top-1':>8}{'top-20':>8}{'picks differ':>14}{'own router':>12}"
+    ]
+    for policy in ("base", "adapter"):
+        names = ("server again", "trainer, replay on", "trainer, replay off")
+        for name, row in zip(names, rows_of(report, policy), strict=True):
+            v = row.values
+            cells = f"{v['kl']:11.2e}{v['mean_abs']:14.5f}{v['largest']:10.4f}{v['top1']:8.4f}{v['top20']:8.4f}"
+            replayed = "picks_differ" in v
+            cells += f"{'0' if replayed else '-':>14}" + (f"{v['picks_differ']:12.4%}" if replayed else f"{'-':>12}")
+            lines.append(f"{policy + ': ' + name:28}{cells}")
+    return "\n".join(lines)
+
+
+def verdict(report: Report) -> dict[str, float | bool]:
+    _, on, off = rows_of(report, "adapter")
+    share = on.values["kl"] / off.values["kl"] if off.values["kl"] else 0.0
+    return {
+        "kl_on": on.values["kl"],
+        "kl_off": off.values["kl"],
+        "share": share,
+        "ok": share <= SHARE and on.values["kl"] <= KL,
+    }
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prompts", type=int, help="sequences per policy (32; tiny: 4)")
+    parser.add_argument("--tokens", type=int, help="tokens sampled per sequence (512; tiny: 12)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="folder to write the random checkpoint to, or to use again")
+    parser.add_argument("--server-arg", action="append", default=[], help="a further argument of vLLM's command line")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        request = Request(
+            str(checkpoint(options, Path(scratch))),
+            Path(scratch) / "stage",
+            seed=options.seed,
+            prompts=options.prompts or (4 if options.tiny else 32),
+            tokens=options.tokens or (12 if options.tiny else 512),
+            dtype="bfloat16",
+            server_args=tuple(options.server_arg),
+        )
+        report = asyncio.run(run(request))
+    found = verdict(report)
+    print(table(report))
+    print(f"KL with replay: {found['kl_on']:.2e}, {found['share']:.3f} of that without (limits {KL:g} and {SHARE})")
+    if options.output:
+        shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers"
+        figures = {"device": device(), "shape": shape, "verdict": found, "report": asdict(report)}
+        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(0 if found["ok"] or options.tiny else 1)
+
+
+if __name__ == "__main__":
+    main()
