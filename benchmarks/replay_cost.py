@@ -1,0 +1,197 @@
+"""What expert replay costs: the trainer's step time, and the server's tokens per second, each with and without.
+
+    python benchmarks/replay_cost.py --output benchmarks/results/h200_replay_cost.json   # one GPU, Qwen3.5-35B-A3B's shape
+    python benchmarks/replay_cost.py --tiny                                              # CPU, a few minutes
+
+On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`.
+
+Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. Trainer: one
+LoRA step of one packed batch; with replay it gets the very experts that its router picks, so that both ways do the same
+work. Turns alternate, after one to warm up; medians count, and the spread of the repeats is shown beside them. It fails
+(exit code 1) if either costs more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those
+figures mean nothing.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from packing import Case, batch_of, print_nothing
+from replay import checkpoint, device
+
+from lockstep.serving.client import Server
+from lockstep.serving.environments import default_kind
+from lockstep.serving.install import find_runtime
+from lockstep.serving.launch import LoraServing, ServerConfig, launch
+from lockstep.tokens.batch import PackedBatch
+
+LIMIT = 0.01
+RANK, ALPHA = 16, 32.0
+WAYS = ("without", "with")
+
+
+async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Server:
+    cuda = default_kind() == "cuda"
+    config = ServerConfig(
+        model=folder,
+        served_name="base",
+        dtype="bfloat16",
+        lora=LoraServing(max_rank=RANK),
+        max_model_len=options.prompt + options.tokens + 1,
+        max_num_seqs=options.requests,
+        capture_routes=capture,
+        gpus=(0,) if cuda else (),
+        gpu_memory_utilization=0.4,
+        extra_args=tuple(options.server_arg),
+    )
+    return await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
+
+
+async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int) -> float:
+    """Sampled tokens per second of one batch of requests with fresh prompts."""
+    random = np.random.default_rng(turn)
+    prompts = random.integers(3, 300, (options.requests, options.prompt)).tolist()
+
+    async def one(prompt: list[int]) -> int:
+        body = {"model": "base", "prompt": prompt, "max_tokens": options.tokens, "ignore_eos": True}
+        reply = await server.call("POST", "/v1/completions", body, deadline_s=900)
+        return len(reply.json()["choices"][0]["token_ids"])
+
+    start = time.perf_counter()
+    counts = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    return sum(counts) / (time.perf_counter() - start)
+
+
+async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    servers: dict[str, Server] = {}
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    try:
+        for way in WAYS:
+            servers[way] = await serve(folder, scratch / way, way == "with", options)
+        for turn in range(options.repeat + 1):
+            for way in WAYS if turn % 2 else reversed(WAYS):
+                rate = await tokens_per_second(servers[way], options, turn)
+                if turn:
+                    rates[way].append(rate)
+    finally:
+        await asyncio.gather(*(server.close() for server in servers.values()))
+    return rates
+
+
+def open_engine(folder: Path) -> Any:
+    """Our engine in this process, with adapters on the family's targets."""
+    import socket
+
+    from lockstep.engine import device as engine_device
+    from lockstep.engine.session import LoraSettings, Settings, open_session
+    from lockstep.families.registry import default_target_modules_for_model
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    engine_device.start(engine_device.Parallelism(), seed=0)
+    lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
+    return open_session(Settings(str(folder), engine_device.Parallelism(), "bfloat16", lora))
+
+
+def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
+    """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
+    from lockstep.engine.experts import MoE
+    from lockstep.engine.step import score
+
+    picked: list[list[np.ndarray]] = []
+    hooks = []
+    for layer in (module for module in session.model.modules() if isinstance(module, MoE)):
+        mine: list[np.ndarray] = []
+        picked.append(mine)
+        hooks.append(
+            layer.router.register_forward_hook(lambda _module, _args, out, kept=mine: kept.append(out[1].cpu().numpy()))
+        )
+    score(session, batch, print_nothing)
+    for hook in hooks:
+        hook.remove()
+    layers, topk = len(picked), picked[0][0].shape[1]
+    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(np.uint16)
+    for number, rows in enumerate(picked):
+        for row, picks in enumerate(rows):
+            size = min(len(picks), batch.row_length)
+            routes[row, :size, number] = picks[:size]
+    return routes
+
+
+def trainer_seconds(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    from lockstep.config import TrainConfig
+    from lockstep.engine.step import train_step
+
+    session = open_engine(folder)
+    batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)
+    batches = {"without": batch, "with": replace(batch, routes_RSLK=own_routes(session, batch))}
+    config = TrainConfig(max_mismatch=None, learning_rate=1e-9)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(options.repeat + 1):
+        for way in WAYS if turn % 2 else reversed(WAYS):
+            start = time.perf_counter()
+            train_step(session, batches[way], config, None, print_nothing)
+            if turn:
+                seconds[way].append(time.perf_counter() - start)
+    return seconds
+
+
+def line(name: str, values: dict[str, list[float]], rate: bool) -> tuple[str, float]:
+    """One line of the table, and what the second way costs as a share of the first."""
+    medians = {way: statistics.median(values[way]) for way in WAYS}
+    cost = medians["without"] / medians["with"] - 1 if rate else medians["with"] / medians["without"] - 1
+    spread = max((max(v) - min(v)) / statistics.median(v) for v in values.values())
+    return f"{name:22}{medians['without']:12.4g}{medians['with']:12.4g}{cost:9.2%}{spread:9.2%}", cost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
+    parser.add_argument("--tokens", type=int, help="tokens sampled per request (512; tiny: 4)")
+    parser.add_argument("--samples", type=int, default=4, help="sequences of the training batch, half of each shared")
+    parser.add_argument("--length", type=int, help="their tokens (4096; tiny: 48)")
+    parser.add_argument("--repeat", type=int, help="turns that count, each way (9; tiny: 2)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="folder to write the random checkpoint to, or to use again")
+    parser.add_argument("--server-arg", action="append", default=[], help="a further argument of vLLM's command line")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (4, 512), "length": (48, 4096), "repeat": (2, 9)}
+    for name, (small, large) in sizes.items():
+        setattr(options, name, getattr(options, name) or (small if options.tiny else large))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint(options, Path(scratch))
+        rates = asyncio.run(server_rates(folder, Path(scratch), options))
+        seconds = trainer_seconds(folder, options)
+    shown, costs = zip(line("server, tokens/s", rates, True), line("trainer, s per step", seconds, False), strict=True)
+    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'spread':>9}", *shown, sep="\n")
+    if options.output:
+        figures = {
+            "device": device(),
+            "server": rates,
+            "trainer": seconds,
+            "cost": dict(zip(("server", "trainer"), costs, strict=True)),
+        }
+        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(0 if max(costs) <= LIMIT or options.tiny else 1)
+
+
+if __name__ == "__main__":
+    main()
