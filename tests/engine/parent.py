@@ -7,11 +7,11 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from lockstep.engine import protocol
+from torchrun import torchrun
 
 
 class Parent:
@@ -27,25 +27,7 @@ class Parent:
         listener.settimeout(120)
         secret = secrets.token_hex(16)
         environment = os.environ | {protocol.TOKEN_VARIABLE: secret, "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--rdzv-backend",
-            "c10d",
-        ]
-        command += [
-            "--rdzv-endpoint",
-            "127.0.0.1:0",
-            "-m",
-            "lockstep.engine.worker",
-            "--config",
-            str(config),
-            "--socket",
-            path,
-        ]
+        command = torchrun(processes, "-m", "lockstep.engine.worker", "--config", str(config), "--socket", path)
         self.log = folder / "worker.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

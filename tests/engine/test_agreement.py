@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
 
 
 def run(case: str, folder: Path) -> tuple[int, dict[str, str]]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-    ]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(Path(__file__).parent / "agreement_ranks.py"), case, str(folder)]
+    command = torchrun(2, str(Path(__file__).parent / "agreement_ranks.py"), case, str(folder))
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120, check=False
     )

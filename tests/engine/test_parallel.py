@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import pytest
 from cases import tiny
 from test_parity import draw_seed, random_fields, within
+
+from torchrun import torchrun
 
 SIZES: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
@@ -62,7 +63,8 @@ RESUMED = [
 STEPPED = [("qwen3_moe", "tp2-sp"), ("qwen3_moe", "cp2-ep2"), ("qwen3_5", "cp2")]
 
 
-NARROW = [(s, kind) for s in ("tp2", "tp2-sp", "cp2") for kind in ("check",)]
+NARROW = [(f, s, kind) for f in ("qwen3", "qwen3_5") for s in ("tp2", "tp2-sp") for kind in ("check", "lora")]
+NARROW += [("qwen3", "cp2", "check")]
 """One key head for two ranks that share heads."""
 
 
@@ -70,16 +72,7 @@ def launch(folder: Path, checks: list[dict[str, Any]], processes: int) -> dict[s
     """Run the checks in that many processes; their figures by name."""
     asked, answered = folder / "checks.json", folder / "measured.json"
     asked.write_text(json.dumps(checks))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        str(Path(__file__).parent / "parity.py"),
-        str(asked),
-        str(answered),
-    ]
+    command = torchrun(processes, str(Path(__file__).parent / "parity.py"), str(asked), str(answered))
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -119,10 +112,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         {"name": f"{f}/{s}/step", "kind": "step", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
         for f, s in STEPPED
     ]
-    made["narrow"] = str(tiny("qwen3", folder / "narrow", seed=seed, dtype="float32", num_key_value_heads=1))
+    for family in ("qwen3", "qwen3_5"):
+        place = folder / f"narrow-{family}"
+        made[place.name] = str(tiny(family, place, seed=seed, dtype="float32", num_key_value_heads=1))
     checks += [
-        {"name": f"narrow/{s}/{kind}", "kind": kind, "folder": made["narrow"], "parallel": SIZES[s], "seed": seed}
-        for s, kind in NARROW
+        {
+            "name": f"narrow/{f}/{s}/{kind}",
+            "kind": kind,
+            "folder": made[f"narrow-{f}"],
+            "parallel": SIZES[s],
+            "seed": seed,
+        }
+        for f, s, kind in NARROW
     ]
     odd = {"folder": made["qwen3_moe"], "seed": seed, "dealt": 1}
     checks += [{"name": f"odd/{s}", "parallel": sizes_of("qwen3_moe")[s], **odd} for s in ("dp2", "ep2")]
@@ -180,9 +181,9 @@ def test_state_does_not_depend_on_sizes(two: dict[str, Any], family: str, size: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("size", "kind"), NARROW)
-def test_fewer_key_heads_than_ranks(two: dict[str, Any], size: str, kind: str) -> None:
-    measured = two[f"narrow/{size}/{kind}"]
+@pytest.mark.parametrize(("family", "size", "kind"), NARROW)
+def test_fewer_key_heads_than_ranks(two: dict[str, Any], family: str, size: str, kind: str) -> None:
+    measured = two[f"narrow/{family}/{size}/{kind}"]
     assert within(measured), (two["seed"], measured)
 
 

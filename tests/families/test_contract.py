@@ -111,8 +111,7 @@ def divides(config: ModelConfig, tp: int, ep: int, etp: int) -> bool:
         config.linear_key_heads,
         config.linear_value_heads,
     ]
-    attends = "full_attention" in config.layer_types
-    heads = config.kv_heads % tp == 0 or (tp % config.kv_heads == 0 and not (config.output_gate and attends))
+    heads = config.kv_heads % tp == 0 or tp % config.kv_heads == 0
     experts = (ep, etp) == (1, 1) or (config.is_moe and config.experts % ep == 0 and config.expert_size % etp == 0)
     return heads and experts and all(size % tp == 0 for size in split)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from torchrun import torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,16 +20,7 @@ LIMIT = 1.3
 
 def measured(folder: Path, processes: int) -> dict[str, Any]:
     out = folder / "out.json"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--rdzv-backend",
-        "c10d",
-    ]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(Path(__file__).parent / "ranks.py"), str(out)]
+    command = torchrun(processes, str(Path(__file__).parent / "ranks.py"), str(out))
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "4"}, check=True, timeout=1500)
     return json.loads(out.read_text())
 

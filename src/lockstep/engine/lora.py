@@ -10,8 +10,6 @@ Shapes: S sequence, I input features, O output rows of this rank, T targets, R r
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,14 +33,6 @@ class Part:
     rows: tuple[int, ...]
 
 
-def initial_a(name: str, rank: int, features: int, seed: int) -> Tensor:
-    """A of the module `name`, fp32 `[R, I]`, uniform in +-1/sqrt(I). Depends on seed and name only, not on how ranks split it."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1.0 / math.sqrt(features)
-    return torch.rand(rank, features, generator=generator) * (2 * bound) - bound
-
-
 def _parameters(
     parts: Sequence[Part], rank: int, features: int, weight: Tensor, experts: tuple[int, ...] = ()
 ) -> tuple[nn.ParameterDict, nn.ParameterDict]:
@@ -60,7 +50,7 @@ def row_order(parts: Sequence[Part], rows: int) -> Tensor | None:
     order = torch.full((rows,), -1, dtype=torch.long)
     count = 0
     for part in parts:
-        order[torch.tensor(part.rows)] = torch.arange(count, count + len(part.rows))
+        order[torch.tensor(part.rows, dtype=torch.long)] = torch.arange(count, count + len(part.rows))
         count += len(part.rows)
     free = order < 0
     order[free] = torch.arange(count, rows)

@@ -125,7 +125,6 @@ def open_session(settings: Settings) -> Session:
         initial, info = read_adapter(settings.adapter, sites, config, checkpoint.layout)
         settings = replace(settings, lora=LoraSettings(info.rank, info.alpha, info.targets))
     _check_targets(whole, settings.lora)
-    _check_adapters_split(config, settings)
     check_heads(config, settings.parallel)
     _preflight(shards, settings)
     compiled = device.CUDA if settings.compile is None else settings.compile
@@ -168,15 +167,6 @@ def _check_targets(whole: Sequence[Shard], lora: LoraSettings | None) -> None:
     if unknown or not lora.targets:
         raise ConfigError(
             f"LoRA target {(unknown or ['(none)'])[0]!r} does not exist in this model; it has {', '.join(known)}"
-        )
-
-
-def _check_adapters_split(config: ModelConfig, settings: Settings) -> None:
-    """With more TP ranks than key heads a rank's window of the fused rows may hold no key or value rows, so adapters can't be split."""
-    if settings.lora is not None and settings.parallel.tensor > config.kv_heads:
-        raise ConfigError(
-            f"parallel.tensor = {settings.parallel.tensor} exceeds num_key_value_heads = {config.kv_heads}, which adapters don't allow; "
-            f"use tensor <= {config.kv_heads}, or train all weights"
         )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lockstep.engine.lora import ColumnAdapter, ExpertAdapter, Part, RowAdapter, initial_a
+from lockstep.engine.lora import ColumnAdapter, ExpertAdapter, Part, RowAdapter
 from lockstep.errors import ConfigError, WeightsError
 from lockstep.families.contract import LoraSite, Piece, Shard
+from lockstep.sync.adapter import initial_a
 
 Shape = tuple[int, ...]
 
@@ -88,7 +89,9 @@ def _attach(
         adapter = owner.make_adapter(parts, rank, scale)
         slot = "adapter"
     setattr(owner, slot, adapter)
-    return list(_describe(f"{owner_name}.{slot}", adapter, sites, rank, seed))
+    # Asked of the whole weight: with more TP ranks than key heads a rank can hold a module's rows entirely, and its neighbour none.
+    split_rows = any(sum(m.stop - m.start for m in site.rows) != site.out_features for site in shard.sites)
+    return list(_describe(f"{owner_name}.{slot}", adapter, sites, split_rows, rank, seed))
 
 
 def _last(site: LoraSite) -> str:
@@ -107,13 +110,17 @@ def _parts(sites: Sequence[LoraSite]) -> list[Part]:
 
 
 def _describe(
-    prefix: str, adapter: ColumnAdapter | RowAdapter | ExpertAdapter, sites: Sequence[LoraSite], rank: int, seed: int
+    prefix: str,
+    adapter: ColumnAdapter | RowAdapter | ExpertAdapter,
+    sites: Sequence[LoraSite],
+    split_rows: bool,
+    rank: int,
+    seed: int,
 ) -> Iterator[Trainable]:
     experts = isinstance(adapter, ExpertAdapter)
     for name in adapter.lora_A:
         mine = sorted((s for s in sites if _last(s) == name), key=lambda s: s.local_expert or 0)
         split_columns = mine[0].cols != (0, mine[0].in_features)
-        split_rows = sum(m.stop - m.start for m in mine[0].rows) != mine[0].out_features
         shapes = {f"{s.module}.lora_A": (rank, s.in_features) for s in mine}
         columns = mine[0].cols if split_columns else (None, None)
         a_pieces = tuple(Piece(f"{s.module}.lora_A", 0, rank, *columns) for s in mine)
@@ -134,7 +141,7 @@ def _domain(experts: bool, split: bool) -> str:
 
 @torch.no_grad()
 def _initialise(parameter: Tensor, sites: Sequence[LoraSite], rank: int, seed: int) -> None:
-    whole = [initial_a(f"{s.module}.lora_A", rank, s.in_features, seed)[:, s.cols[0] : s.cols[1]] for s in sites]
+    whole = [initial_a(s, rank, seed)[:, s.cols[0] : s.cols[1]] for s in sites]
     parameter.copy_(torch.stack(whole).view_as(parameter))
 
 
@@ -142,6 +149,8 @@ def _initialise(parameter: Tensor, sites: Sequence[LoraSite], rank: int, seed: i
 def assign(trainables: Sequence[Trainable], tensors: Mapping[str, Tensor]) -> None:
     """Fill parameters from whole Hugging Face tensors by name. Raises WeightsError for one that is missing or of another shape."""
     for trainable in trainables:
+        if not trainable.pieces:  # this rank holds no row of it
+            continue
         rows = []
         for piece in trainable.pieces:
             if piece.name is None:

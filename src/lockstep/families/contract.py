@@ -93,6 +93,7 @@ class LoraSite:
     out_features, in_features: of the whole module: A is `[r, in_features]`, B `[out_features, r]`, in Hugging Face row
     order.
     rows: which rows of B this rank's shard holds and where (shard rows of a stacked expert count inside that expert).
+    With more TP ranks than key heads a rank may hold none of a module's rows: its ranks then still share A.
     cols: range of A's columns that the shard covers (all of them unless the weight is split by columns).
     """
 

@@ -128,7 +128,7 @@ def qkv(megatron: str, stage: Stage, layer: int) -> Shard:
                 fused.append((q, start, start + dim))
         fused += [(k, kv * dim, (kv + 1) * dim), (v, kv * dim, (kv + 1) * dim)]
     rows = sum(stop - start for _, start, stop in fused) // stage.sizes.tp
-    return _stacked_pieces(megatron, _window(fused, stage.sizes.tp_rank * rows, rows))
+    return _stacked_pieces(megatron, _window(fused, stage.sizes.tp_rank * rows, rows), (q, k, v))
 
 
 def _window(blocks: Iterable[tuple[Linear, int, int]], start: int, rows: int) -> list[tuple[Linear, int, int]]:
@@ -142,15 +142,19 @@ def _window(blocks: Iterable[tuple[Linear, int, int]], start: int, rows: int) ->
     return kept
 
 
-def _stacked_pieces(megatron: str, ranges: Sequence[tuple[Linear, int, int]]) -> Shard:
-    """A shard of whole-width row ranges, split over TP; neighbouring ranges of one matrix are joined."""
+def _stacked_pieces(megatron: str, ranges: Sequence[tuple[Linear, int, int]], weights: Sequence[Linear] = ()) -> Shard:
+    """A shard of whole-width row ranges, split over TP; neighbouring ranges of one matrix are joined.
+
+    weights: matrices that have a LoRA site on every rank and in this order, also where none of their rows are held.
+    """
     joined: list[tuple[Linear, int, int]] = []
     for weight, start, stop in ranges:
         if joined and joined[-1][0] is weight and joined[-1][2] == start:
             joined[-1] = (weight, joined[-1][1], stop)
         else:
             joined.append((weight, start, stop))
-    pieces, rows_of, at = [], {}, 0
+    pieces, at = [], 0
+    rows_of: dict[int, tuple[Linear, list[RowMap]]] = {id(weight): (weight, []) for weight in weights}
     for weight, start, stop in joined:
         pieces.append(Piece(weight.name, start, stop))
         rows_of.setdefault(id(weight), (weight, []))[1].append(RowMap(start, stop, at))
@@ -355,20 +359,16 @@ def decoder(stage: Stage, layer_parts: Callable[[Stage, int], list[Shard]]) -> l
 def check_sizes(config: ModelConfig, sizes: Sizes) -> None:
     """Raise ConfigError naming the first dimension that the parallel sizes don't divide.
 
-    TP beyond the KV heads needs a whole number of ranks per KV head, and is refused for gated attention: Megatron-Core
-    0.16.1 picks the rank's queries there but not their gates.
+    TP beyond the KV heads needs a whole number of ranks per KV head.
     """
     _divides("tensor", sizes.tp, "num_attention_heads", config.heads)
-    if sizes.tp > config.kv_heads and config.output_gate and "full_attention" in config.layer_types:
-        raise ConfigError(
-            f"tensor={sizes.tp} exceeds num_key_value_heads={config.kv_heads}, "
-            f"which gated attention does not allow; use tensor<={config.kv_heads}"
-        )
     if config.kv_heads % sizes.tp and sizes.tp % config.kv_heads:
         raise ConfigError(
             f"tensor={sizes.tp} and num_key_value_heads={config.kv_heads}: "
             "one must divide the other; choose another tensor size"
         )
+    fused = (config.heads * (2 if config.output_gate else 1) + 2 * config.kv_heads) * config.head_dim
+    _divides("tensor", sizes.tp, "the rows of queries, gates, keys and values", fused)
     _divides("tensor", sizes.tp, "intermediate_size", config.mlp_size)
     _divides("tensor", sizes.tp, "shared_expert_intermediate_size", config.shared_expert_size)
     _divides("tensor", sizes.tp, "linear_num_key_heads", config.linear_key_heads)

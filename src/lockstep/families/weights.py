@@ -195,7 +195,7 @@ def merged(shard: Shard, tensor: Tensor, adapter: Mapping[str, Tensor], scale: f
     adapter: canonical names, `<module>.lora_A` `[r, in]` and `<module>.lora_B` `[out, r]`; modules it lacks change
     nothing.
     """
-    sites = [site for site in shard.sites if f"{site.module}.lora_A" in adapter]
+    sites = [site for site in shard.sites if site.rows and f"{site.module}.lora_A" in adapter]
     if not sites:
         return tensor
     wide = tensor.to(torch.float32, copy=True)

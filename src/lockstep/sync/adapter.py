@@ -180,20 +180,24 @@ def stacks_experts(folder: Path | str) -> bool:
     return bool(raw.get("target_parameters"))
 
 
+def initial_a(site: LoraSite, rank: int, seed: int) -> Tensor:
+    """The A that training starts from, fp32 `[R, I]`: uniform in +-1/sqrt(I), PEFT's default.
+
+    It depends on the seed and the module's name only, so every parallel layout draws the same.
+    """
+    digest = hashlib.sha256(f"{seed}:{site.module}.lora_A".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = site.in_features**-0.5
+    return torch.rand(rank, site.in_features, generator=generator) * (2 * bound) - bound
+
+
 def identity_adapter(
     sites: Sequence[LoraSite], rank: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """An adapter that changes nothing: A uniform in +-1/sqrt(in) (PEFT's default), B zero.
-
-    Each A depends on the seed and its module's name only, so every parallel layout draws the same.
-    """
+    """An adapter that changes nothing: B is zero."""
     tensors: dict[str, Tensor] = {}
     for site in sites:
-        digest = int.from_bytes(hashlib.sha256(f"{seed}:{site.module}".encode()).digest()[:7], "little")
-        generator = torch.Generator().manual_seed(digest)
-        bound = site.in_features**-0.5
-        a_RI = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
-        tensors[f"{site.module}.lora_A"] = a_RI.to(dtype)
+        tensors[f"{site.module}.lora_A"] = initial_a(site, rank, seed).to(dtype)
         tensors[f"{site.module}.lora_B"] = torch.zeros(site.out_features, rank, dtype=dtype)
     return tensors
 
