@@ -19,7 +19,7 @@ import lockstep as ls
 import tinker_service
 from drawing import choice, random_sequences, seeds
 from lockstep.backends import chat
-from lockstep.backends.megatron import serve_step
+from lockstep.backends.start import serve_step
 from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs
 from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.errors import ConfigError, DataError, MismatchError, StaleRolloutError, StoreError, TrainerError
