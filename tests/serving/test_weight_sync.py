@@ -14,7 +14,7 @@ import httpx
 import pytest
 import sender_ranks
 import torch
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file, save_file
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
@@ -103,7 +103,7 @@ def reference(folder, weights, where):
 
 async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp_path):
     """Matrices split over two ranks, and for the mixture experts too: all weights trained, or adapters merged on the way."""
-    server, _ = merged
+    server, model = merged
     mixture = folder.name == "qwen3_moe"
     targets = ["q_proj", "k_proj", "o_proj", "experts"]
     settings = {
@@ -145,6 +145,8 @@ async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp
     assert sum(told["sizes"]) == told["report"]["nbytes"] == sum(weight.nbytes for weight in base.values())
     assert max(told["sizes"]) < 0.6 * sum(told["sizes"])
     pusher.close()  # the ranks' connection took its place
+    # The server holds what `model` says again, as the other tests expect.
+    await asyncio.to_thread(pusher.push, checkpoint_weights(model, folder), "policy@back", "policy@back")
 
 
 async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher, folder):
@@ -155,10 +157,6 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
     stream = checkpoint_weights(model, folder)
     http_client = httpx.AsyncClient(trust_env=False)
     async with AsyncOpenAI(base_url=server.base_url, api_key=server.api_key, http_client=http_client) as client:
-        calls = [
-            client.completions.create(model=name, prompt=[70 + i], max_tokens=500, extra_body={"ignore_eos": True})
-            for i in range(8)
-        ]
         running = threading.Event()
 
         def held_back():
@@ -169,19 +167,37 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
 
         push = asyncio.create_task(asyncio.to_thread(pusher.push, held_back(), "policy@100", "policy@100"))
         sampled_before = await sampled_tokens(server)
-        tasks = [asyncio.create_task(call) for call in calls]
+
+        async def keep_asking(i: int) -> list:
+            """One request after the other until the swap, of lengths that never end together with the others'."""
+            found = []
+            while not push.done():
+                now = (await server.models())[0]
+                asked = {
+                    "model": now,
+                    "prompt": [70 + i],
+                    "max_tokens": 500 - 31 * i,
+                    "extra_body": {"ignore_eos": True},
+                }
+                try:
+                    found.append((asked["max_tokens"], await client.completions.create(**asked)))
+                except NotFoundError:  # the swap came between the two calls
+                    assert (await server.models())[0] != now
+            return found
+
+        tasks = [asyncio.create_task(keep_asking(i)) for i in range(8)]
         while await sampled_tokens(server) < sampled_before + 40:
             await asyncio.sleep(0.005)
         running.set()
         await push
-        replies = await asyncio.gather(*tasks)
+        replies = [reply for task in tasks for reply in await task]
     split = 0
-    for reply in replies:
+    for asked_for, reply in replies:
         choice = reply.choices[0]
         spans, ids = choice.model_extra["weight_versions"], choice.model_extra["token_ids"]
-        assert len(ids) == 500
+        assert len(ids) == asked_for
         assert [span["version"] for span in spans] in ([name], [name, "policy@100"], ["policy@100"])
-        assert [0, *[span["end"] for span in spans]] == [*[span["start"] for span in spans], 500]
+        assert [0, *[span["end"] for span in spans]] == [*[span["start"] for span in spans], asked_for]
         split += len(spans) == 2
         sampled = torch.tensor(choice.logprobs.token_logprobs)
         for span in spans:

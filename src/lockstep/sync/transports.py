@@ -91,7 +91,8 @@ class GlooTransport:
                 raise ServerError(f"the server's workers stopped receiving weights: {error}") from None
 
     def close(self) -> None:
-        self._group = self._store = None
+        # The last broadcast's handle, too, keeps the sockets open, and the receivers would wait for more until their deadline.
+        self._pending = self._group = self._store = None
 
 
 def gloo_group(store: dist.Store, rank: int, world: int, deadline: timedelta) -> Any:
