@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lockstep.families.tiny import write_tiny
 from lockstep.tokens.batch import PackedBatch
@@ -29,6 +30,38 @@ def hugging_face(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+class _InDouble(TorchFunctionMode):
+    """Turns every cast to fp32 into one to fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+def hugging_face_fp64(folder: Path) -> Any:
+    """The same model in fp64, also where transformers casts to fp32; but for the rotary angles, which every release defines in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "sdpa"}
+    if "num_experts" in (folder / "config.json").read_text():
+        options["experts_implementation"] = "eager"  # grouped_mm has no fp64
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    rotary, whole = model.model.rotary_emb.forward, model.forward
+
+    def angles(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C.DisableTorchFunction():
+            cos, sin = rotary(x.float(), position_ids)
+        return cos.double(), sin.double()
+
+    def forward(ids: Tensor) -> Any:
+        with _InDouble():
+            return whole(ids)
+
+    model.model.rotary_emb.forward, model.forward = angles, forward
+    return model
 
 
 def sequence(

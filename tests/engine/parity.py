@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,7 @@ from lockstep.families.config import ModelConfig
 from lockstep.families.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
 
-from cases import batch_of, hugging_face, tree_sequences  # isort: skip
+from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
 
 FLOOR = 1e-3
 """Gradients smaller than this share of the model's largest are compared with that instead of with themselves: fp32 cannot do better."""
@@ -77,10 +78,10 @@ def disk_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reference(
-    folder: Path, batch: PackedBatch, rng_slope: np.ndarray
+    folder: Path, batch: PackedBatch, rng_slope: np.ndarray, load: Callable[[Path], Any] = hugging_face
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor], float]:
     """(weights, gradients, logits per sequence, loss) of `sum over pairs slope * logprob` on the unpacked sequences, by disk name."""
-    model = hugging_face(folder)
+    model = load(folder)
     loss, logits, at = torch.zeros(()), [], 0
     for q in range(len(batch.leaf_Q)):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
@@ -198,6 +199,14 @@ def check(
         noise = measure(folder, sizes, batch, slope_P, (gradients, logits, loss), "float64")[0]
         result["noise"] = {name: value for name, value in noise.items() if isinstance(value, float)}
     return result
+
+
+def check_exact(folder: Path, seed: int) -> dict[str, Any]:
+    """Loss, logits and gradients in fp64 against Hugging Face in fp64 throughout: the same function, down to its rounding."""
+    sizes, batch, slope_P = problem({}, seed, 0.7)
+    device.rebuild_groups(sizes, seed=0)
+    expected = reference(folder, batch, slope_P, hugging_face_fp64)[1:]
+    return measure(folder, sizes, batch, slope_P, expected, "float64")[0]
 
 
 def measure(

@@ -18,9 +18,11 @@ FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 
 
 def within(measured: dict[str, Any]) -> bool:
-    """Each figure is in its limit, or no further from Hugging Face than 5 times Hugging Face's own distance from our fp64 run.
+    """Each figure is in its limit, or no further from Hugging Face than 5 times Hugging Face's own fp32 rounding on this problem.
 
-    Some random shapes amplify fp32 rounding beyond the limits, in Hugging Face as much as here; thirty times is a fault in any case.
+    Some random shapes amplify fp32 rounding beyond the limits, in Hugging Face as much as here (`benchmarks/parity.py` counts them). The
+    rounding is measured as Hugging Face's distance from our fp64 run, which is Hugging Face's own to 1e-11, as every run of
+    `test_matches_hugging_face` shows. Thirty times the limit is a fault in any case.
     """
     noise = measured.get("noise", {})
     allowed = {name: min(max(limit, 5 * noise.get(name, 0.0)), 30 * limit) for name, limit in parity.LIMITS.items()}
@@ -77,6 +79,8 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
         assert within(measured), (seed, fields, measured)
     measured = parity.check_lora(folder, {}, seed)
     assert within(measured), (seed, fields, measured)
+    measured = parity.check_exact(folder, seed)
+    assert all(measured[name] < 1e-11 for name in ("loss", "logits", "gradient", "norm")), (seed, fields, measured)
 
 
 @pytest.mark.usefixtures("groups")

@@ -1,0 +1,81 @@
+"""How far fp32 lies from Hugging Face on CPU, over freshly drawn tiny models: one row per family, the largest figure of all draws.
+
+    torchrun --nproc-per-node 1 benchmarks/parity.py --draws 100
+
+Rows "fp32" and "fp64" are our fp32 against Hugging Face in fp32 and in fp64, "exact" is both in fp64, "theirs" Hugging Face in fp32
+against itself in fp64. A cell is the median, the largest, and how many are over the tests' limit. Logits count from the largest logit,
+gradients from their tensor's largest entry (with the tests' floor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("engine", "")]
+
+import parity  # noqa: E402
+from cases import hugging_face_fp64, tiny  # noqa: E402
+from test_parity import FAMILIES, random_fields  # noqa: E402
+
+from lockstep.engine import device  # noqa: E402  (first: prepares torch for Megatron)
+
+
+def theirs(found: Any, expected: Any) -> dict[str, float]:
+    """Distances of one Hugging Face run from another."""
+    _, gradients, logits, loss = expected
+    floor = parity.FLOOR * max(float(g.abs().max()) for g in gradients.values())
+    off = {
+        name: float((found[1][name] - g).abs().max()) / max(float(g.abs().max()), floor)
+        for name, g in gradients.items()
+    }
+    return {
+        "loss": abs(found[3] - loss) / max(1.0, abs(loss)),
+        "logits": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found[2], logits, strict=True)),
+        "gradient": max(off.values()),
+    }
+
+
+def draw(family: str, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """One model, one batch of trees."""
+    tiny(family, folder, seed=seed, dtype="float32", **random_fields(family, np.random.default_rng(seed)))
+    sizes, batch, slope_P = parity.problem({}, seed, 0.7)
+    narrow = parity.reference(folder, batch, slope_P)
+    wide = parity.reference(folder, batch, slope_P, hugging_face_fp64)
+    return {
+        "fp32": parity.measure(folder, sizes, batch, slope_P, narrow[1:], "float32")[0],
+        "fp64": parity.measure(folder, sizes, batch, slope_P, wide[1:], "float32")[0],
+        "exact": parity.measure(folder, sizes, batch, slope_P, wide[1:], "float64")[0],
+        "theirs": theirs(narrow, wide),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    device.start(parity.Parallelism(), seed=0)
+    names = ("loss", "logits", "gradient")
+    for family in asked.families:
+        found = []
+        for seed in range(asked.seed, asked.seed + asked.draws):
+            with tempfile.TemporaryDirectory() as scratch:
+                found.append(draw(family, seed, Path(scratch, "model")))
+        for kind in found[0]:
+            values = {name: [one[kind][name] for one in found] for name in names}
+            over = {name: sum(v > parity.LIMITS[name] for v in values[name]) for name in names}
+            cells = [f"{np.median(values[n]):.1e} {max(values[n]):.1e} {over[n]}" for n in names]
+            print(f"| {family} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
