@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import tiny
-from test_parity import draw_seed, random_fields, within
+from test_parity import draw_seed, exact, random_fields, within
 
 from torchrun import torchrun
 
@@ -46,7 +46,7 @@ def sizes_of(family: str) -> dict[str, dict[str, Any]]:
     return SIZES | EXPERT_SIZES if "moe" in family else SIZES
 
 
-CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
+CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "exact", "lora")]
 ROUTED = [(f, s) for f in ("qwen3_moe", "qwen3_5_moe") for s in sizes_of(f)]
 
 
@@ -144,7 +144,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(("family", "size", "kind"), CASES)
 def test_two_processes(two: dict[str, Any], family: str, size: str, kind: str) -> None:
     measured = two[f"{family}/{size}/{kind}"]
-    assert within(measured), (two["seed"], measured)
+    assert (exact if kind == "exact" else within)(measured), (two["seed"], measured)
 
 
 @pytest.mark.distributed
