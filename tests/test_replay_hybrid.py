@@ -32,7 +32,7 @@ from replaying import (
     words,
 )
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]  # Triton's interpreter: minutes
 CONFIG = ls.TrainConfig(learning_rate=1e-2)
 BLOCK = 1152
 """Tokens of a cache block of the tiny model: attention's and the states' pages are of one size."""
@@ -112,7 +112,6 @@ async def test_replayed_routes_are_the_servers(running, base_model):
     await check_replay(model, backend, base_model, found)
 
 
-@pytest.mark.slow
 async def test_long_prompts_cached_and_in_chunks(running, base_model):
     model, backend = running
     found = await served_in_every_way(model, backend._run(model).server, BLOCK, long=1400, chunked=(4, 700))

@@ -46,7 +46,9 @@ def sizes_of(family: str) -> dict[str, dict[str, Any]]:
     return SIZES | EXPERT_SIZES if "moe" in family else SIZES
 
 
-CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "exact", "lora")]
+CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
+CASES += [("qwen3_5_moe", s, "exact") for s in sizes_of("qwen3_5_moe")] + [("qwen3", "tp2-sp", "exact")]
+"""Exact: the family with every kind of layer, and plain attention."""
 ROUTED = [(f, s) for f in ("qwen3_moe", "qwen3_5_moe") for s in sizes_of(f)]
 
 
