@@ -7,6 +7,7 @@ One server and one trainer per test. Shape suffix: S tokens.
 import asyncio
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -91,6 +92,30 @@ async def answers_until_swapped(model, name, max_tokens):
     return choices
 
 
+def asked_before_the_sync(model, backend, monkeypatch):
+    """The tasks of requests that are sampling when the next sync begins, and asked again until the swap; filled in then.
+
+    They are of different lengths, so that they don't all end just before the swap.
+    """
+    run, name, tasks = backend._run(model), model.inference_name(), []
+    call = run.trainer.call
+
+    async def sampled():
+        metrics = (await run.server.call("GET", "/metrics")).text
+        return float(re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)[0])
+
+    async def asking(verb, args, **kwargs):
+        if verb == "sync":
+            before = await sampled()
+            tasks.extend(asyncio.create_task(answers_until_swapped(model, name, 400 - 29 * i)) for i in range(8))
+            while await sampled() < before + 40:
+                await asyncio.sleep(0.005)
+        return await call(verb, args, **kwargs)
+
+    monkeypatch.setattr(run.trainer, "call", asking)
+    return tasks
+
+
 def trajectory(choice, reward):
     return ls.Trajectory(messages_and_choices=[{"role": "user", "content": "yes"}, choice], reward=reward)
 
@@ -101,6 +126,7 @@ def below(pid):
     return [*children, *(deeper for child in children for deeper in below(child))]
 
 
+@pytest.mark.slow
 async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_path, monkeypatch):
     base = taught("qwen3", tmp_path / "base", task, SMALL)
     backend = MegatronBackend(path=tmp_path, rollout_weights_mode="merged", max_model_len=512)
@@ -117,10 +143,10 @@ async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_pa
             groups = await roll_out(model, task, section, step)
             extra = groups[0].trajectories[0].choices[0].model_extra or {}
             assert extra["weight_versions"][0]["version"] == f"merged@{step}"
-            # Of different lengths, so that they don't all end just before the swap.
-            lengths = (400, 330, 270, 210) if step == 1 else ()
-            in_flight = [asyncio.create_task(answers_until_swapped(model, f"merged@{step}", n)) for n in lengths]
+            if step == 1:
+                in_flight = asked_before_the_sync(model, backend, monkeypatch)
             result = await backend.train(model, groups, CONFIG)
+            monkeypatch.undo()
             assert result.metrics["mismatch_max"] < 1e-5
             assert result.metrics["probe"] < 1e-5
             assert result.metrics["sync_bytes"] == sum(t.numel() * 4 for t in stored_tensors(base))
