@@ -6,9 +6,10 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from torchrun import torchrun
 
 ANSWER_S = 120
 """Seconds that an answer may take before the pool counts as lost."""
@@ -23,8 +24,7 @@ class Pool:
         listener.bind(str(place))
         listener.listen(processes)
         listener.settimeout(ANSWER_S)
-        command = [*(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes))]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", program, str(folder), str(place)]
+        command = torchrun(processes, program, str(folder), str(place))
         tests = Path(__file__).parents[1]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests / 'engine'}"}
         with self.log.open("wb") as log:

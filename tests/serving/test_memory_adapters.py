@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import sender_ranks
@@ -23,6 +22,7 @@ from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
 from lockstep.sync.push import AdapterPusher, Endpoint
 from lockstep.sync.transports import GlooTransport
+from torchrun import torchrun
 
 pytestmark = pytest.mark.server
 
@@ -115,8 +115,7 @@ def run_ranks(folder, server, tmp_path, **job):
     job |= {"tokens": TOKENS, "port": port, "api_key": server.api_key, "answer": str(answer), "adapter": True}
     job["settings"] |= {"model": str(folder)}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", sender_ranks.__file__, str(tmp_path / "job.json")]
+    command = torchrun(2, sender_ranks.__file__, str(tmp_path / "job.json"))
     child = spawn(command, child_env({"OMP_NUM_THREADS": "1"}), tmp_path / "log", "two ranks")
     assert child.wait(600.0) == 0, child.log_tail(40)
     return json.loads(answer.read_text())

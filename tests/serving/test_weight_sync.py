@@ -7,7 +7,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 import threading
 
 import httpx
@@ -26,6 +25,7 @@ from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
 from lockstep.sync.push import Endpoint, WeightPusher
 from lockstep.sync.transports import GlooTransport
+from torchrun import torchrun
 
 pytestmark = pytest.mark.server
 
@@ -120,8 +120,7 @@ async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp
             | {"steps": steps}
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", sender_ranks.__file__, str(job)]
+    command = torchrun(2, sender_ranks.__file__, str(job))
     child = spawn(command, child_env({"OMP_NUM_THREADS": "1"}), tmp_path / "log", "two ranks")
     status = await asyncio.to_thread(child.wait, 600.0)
     assert status == 0, child.log_tail(40)
