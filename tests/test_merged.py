@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inflight import seen_running
 
 import lockstep as ls
 from lockstep.backends import run as backend_run
@@ -108,8 +109,9 @@ def asked_before_the_sync(model, backend, monkeypatch):
         if verb == "sync":
             before = await sampled()
             tasks.extend(asyncio.create_task(answers_until_swapped(model, name, 400 - 29 * i)) for i in range(8))
-            while await sampled() < before + 40:
-                await asyncio.sleep(0.005)
+            async with asyncio.timeout(100):
+                while await sampled() < before + 40:
+                    await asyncio.sleep(0.005)
         return await call(verb, args, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", asking)
@@ -273,7 +275,7 @@ async def test_all_weights_of_an_untied_model_in_shared_mode(runtime, task, sect
         await model.register(MegatronBackend(path=tmp_path, rollout_weights_mode="merged", offload=True))
     together = ls.Placement(trainer="cpu", inference="cpu")
     backend = MegatronBackend(
-        path=tmp_path, rollout_weights_mode="merged", max_model_len=512, placement=together, weight_transport="disk"
+        path=tmp_path, rollout_weights_mode="merged", max_model_len=2048, placement=together, weight_transport="disk"
     )
     await model.register(backend)
     try:
@@ -365,15 +367,13 @@ async def trained_in_turns(model, backend, groups, monkeypatch):
 async def check_server_does_not_sleep_over_requests(model, backend, groups, monkeypatch):
     """A request that does not end in time stops the step before it begins, and is not harmed."""
     monkeypatch.setattr(turns, "IN_FLIGHT_DEADLINE_S", 0.3)
-    body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 440, "extra_body": {"ignore_eos": True}}
+    body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
     server = backend._run(model).server
-    running = asyncio.create_task(model.openai_client().completions.create(**body))
-    while not await server.in_flight():
-        await asyncio.sleep(0.01)
+    running = await seen_running(server, lambda: model.openai_client().completions.create(**body))
     with pytest.raises(ServerError, match="still in flight"):
         await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
-    assert len((await running).choices[0].token_ids) == 440
+    assert len((await running).choices[0].token_ids) == 1900
     assert (await server.version())["asleep"] == []
 
 

@@ -1,4 +1,4 @@
-"""Child processes that can't outlive this one: each runs under `lockstep.guard`, in a session of its own.
+"""Child processes that can't outlive this one: each runs under `lockstep.guard`, in a process group of its own.
 
 Works from any thread and under asyncio: nothing here depends on the thread that started the child.
 """
@@ -112,7 +112,7 @@ def private_log(path: Path) -> int:
 def spawn(
     command: Sequence[str], env: Mapping[str, str], log_path: Path, name: str, *, cwd: Path | None = None
 ) -> Child:
-    """Starts `command` under a guard, in a session of its own, with exactly `env` and its output appended to `log_path`.
+    """Starts `command` under a guard, in a process group of its own, with exactly `env` and its output appended to `log_path`.
 
     The tree dies when this process ends in any way, SIGKILL included. A command that can't be started ends with
     status 127 and a line in the log.
@@ -126,7 +126,9 @@ def spawn(
             stderr=log_fd,
             env=dict(env),
             cwd=cwd,
-            start_new_session=True,
+            # Not a session: Linux schedules each session as one (autogroup), and a server that spins on every core
+            # would then keep this process from running for a second at a time.
+            process_group=0,
         )
     finally:
         os.close(log_fd)

@@ -111,6 +111,16 @@ def test_terminate_and_the_commands_own_end_leave_nothing(tmp_path):
     assert not any(map(alive, members))
 
 
+def test_a_child_has_a_group_of_its_own_in_our_session(tmp_path):
+    """A group, so that Ctrl-C is for us alone; our session, since Linux shares its processors out by session: a server that spins in
+    another one kept its client from running for a second at a time.
+    """
+    child = spawn([sys.executable, "-c", "import time; time.sleep(600)"], child_env(), tmp_path / "log", "sleeper")
+    assert os.getpgid(child.pid) == child.pid != os.getpgrp()
+    assert os.getsid(child.pid) == os.getsid(0)
+    child.kill()
+
+
 @linux_only
 def test_the_command_dies_with_its_guard(tmp_path):
     child = spawn([sys.executable, "-c", STUBBORN], child_env(), tmp_path / "log", "stubborn")

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from inflight import seen_running
 
 from lockstep.errors import ServerError
 
@@ -21,9 +22,7 @@ async def generated(server, tokens: int) -> int:
 
 async def test_requests_in_flight_end_first_and_new_ones_wait(server):
     before = await server.score("base", TOKENS)
-    running = asyncio.create_task(generated(server, 300))
-    while not await server.in_flight():
-        await asyncio.sleep(0.01)
+    running = await seen_running(server, lambda: generated(server, 300))
     await server.sleep(1, deadline_s=100.0)
     assert await asyncio.wait_for(running, 5.0) == 300  # it was let finish, not cut off
     assert await server.version() == {"version": "base", "names": ["base"], "asleep": ["kv_cache", "weights"]}

@@ -185,8 +185,9 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
             return found
 
         tasks = [asyncio.create_task(keep_asking(i)) for i in range(8)]
-        while await sampled_tokens(server) < sampled_before + 40:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(100):
+            while await sampled_tokens(server) < sampled_before + 40:
+                await asyncio.sleep(0.005)
         running.set()
         await push
         replies = [reply for task in tasks for reply in await task]
