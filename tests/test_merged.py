@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inflight import seen_running
 
 import lockstep as ls
+from inflight import seen_running
 from lockstep.backends import run as backend_run
 from lockstep.backends import turns
 from lockstep.backends.megatron import MegatronBackend

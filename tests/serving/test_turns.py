@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 import torch
-from inflight import seen_running
 
+from inflight import seen_running
 from lockstep.errors import ServerError
 
 pytestmark = pytest.mark.server
