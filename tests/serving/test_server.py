@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -266,6 +267,12 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
+def stack_end(pid: int) -> str:
+    """Where the stack of a process begins: drawn anew by every exec, inherited by a fork."""
+    (stack,) = (line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[stack]"))
+    return stack.split()[0].split("-")[1]
+
+
 def test_nothing_is_left_after_its_parent_was_killed(runtime, tiny_qwen3, tmp_path):
     arguments = [tiny_qwen3, runtime.python, runtime.plugin_path, tmp_path / "run"]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
@@ -274,6 +281,7 @@ def test_nothing_is_left_after_its_parent_was_killed(runtime, tiny_qwen3, tmp_pa
     tree = descendants(driver.pid)
     assert int(guard) in tree
     assert len(tree) >= 4  # guard, API process, engine core, worker
+    assert Counter(stack_end(pid) for pid in tree).most_common(1)[0][1] == 3, "vLLM was imported more than once"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     driver.stdout.close()

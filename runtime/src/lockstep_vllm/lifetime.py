@@ -16,12 +16,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Asks the kernel for SIGKILL at the parent's death (Linux); ends at once if a spawning parent is gone already."""
+    """Asks the kernel for SIGKILL at the parent's death (Linux); ends at once if a parent that spawned this process is gone already."""
+    parent = multiprocessing.parent_process()
+    die_with(None if parent is None else parent.pid)
+
+
+def die_with(parent_pid: int | None) -> None:
+    """The same, where the parent is known."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # died while this process was importing
+    if parent_pid is not None and os.getppid() != parent_pid:  # died in between
         os.kill(os.getpid(), signal.SIGKILL)

@@ -27,13 +27,14 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from lockstep_vllm import cpu_reload, exact, moe_lora_cpu, plain_cpu
+        from lockstep_vllm import cpu_reload, exact, forking, moe_lora_cpu, plain_cpu
 
         cpu_reload.apply()
         moe_lora_cpu.apply()
         if plain_cpu.wanted():
             plain_cpu.apply()
         exact.apply()
+        forking.apply()
 
 
 def endpoints():

@@ -1,0 +1,41 @@
+"""On a CPU, vLLM's engine core and workers are forked and not spawned.
+
+A spawned process imports vLLM anew, six seconds of a core each; vLLM spawns on a CPU always, for the sake of threads it binds to cores,
+which Lockstep turns off. Forking is safe at that point: the API process has computed nothing yet, and its children begin with our plugin
+as it has it.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from lockstep_vllm import lifetime
+
+
+def apply() -> None:
+    """Called once, in the API process, before vLLM reads its configuration."""
+    if sys.platform != "linux":  # macOS's own libraries don't survive a fork
+        return
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(_: type, vllm_config) -> None:
+        original(vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    parent = [os.getpid()]
+
+    def before() -> None:
+        parent[0] = os.getpid()
+
+    def begin() -> None:
+        signal.set_wakeup_fd(-1)  # else the parent's event loop would hear the child's signals
+        lifetime.die_with(parent[0])
+
+    os.register_at_fork(before=before, after_in_child=begin)
