@@ -3,6 +3,8 @@
 One server and one trainer for the whole file. Shape suffix: S tokens.
 """
 
+import asyncio
+import errno
 import json
 import math
 import random
@@ -161,6 +163,45 @@ async def test_kl_penalty_changes_the_gradient(running, task, section):
     assert pulled.metrics["grad_norm"] != pytest.approx(plain.metrics["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("how", ["the disk is full", "the caller gives up"])
+async def test_a_step_that_was_not_published_is_not_built_upon(running, task, section, monkeypatch, how):
+    """The same rollouts again: the trainer, which had moved on, holds the weights that sampled them."""
+    model, backend = running
+    run, step = backend._run(model), model.step
+    groups = await roll_out(model, task, section, step)
+    ask = run.trainer.call
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def given_up(verb, *arguments, **settings):
+        reply = await ask(verb, *arguments, **settings)
+        if verb == "train_step":
+            raise asyncio.CancelledError
+        return reply
+
+    with monkeypatch.context() as patched:
+        if how == "the disk is full":
+            patched.setattr(run.store, "publish", full)
+        else:
+            patched.setattr(run.trainer, "call", given_up)
+        with pytest.raises((OSError, asyncio.CancelledError)):
+            await backend.train(model, groups, CONFIG)
+    assert (model.step, published_steps(run.store.path)[-1]) == (step, step)
+    result = await backend.train(model, groups, CONFIG)
+    assert result.step == step + 1
+    assert result.metrics["mismatch_max"] < 1e-5
+
+
+async def test_calls_of_train_take_turns(running, task, section):
+    model, backend = running
+    step, groups = model.step, await roll_out(model, task, section, model.step)
+    later = CONFIG.model_copy(update={"max_steps_off_policy": 1})
+    results = await asyncio.gather(*(backend.train(model, groups, later) for _ in range(2)))
+    assert [result.step for result in results] == [step + 1, step + 2]
+    assert model.step == step + 2
+
+
 async def bad_groups(kind, model, task):
     good = await task.rollout(model, task.scenarios[0], 1.0)
     if kind == "empty batch":
@@ -255,7 +296,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
     other = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=16))
     with pytest.raises(StoreError, match="lora"):
         await other.register(MegatronBackend(path=path, max_model_len=512))
-    again = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=model.lora)
+    again = model  # its backend is closed, so another one may have it
     resumed = MegatronBackend(path=path, max_model_len=512)
     try:
         await again.register(resumed)

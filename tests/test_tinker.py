@@ -116,7 +116,7 @@ async def test_training_moves_the_answers_and_a_new_process_goes_on(service, tmp
         await backend.train(model, groups, TRAIN)
     await backend.close()
     assert service.clients[0].closed == "success"
-    again, resumed = ls.TinkerBackend(path=tmp_path, api_key=KEY), make()
+    again, resumed = ls.TinkerBackend(path=tmp_path, api_key=KEY), model  # its backend is closed: free for another one
     await resumed.register(again)
     assert resumed.step == STEPS
     assert await greedy(resumed) == after
@@ -199,8 +199,9 @@ async def test_the_key_stays_secret_and_missing_things_are_named(service, tmp_pa
     service.refuse = set()
     with caplog.at_level("DEBUG"):
         await make().register(backend)
-        with pytest.raises(ConfigError, match="registered already"):
+        with pytest.raises(ConfigError, match="p/m is registered already"):
             await make().register(backend)
+        await make(project="another").register(backend)
     assert service.clients[0].api_key == KEY
     assert KEY not in repr(backend) + repr(backend._runs) + caplog.text
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]

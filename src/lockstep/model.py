@@ -36,6 +36,19 @@ def _check_segment(kind: str, value: str) -> str:
     return value
 
 
+def open_client(endpoint: Endpoint) -> AsyncOpenAI:
+    """A client of a run's own server. The caller closes it."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+
+    return AsyncOpenAI(
+        base_url=endpoint.base_url,
+        api_key=endpoint.api_key,
+        timeout=Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS),
+        max_retries=_RETRIES,
+        http_client=DefaultAsyncHttpxClient(trust_env=False),  # a proxy must not catch the run's own server
+    )
+
+
 class TrainableModel:
     """A model to train. Files go to <backend path>/<project>/<name>; step N is served as `<name>@N`.
 
@@ -56,7 +69,7 @@ class TrainableModel:
         self._client: tuple[Endpoint, asyncio.AbstractEventLoop | None, AsyncOpenAI] | None = None
 
     def __repr__(self) -> str:
-        state = f"step={self._step}" if self._backend else "not registered"
+        state = f"step={self._step}" if self._backend is not None else "not registered"
         return f"TrainableModel({self.project}/{self.name}, {self.base_model}, {state})"
 
     async def register(self, backend: Backend) -> None:
@@ -76,8 +89,9 @@ class TrainableModel:
 
     @property
     def step(self) -> int:
-        """The step that is served now."""
-        self._registered()
+        """The step that is served now; once the backend is closed, the last one that was."""
+        if self._step < 0:
+            self._registered()
         return self._step
 
     def _advance(self, step: int) -> None:
@@ -108,23 +122,19 @@ class TrainableModel:
 
         Lost connections and overload are retried; a request may take 600 s.
         """
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-
         endpoint = self._registered().endpoint(self)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
         if self._client is None or self._client[:2] != (endpoint, loop):  # connections belong to one event loop
-            client = AsyncOpenAI(
-                base_url=endpoint.base_url,
-                api_key=endpoint.api_key,
-                timeout=Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS),
-                max_retries=_RETRIES,
-                http_client=DefaultAsyncHttpxClient(trust_env=False),  # a proxy must not catch the run's own server
-            )
-            self._client = (endpoint, loop, client)
+            self._client = (endpoint, loop, open_client(endpoint))
         return self._client[2]
+
+    async def _released(self) -> None:
+        """The backend was closed: any other may take the model. Called by the backend."""
+        self._backend = None
+        await self._disconnect()
 
     async def _disconnect(self) -> None:
         """Close the client's connections. Called by the backend, when the server they lead to ends."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from lockstep.errors import ConfigError
 
 if TYPE_CHECKING:
     from lockstep.config import TrainConfig, TrainResult
@@ -34,3 +36,9 @@ class Backend(Protocol):
     ) -> TrainResult: ...
 
     async def close(self) -> None: ...
+
+
+def check_new(model: TrainableModel, registered: Iterable[TrainableModel]) -> None:
+    """Raise ConfigError if a model with this project and name is registered."""
+    if any((one.project, one.name) == (model.project, model.name) for one in registered):
+        raise ConfigError(f"model {model.project}/{model.name} is registered already")

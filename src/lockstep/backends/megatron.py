@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends.base import Endpoint
+from lockstep.backends.base import Endpoint, check_new
 from lockstep.backends.exact import check_exact, exact_config
 from lockstep.backends.placement import resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
-from lockstep.backends.run import STEP_DEADLINE_S, Run
+from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.serve import give_up_turn, serve
 from lockstep.backends.start import Parts, route_shape, start_both
 from lockstep.backends.turns import never_left_asleep, trainers_turn
@@ -78,7 +78,7 @@ class MegatronBackend:
         self.weight_transport: str | None = weight_transport
         self.enable_expert_replay = enable_expert_replay
         self.on_progress: Callable[[str], None] | None = None
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[TrainableModel, Run] = {}
         if rollout_weights_mode not in ("lora", "merged"):
             raise unsupported("rollout_weights_mode", rollout_weights_mode, "MegatronBackend", "use 'lora' or 'merged'")
         self.rollout_weights_mode = rollout_weights_mode
@@ -92,7 +92,7 @@ class MegatronBackend:
         return Endpoint(server.base_url, server.api_key)
 
     def _run(self, model: TrainableModel) -> Run:
-        run = self._runs.get(model.name)
+        run = self._runs.get(model)
         if run is None:
             raise ConfigError(f"model {model.name} is not registered: call `await model.register(backend)` first")
         return run
@@ -106,8 +106,7 @@ class MegatronBackend:
 
         Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError, TrainerError or ServerError.
         """
-        if model.name in self._runs:
-            raise ConfigError(f"model {model.name} is registered already")
+        check_new(model, self._runs)
         self._say(f"preparing {model.base_model}")
         parts, vocab_size = await self._parts(model)
         runtime = find_runtime(parts.devices.kind)
@@ -131,11 +130,11 @@ class MegatronBackend:
                 await trainer.call("load", {"step_dir": str(step.path)}, deadline_s=STEP_DEADLINE_S)
             else:
                 step = await _publish_first(run)
-            self._runs[model.name] = run
+            self._runs[model] = run
             await self._serve(run, step)
             return step.number
         except BaseException:
-            self._runs.pop(model.name, None)
+            self._runs.pop(model, None)
             if run is not None:
                 await run.close()
             else:
@@ -188,14 +187,19 @@ class MegatronBackend:
     ) -> TrainResult:
         """One step on `groups`: pack, train, publish step N + 1, serve it, prove it. The model's step advances when it is served.
 
-        Raises DataError or StaleRolloutError for groups that can't be trained on, before anything changes; TrainerError or
-        MismatchError leave step N published and served.
+        Calls for one model take turns. Raises DataError or StaleRolloutError for groups that can't be trained on, before anything
+        changes; TrainerError or MismatchError leave step N published and served. After a step that failed or was cancelled before it
+        was published, the next one starts from the published weights.
         """
         run, config = self._run(model), config or TrainConfig()
         if run.parts.exact:
             config = exact_config(config)
+        async with run.training:
+            return await self._train(run, groups, config)
+
+    async def _train(self, run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> TrainResult:
         started = time.monotonic()
-        current = model.step
+        model, current = run.model, run.model.step
         run.check_in_step()
         prepared = await asyncio.to_thread(
             prepare,
@@ -207,20 +211,18 @@ class MegatronBackend:
             routes=run.parts.routes,
         )
         metrics = dict(prepared.metrics)
-        folder = run.store.path / "batches"
-        batch_path = folder / f"{current:04d}.safetensors"
+        batch_path = run.store.path / "batches" / f"{current:04d}.safetensors"
         await asyncio.to_thread(save_batch, prepared.batch, batch_path)
-        staged = run.store.stage(current + 1)
-        arguments: dict[str, Any] = {
-            "batch": str(batch_path),
-            "config": config.model_dump(mode="json"),
-            "out": str(staged),
-        }
+        arguments: dict[str, Any] = {"batch": str(batch_path), "config": config.model_dump(mode="json")}
         if config.reference_step is not None:
             arguments["reference"] = str(run.store.step(config.reference_step).path)
         await trainers_turn(run, forget_weights=run.parts.merged)
         try:
-            reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
+            # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
+            await _back_to_published(run, current)
+            staged = run.store.stage(current + 1)
+            run.trainer_ahead = True
+            reply = await run.trainer.call("train_step", arguments | {"out": str(staged)}, deadline_s=STEP_DEADLINE_S)
         except BaseException as error:
             await give_up_turn(run, error)
             raise
@@ -228,20 +230,26 @@ class MegatronBackend:
         metrics["seconds_train"] = time.monotonic() - started
         async with never_left_asleep(run):
             step = await asyncio.to_thread(run.store.publish, current + 1, staged, metrics)
+        run.trainer_ahead = False
         started = time.monotonic()
         synced = await self._serve(run, step)
         synced["seconds_sync"] = time.monotonic() - started
-        metrics |= synced
+        model._advance(step.number)
         run.store.record(step.number, synced)
         batch_path.unlink()
-        model._advance(step.number)
-        return TrainResult(step.number, metrics, step.path)
+        return TrainResult(step.number, metrics | synced, step.path)
 
     async def close(self) -> None:
         """End server and trainer of every model; published steps stay. Safe to call twice."""
         runs, self._runs = list(self._runs.values()), {}
-        for run in runs:
-            await run.close()
+        await all_ended(*(run.close() for run in runs))
+
+
+async def _back_to_published(run: Run, step: int) -> None:
+    """After a step that never got published: whatever the trainer did with it, it stands at `step` again."""
+    if run.trainer_ahead:
+        await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+        run.trainer_ahead = False
 
 
 async def _publish_first(run: Run) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 from lockstep.backends.probe import Probe
@@ -31,6 +32,10 @@ class Run:
     parts: Parts
     served: set[int] = field(default_factory=set)
     """Steps that the server answers to: by their adapters or, merged, by name only."""
+    trainer_ahead: bool = False
+    """The trainer was asked for a step that is not published: nobody knows which weights it holds."""
+    training: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by `train`: one step at a time."""
 
     def name(self, step: int) -> str:
         """What the step is served as."""
@@ -51,6 +56,14 @@ class Run:
 
     async def close(self) -> None:
         """End trainer and server and the model's connections; published steps stay."""
-        await self.model._disconnect()
-        await asyncio.gather(self.trainer.close(), self.server.close())
-        self.store.close()
+        try:
+            await all_ended(self.model._released(), self.trainer.close(), self.server.close())
+        finally:
+            self.store.close()
+
+
+async def all_ended(*closing: Awaitable[None]) -> None:
+    """Wait for all of them, whatever becomes of the others; then raise the first error."""
+    for ended in await asyncio.gather(*closing, return_exceptions=True):
+        if isinstance(ended, BaseException):
+            raise ended

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.backends import chat
-from lockstep.backends.base import Endpoint
+from lockstep.backends.base import Endpoint, check_new
 from lockstep.backends.chat_endpoint import ChatEndpoint, RequestError
 from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs, step_metrics
 from lockstep.config import TrainConfig, TrainResult, unsupported
@@ -71,7 +71,7 @@ class TinkerBackend:
         self.base_url = base_url
         self._api_key = api_key
         self._service: Any = None
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[TrainableModel, _Run] = {}
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
@@ -83,7 +83,7 @@ class TinkerBackend:
         return found
 
     def _run(self, model: TrainableModel) -> _Run:
-        run = self._runs.get(model.name)
+        run = self._runs.get(model)
         if run is None:
             raise ConfigError(f"model {model.name} is not registered: call `await model.register(backend)` first")
         return run
@@ -93,8 +93,7 @@ class TinkerBackend:
 
         Raises UnsupportedModelError, ConfigError, StoreError or TrainerError.
         """
-        if model.name in self._runs:
-            raise ConfigError(f"model {model.name} is registered already")
+        check_new(model, self._runs)
         if is_folder(model.base_model):
             raise unsupported(
                 "base_model", model.base_model, "TinkerBackend", "the service knows Hugging Face ids only"
@@ -127,7 +126,7 @@ class TinkerBackend:
         except BaseException:
             store.close()
             raise
-        self._runs[model.name] = run
+        self._runs[model] = run
         return step.number
 
     async def _connect(self) -> Any:
@@ -232,8 +231,9 @@ class TinkerBackend:
 
     async def close(self) -> None:
         """Close endpoints and end the session with the service; published steps stay. Safe to call twice."""
-        runs, self._runs = list(self._runs.values()), {}
-        for run in runs:
+        runs, self._runs = self._runs, {}
+        for model, run in runs.items():
+            await model._released()
             await asyncio.to_thread(run.endpoint.close)
             run.store.close()
         service, self._service = self._service, None
