@@ -1,5 +1,7 @@
 """The command line: bad input gets one line and a non-zero exit; what it writes is what it says."""
 
+import asyncio
+import io
 import json
 import os
 import subprocess
@@ -9,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import save_file
 
+from lockstep.backends import start
 from lockstep.backends.trainer import Trainer
-from lockstep.errors import TrainerError
+from lockstep.chat import chat_with
+from lockstep.errors import ServerError, TrainerError
 from lockstep.families.tiny import write_tiny
 
 TASK = """
@@ -166,3 +171,29 @@ async def test_no_free_memory_is_said_before_anything_is_allocated(tmp_path):
     with pytest.raises(TrainerError, match="no free memory") as caught:
         await Trainer.start(config, 1, tmp_path / "logs" / "trainer.log")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.server
+async def test_chat_reaches_its_own_server_and_a_refusal_is_one_line(server, monkeypatch, tmp_path):
+    """Behind a proxy that leads nowhere; then with a message that is longer than the server's context."""
+
+    class Kept:
+        base_url, api_key = server.base_url, server.api_key
+
+        async def close(self):
+            """The session's server stays."""
+
+    async def serve_step(run, step, progress):
+        return Kept(), "base"
+
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(start, "serve_step", serve_step)
+    said = io.StringIO()
+    await asyncio.to_thread(chat_with, tmp_path, "hi", None, Console(file=said))
+    assert said.getvalue().startswith("base  ")
+    with pytest.raises(ServerError, match="context length") as refused:
+        await asyncio.to_thread(chat_with, tmp_path, "many words " * 500, None, Console(file=said))
+    assert "\n" not in str(refused.value)

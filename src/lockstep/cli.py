@@ -60,7 +60,7 @@ def chat(
     """Talk to a trained model: starts its server, loads the step's adapter, and reads from the terminal."""
     from lockstep.chat import chat_with
 
-    asyncio.run(chat_with(run, message, step, console))
+    chat_with(run, message, step, console)
 
 
 @app.command()
