@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from drawing import choice, trajectory
 from lockstep.errors import ConfigError, DataError, RolloutError, StoreError
@@ -170,6 +171,18 @@ async def test_a_nan_reward_names_its_rollout():
         await gather_trajectory_groups([[rollout(0.0), rollout(float("nan"), 0.01)]], progress=False)
 
 
+async def test_a_reply_in_place_of_its_choice_names_its_rollout():
+    async def careless() -> Trajectory:
+        one = trajectory(choice([1], [2]))
+        one.messages_and_choices.append(choice([1], [2]).message)
+        return one
+
+    with pytest.raises(
+        RolloutError, match="group 0, rollout 1: DataError: messages_and_choices holds a ChatCompletionM"
+    ):
+        await gather_trajectory_groups([[rollout(0.0), careless()]], progress=False)
+
+
 async def test_cancelling_the_gather_cancels_its_rollouts():
     started, ended = asyncio.Event(), []
 
@@ -279,3 +292,19 @@ def test_other_files_are_refused(tmp_path):
     for name in ("a", "missing"):
         with pytest.raises(StoreError, match="not a readable Parquet file"):
             read_parquet(tmp_path / name)
+
+
+def test_the_clients_objects_inside_messages_are_kept_and_others_named(tmp_path):
+    call = ChatCompletionMessageFunctionToolCall.model_validate(
+        {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    )
+    one = Trajectory(messages_and_choices=[{"role": "assistant", "tool_calls": [call]}], reward=0)
+    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[one])], 0)
+    (group,) = read_parquet(tmp_path / "a")
+    assert group.trajectories[0].messages == [{"role": "assistant", "tool_calls": [call.model_dump()]}]
+    one.messages_and_choices[0]["when"] = object()
+    with pytest.raises(
+        DataError, match="group 1, trajectory 0: messages_and_choices can't be written to Parquet: object is"
+    ):
+        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[]), TrajectoryGroup(trajectories=[one])], 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lockstep.errors import ConfigError, RolloutError
+from lockstep.errors import ConfigError, DataError, RolloutError
 from lockstep.leases import rollout_scope
 from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup
 
@@ -120,13 +120,20 @@ class _Gathering:
 
     def _keep(self, group: int, index: int, result: object) -> None:
         expected = TrajectoryGroup if self._whole[group] else Trajectory
-        if isinstance(result, TrajectoryGroup | Trajectory) and isinstance(result, expected):
-            self._results[group][index] = result
-            self._report(result.trajectories if isinstance(result, TrajectoryGroup) else [result])
-        else:
+        if not isinstance(result, TrajectoryGroup | Trajectory) or not isinstance(result, expected):
             self._fail(
                 group, index, TypeError(f"the rollout gave a {type(result).__name__}, not a {expected.__name__}")
             )
+            return
+        trajectories = result.trajectories if isinstance(result, TrajectoryGroup) else [result]
+        try:
+            for trajectory in trajectories:
+                _ = trajectory.choices  # whatever was appended to it is looked at here, while the rollout has a name
+        except DataError as error:
+            self._fail(group, index, error)
+            return
+        self._results[group][index] = result
+        self._report(trajectories)
 
     def _fail(self, group: int, index: int, error: BaseException) -> None:
         self._failures[group][index] = _failure(error)

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.errors import StoreError
+from pydantic import BaseModel
+
+from lockstep.errors import DataError, StoreError
 from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup, is_choice
 
 if TYPE_CHECKING:
@@ -92,9 +94,24 @@ def _join_choice(struct: dict[str, Any]) -> dict[str, Any]:
     return choice
 
 
+def _json(value: Any, where: str) -> str:
+    """JSON of what a user put together. Raises DataError for what is none; objects of the OpenAI client are written as their fields."""
+    try:
+        return json.dumps(value, default=_plain)
+    except TypeError as error:
+        raise DataError(f"{where} can't be written to Parquet: {error}") from None
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
 def _row(step: int, group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
     messages: list[Any] = []
     choices: list[dict[str, Any]] = []
+    where = f"group {group}, trajectory {index}"
     for item in trajectory.messages_and_choices:
         if is_choice(item):
             messages.append({"choice": len(choices)})
@@ -106,16 +123,19 @@ def _row(step: int, group: int, index: int, trajectory: Trajectory) -> dict[str,
         "group": group,
         "trajectory": index,
         "reward": trajectory.reward,
-        "messages": json.dumps(messages),
+        "messages": _json(messages, f"{where}: messages_and_choices"),
         "choices": choices,
-        "tools": None if trajectory.tools is None else json.dumps(trajectory.tools),
-        "metrics": json.dumps(trajectory.metrics),
-        "metadata": json.dumps(trajectory.metadata),
+        "tools": None if trajectory.tools is None else _json(trajectory.tools, f"{where}: tools"),
+        "metrics": _json(trajectory.metrics, f"{where}: metrics"),
+        "metadata": _json(trajectory.metadata, f"{where}: metadata"),
     }
 
 
 def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int) -> None:
-    """Write the groups of `step` to `path`: under a temporary name, flushed, renamed. Missing folders are made."""
+    """Write the groups of `step` to `path`: under a temporary name, flushed, renamed. Missing folders are made.
+
+    Raises DataError, naming the trajectory, for messages or metadata that are not JSON.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,10 +156,13 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
     }
     table = pa.Table.from_pylist(rows, schema=_columns().with_metadata({_KEY: json.dumps(about)}))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary, compression="zstd")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk leaves half of it
 
 
 def read_parquet(path: str | Path) -> list[TrajectoryGroup]:

@@ -21,10 +21,10 @@ def is_choice(value: object) -> bool:
     return module is not None and isinstance(value, module.Choice)
 
 
-def _as_item(value: object) -> dict[str, Any] | Choice:
+def _as_item(value: object) -> Any:
     """A message dict or a Choice, as it is; a serialised Choice becomes one again."""
     if is_choice(value):
-        return value  # type: ignore[return-value]
+        return value
     if not isinstance(value, Mapping):
         raise DataError(
             f"messages_and_choices holds a {type(value).__name__}: give message dicts and the choices of the "
@@ -83,15 +83,15 @@ class Trajectory(BaseModel):
 
     @property
     def choices(self) -> list[Choice]:
-        """What the model sampled, in order."""
-        return [item for item in self.messages_and_choices if is_choice(item)]
+        """What the model sampled, in order. Raises DataError for an item, appended since, that is no message and no choice."""
+        return [item for item in map(_as_item, self.messages_and_choices) if is_choice(item)]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation as plain OpenAI messages, choices turned into assistant messages."""
+        """The conversation as plain OpenAI messages, choices turned into assistant messages. Raises DataError as `choices` does."""
         return [
             item.message.model_dump(mode="json", exclude_none=True) if is_choice(item) else item
-            for item in self.messages_and_choices
+            for item in map(_as_item, self.messages_and_choices)
         ]
 
 

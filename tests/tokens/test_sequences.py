@@ -197,3 +197,27 @@ def test_stale_and_foreign_versions_are_refused():
         ready(group(0.0, 1.0, version="m@4"), step=3)
     with pytest.raises(StaleRolloutError, match="'someone@3'"):
         ready(group(0.0, 1.0, version="someone@3"), step=3)
+
+
+def test_what_was_appended_to_a_trajectory_is_looked_at():
+    """A list can be appended to behind the validator's back: a whole reply, or its message, would otherwise not be trained on."""
+    first, second = choice([1], [2]), choice([1, 2, 3], [4])
+    one = trajectory(first)
+    one.messages_and_choices.append(second.model_dump())  # a choice that went through JSON is a choice
+    assert [each.token_ids for each in one.choices] == [[2], [4]]
+    one.messages_and_choices.append(second.message)
+    with pytest.raises(DataError, match="group 3, trajectory 4: messages_and_choices holds a ChatCompletionMessage"):
+        tokenize(one, "m", 3, 4)
+    with pytest.raises(DataError, match="holds a ChatCompletionMessage"):
+        _ = one.messages
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "high"])
+def test_a_metric_that_is_no_number_is_named(value):
+    good, bad = trajectory(choice([1], [2])), trajectory(choice([1], [3]), reward=0.0)
+    bad.metrics["length"] = value
+    group = TrajectoryGroup(trajectories=[good, bad])
+    with pytest.raises(DataError, match=r"group 0, trajectory 1: metrics\['length'\] is"):
+        prepare([group], model_name="m", step=0, config=TrainConfig())
+    good.metrics["length"], bad.metrics["length"] = 1, np.float32(2)
+    assert prepare([group], model_name="m", step=0, config=TrainConfig()).metrics["rollout/length"] == 1.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,7 +81,7 @@ def prepare(
     row length. Groups that tolerated failures left with fewer than two trajectories are skipped and counted.
 
     Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, a bad
-    reward, a trajectory with nothing sampled, missing ids, logprobs or versions, sampling that can't be trained on,
+    reward or metric, a trajectory with nothing sampled, missing ids, logprobs or versions, sampling that can't be trained on,
     stale or foreign versions, a sequence longer than a row.
     """
     selected = _select(groups)
@@ -161,7 +162,18 @@ def _rollout_metrics(
         "tokens_sampled": float(sum(sequence.scored for one in tokenized for sequence in one.sequences)),
         "steps_off_policy": float(max(step - min(one.steps) for one in tokenized)),
     }
-    for name in sorted({name for trajectory in trajectories for name in trajectory.metrics}):
-        values = [trajectory.metrics[name] for trajectory in trajectories if name in trajectory.metrics]
-        metrics[f"rollout/{name}"] = math.fsum(values) / len(values)
-    return metrics
+    return metrics | _means(selected)
+
+
+def _means(selected: _Selected) -> dict[str, float]:
+    """The mean of each metric over the trajectories that have it. Raises DataError for one that is no finite number."""
+    found: dict[str, list[float]] = {}
+    for number, group in selected.groups.items():
+        for index, trajectory in enumerate(group.trajectories):
+            for name, value in trajectory.metrics.items():
+                if not (isinstance(value, Real) and math.isfinite(value)):
+                    raise DataError(
+                        f"group {number}, trajectory {index}: metrics[{name!r}] is {value!r}: give a finite number, or leave it out"
+                    )
+                found.setdefault(name, []).append(float(value))
+    return {f"rollout/{name}": math.fsum(found[name]) / len(found[name]) for name in sorted(found)}

@@ -225,8 +225,11 @@ def tokenize(
     name = f"group {group}, trajectory {index}"
     if not math.isfinite(trajectory.reward):
         raise DataError(f"{name}: reward is {trajectory.reward}")
-    choices = enumerate(trajectory.choices)
-    turns = [read_turn(choice, model_name, f"{name}, choice {k}", routes) for k, choice in choices]
+    try:
+        choices = trajectory.choices
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    turns = [read_turn(choice, model_name, f"{name}, choice {k}", routes) for k, choice in enumerate(choices)]
     if not any(len(turn.sampled_S) for turn in turns):
         what = "no choice" if not turns else "no sampled token in any choice"
         raise DataError(f"{name} has {what}: put the server's choices (response.choices[0]) into messages_and_choices")
