@@ -6,9 +6,10 @@ import pytest
 
 import lockstep as ls
 from lockstep.backends import placement
-from lockstep.backends.placement import Devices, resolve_placement, resolve_transport
+from lockstep.backends.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.backends.start import memory_share
 from lockstep.errors import ConfigError
+from lockstep.process import visible_gpus
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def gpus(monkeypatch, tmp_path):
             (tmp_path / f"nvidia{number}").touch()
         (tmp_path / "nvidiactl").touch()
         monkeypatch.setattr(placement, "Path", lambda name: tmp_path if name == "/dev" else None)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     return made
 
@@ -50,6 +52,44 @@ def test_gpus_that_are_not_there(gpus):
     gpus(2)
     with pytest.raises(ConfigError, match="names GPU 2, this machine has 2"):
         resolve_placement(ls.Placement(trainer=[0], inference=[2]))
+
+
+def test_only_visible_gpus_are_used(gpus, monkeypatch):
+    """What a scheduler left to this process: its third GPU and one it names by UUID."""
+    gpus(8)
+    assert visible_gpus((1, 0)) == "1,0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5ebe9f43,-1,2")
+    assert resolve_placement(None) == Devices((0,), (1,))
+    assert visible_gpus((1, 0)) == "GPU-5ebe9f43,3"
+    with pytest.raises(ConfigError, match="names GPU 2, CUDA_VISIBLE_DEVICES leaves 2"):
+        resolve_placement(ls.Placement(trainer=[0], inference=[2]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert resolve_placement(None) == Devices()
+    assert visible_gpus(()) == ""
+
+
+@pytest.mark.parametrize(("gpus", "parallel"), [((0, 1), ls.Parallel()), ((0,), ls.Parallel(data=2, pipeline=2))])
+def test_a_trainer_process_has_a_gpu_and_every_gpu_a_process(gpus, parallel):
+    with pytest.raises(ConfigError, match=f"{len(gpus)} GPU.* and {parallel.processes} process"):
+        check_processes(Devices(gpus, (7,)), parallel)
+    check_processes(Devices(tuple(range(parallel.processes)), (7,)), parallel)
+    check_processes(Devices(), parallel)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"numerics": "exakt"}, "numerics = 'exakt': it is one of 'fast', 'exact'"),
+        ({"dtype": "float16"}, "dtype = 'float16'"),
+        ({"weight_transport": "tcp"}, "weight_transport = 'tcp'"),
+        ({"rollout_weights_mode": "loar"}, "rollout_weights_mode = 'loar'"),
+        ({"max_model_len": 16}, "max_model_len = 16: it is .* or more"),
+        ({"seed": -1}, "seed = -1: it is 0 or more"),
+    ],
+)
+def test_backend_settings_that_do_not_exist(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        ls.MegatronBackend(**settings)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,22 @@ def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False
     return kept | dict(extra or {})
 
 
+def seen_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process, by number or UUID; None: it says nothing, all of them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")]
+    end = next((at for at, name in enumerate(names) if name in ("", "-1")), len(names))
+    return names[:end]
+
+
+def visible_gpus(numbers: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that gets these GPUs, counted among those that this process may use; none hides all."""
+    seen = seen_gpus()
+    return ",".join(str(number) if seen is None else seen[number] for number in numbers)
+
+
 class Child:
     """A command that runs under its guard. `pid` is the guard's; its end means that the whole tree is gone."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.base import Endpoint, check_new
 from lockstep.backends.exact import check_exact, exact_config
-from lockstep.backends.placement import resolve_placement, resolve_transport
+from lockstep.backends.placement import check_processes, resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.serve import give_up_turn, serve
@@ -29,6 +29,13 @@ from lockstep.tokens.prepare import prepare
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
     from lockstep.trajectory import TrajectoryGroup
+
+_KNOWN = {
+    "rollout_weights_mode": ("lora", "merged"),
+    "numerics": ("fast", "exact"),
+    "dtype": ("float32", "bfloat16", None),
+    "weight_transport": ("gloo", "nccl", "ipc", "disk", None),
+}
 
 
 class MegatronBackend:
@@ -79,9 +86,19 @@ class MegatronBackend:
         self.enable_expert_replay = enable_expert_replay
         self.on_progress: Callable[[str], None] | None = None
         self._runs: dict[TrainableModel, Run] = {}
-        if rollout_weights_mode not in ("lora", "merged"):
-            raise unsupported("rollout_weights_mode", rollout_weights_mode, "MegatronBackend", "use 'lora' or 'merged'")
         self.rollout_weights_mode = rollout_weights_mode
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ConfigError for a setting that no model could be trained with."""
+        for name, known in _KNOWN.items():
+            if (value := getattr(self, name)) not in known:
+                choices = ", ".join(repr(one) for one in known if one is not None)
+                raise unsupported(name, value, "MegatronBackend", f"it is one of {choices}")
+        longest = Probe.make(vocab_size=1, dtype="exact").tokens  # the server scores them, and wants room for one more
+        for name, least in (("max_model_len", len(longest) + 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise unsupported(name, getattr(self, name), "MegatronBackend", f"it is {least} or more")
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
@@ -149,6 +166,14 @@ class MegatronBackend:
         spec = get_model_support_spec(model.base_model)
         base = await asyncio.to_thread(checkpoint_folder, model.base_model)
         config, devices = load_model_config(str(base)), resolve_placement(self.placement)
+        check_processes(devices, self.parallel)
+        if self.max_model_len > config.max_positions:
+            raise unsupported(
+                "max_model_len",
+                self.max_model_len,
+                "MegatronBackend",
+                f"{model.base_model} has {config.max_positions} positions",
+            )
         if self.offload and not devices.shared:
             raise unsupported("offload", True, "MegatronBackend", "trainer and server don't share GPUs: leave it out")
         if self.weight_transport is not None and not merged:

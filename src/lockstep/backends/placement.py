@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lockstep.config import Placement, unsupported
+from lockstep.config import Parallel, Placement, unsupported
 from lockstep.errors import ConfigError
+from lockstep.process import seen_gpus
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,36 @@ class Devices:
 def resolve_placement(placement: Placement | None) -> Devices:
     """What the placement asks for. None: GPU 0 and 1 apart; one GPU, shared; or the CPU, where both work at the same time.
 
+    GPUs are counted among those that CUDA_VISIBLE_DEVICES leaves to this process.
     Raises ConfigError for what this machine lacks.
     """
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    seen = seen_gpus()
+    if seen is not None:
+        count = min(count, len(seen))
     if placement is None:
         return (Devices(), Devices((0,), (0,), shared=True), Devices((0,), (1,)))[min(count, 2)]
     if placement.trainer == "cpu" or placement.inference == "cpu":
         return Devices(shared=True)
     wanted = max(*placement.trainer, *placement.inference)
+    has = "this machine has" if seen is None else "CUDA_VISIBLE_DEVICES leaves"
     if wanted >= count:
         raise ConfigError(
-            f"placement names GPU {wanted}, this machine has {count}: choose from 0 to {count - 1}"
+            f"placement names GPU {wanted}, {has} {count}: choose from 0 to {count - 1}"
             if count
-            else "placement names GPUs, this machine has none: leave placement out to run on the CPU"
+            else f"placement names GPUs, {has} none: leave placement out to run on the CPU"
         )
     return Devices(placement.trainer, placement.inference, placement.shared)
+
+
+def check_processes(devices: Devices, parallel: Parallel) -> None:
+    """Raise ConfigError unless every trainer process has a GPU of its own, and every GPU a process."""
+    gpus, processes = len(devices.trainer), parallel.processes
+    if gpus and gpus != processes:
+        raise ConfigError(
+            f"the trainer has {gpus} GPU{'s' * (gpus > 1)} (placement) and {processes} process{'es' * (processes > 1)} (parallel: "
+            "tensor x pipeline x data x context): give as many of one as of the other"
+        )
 
 
 def resolve_transport(transport: str | None, devices: Devices) -> str:

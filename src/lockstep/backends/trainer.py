@@ -30,7 +30,7 @@ from lockstep.errors import (
     TrainerError,
     WeightsError,
 )
-from lockstep.process import Child, child_env, spawn
+from lockstep.process import Child, child_env, spawn, visible_gpus
 
 # Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
 _USER_ERRORS: dict[str, type[LockstepError]] = {
@@ -60,10 +60,11 @@ class Trainer:
         processes: int,
         log_path: Path,
         deadline_s: float = 600,
-        gpus: tuple[int, ...] = (),
+        gpus: tuple[int, ...] | None = None,
     ) -> Trainer:
         """Start `processes` ranks with `config` (engine.json) and wait until the model is loaded.
 
+        gpus: what they may use; none of them is the CPU, None all that this process may.
         Raises TrainerError with the log's last lines if a process dies or `deadline_s` passes.
         """
         folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # 0700: only this user reaches the socket
@@ -86,8 +87,8 @@ class Trainer:
         ]
         threads = max(1, (os.cpu_count() or 1) // processes)
         extra = {TOKEN_VARIABLE: token, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        if gpus:
-            extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        if gpus is not None:
+            extra["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
         if "PYTHONPATH" in os.environ:  # the trainer runs in this very environment, unlike the server
             extra["PYTHONPATH"] = os.environ["PYTHONPATH"]
         child = spawn(command, child_env(extra), log_path, "trainer")

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.errors import ServerError
-from lockstep.process import Child, child_env, spawn
+from lockstep.process import Child, child_env, spawn, visible_gpus
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.modelargs import model_arguments, needs_two_tokens
@@ -216,7 +216,7 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
             extra["PYTHONPATH"] = os.pathsep.join([str(runtime.plugin_path), str(interpreter)])
             extra |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     elif config.gpus:
-        extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus))
+        extra["CUDA_VISIBLE_DEVICES"] = visible_gpus(config.gpus)
     return child_env(extra | config.extra_env)
 
 
