@@ -128,7 +128,7 @@ async def test_training_moves_the_answers_and_a_new_process_goes_on(service, tmp
 async def test_a_refused_step_leaves_nothing_behind(service, tmp_path):
     """A step that fails midway, gradients computed or not, and then a good one: the same weights as without the failures."""
     scores = {}
-    for name, failures in (("clean", ()), ("rough", ("mismatch", "optim_step", "sampler_weights"))):
+    for name, failures in (("clean", ()), ("rough", ("mismatch", "token", "optim_step", "sampler_weights"))):
         backend, model = ls.TinkerBackend(path=tmp_path, api_key=KEY), make(name)
         await model.register(backend)
         wrong = await groups_of(model, 0, 4)
@@ -137,6 +137,11 @@ async def test_a_refused_step_leaves_nothing_behind(service, tmp_path):
             if failure == "mismatch":
                 with pytest.raises(MismatchError, match="sampler and trainer disagree"):
                     await backend.train(model, wrong, TRAIN.model_copy(update={"max_mismatch": 1e-12}))
+            elif failure == "token":
+                with pytest.raises(
+                    MismatchError, match=r"trajectory \d+.*, token \d+: Tinker.* max_token_mismatch = 1e-12"
+                ):
+                    await backend.train(model, wrong, TRAIN.model_copy(update={"max_token_mismatch": 1e-12}))
             else:
                 service.refuse = {failure}
                 with pytest.raises(TrainerError, match=f"no {failure} today"):

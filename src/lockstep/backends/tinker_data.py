@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _NAME = "TinkerBackend"
 _MLP_TARGETS = {"gate_proj", "up_proj", "down_proj", "experts"}
 _DEFAULT_ALPHA = 32
+_HALF_ULP = 2.0**-24
+"""Largest relative error of a number that was rounded to fp32."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) 
     """Metrics of a forward and backward pass, named as the engine's. `output`: the service's ForwardBackwardOutput.
 
     Raises TrainerError if it does not answer for every target, MismatchError if sampler and trainer disagree by more than
-    `max_mismatch` nats per token on what the current step sampled.
+    `max_mismatch` nats per token, or `max_token_mismatch` on one, on what the current step sampled.
     """
     answers = [np.asarray(one["logprobs"].tolist(), dtype=np.float64) for one in output.loss_fn_outputs]
     if [len(one) for one in answers] != [len(example.targets_T) for example in examples]:
@@ -142,4 +144,20 @@ def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) 
             f"Tinker's sampler and trainer disagree by {metrics['mismatch']:.4f} nats per token on average, more than "
             f"max_mismatch = {config.max_mismatch}; the step was not taken"
         )
+    if config.max_token_mismatch is not None:
+        for answer, one in pairs:
+            _check_tokens(answer, one, config.max_token_mismatch)
     return metrics
+
+
+def _check_tokens(answer_T: np.ndarray, example: Example, limit: float) -> None:
+    """Raise MismatchError for a token beyond `limit` and beyond the rounding of the sampler's number to fp32."""
+    difference_T = np.abs(answer_T - example.sampling_T)
+    beyond_T = difference_T - np.maximum(limit, np.abs(example.sampling_T) * _HALF_ULP)
+    beyond_T = np.where(example.scored_T & example.current_T, beyond_T, -np.inf)
+    token = int(beyond_T.argmax())
+    if beyond_T[token] > 0:
+        raise MismatchError(
+            f"{example.name}, token {token + 1}: Tinker's sampler and trainer disagree by {difference_T[token]:.2e} nats, more than "
+            f"max_token_mismatch = {limit:g}; the step was not taken"
+        )
