@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.errors import StoreError
-from lockstep.store import RunStore, published_steps
+from lockstep.store import RunStore, published_steps, read_step
 
 
 @pytest.fixture
@@ -112,6 +112,28 @@ def test_killed_at_any_moment_only_whole_steps_remain(tmp_path):
         assert not list(store.steps_path.glob(".staging-*"))
         seen = len(steps)
         store.close()
+
+
+def test_damage_is_named(store, tmp_path):
+    """A manifest that is no JSON, a copy that somebody made of a step, a database that is none, a folder that can't be made."""
+    step = publish(store, 0)
+    (store.steps_path / "0000.bak").mkdir()
+    (store.steps_path / "0000.bak" / "manifest.json").write_text("{}")
+    assert store.published() == [0]
+    manifest = step.path / "manifest.json"
+    for text in ("", "{", "[]", "{}"):
+        manifest.write_text(text)
+        with pytest.raises(StoreError, match=r"manifest\.json is"):
+            store.latest()
+    store.close()
+    (store.path / "run.sqlite").write_bytes(b"no database" * 100)
+    for read in (lambda: RunStore(tmp_path, "project", "name"), lambda: read_step(store.path, None)):
+        with pytest.raises(StoreError, match=r"run\.sqlite: file is not a database"):
+            read()
+    (store.path / "run.sqlite").unlink()
+    RunStore(tmp_path, "project", "name").close()  # a failed start leaves no lock behind
+    with pytest.raises(StoreError, match="can't be written"):
+        RunStore(store.path / "run.sqlite", "project", "name")
 
 
 def test_the_manifest_is_plain_json(store):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -22,6 +23,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -30,6 +32,7 @@ from lockstep.errors import StoreError
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _STAGING = ".staging-"
+_NUMBER = re.compile(r"[0-9]{4,}")
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,26 @@ class RunStore:
     def __init__(self, path: str | Path, project: str, name: str):
         self.path = Path(path).expanduser().resolve() / project / name
         self.steps_path = self.path / "steps"
-        for folder in (self.steps_path, self.path / "logs", self.path / "batches"):
-            folder.mkdir(parents=True, exist_ok=True)
-        (self.path / "logs").chmod(0o700)
-        self._lock = FileLock(self.path / "run.lock")
         try:
+            for folder in (self.steps_path, self.path / "logs", self.path / "batches"):
+                folder.mkdir(parents=True, exist_ok=True)
+            (self.path / "logs").chmod(0o700)
+            self._lock = FileLock(self.path / "run.lock")
             self._lock.acquire(timeout=0)
         except Timeout:
             raise StoreError(
                 f"{self.path} is in use by another process: stop that run, or choose another name or path"
             ) from None
-        self._remove_unpublished()
+        except OSError as error:
+            raise StoreError(f"{self.path} can't be written ({error.strerror}): choose another path") from None
+        try:
+            self._remove_unpublished()
+            self._make_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_tables(self) -> None:
         with self._database() as database:
             database.executescript(
                 "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
@@ -83,7 +95,7 @@ class RunStore:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path / "run.sqlite", timeout=30)) as database, database:
+        with _named(self.path / "run.sqlite") as file, closing(sqlite3.connect(file, timeout=30)) as database, database:
             yield database
 
     def _remove_unpublished(self) -> None:
@@ -176,9 +188,21 @@ class RunStore:
         return rows
 
 
+@contextmanager
+def _named(file: Path) -> Iterator[Path]:
+    """Errors of SQLite as StoreError, with the file's name: damaged, read-only, or a full disk."""
+    try:
+        yield file
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"{file}: {error}; if it is damaged, restore it, or choose another model name or path"
+        ) from None
+
+
 def published_steps(run: Path) -> list[int]:
     """Numbers of the steps published under a run's folder, ascending; takes no lock."""
-    return sorted(int(folder.name) for folder in (run / "steps").glob("[0-9]*") if (folder / MANIFEST).is_file())
+    folders = (folder for folder in (run / "steps").glob("*") if _NUMBER.fullmatch(folder.name))
+    return sorted(int(folder.name) for folder in folders if (folder / MANIFEST).is_file())
 
 
 def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
@@ -189,7 +213,10 @@ def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
     run = run.expanduser().resolve()
     if not (run / "run.sqlite").is_file():
         raise StoreError(f"{run} is no run: give the folder PATH/PROJECT/NAME that holds run.sqlite and steps")
-    with closing(sqlite3.connect(f"file:{run / 'run.sqlite'}?mode=ro", uri=True, timeout=30)) as database:
+    with (
+        _named(run / "run.sqlite") as file,
+        closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=30)) as database,
+    ):
         identity = {key: json.loads(value) for key, value in database.execute("SELECT key, value FROM identity")}
     steps = published_steps(run)
     if not steps:
@@ -201,9 +228,14 @@ def _read_step(run: Path, number: int) -> Step:
     folder = run / "steps" / _folder_name(number)
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"step {number} is not published in {run}: it has {published_steps(run) or 'no steps'}")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("schema") != SCHEMA:
-        raise StoreError(f"{folder / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise StoreError(
+            f"{folder / MANIFEST} is no JSON: the step is damaged; delete {folder} to resume before it"
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise StoreError(f"{folder / MANIFEST} is not of schema {SCHEMA}, which this version reads")
     found = {str(file.relative_to(folder)) for file in _files(folder)}
     for name, digest in manifest["files"].items():
         if name not in found:
