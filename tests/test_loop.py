@@ -8,6 +8,8 @@ import errno
 import json
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep as ls
+from drawing import trajectory
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, DataError, MismatchError, RolloutError, StaleRolloutError, StoreError
@@ -24,7 +27,7 @@ from lockstep.parquet import read_parquet
 from lockstep.quickstart import examples_folder
 from lockstep.runfile import load_run_file
 from lockstep.store import published_steps
-from lockstep.task import load_task
+from lockstep.task import Task, load_task
 from lockstep.warmup import teach
 
 pytestmark = pytest.mark.server
@@ -244,8 +247,6 @@ async def test_bad_batches_are_refused_and_change_nothing(running, task, kind, e
 
 async def test_a_rollout_that_raises_loses_nothing(running, task, section, tmp_path):
     """The finished rollouts of the step are on disk, and the error names the first failure."""
-    from dataclasses import replace
-
     from lockstep.loop import run
 
     model, backend = running
@@ -267,6 +268,19 @@ async def test_a_rollout_that_raises_loses_nothing(running, task, section, tmp_p
     kept = read_parquet(tmp_path / "trajectories" / "train" / f"{step:04d}.parquet")
     assert any(failure.message == "the environment fell over" for group in kept for failure in group.exceptions)
     assert model.step == step
+
+
+async def test_an_evaluation_tolerates_what_a_step_does():
+    async def flaky(model, scenario, temperature):
+        if scenario == 1:
+            raise ValueError("the environment fell over")
+        return trajectory(reward=scenario)
+
+    some = Task(Path("task.py"), [0.0, 1.0, 2.5], flaky, None)
+    assert await greedy_reward(None, some, 3, 0.4) == 1.25
+    assert math.isnan(await greedy_reward(None, replace(some, scenarios=[1]), 3, 1))
+    with pytest.raises(RolloutError, match="fell over"):
+        await greedy_reward(None, some, 3)
 
 
 async def test_a_nan_reward_is_named(running, task):

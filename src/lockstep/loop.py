@@ -52,13 +52,17 @@ class Outcome:
         return self.rows[-1].greedy if self.rows else math.nan
 
 
-async def greedy_reward(model: TrainableModel, task: Task, limit: int) -> float:
-    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` scenarios)."""
-    scenarios = task.scenarios[:limit]
+async def greedy_reward(model: TrainableModel, task: Task, limit: int, max_exceptions: int | float = 0) -> float:
+    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` scenarios), without those that failed; NaN if
+    all did, which `max_exceptions` has to tolerate.
+    """
     groups = await gather_trajectory_groups(
-        [[task.rollout(model, scenario, 0.0)] for scenario in scenarios], max_exceptions=0, progress=False
+        [[task.rollout(model, scenario, 0.0)] for scenario in task.scenarios[:limit]],
+        max_exceptions=max_exceptions,
+        progress=False,
     )
-    return sum(group.trajectories[0].reward for group in groups) / len(groups)
+    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 async def roll_out(model: TrainableModel, task: Task, section: TaskSection, step: int) -> list[TrajectoryGroup]:
@@ -93,7 +97,7 @@ async def run(
         greedy = math.nan
         last = step >= section.steps
         if last or step % section.evaluate_every == 0:
-            greedy = await greedy_reward(model, task, section.evaluate_scenarios)
+            greedy = await greedy_reward(model, task, section.evaluate_scenarios, section.max_exceptions)
         outcome.step = step
         outcome.reached = section.stop_at_reward is not None and greedy >= section.stop_at_reward
         if outcome.reached or last:
