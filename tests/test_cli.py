@@ -4,21 +4,26 @@ import asyncio
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors.numpy import save_file
 
 from lockstep.backends import start
 from lockstep.backends.trainer import Trainer
 from lockstep.chat import chat_with
-from lockstep.errors import ServerError, TrainerError
+from lockstep.errors import DataError, ServerError, TrainerError
 from lockstep.families.tiny import write_tiny
+from lockstep.scoring import _sequences, read_lines
 
 TASK = """
 def scenarios():
@@ -57,6 +62,10 @@ def run_file(folder: Path, model="", task="", train="", task_code=TASK) -> Path:
         ({"model": 'base_model = "x"\nlora = { rank = 7 }'}, "rank"),
         ({"task_code": "def scenarios():\n    return []\n" + TASK.split("\n\n\n")[1]}, "nothing to roll out"),
         ({"task_code": "def scenarios():\n    return [1]\n"}, "async def rollout"),
+        ({"task_code": TASK.replace("scenario, temperature", "scenario")}, "async def rollout(model, scenario"),
+        ({"task_code": TASK.replace('return ["hi"]', "print()")}, "scenarios() returned NoneType"),
+        ({"train": "[tiny.train]\nlearning_rat = 1e-3"}, "did you mean learning_rate"),
+        ({"train": '[tiny]\nfamily = "qwen9"'}, "must be one of llama3, qwen3"),
     ],
 )
 def test_a_bad_run_file_gets_one_line(tmp_path, change, says):
@@ -124,6 +133,7 @@ def test_tiny_and_score_agree_with_hugging_face(tmp_path):
         ("[1]", "line 1"),
         ("", "empty"),
         ('{"id": "a", "tokens": [1, 99999]}', "99999"),
+        ('{"id": "a", "tokens": [1, 2], "routes": [[[0]], [[0]]]}', "the model has no experts"),
     ],
 )
 def test_bad_score_input_is_named(tmp_path, tiny_qwen3, text, says):
@@ -133,6 +143,113 @@ def test_bad_score_input_is_named(tmp_path, tiny_qwen3, text, says):
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def one_line(result, says: str, code: int) -> None:
+    assert result.returncode == code, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (("score", "{model}", "--input", "in.jsonl", "--output", "none/out.jsonl"), "a folder that exists", 2),
+        (("score", "{model}", "--input", "raw.jsonl", "--output", "out.jsonl"), "raw.jsonl is no text", 1),
+        (("tiny", "qwen3", "raw.jsonl"), "raw.jsonl is a file", 2),
+        (("tiny", "qwen3", "raw.jsonl/below"), "raw.jsonl", 1),
+        (("tiny", "qwen3", "new", "--set", "hidden_size=many"), "hidden_size = 'many'", 2),
+        (("tiny", "qwen3", "new", "--set", "hidden_size"), "not KEY=VALUE", 2),
+        (("quickstart", "--path", "raw.jsonl"), "raw.jsonl is a file", 2),
+        (("chat", "."), "is no run", 1),
+    ],
+)
+def test_wrong_places_and_values_get_one_line(tmp_path, tiny_qwen3, arguments, says, code):
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "tokens": [1, 2]}')
+    (tmp_path / "raw.jsonl").write_bytes(b"\xff\xfe")
+    one_line(lockstep(*(each.format(model=tiny_qwen3) for each in arguments), cwd=tmp_path), says, code)
+
+
+def test_a_parallel_size_of_nothing_is_refused(tmp_path):
+    result = lockstep("score", "x", "--input", "in.jsonl", "--output", "out.jsonl", "--tp", 0, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--tp" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("routes", "says"),
+    [
+        ([[[0, 1]], [[0]]], "routes must be"),
+        ([[[0, 1]]], "routes must be"),
+        ([[[0, 8]], [[0, 1]]], "expert 8 is out of range"),
+        ([[[0, -1]], [[0, 1]]], "expert -1 is out of range"),
+        ([[[0, 1]], [[3, 3]]], "the same expert twice"),
+    ],
+)
+def test_routes_of_another_model_are_named(tmp_path, routes, says):
+    shape = SimpleNamespace(is_moe=True, moe_layers=(False, True), experts_per_token=2, experts=8, vocab_size=9)
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"id": "a\u2028b", "tokens": [1, 2], "routes": routes}, ensure_ascii=False)
+    )
+    lines = read_lines(tmp_path / "in.jsonl")
+    with pytest.raises(DataError, match=says):
+        _sequences(lines, shape)
+    lines[0].routes[:] = [[[0, 7]], [[1, 0]]]
+    (sequence,) = _sequences(lines, shape)
+    assert sequence.routes_SLK.tolist() == [[[0, 7]], [[1, 0]]]
+
+
+def test_a_quickstart_deletes_nothing_but_its_own(tmp_path):
+    """Not a folder with something else in it, not after --no-fresh was used on it, and not the folder of one that runs."""
+    (tmp_path / "mine").write_text("kept")
+    one_line(lockstep("quickstart", "--path", tmp_path), "something else", 2)
+    with FileLock(tmp_path / ".quickstart.lock"):
+        one_line(lockstep("quickstart", "--path", tmp_path, "--no-fresh"), "in use by another quickstart", 1)
+    assert not (tmp_path / ".quickstart").exists()
+    (tmp_path / "mine").unlink()
+    (tmp_path / ".quickstart").touch()
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / ".quickstart.lock"):
+        one_line(lockstep("quickstart", "--path", tmp_path), "in use by another quickstart", 1)
+    assert (tmp_path / "run").is_dir()
+
+
+def test_a_tiny_base_never_takes_the_place_of_a_run(tmp_path):
+    """A model named m-base of the same project has its run where the tiny base of m goes."""
+    kept = tmp_path / "runs" / "p" / "m-base" / "steps"
+    kept.mkdir(parents=True)
+    one_line(lockstep("train", run_file(tmp_path), "--tiny", cwd=tmp_path), "m-base is no tiny model made here", 2)
+    assert kept.is_dir()
+
+
+def test_a_bad_field_of_the_tiny_model_gets_one_line(tmp_path):
+    config = run_file(tmp_path, train="[tiny.config]\nhiden_size = 64")
+    one_line(lockstep("train", config, "--tiny", cwd=tmp_path), "hiden_size is no field", 2)
+    assert not (tmp_path / "runs" / "p" / "m-base").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    making = tmp_path / "q" / "examples" / ".yes-no-maybe-base.making"
+    # A shell's background job ignores SIGINT, and its children with it.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lockstep.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "quickstart", "--path", tmp_path / "q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not making.exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.strip() == "interrupted; published steps are safe, add --no-fresh to go on"
 
 
 def oversized_checkpoint(folder: Path) -> Path:

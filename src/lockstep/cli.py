@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lockstep.errors import ConfigError, LockstepError
+from lockstep.errors import ERROR, ConfigError, LockstepError
+from lockstep.families.tiny import parse_override, tiny_models
 
 app = typer.Typer(
     help="Reinforcement-learning post-training of LLM agents: the policy that is trained is the policy that was sampled.",
@@ -24,6 +27,18 @@ runtime_app = typer.Typer(help="The isolated vLLM environment that serves models
 app.add_typer(runtime_app, name="runtime")
 
 console = Console()
+
+_INTERRUPTED = 130
+_GO_ON = {
+    "train": "interrupted; published steps are safe, run the same command to go on",
+    "quickstart": "interrupted; published steps are safe, add --no-fresh to go on",
+}
+_USERS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Errors of the file system that are no fault of the program."""
+_TRAIN_EXTRA = ("torch", "transformers", "megatron", "einops", "jinja2", "huggingface_hub")
 
 
 @app.command()
@@ -45,7 +60,10 @@ def train(
         bool, typer.Option("--tiny", help="train a tiny model made here instead of the base model; needs no GPU")
     ] = False,
 ) -> None:
-    """Train a model on your own task: a TOML file and a short Python file with the rollout and the reward."""
+    """Train a model on your own task: a TOML file and a short Python file with the rollout and the reward.
+
+    Run it again to go on from the last published step. Exits with 3 if the run ends below its stop_at_reward.
+    """
     from lockstep.quickstart import run_file
 
     raise SystemExit(asyncio.run(run_file(config, tiny, console)))
@@ -69,10 +87,10 @@ def score(
     input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routes": null}')],  # noqa: A002
     output: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "logprobs": [-1.2, -0.4]}')],
     adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter folder")] = None,
-    tp: Annotated[int, typer.Option(help="tensor parallel size")] = 1,
-    pp: Annotated[int, typer.Option(help="pipeline parallel size")] = 1,
-    ep: Annotated[int, typer.Option(help="expert parallel size")] = 1,
-    cp: Annotated[int, typer.Option(help="context parallel size")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="tensor parallel size")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="pipeline parallel size")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="expert parallel size")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="context parallel size")] = 1,
     sp: Annotated[bool, typer.Option("--sp", help="sequence parallel between tensor parallel layers")] = False,
     packed: Annotated[
         bool, typer.Option("--packed", help="pack into prefix trees first; values stay the same")
@@ -86,8 +104,11 @@ def score(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output {output}: give a file in a folder that exists")
     # Experts split the ranks that tensor, context and data parallelism span, so what the first two leave open is data parallel.
-    parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, context=cp, data=max(1, ep // (tp * cp)), sequence=sp)
+    data = math.lcm(ep, tp * cp) // (tp * cp)
+    parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, context=cp, data=data, sequence=sp)
     lines = read_lines(input)
     with console.status(f"scoring {len(lines)} sequences on {parallel.processes} processes"):
         scored = asyncio.run(score_lines(model, lines, adapter=adapter, parallel=parallel, packed=packed, dtype=dtype))
@@ -139,7 +160,7 @@ def models() -> None:
 
 @app.command()
 def tiny(
-    family: Annotated[str, typer.Argument(help="qwen3, qwen3_moe, qwen3_5, qwen3_5_moe or llama3", show_default=False)],
+    family: Annotated[str, typer.Argument(help=f"one of {', '.join(tiny_models())}", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
     seed: Annotated[int, typer.Option(help="seed of the weights")] = 0,
     settings: Annotated[
@@ -147,20 +168,9 @@ def tiny(
     ] = None,
 ) -> None:
     """Write a small Hugging Face checkpoint with random weights, a tokenizer and a chat template."""
-    import json
-
     from lockstep.families.tiny import write_tiny
 
-    overrides = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE, for example --set num_hidden_layers=2")
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = value
-    write_tiny(family, folder, seed=seed, overrides=overrides)
+    write_tiny(family, folder, seed=seed, overrides=dict(map(parse_override, settings or [])))
     size = sum(file.stat().st_size for file in folder.iterdir())
     _say(f"{folder}: {family}, {size / 1e6:.1f} MB")
 
@@ -208,11 +218,24 @@ def main() -> None:
     try:
         app()
     except LockstepError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; published steps are safe, run the same command to go on")
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in _USERS:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAIN_EXTRA:
+            raise
+        _fail(f"this command needs {error.name}: pip install lockstep-rl[train]", 1)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer's answer to Ctrl-C
+            Console(stderr=True).print(_GO_ON.get(sys.argv[1], "interrupted"), soft_wrap=True)
+        raise
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]{ERROR}[/]{escape(text)}", soft_wrap=True, highlight=False)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

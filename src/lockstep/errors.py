@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+ERROR = "error: "
+"""What the command line's one line begins with."""
+
 
 class LockstepError(Exception):
     """Base of every error that is the user's to fix."""

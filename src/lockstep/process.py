@@ -125,6 +125,11 @@ def private_log(path: Path) -> int:
     return fd
 
 
+def guarded(command: Sequence[str]) -> list[str]:
+    """`command` under a guard, for a process whose standard input is a pipe that only this one holds."""
+    return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), "--", *map(str, command)]
+
+
 def spawn(
     command: Sequence[str], env: Mapping[str, str], log_path: Path, name: str, *, cwd: Path | None = None
 ) -> Child:
@@ -136,7 +141,7 @@ def spawn(
     log_fd = private_log(log_path)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), "--", *map(str, command)],
+            guarded(command),
             stdin=subprocess.PIPE,
             stdout=log_fd,
             stderr=log_fd,

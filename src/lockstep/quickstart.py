@@ -8,16 +8,24 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from lockstep.config import TrainConfig
-from lockstep.errors import ConfigError, LockstepError
+from lockstep.errors import ERROR, ConfigError, LockstepError, StoreError
 from lockstep.live import LiveTable
 from lockstep.loop import Outcome, run
+from lockstep.process import guarded
 from lockstep.runfile import RunFile, load_run_file
 from lockstep.task import Task, load_task
+
+_RECIPE = "warmup.json"
+"""In a tiny base model's folder, once it is complete: what it was made from."""
 
 
 def examples_folder() -> Path:
@@ -30,24 +38,52 @@ def examples_folder() -> Path:
 
 
 async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console) -> int:
-    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward reached its target."""
-    if fresh and path.exists():
-        if not (path / ".quickstart").exists() and any(path.iterdir()):
-            raise ConfigError(
-                f"{path} holds something else than a quickstart: choose another --path or pass --no-fresh"
-            )
-        shutil.rmtree(path)
+    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward reached its target.
+
+    fresh: whatever an earlier quickstart left in the folder is deleted first.
+    """
+    path = path.expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file: choose another --path")
+    mark, lock = path / ".quickstart", path / ".quickstart.lock"
+    ours = mark.exists() or not path.exists() or all(child == lock for child in path.iterdir())
+    if fresh and not ours:
+        raise ConfigError(f"{path} holds something else than a quickstart: choose another --path or pass --no-fresh")
     path.mkdir(parents=True, exist_ok=True)
-    (path / ".quickstart").touch()
-    config = examples_folder() / "yes_no_maybe" / "config.toml"
-    file = load_run_file(config)
-    file = file.model_copy(
-        update={
-            "backend": file.backend.model_copy(update={"path": str(path)}),
-            "task": file.task.model_copy(update={"seed": seed}),
-        }
-    )
-    return await execute(file, config, tiny=True, console=console)
+    with _alone(lock, f"{path} is in use by another quickstart"):
+        if ours:  # what was here before a quickstart came with --no-fresh is never marked, and so never deleted
+            mark.touch()
+        if fresh:
+            _empty(path, keep=(mark, lock))
+        config = examples_folder() / "yes_no_maybe" / "config.toml"
+        file = load_run_file(config)
+        file = file.model_copy(
+            update={
+                "backend": file.backend.model_copy(update={"path": str(path)}),
+                "task": file.task.model_copy(update={"seed": seed}),
+            }
+        )
+        return await execute(file, config, tiny=True, console=console)
+
+
+@contextmanager
+def _alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file. Raises StoreError, which begins with `otherwise`, if another process does."""
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise StoreError(f"{otherwise}: wait for it, stop it, or choose another path or name") from None
+
+
+def _empty(folder: Path, keep: tuple[Path, ...]) -> None:
+    for child in folder.iterdir():
+        if child in keep:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 async def run_file(config: Path, tiny: bool, console: Console) -> int:
@@ -61,9 +97,10 @@ async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> 
     task = load_task(config.parent / file.task.file)
     base_model, settings = file.model.base_model, file.train
     if tiny:
-        folder = Path(file.backend.path) / file.model.project / f"{file.model.name}-base"
+        # Absolute: it is part of what the run is, and chat may be called from elsewhere.
+        folder = Path(file.backend.path).expanduser().resolve() / file.model.project / f"{file.model.name}-base"
         base_model = str(await make_tiny(folder, file, task, console))
-        settings = TrainConfig(**settings.model_dump(exclude_unset=True) | file.tiny.train)
+        settings = file.tiny_train_config()
         if file.backend.tool_call_parser is None:  # the tiny tokenizer's template writes calls as JSON for every family
             file = file.model_copy(update={"backend": file.backend.model_copy(update={"tool_call_parser": "hermes"})})
     outcome, step_path = await _train(file, base_model, settings, task, console)
@@ -110,42 +147,54 @@ async def _train(
 
 
 async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -> Path:
-    """Write the tiny base model and teach it the task's demonstrations; a folder that is complete already is kept."""
-    done = folder / "warmup.json"
+    """Write the tiny base model and teach it the task's demonstrations; a folder that is complete already is kept.
+
+    It is made under a name of its own and renamed. Raises ConfigError for a folder that holds something else.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     recipe = {"tiny": file.tiny.model_dump(mode="json"), "seed": file.task.seed}
-    if done.is_file():
-        if json.loads(done.read_text()) != recipe:
-            raise ConfigError(
-                f"{folder} was made with other [tiny] settings or another seed: delete it, or change the model's name"
-            )
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with console.status("making a tiny model") as status:
-        overrides = json.dumps(file.tiny.config)
-        write = (
-            "import json, sys; from lockstep.families.tiny import write_tiny; family, folder, seed, fields = sys.argv[1:]; "
-            "write_tiny(family, folder, seed=int(seed), overrides=json.loads(fields))"
-        )
-        await _python("-c", write, file.tiny.family, str(folder), str(file.task.seed), overrides)
-        if task.demonstrations is not None and file.tiny.warmup_steps:
-            shown = folder / "demonstrations.json"
-            shown.write_text(json.dumps(task.demonstrations(random.Random(file.task.seed))))
-            status.update(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
+    with _alone(folder.with_name(f".{folder.name}.lock"), f"{folder} is being made by another process"):
+        if folder.exists():
+            _check_recipe(folder, recipe)
+            return folder
+        making = folder.with_name(f".{folder.name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        with console.status("making a tiny model") as status:
+            fields = [f"--set={name}={json.dumps(value)}" for name, value in file.tiny.config.items()]
             await _python(
-                *("-m", "lockstep.warmup", str(folder), str(shown)),
-                *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
-                on_line=lambda line: status.update(f"teaching it to answer: step {line}"),
+                *("-m", "lockstep.cli", "tiny", file.tiny.family, str(making), "--seed", str(file.task.seed)), *fields
             )
-    done.write_text(json.dumps(recipe))
+            if task.demonstrations is not None and file.tiny.warmup_steps:
+                shown = making / "demonstrations.json"
+                shown.write_text(json.dumps(task.demonstrations(random.Random(file.task.seed))))
+                status.update(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
+                await _python(
+                    *("-m", "lockstep.warmup", str(making), str(shown)),
+                    *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
+                    on_line=lambda line: status.update(f"teaching it to answer: step {line}"),
+                )
+        (making / _RECIPE).write_text(json.dumps(recipe))
+        making.rename(folder)
     console.print(f"base model  {folder}", markup=False, highlight=False, soft_wrap=True)
     return folder
+
+
+def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    if not (folder / _RECIPE).is_file():
+        raise ConfigError(f"{folder} is no tiny model made here: move it away, or change the model's name")
+    if json.loads((folder / _RECIPE).read_text()) != recipe:
+        raise ConfigError(
+            f"{folder} was made with other [tiny] settings or another seed: delete it, or change the model's name"
+        )
 
 
 async def _python(*arguments: str, on_line=lambda line: None) -> None:
     """Run this Python in a process of its own (it may load torch; we don't) and raise with its last lines if it fails."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *guarded([sys.executable, *arguments]),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     assert process.stdout is not None
     last: list[str] = []
@@ -158,5 +207,7 @@ async def _python(*arguments: str, on_line=lambda line: None) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+    if code and last and last[-1].startswith(ERROR):
+        raise ConfigError(last[-1].removeprefix(ERROR))
     if code:
         raise LockstepError(f"making the tiny model failed (exit code {code}):\n" + "\n".join(last))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, load_toml
+from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, describe, load_toml
 
 
 class ModelSection(Config):
@@ -66,7 +66,9 @@ class TaskSection(Config):
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
     temperature: float = Field(default=1.0, gt=0)
     max_exceptions: int | float = Field(
-        default=0, ge=0, description="failed rollouts tolerated per step: a count, or a fraction below 1"
+        default=0,
+        ge=0,
+        description="failed rollouts tolerated per step and per evaluation: a count, or a fraction below 1",
     )
     evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
     evaluate_scenarios: int = Field(default=64, gt=0)
@@ -77,13 +79,22 @@ class TaskSection(Config):
 class TinySection(Config):
     """[tiny]: what `--tiny` changes, so that the run needs no GPU and no download."""
 
-    family: Literal["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"] = "qwen3"
+    family: str = Field(default="qwen3", description="one of those that `lockstep tiny` makes")
     config: dict[str, int | float | bool | str] = Field(
         default={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128},
         description="fields of the model's config.json, as in `lockstep tiny --set`",
     )
     warmup_steps: int = Field(default=100, ge=0, description="supervised steps on the task's demonstrations")
     train: dict[str, Any] = Field(default_factory=dict, description="settings that replace those of [train]")
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, family: str) -> str:
+        from lockstep.families.tiny import tiny_models
+
+        if family not in tiny_models():
+            raise ValueError(f"must be one of {', '.join(tiny_models())}")
+        return family
 
 
 class RunFile(Config):
@@ -94,6 +105,18 @@ class RunFile(Config):
     task: TaskSection
     train: TrainConfig = Field(default_factory=TrainConfig)
     tiny: TinySection = Field(default_factory=TinySection)
+
+    @model_validator(mode="after")
+    def _tiny_trains(self) -> RunFile:
+        try:
+            self.tiny_train_config()
+        except ValidationError as error:
+            raise ValueError(describe(error, TrainConfig, "[tiny.train]")) from None
+        return self
+
+    def tiny_train_config(self) -> TrainConfig:
+        """[train] with the changes of [tiny.train]."""
+        return TrainConfig(**self.train.model_dump(exclude_unset=True) | self.tiny.train)
 
 
 def load_run_file(path: Path) -> RunFile:

@@ -20,14 +20,16 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
+from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Config, Parallel
 from lockstep.errors import ConfigError, DataError
-from lockstep.families.config import checkpoint_dtype
+from lockstep.families.config import ModelConfig, checkpoint_dtype
 from lockstep.families.hub import checkpoint_folder
 from lockstep.families.registry import load_model_config
 from lockstep.tokens.batch import unpack_scores
 from lockstep.tokens.pack import pack, save_batch
+from lockstep.tokens.routes import check_ids
 from lockstep.tokens.tree import TokenSequence, scoring_sequence
 
 _DEADLINE_S = 600.0
@@ -53,8 +55,12 @@ def read_lines(path: Path) -> list[Line]:
     """Read a JSON-lines file. Raises DataError naming the line: not JSON, unknown key, fewer than two tokens, an id twice."""
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a JSON-lines file with id and tokens")
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text in UTF-8: give a JSON-lines file with id and tokens") from None
     lines, seen = [], set()
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(whole.split("\n"), 1):  # only these: JSON strings may hold other line separators
         if not text.strip():
             continue
         try:
@@ -73,19 +79,32 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def _sequences(lines: Sequence[Line], vocab_size: int) -> list[TokenSequence]:
+def _sequences(lines: Sequence[Line], config: ModelConfig) -> list[TokenSequence]:
     sequences = []
     for line in lines:
-        outside = next((token for token in line.tokens if not 0 <= token < vocab_size), None)
+        outside = next((token for token in line.tokens if not 0 <= token < config.vocab_size), None)
         if outside is not None:
-            raise DataError(f"{line.id}: token {outside} is outside the vocabulary of {vocab_size}")
-        routes_SLK = None if line.routes is None else np.asarray(line.routes)
-        if routes_SLK is not None and (routes_SLK.ndim != 3 or len(routes_SLK) != len(line.tokens)):
-            raise DataError(
-                f"{line.id}: routes must be [tokens][MoE layers][experts per token] for {len(line.tokens)} tokens"
-            )
-        sequences.append(scoring_sequence(line.id, line.tokens, routes_SLK))
+            raise DataError(f"{line.id}: token {outside} is outside the vocabulary of {config.vocab_size}")
+        sequences.append(scoring_sequence(line.id, line.tokens, _routes(line, config)))
     return sequences
+
+
+def _routes(line: Line, config: ModelConfig) -> np.ndarray | None:
+    """[S, L, K] uint8 or uint16. Raises DataError for routes that are not this model's."""
+    if line.routes is None:
+        return None
+    shape = route_shape(config)
+    if shape is None:
+        raise DataError(f"{line.id} has routes, and the model has no experts: leave them out")
+    wanted = (len(line.tokens), shape.layers, shape.top_k)
+    regular = all(
+        len(layers) == shape.layers and all(len(ids) == shape.top_k for ids in layers) for layers in line.routes
+    )
+    if len(line.routes) != wanted[0] or not regular:
+        raise DataError(f"{line.id}: routes must be [tokens][MoE layers][experts per token], here {list(wanted)}")
+    routes_SLK = np.asarray(line.routes, dtype=np.int64)
+    check_ids(routes_SLK, shape, line.id)
+    return routes_SLK.astype(shape.dtype)
 
 
 def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str | None) -> dict[str, Any]:
@@ -113,7 +132,7 @@ async def score(
     UnsupportedModelError, DataError, WeightsError, or TrainerError.
     """
     folder, parallel = checkpoint_folder(base_model), parallel or Parallel()
-    sequences = _sequences(lines, load_model_config(str(folder)).vocab_size)
+    sequences = _sequences(lines, load_model_config(str(folder)))
     count = len(sequences)
     batch = pack(sequences, np.zeros(count), np.ones(count), share_prefixes=packed, data=parallel.data)
     with tempfile.TemporaryDirectory(prefix="lockstep-score-") as scratch:

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import random
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,13 @@ class Task:
 
     def draw(self, count: int, seed: int, step: int) -> list[Any]:
         """The scenarios of one step, from epochs of a shuffled list: a function of (seed, step) alone, so a resumed run keeps the order."""
-        drawn = []
+        drawn: list[Any] = []
+        orders: dict[int, list[int]] = {}
         for position in range(step * count, (step + 1) * count):
             epoch, offset = divmod(position, len(self.scenarios))
-            order = random.Random(f"{seed}/{epoch}").sample(range(len(self.scenarios)), len(self.scenarios))
-            drawn.append(self.scenarios[order[offset]])
+            if epoch not in orders:
+                orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(self.scenarios)), len(self.scenarios))
+            drawn.append(self.scenarios[orders[epoch][offset]])
         return drawn
 
 
@@ -56,12 +58,23 @@ def load_task(path: Path) -> Task:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     rollout = getattr(module, "rollout", None)
-    if not inspect.iscoroutinefunction(rollout):
+    if not inspect.iscoroutinefunction(rollout) or not _takes(rollout, 3):
         raise ConfigError(f"{path} must define `async def rollout(model, scenario, temperature) -> Trajectory`")
     make_scenarios: Any = getattr(module, "scenarios", None)
-    if not inspect.isfunction(make_scenarios):
+    if not inspect.isfunction(make_scenarios) or not _takes(make_scenarios, 0):
         raise ConfigError(f"{path} must define `def scenarios() -> list`")
-    scenarios: list[Any] = list(make_scenarios())
+    made = make_scenarios()
+    if not isinstance(made, Iterable):
+        raise ConfigError(f"{path}: scenarios() returned {type(made).__name__}, not a list")
+    scenarios: list[Any] = list(made)
     if not scenarios:
         raise ConfigError(f"{path}: scenarios() returned an empty list, there is nothing to roll out")
     return Task(path, scenarios, rollout, getattr(module, "demonstrations", None))
+
+
+def _takes(function: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True

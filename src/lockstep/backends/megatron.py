@@ -19,7 +19,7 @@ from lockstep.backends.turns import never_left_asleep, trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.families.config import checkpoint_dtype
-from lockstep.families.hub import checkpoint_folder
+from lockstep.families.hub import checkpoint_folder, is_folder
 from lockstep.families.registry import get_model_support_spec, load_model_config
 from lockstep.serving.install import find_runtime
 from lockstep.store import RunStore, Step
@@ -132,7 +132,7 @@ class MegatronBackend:
         try:
             identity = {
                 "backend": "megatron",
-                "base_model": model.base_model,
+                "base_model": str(parts.base) if is_folder(model.base_model) else model.base_model,
                 "lora": model.lora.model_dump(mode="json") if model.lora else None,
                 "family": parts.spec.key,
                 "dtype": parts.dtype,

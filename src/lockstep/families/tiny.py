@@ -56,14 +56,11 @@ def write_tiny(family: str, folder: Path | str, *, seed: int = 0, overrides: Map
     import torch
 
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give a new folder")
-    config = tiny_config(family, overrides or {})
-    if config.vocab_size < TOKENIZER_SIZE:
-        raise ConfigError(
-            f"vocab_size {config.vocab_size} is smaller than the tiny tokenizer's {TOKENIZER_SIZE} tokens"
-        )
-    model = _model_class(family)(config)
+    config, model = _built(family, overrides or {})
     neutral = 0.0 if get_model_support_spec_by_key(family).traits.zero_centered_norm else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,6 +70,24 @@ def write_tiny(family: str, folder: Path | str, *, seed: int = 0, overrides: Map
     save_tokenizer(folder)
     _write_generation_config(folder, config)
     return folder
+
+
+def _built(family: str, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(config, model). What transformers raises for values that make no model becomes ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = tiny_config(family, overrides)
+        if config.vocab_size < TOKENIZER_SIZE:
+            raise ConfigError(
+                f"vocab_size {config.vocab_size} is smaller than the tiny tokenizer's {TOKENIZER_SIZE} tokens"
+            )
+        return config, _model_class(family)(config)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        if not overrides:
+            raise
+        fields = ", ".join(f"{name} = {value!r}" for name, value in overrides.items())
+        raise ConfigError(f"no {family} can be made with {fields}: {' '.join(str(error).split())}") from error
 
 
 def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
@@ -97,7 +112,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ConfigError(f"{text!r} is not key=value")
+        raise ConfigError(f"{text!r} is not KEY=VALUE, for example num_hidden_layers=2")
     try:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:

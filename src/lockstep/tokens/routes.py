@@ -38,6 +38,11 @@ class RouteShape:
     top_k: int
     experts: int
 
+    @property
+    def dtype(self) -> type[np.uint8 | np.uint16]:
+        """The smallest that holds an expert's number."""
+        return np.uint8 if self.experts <= 256 else np.uint16
+
 
 def routes_digest(prompt_ids: Sequence[int], token_ids: Sequence[int], npy: bytes) -> str:
     """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it) and the .npy bytes."""
@@ -106,11 +111,12 @@ def decode_routes(
         raise DataError(
             f"{name}: its expert routes are not the ones the server made for {whole}: rows were changed or moved"
         )
-    _check_ids(rows_SLK, shape, name)
-    return rows_SLK.astype(np.uint8 if shape.experts <= 256 else np.uint16)
+    check_ids(rows_SLK, shape, name)
+    return rows_SLK.astype(shape.dtype)
 
 
-def _check_ids(rows_SLK: np.ndarray, shape: RouteShape, name: str) -> None:
+def check_ids(rows_SLK: np.ndarray, shape: RouteShape, name: str) -> None:
+    """Raise DataError, naming the token, for an expert out of range or one that is named twice."""
     wrong_S = ((rows_SLK < 0) | (rows_SLK >= shape.experts)).any(axis=(1, 2))
     if wrong_S.any():
         token = int(wrong_S.argmax())
