@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Config, Parallel
-from lockstep.errors import ConfigError, DataError
+from lockstep.errors import ConfigError, DataError, TrainerError
 from lockstep.families.config import ModelConfig, checkpoint_dtype
 from lockstep.families.hub import checkpoint_folder
 from lockstep.families.registry import load_model_config
@@ -135,19 +136,23 @@ async def score(
     sequences = _sequences(lines, load_model_config(str(folder)))
     count = len(sequences)
     batch = pack(sequences, np.zeros(count), np.ones(count), share_prefixes=packed, data=parallel.data)
-    with tempfile.TemporaryDirectory(prefix="lockstep-score-") as scratch:
-        batch_path, out = Path(scratch) / "batch.safetensors", Path(scratch) / "scores.safetensors"
+    scratch = Path(tempfile.mkdtemp(prefix="lockstep-score-"))
+    try:
+        batch_path, out = scratch / "batch.safetensors", scratch / "scores.safetensors"
         await asyncio.to_thread(save_batch, batch, batch_path)
-        trainer = await Trainer.start(
-            _settings(folder, adapter, parallel, dtype),
-            parallel.processes,
-            log_path or Path(scratch) / "logs" / "trainer.log",
-        )
+        log = log_path or scratch / "logs" / "trainer.log"
+        trainer = await Trainer.start(_settings(folder, adapter, parallel, dtype), parallel.processes, log)
         try:
             await trainer.call("score", {"batch": str(batch_path), "out": str(out)}, deadline_s=_DEADLINE_S)
         finally:
             await trainer.close()
         values_RS = load_file(out)["logprobs_RS"]
+    except TrainerError:
+        raise  # it names the log, which stays
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch)
     found = unpack_scores(batch, values_RS)
     return [Scored(line.id, [float(v) for v in values]) for line, values in zip(lines, found, strict=True)]
 

@@ -172,6 +172,10 @@ def test_damaged_adapters_are_refused_by_name(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**raw, "use_dora": True}))
     with pytest.raises(WeightsError, match="use_dora"):
         read(whole)
+    for damaged in ("{", "[1]", "{}", json.dumps({**raw, "r": "many"})):
+        (folder / "adapter_config.json").write_text(damaged)
+        with pytest.raises(WeightsError, match=r"adapter_config\.json is damaged"):
+            read(whole)
 
 
 def test_identity_adapter_changes_nothing_and_starts_like_peft(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_damaged_files_are_refused(folder: Path) -> None:
         (whole[:-5], "is not what its header says"),
         (whole[:20], "no complete safetensors file"),
         (whole[:8] + b"x" + whole[9:], "damaged header"),
+        (whole.replace(b'"dtype"', b'"dtypo"', 1), "damaged header"),
+        (whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), "damaged header"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match=message):
@@ -103,12 +105,20 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
     name = min(raw["weight_map"])
+    for damaged in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}'):
+        index.write_text(damaged)
+        with pytest.raises(WeightsError, match=r"index\.json is damaged"):
+            load(folder)
     index.write_text(json.dumps({"weight_map": {**raw["weight_map"], "ghost": raw["weight_map"][name]}}))
     with pytest.raises(WeightsError, match="names ghost, which no file holds"):
         load(folder)
     index.write_text(json.dumps({"weight_map": {n: f for n, f in raw["weight_map"].items() if n != name}}))
     with pytest.raises(WeightsError, match="write the index again"):
         load(folder)
+    for damaged in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}'):
+        index.write_text(damaged)
+        with pytest.raises(WeightsError, match=r"index\.json is damaged"):
+            load(folder)
     index.write_text(json.dumps({"weight_map": {**raw["weight_map"], "ghost": "absent.safetensors"}}))
     with pytest.raises(WeightsError, match=r"lacks absent.safetensors"):
         load(folder)

@@ -46,23 +46,20 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise WeightsError(f"{path} is no complete safetensors file; download or write it again")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise WeightsError(f"{path} has a damaged header ({error}); download or write it again") from error
+            tensors = {
+                name: _stored(path.name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise WeightsError(f"{path} has a damaged header ({error!r}); download or write it again") from error
     base = 8 + length
-    tensors = {
-        name: Stored(
-            path.name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            base + entry["data_offsets"][0],
-            base + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
     if max((t.stop for t in tensors.values()), default=base) != size:
         raise WeightsError(f"{path} has {size} bytes, which is not what its header says; download or write it again")
     return tensors
+
+
+def _stored(file: str, entry: Mapping[str, Any], base: int) -> Stored:
+    start, stop = entry["data_offsets"]
+    return Stored(file, entry["dtype"], tuple(entry["shape"]), base + start, base + stop)
 
 
 class Checkpoint:
@@ -144,8 +141,11 @@ def expected_tensors(handler: ModelSupportHandler, config: ModelConfig, layout: 
 def _all_tensors(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     if index.is_file():
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
+        try:
+            weight_map: Mapping[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{index} is damaged ({error!r}); download or write it again") from error
     else:
         weight_map, files = {}, ["model.safetensors"]
     absent = [f for f in files if not (folder / f).is_file()]

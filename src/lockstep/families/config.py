@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,12 @@ class _Fields:
             raise self.fail(f"{name} is {value!r}, expected a positive number")
         return float(value)
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.fail(f"{name} is {value!r}, expected an object")
+        return dict(value)
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
@@ -227,7 +234,7 @@ def _refuse_unsupported(fields: _Fields, spec: ModelSupportSpec) -> None:
 
 def _rope(fields: _Fields, spec: ModelSupportSpec, head_dim: int) -> Rope:
     """Either spelling: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`, `partial_rotary_factor`."""
-    new, old = dict(fields.get("rope_parameters", {})), dict(fields.get("rope_scaling", {}))
+    new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
     both = sorted(k for k in set(new) & set(old) if new[k] != old[k])
     if both:
         raise fields.fail(f"rope_parameters and rope_scaling disagree on {', '.join(both)}")
@@ -247,7 +254,9 @@ def _rope(fields: _Fields, spec: ModelSupportSpec, head_dim: int) -> Rope:
     theta, share = found.pop("rope_theta", None), found.pop("partial_rotary_factor", spec.traits.partial_rotary)
     if not isinstance(theta, int | float) or theta <= 0:
         raise fields.fail(f"rope_theta is {theta!r}, expected a positive number")
-    dim = int(head_dim * share)
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise fields.fail(f"partial_rotary_factor is {share!r}, expected a number")
+    dim = int(head_dim * share) if math.isfinite(share) else 0
     if not 0 < dim <= head_dim or dim % 2:
         raise fields.fail(
             f"partial_rotary_factor {share!r} of head_dim {head_dim} gives {dim} rotary dimensions, not an even number"
@@ -279,6 +288,8 @@ def _layer_types(fields: _Fields, spec: ModelSupportSpec, layers: int) -> tuple[
     if listed is None:
         every = fields.integer("full_attention_interval", spec.traits.full_attention_interval)
         listed = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+        raise fields.fail(f"layer_types is {listed!r}, expected a list of names")
     if len(listed) != layers:
         raise fields.fail(f"layer_types has {len(listed)} entries for num_hidden_layers {layers}")
     alien = sorted(set(listed) - set(spec.traits.layer_kinds))

@@ -157,7 +157,11 @@ def _read_info(folder: Path) -> AdapterInfo:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} has no {name}; give a PEFT adapter folder")
-    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        raw = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        info = AdapterInfo(str(raw.get("base_model_name_or_path")), int(raw["r"]), float(raw["lora_alpha"]), ())
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder / CONFIG} is damaged ({error!r}); write the adapter again") from error
     wanted = {
         "peft_type": ("LORA",),
         "bias": ("none",),
@@ -171,7 +175,7 @@ def _read_info(folder: Path) -> AdapterInfo:
         raise WeightsError(
             f"{folder / CONFIG}: {wrong[0]} is {raw.get(wrong[0])!r}, which is not supported for training"
         )
-    return AdapterInfo(str(raw.get("base_model_name_or_path")), int(raw["r"]), float(raw["lora_alpha"]), ())
+    return info
 
 
 def stacks_experts(folder: Path | str) -> bool:
