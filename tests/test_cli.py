@@ -22,7 +22,10 @@ from lockstep.backends import start
 from lockstep.backends.trainer import Trainer
 from lockstep.chat import chat_with
 from lockstep.errors import DataError, ServerError, TrainerError
+from lockstep.families.registry import list_model_support_specs
 from lockstep.families.tiny import write_tiny
+from lockstep.live import LiveTable
+from lockstep.loop import Row
 from lockstep.scoring import _sequences, read_lines
 
 TASK = """
@@ -35,9 +38,9 @@ async def rollout(model, scenario, temperature):
 """
 
 
-def lockstep(*arguments, cwd=None):
+def lockstep(*arguments, cwd=None, columns=200):
     command = [sys.executable, "-m", "lockstep.cli", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False)
 
 
@@ -91,11 +94,21 @@ def test_help_names_every_command():
         assert command in result.stdout
 
 
-def test_models_lists_every_family():
-    result = lockstep("models")
+def test_models_lists_every_family_and_breaks_no_name():
+    result = lockstep("models", columns=80)
     assert result.returncode == 0
-    for key in ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3"):
-        assert key in result.stdout
+    words = {word.strip(":,") for word in result.stdout.split()}
+    for spec in list_model_support_specs():
+        assert {spec.key, *spec.model_names} <= words
+
+
+def test_the_live_table_fits_a_terminal():
+    screen = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with LiveTable(screen, "m on base") as table:
+        table(Row(1234, 0.812, 0.9, -0.0123, 1.2e-3, 3e-6, rollout_s=1012.3, train_s=2101.2, sync_s=3456.7))
+    shown = screen.file.getvalue()
+    assert "sync s" in shown
+    assert "3456.7" in shown
 
 
 def test_tiny_and_score_agree_with_hugging_face(tmp_path):

@@ -139,23 +139,15 @@ def validate(
 @app.command()
 def models() -> None:
     """List the supported model families: modes, adapter status and the evidence for each."""
-    from rich.table import Table
+    from rich.padding import Padding
 
     from lockstep.families.registry import list_model_support_specs
 
-    table = Table(title="Supported models", title_justify="left")
-    for name in ("family", "models", "kind", "rollout weights", "adapters in vLLM", "evidence"):
-        table.add_column(name, overflow="fold")
     for spec in list_model_support_specs():
-        table.add_row(
-            spec.key,
-            "\n".join(spec.model_names),
-            "mixture of experts" if spec.is_moe else "dense",
-            spec.default_rollout_weights_mode,
-            spec.native_vllm_lora_status,
-            spec.evidence or "none yet",
-        )
-    console.print(table)
+        kind = "mixture of experts" if spec.is_moe else "dense"
+        weights = f"weights as {spec.default_rollout_weights_mode}, adapters in vLLM {spec.native_vllm_lora_status}"
+        _say(f"{spec.key}: {kind}; {weights}; evidence: {spec.evidence or 'none yet'}")
+        console.print(Padding(escape(", ".join(spec.model_names)), (0, 0, 1, 2)), highlight=False)
 
 
 @app.command()
@@ -191,21 +183,16 @@ def runtime_install(
 @runtime_app.command("status")
 def runtime_status() -> None:
     """Show which server environments exist, their sizes, and which one is used."""
-    from rich.table import Table
-
     from lockstep.serving.environments import status
 
-    table = Table(title="Server environments", title_justify="left")
-    for name in ("kind", "folder", "size", "python", "state"):
-        table.add_column(name, overflow="fold")
-    for entry in status():
+    found = status()
+    for entry in found:
         state = (
             ("current" if entry.current else "kept") if entry.complete else "incomplete: run lockstep runtime install"
         )
-        table.add_row(entry.kind, str(entry.folder), f"{entry.size_bytes / 1e9:.2f} GB", entry.python_version, state)
-    if table.row_count:
-        console.print(table)
-    else:
+        python = f", Python {entry.python_version}" if entry.python_version else ""
+        _say(f"{entry.kind}: {state}, {entry.size_bytes / 1e9:.2f} GB{python}, {entry.folder}")
+    if not found:
         _say("no server environment yet: run lockstep runtime install")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -37,9 +38,10 @@ class LiveTable:
 
     def __init__(self, console: Console, title: str):
         self._console = console
-        self._table = Table(title=title, title_justify="left")
+        # Fits 80 columns: what does not fit would be cut off, without a word.
+        self._table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for name in _COLUMNS:
-            self._table.add_column(name, justify="right", min_width=8)
+            self._table.add_column(name, justify="right", min_width=7, no_wrap=True)
         self._live = Live(self._table, console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> LiveTable:
