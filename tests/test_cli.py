@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +302,15 @@ async def test_no_free_memory_is_said_before_anything_is_allocated(tmp_path):
     with pytest.raises(TrainerError, match="no free memory") as caught:
         await Trainer.start(config, 1, tmp_path / "logs" / "trainer.log")
     assert "\n" not in str(caught.value)
+
+
+async def test_a_temporary_folder_with_a_long_name_is_named(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(TrainerError, match="set TMPDIR to a shorter folder"):
+        await Trainer.start({}, 1, tmp_path / "logs" / "trainer.log")
+    assert not list(deep.iterdir())
 
 
 @pytest.mark.server

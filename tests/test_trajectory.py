@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from drawing import choice, trajectory
+from lockstep import gather
 from lockstep.errors import ConfigError, DataError, RolloutError, StoreError
 from lockstep.trajectory import (
     RolloutFailure,
@@ -200,6 +201,23 @@ async def test_cancelling_the_gather_cancels_its_rollouts():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended == [1, 1]
+
+
+async def test_a_rollout_that_does_not_end_is_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(gather, "_CANCEL_S", 0.2)
+    let_go = asyncio.Event()
+
+    async def stubborn() -> Trajectory:
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except asyncio.CancelledError:
+                continue
+        return trajectory(reward=0.0)
+
+    with pytest.warns(RuntimeWarning, match="1 rollouts go on"), pytest.raises(RolloutError, match="boom"):
+        await asyncio.wait_for(gather_trajectory_groups([[stubborn(), failing("boom", 0.01)]], progress=False), 60)
+    let_go.set()
 
 
 async def test_no_coroutine_is_left_behind():

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 import traceback
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup
 
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
 AfterEach = Callable[[TrajectoryGroup], Any]
+_CANCEL_S = 60.0
+"""How long a cancelled rollout may take to end."""
 _Report = Callable[[Sequence[Trajectory] | None], None]
 """Told of each slot that ended: its trajectories, or None for a failure."""
 
@@ -31,7 +34,8 @@ async def gather_trajectory_groups(
     """Run all rollouts at once and return their groups, in the order given.
 
     groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an awaitable that
-    gives a TrajectoryGroup.
+    gives a TrajectoryGroup. Give coroutines: a task that you started yourself is awaited, but the first
+    `model.inference_name()` in it does not decide the version of the whole rollout.
     max_exceptions: failed rollouts to tolerate in all, as a count, or below 1 as a fraction of the rollouts. Those are
     kept on their group.
     after_each: called with each finished group (may be async); returns the group to keep, or a list of groups (an empty
@@ -192,10 +196,18 @@ class _Gathering:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended, going_on = await asyncio.wait(tasks, timeout=_CANCEL_S)
+            for task in ended:
+                _ = task.cancelled() or task.exception()  # looked at, or asyncio would complain that nobody did
+            if going_on:
+                warnings.warn(
+                    f"{len(going_on)} rollouts go on {_CANCEL_S:g} s after they were cancelled: they must let CancelledError pass",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         for slots in self._slots:
             for slot in slots:
-                if inspect.iscoroutine(slot):
+                if inspect.iscoroutine(slot) and inspect.getcoroutinestate(slot) == inspect.CORO_CREATED:
                     slot.close()
 
 

@@ -40,6 +40,12 @@ def folder_with(raw: dict, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.parametrize("name", ["./no-such-folder", "/no/such/folder", "~/none", "runs/p/none", "qwen3"])
+def test_a_folder_that_is_not_there_is_said_to_be_none(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="neither a folder here nor a Hugging Face id"):
+        get_model_support_spec(name)
+
+
 def test_keys_names_and_architectures_are_unambiguous() -> None:
     for values in (
         [s.key for s in SPECS],

@@ -38,6 +38,8 @@ _USER_ERRORS: dict[str, type[LockstepError]] = {
     for error in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
 }
 _LINE_LIMIT = 64 * 2**20
+_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
+"""Bytes of a Unix socket's path."""
 
 
 class Trainer:
@@ -69,6 +71,11 @@ class Trainer:
         """
         folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # 0700: only this user reaches the socket
         socket, config_path = folder / "trainer.sock", folder / "engine.json"
+        if len(os.fsencode(socket)) > _LONGEST_SOCKET:
+            folder.rmdir()
+            raise TrainerError(
+                f"{folder.parent} is too long for the path of a Unix socket: set TMPDIR to a shorter folder"
+            )
         config_path.write_text(json.dumps(config))
         token = secrets.token_urlsafe(32)
         connection: asyncio.Future = asyncio.get_running_loop().create_future()

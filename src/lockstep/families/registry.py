@@ -198,10 +198,13 @@ def _nearest(base_model: str) -> ModelSupportSpec | None:
 def _unknown(base_model: str) -> str:
     folder = Path(base_model).expanduser()
     named = f" (architecture {architecture(read_json(folder)) or 'not named'})" if folder.is_dir() else ""
+    if not folder.is_dir() and (base_model.count("/") != 1 or base_model[0] in "./~"):
+        return f"{base_model} is neither a folder here nor a Hugging Face id (OWNER/NAME)"
     known = "; ".join(f"{s.key}: {', '.join(s.architectures)}" for s in list_model_support_specs())
     return (
         f"{base_model}{named} is not a supported model. Known families: {known}. "
-        "To add one, see docs/adding-a-model.md; allow_unvalidated_arch=True tries the nearest family"
+        "A fine-tune of one of them is recognised as a local folder: download it and give its path. To add a family, see "
+        "docs/adding-a-model.md; the functions of this module try the nearest one with allow_unvalidated_arch=True"
     )
 
 
