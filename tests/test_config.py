@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.backends.megatron import MegatronBackend
 from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
 from lockstep.errors import ConfigError
 from lockstep.runfile import RunFile
@@ -149,5 +151,10 @@ def test_run_files(tmp_path):
     assert load_toml(path, RunFile).model.lora == LoraConfig()
     path.write_text(MINIMAL.replace("[task]", "lora = false\n[task]"))
     assert load_toml(path, RunFile).model.lora is None
+    path.write_text(MINIMAL + '[backend]\ndtype = "bfloat16"\nrecompute = true\n')
+    section = load_toml(path, RunFile).backend
+    assert (section.dtype, section.recompute) == ("bfloat16", True)
+    settings = inspect.signature(MegatronBackend).parameters.keys() - {"seed"}  # [task] has the run's only seed
+    assert set(type(section).model_fields) == settings
     refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")
     refused(lambda: load_toml(tmp_path, RunFile), "is a folder")

@@ -131,6 +131,8 @@ def validate(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder: give a file")
     names = [name.strip() for name in stages.split(",") if name.strip()]
     settings = {"seed": seed, "prompts": prompts, "tokens": tokens, "dtype": dtype}
     raise SystemExit(asyncio.run(validate_model(model, names, output, settings, console)))

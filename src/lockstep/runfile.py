@@ -45,6 +45,13 @@ class BackendSection(Config):
         default=None, description="how merged weights travel: disk, or what fits the placement if not given"
     )
     max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="of the weights; the checkpoint's if not given"
+    )
+    recompute: bool | None = Field(
+        default=None,
+        description="keep only layer inputs and recompute the rest in the backward pass; as memory asks for it if not given",
+    )
     numerics: Literal["fast", "exact"] = Field(
         default="fast",
         description="exact: on a CPU, fp64 on both sides; every token agrees to 1e-6 nats, or the step fails",

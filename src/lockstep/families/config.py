@@ -391,6 +391,6 @@ def checkpoint_dtype(folder: Path | str) -> Literal["float32", "bfloat16"]:
     found = next((layer[key] for layer in (text, raw) for key in ("dtype", "torch_dtype") if layer.get(key)), None)
     if found not in ("float32", "bfloat16"):
         raise ConfigError(
-            f"{folder}: config.json names dtype {found!r}; set the backend's dtype to 'bfloat16' or 'float32'"
+            f"{folder}: config.json names dtype {found!r}; set dtype to 'bfloat16' or 'float32' (of the backend, or as --dtype)"
         )
     return found
