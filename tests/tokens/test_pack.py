@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from drawing import random_sequences, seeds
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch, scored_row, total_weight, unpack_scores
 from lockstep.tokens.pack import fit, flatten, load_batch, minibatch_rows, pack, packing_metrics, save_batch
+from lockstep.tokens.rows import best_fit
 from lockstep.tokens.tree import TokenSequence, scoring_sequence
 from lockstep.tokens.validate import validate
 
@@ -138,6 +140,43 @@ def test_what_may_be_shared():
     assert computed(one, sampled("b", [1, 2, 3], [4, 5], logprob=-1.5)) == 7  # sampled at another logprob
     assert computed(one, sampled("b", [1, 2, 3], [4, 5], temperature=0.5)) == 7  # at another temperature
     assert computed(one, sampled("b", [2, 2, 3], [4, 5])) == 10
+
+
+def test_history_follows_the_reply_that_it_repeats():
+    """Two replies start alike, with other log-probabilities; a third sequence has the longer one as history."""
+    short, long = sampled("a", [1, 2, 3], [4, 9], logprob=-2.0), sampled("b", [1, 2, 3], [4, 5, 6])
+    history = sampled("c", [1, 2, 3, 4, 5, 6], [7])
+    assert computed(short, long, history) == computed(long, short, history) == 3 + 2 + 3 + 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), max_size=60), capacity=st.integers(9, 30))
+def test_best_fit_is_that_of_one_part_after_the_other(sizes, capacity):
+    sizes.sort(reverse=True)
+    bins: list[list[int]] = []
+    for part, size in enumerate(sizes):
+        free = [capacity - sum(sizes[one] for one in members) for members in bins]
+        room = [(left, number) for number, left in enumerate(free) if left >= size]
+        if not room:
+            bins.append([])
+        bins[min(room)[1] if room else -1].append(part)
+    assert best_fit(sizes, capacity) == bins
+
+
+def test_hashes_that_collide_share_nothing_wrong(monkeypatch):
+    sequences = random_sequences(np.random.default_rng(3), 20, vocabulary=3)
+    expected = packed(sequences, 7)
+    draw, calls = np.random.default_rng, []
+
+    def colliding(seed: int) -> np.random.Generator | SimpleNamespace:
+        calls.append(seed)
+        return SimpleNamespace(integers=lambda *_, size, dtype: np.zeros(size, dtype)) if seed == 0 else draw(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", colliding)
+    batch = packed(sequences, 7)
+    assert {0, 1} <= set(calls)
+    np.testing.assert_array_equal(batch.tokens_RS, expected.tokens_RS)
+    np.testing.assert_array_equal(batch.nodes_RS, expected.nodes_RS)
 
 
 def test_tokens_share_only_equal_routes():

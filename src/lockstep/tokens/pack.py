@@ -17,8 +17,8 @@ import numpy as np
 
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.rows import Part, partition, sizes
-from lockstep.tokens.tree import Flat, TokenSequence, build
+from lockstep.tokens.rows import Layout, lay_out, partition
+from lockstep.tokens.tree import Flat, TokenSequence, build, end_to_end, spread
 
 SCHEMA = "lockstep.packed/1"
 AUTO_ROW_LENGTH = 4096
@@ -89,15 +89,20 @@ def pack(
     _check_input(sequences, advantages_Q, weights_Q)
     random = np.random.default_rng(seed)
     order_Q = random.permutation(len(sequences))
-    root, flat = build(sequences, share_prefixes)
-    longest = max(map(len, sequences))
+    flat = end_to_end(sequences)
+    if (unpredicted_Q := flat.sampled_X[flat.start_Q]).any():
+        name = sequences[int(unpredicted_Q.argmax())].name
+        raise DataError(f"{name}: its first token carries loss, but nothing predicts it: the prompt is empty")
+    mask_X = flat.sampled_X.copy()  # before sharers learn from each other
+    tree = build(flat, share_prefixes)
+    longest = int((flat.stop_Q - flat.start_Q).max())
     if row_length is None:
-        share = -(-sizes(root)[id(root)] // (minibatches * data))
+        share = -(-int(tree.size_N.sum()) // (minibatches * data))
         row_length = max(longest, min(share, AUTO_ROW_LENGTH))
     elif longest > row_length:
         fit(sequences, row_length, "error")
     row_length = -(-row_length // multiple) * multiple
-    rows = partition(root, row_length, order_Q)
+    rows, copies = partition(tree, row_length, order_Q)
     if len(rows) < minibatches:
         raise DataError(
             f"the batch fills {len(rows)} rows of {row_length} tokens, too few for minibatches = {minibatches}: "
@@ -105,7 +110,10 @@ def pack(
         )
     rows = [rows[i] for i in random.permutation(len(rows))]
     dealt = _deal(rows, minibatches, data)
-    return _Writer(sequences, flat, advantages_Q, weights_Q, dealt, row_length).batch()
+    layout = lay_out(tree, dealt, copies)
+    scored = _scored(layout, mask_X, flat.stop_Q)
+    owned = (*scored, np.asarray(weights_Q, np.float32), np.asarray(advantages_Q, np.float32))
+    return _batch(flat, layout, (len(dealt), row_length), owned, tuple([sequence.name for sequence in sequences]))
 
 
 def minibatch_rows(rows: int, minibatches: int, index: int) -> range:
@@ -114,10 +122,10 @@ def minibatch_rows(rows: int, minibatches: int, index: int) -> range:
     return range(index * size, (index + 1) * size)
 
 
-def _deal(rows: list[list[Part]], minibatches: int, data: int) -> list[list[Part]]:
+def _deal(rows: list[list[int]], minibatches: int, data: int) -> list[list[int]]:
     """Rows dealt to minibatches in turn, each filled up with empty rows to the same multiple of `data`."""
     size = -(-len(rows) // (minibatches * data)) * data
-    dealt: list[list[Part]] = []
+    dealt: list[list[int]] = []
     for index in range(minibatches):
         mine = rows[index::minibatches]
         dealt += mine + [[] for _ in range(size - len(mine))]
@@ -129,150 +137,82 @@ def _check_input(sequences: Sequence[TokenSequence], advantages_Q: np.ndarray, w
         raise DataError("the batch is empty: there is no sequence to pack")
     if not len(sequences) == len(advantages_Q) == len(weights_Q):
         raise ValueError(f"{len(sequences)} sequences, {len(advantages_Q)} advantages, {len(weights_Q)} weights")
-    routed = sum(sequence.routes_SLK is not None for sequence in sequences)
-    for sequence in sequences:
-        if not len(sequence):
-            raise DataError(f"{sequence.name} has no tokens")
-        if sequence.loss_mask_S[0]:
-            raise DataError(
-                f"{sequence.name}: its first token carries loss, but nothing predicts it: the prompt is empty"
-            )
-        if routed and sequence.routes_SLK is None:
-            raise DataError(f"{sequence.name} has no expert routes, others have: all or none must be replayed")
+    bare = [sequence for sequence in sequences if sequence.routes_SLK is None]
+    if 0 < len(bare) < len(sequences):
+        raise DataError(f"{bare[0].name} has no expert routes, others have: all or none must be replayed")
+    if empty := [sequence.name for sequence in sequences if not len(sequence.tokens_S)]:
+        raise DataError(f"{empty[0]} has no tokens")
 
 
-def _spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
-    before = np.cumsum(size) - size
-    return np.repeat(first - before, size) + np.arange(int(size.sum()))
+def _scored(layout: Layout, mask_X: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets of each sequence's scored tokens, int64 [Q + 1]; row index of every one, sequence by sequence)."""
+    sequences: list[np.ndarray] = []
+    nodes: list[np.ndarray] = []
+    owner, node = np.arange(len(layout.leaf_Q)), layout.leaf_Q
+    while len(node):  # one step up for all that are not at a root
+        sequences.append(owner)
+        nodes.append(node)
+        owner, node = owner[layout.parent_M[node] >= 0], layout.parent_M[node]
+        node = node[node >= 0]
+    order = np.argsort(np.concatenate(sequences[::-1]), kind="stable")
+    path = np.concatenate(nodes[::-1])[order]
+    index_X = spread(layout.start_M[path], (layout.stop_M - layout.start_M)[path])
+    counts_X = np.concatenate([[0], np.cumsum(mask_X)])
+    return counts_X[np.append(0, stop_Q)], index_X[mask_X[:-1]].astype(np.int32)
 
 
-class _Writer:
-    """Lays rows out as arrays."""
+def _batch(
+    flat: Flat,
+    layout: Layout,
+    shape: tuple[int, int],
+    owned: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    names: tuple[str, ...],
+) -> PackedBatch:
+    """Every field of the rows, from the layout."""
+    offsets_Q, index_P, weight_Q, advantage_Q = owned
+    size_M = layout.stop_M - layout.start_M
+    place = spread(layout.row_M * shape[1] + layout.start_M, size_M)
 
-    def __init__(
-        self,
-        sequences: Sequence[TokenSequence],
-        flat: Flat,
-        advantages_Q: np.ndarray,
-        weights_Q: np.ndarray,
-        rows: list[list[Part]],
-        row_length: int,
-    ):
-        self._sequences = sequences
-        self._advantage_Q = np.asarray(advantages_Q, dtype=np.float32)
-        self._weight_Q = np.asarray(weights_Q, dtype=np.float32)
-        self._row_M: list[int] = []
-        self._start_M: list[int] = []
-        self._stop_M: list[int] = []
-        self._parent_M: list[int] = []
-        self._above_M: list[int] = []  # tokens of a node's ancestors
-        self._pieces: list[tuple[int, int]] = []  # (place in the flat arrays, tokens) in the order of rows
-        self._leaf_Q = np.full(len(sequences), -1, dtype=np.int32)
-        for row, trees in enumerate(rows):
-            self._lay_out(row, trees)
-        self._write(flat, (len(rows), row_length))
+    def laid_out(values: np.ndarray, filling: int, dtype: type) -> np.ndarray:
+        rows = np.full(shape[0] * shape[1], filling, dtype=dtype)
+        rows[place] = values
+        return rows.reshape(shape)
 
-    def _lay_out(self, row: int, trees: list[Part]) -> None:
-        start = 0
-        stack = [(tree, -1) for tree in reversed(trees)]
-        while stack:
-            part, parent = stack.pop()
-            self._above_M.append(part.node.above)
-            stop = start + part.node.size
-            self._pieces.append((part.node.start, part.node.size))
-            while len(part.children) == 1 and not part.ends:  # nothing branches or ends here: one node, not two
-                part = part.children[0]
-                stop += part.node.size
-                self._pieces.append((part.node.start, part.node.size))
-            number = len(self._row_M)
-            self._row_M.append(row)
-            self._start_M.append(start)
-            self._stop_M.append(stop)
-            self._parent_M.append(parent)
-            for sequence in part.ends:
-                self._leaf_Q[sequence] = number
-            start = stop
-            stack.extend([(child, number) for child in reversed(part.children)])
-
-    def _write(self, flat: Flat, shape: tuple[int, int]) -> None:
-        """Every field of the rows that follows from the layout."""
-        piece_2 = np.array(self._pieces, dtype=np.int64).reshape(-1, 2)
-        source = _spread(piece_2[:, 0], piece_2[:, 1])
-        row_M, start_M, stop_M = (np.array(x, dtype=np.int64) for x in (self._row_M, self._start_M, self._stop_M))
-        size_M, parent_M = stop_M - start_M, np.array(self._parent_M, dtype=np.int64)
-        place = _spread(row_M * shape[1] + start_M, size_M)
-
-        def laid_out(values: np.ndarray, filling: object, dtype: type) -> np.ndarray:
-            rows = np.full((shape[0] * shape[1], *values.shape[1:]), filling, dtype=dtype)
-            rows[place] = values
-            return rows.reshape(*shape, *values.shape[1:])
-
-        self._tokens_RS = laid_out(flat.tokens_X[source], 0, np.int32)
-        self._logprobs_RS = laid_out(flat.logprobs_X[source], np.nan, np.float32)
-        self._temperatures_RS = laid_out(flat.temperatures_X[source], 1, np.float32)
-        self._nodes_RS = laid_out(np.repeat(np.arange(len(row_M)), size_M), -1, np.int32)
-        self._positions_RS = laid_out(_spread(np.array(self._above_M, dtype=np.int64), size_M), 0, np.int32)
-        previous = _spread(start_M - 1, size_M)
-        previous[np.cumsum(size_M) - size_M] = np.where(parent_M >= 0, stop_M[parent_M] - 1, -1)
-        self._previous_RS = laid_out(previous, -1, np.int32)
-        self._routes_RSLK = None
-        if flat.routes_XLK is not None and flat.routed_X is not None:
-            # Tokens whose experts don't matter get distinct ones, as a router would pick.
-            distinct = np.arange(flat.routes_XLK.shape[-1], dtype=flat.routes_XLK.dtype)
-            routes = np.where(flat.routed_X[source][:, None, None], flat.routes_XLK[source], distinct)
-            self._routes_RSLK = laid_out(routes, distinct, flat.routes_XLK.dtype.type)
-
-    def _scored_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """(row index of every scored token, sequence by sequence; how many each sequence has)."""
-        starts, stops, parents = self._start_M, self._stop_M, self._parent_M
-        first: list[int] = []
-        size: list[int] = []
-        for leaf in self._leaf_Q.tolist():
-            path = [leaf]
-            while parents[path[-1]] >= 0:
-                path.append(parents[path[-1]])
-            first += [starts[node] for node in reversed(path)]
-            size += [stops[node] - starts[node] for node in reversed(path)]
-        mask_S = np.concatenate([sequence.loss_mask_S for sequence in self._sequences])
-        index = _spread(np.array(first, dtype=np.int64), np.array(size, dtype=np.int64))[mask_S]
-        ends_Q = np.cumsum([len(sequence) for sequence in self._sequences])
-        return index, np.diff(np.concatenate([[0], np.cumsum(mask_S)])[ends_Q], prepend=0)
-
-    def batch(self) -> PackedBatch:
-        rows, length = self._tokens_RS.shape
-        index, counts_Q = self._scored_index()
-        offsets_Q = np.concatenate([[0], np.cumsum(counts_Q)]).astype(np.int64)
-        index_P = index.astype(np.int32)
-        row_M = np.array(self._row_M, dtype=np.int32)
-        weights_RS, advantages_RS, mask_RS = loss_fields(
-            (rows, length), row_M[self._leaf_Q], offsets_Q, index_P, self._weight_Q, self._advantage_Q
-        )
-        # A token's sampled sequences may all lie in another row that repeats it: here it is context.
-        self._logprobs_RS[~mask_RS] = np.nan
-        self._temperatures_RS[~mask_RS] = 1
-        return PackedBatch(
-            tokens_RS=self._tokens_RS,
-            positions_RS=self._positions_RS,
-            nodes_RS=self._nodes_RS,
-            previous_RS=self._previous_RS,
-            loss_mask_RS=mask_RS,
-            logprobs_RS=self._logprobs_RS,
-            advantages_RS=advantages_RS,
-            weights_RS=weights_RS,
-            temperatures_RS=self._temperatures_RS,
-            node_row_M=row_M,
-            node_start_M=np.array(self._start_M, dtype=np.int32),
-            node_stop_M=np.array(self._stop_M, dtype=np.int32),
-            node_parent_M=np.array(self._parent_M, dtype=np.int32),
-            leaf_Q=self._leaf_Q,
-            scored_offsets_Q=offsets_Q,
-            scored_index_P=index_P,
-            sequence_weight_Q=self._weight_Q,
-            sequence_advantage_Q=self._advantage_Q,
-            sequence_ids=tuple(sequence.name for sequence in self._sequences),
-            routes_RSLK=self._routes_RSLK,
-        )
+    previous = spread(layout.start_M - 1, size_M)
+    previous[np.cumsum(size_M) - size_M] = np.where(layout.parent_M < 0, -1, layout.stop_M[layout.parent_M] - 1)
+    source_RS = laid_out(layout.source, len(flat.tokens_X) - 1, np.int64)
+    weights_RS, advantages_RS, mask_RS = loss_fields(
+        shape, layout.row_M[layout.leaf_Q], offsets_Q, index_P, weight_Q, advantage_Q
+    )
+    # A token's sampled sequences may all lie in another row that repeats it: here it is context.
+    sampling_RS2 = flat.sampling_X2.view(np.float32)[source_RS]
+    routes_RSLK = None
+    if flat.routes_XLK is not None and flat.routed_X is not None:
+        # Tokens whose experts don't matter get distinct ones, as a router would pick.
+        flat.routes_XLK[~flat.routed_X] = np.arange(flat.routes_XLK.shape[-1])
+        routes_RSLK = flat.routes_XLK[source_RS]
+    return PackedBatch(
+        tokens_RS=flat.tokens_X[source_RS],
+        positions_RS=laid_out(spread(layout.above_M, size_M), 0, np.int32),
+        nodes_RS=laid_out(np.repeat(np.arange(len(size_M)), size_M), -1, np.int32),
+        previous_RS=laid_out(previous, -1, np.int32),
+        loss_mask_RS=mask_RS,
+        logprobs_RS=np.where(mask_RS, sampling_RS2[..., 0], np.float32(np.nan)),
+        advantages_RS=advantages_RS,
+        weights_RS=weights_RS,
+        temperatures_RS=np.where(mask_RS, sampling_RS2[..., 1], np.float32(1)),
+        node_row_M=layout.row_M.astype(np.int32),
+        node_start_M=layout.start_M.astype(np.int32),
+        node_stop_M=layout.stop_M.astype(np.int32),
+        node_parent_M=layout.parent_M.astype(np.int32),
+        leaf_Q=layout.leaf_Q.astype(np.int32),
+        scored_offsets_Q=offsets_Q.astype(np.int64),
+        scored_index_P=index_P,
+        sequence_weight_Q=weight_Q,
+        sequence_advantage_Q=advantage_Q,
+        sequence_ids=names,
+        routes_RSLK=routes_RSLK,
+    )
 
 
 def loss_fields(
@@ -326,11 +266,8 @@ def packing_metrics(batch: PackedBatch) -> dict[str, float]:
     counts.
     """
     computed = int((batch.nodes_RS >= 0).sum())
-    length_M = (batch.node_stop_M - batch.node_start_M).astype(np.int64)
-    depth_M = np.zeros(len(length_M), dtype=np.int64)  # tokens from the root to the node's end; parents come first
-    for node, parent in enumerate(batch.node_parent_M.tolist()):
-        depth_M[node] = length_M[node] + (depth_M[parent] if parent >= 0 else 0)
-    flat = int(depth_M[batch.leaf_Q].sum())
+    lengths_Q = batch.positions_RS[batch.row_Q, batch.node_stop_M[batch.leaf_Q] - 1] + 1
+    flat = int(lengths_Q.sum(dtype=np.int64))
     return {
         "rows": float(batch.rows),
         "row_length": float(batch.row_length),

@@ -2,84 +2,158 @@
 
 A tree that fits is never cut. One that doesn't is cut between children, and each part gets its own copy of the tokens
 above the cut.
+
+Shape suffixes: N nodes of the tree, Q sequences, P parts, I parts in the order they are laid out, C their nodes, M those
+nodes when runs of only children are one.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import heapq
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.tokens.tree import Node
+from lockstep.tokens.tree import Tree, spread
+
+Copies = list[tuple[int, list[int]]]
+"""Copies of cut nodes, each with some of the parts below. Sequences that end at a node end at the first copy of it."""
 
 
-@dataclass(eq=False, slots=True)
-class Part:
-    """A copy of `node` with some of its descendants. `size` counts its tokens; `ends`: sequences that end at this
-    copy's node.
+def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Bins of at most `capacity` tokens, as indices into `sizes`. These descend, and each goes into the fullest bin that still
+    takes it.
     """
-
-    node: Node
-    size: int
-    order: int  # the seed's rank of its first sequence, to break ties
-    children: Sequence[Part] = ()
-    ends: Sequence[int] = ()
-
-
-def best_fit(parts: list[Part], capacity: int) -> list[list[Part]]:
-    """Bins of at most `capacity` tokens, large parts first, each into the fullest bin that still takes it."""
-    bins: list[list[Part]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
-    for part in sorted(parts, key=lambda part: (-part.size, part.order)):
-        place = bisect.bisect_left(room, (part.size, -1))
-        if place == len(room):
-            bins.append([part])
-            bisect.insort(room, (capacity - part.size, len(bins) - 1))
-        else:
-            free, number = room.pop(place)
-            bins[number].append(part)
-            bisect.insort(room, (free - part.size, number))
+    bins: list[list[int]] = []
+    amounts: list[int] = []  # of free tokens in some bin, ascending
+    holders: dict[int, list[int]] = {}  # heaps of the bins with so many free tokens
+    index = 0
+    for size, count in Counter(sizes).items():
+        stop = index + count
+        while index < stop:
+            place = bisect.bisect_left(amounts, size)
+            if place == len(amounts):
+                free, number = capacity, len(bins)
+                bins.append([])
+            else:
+                free = amounts[place]
+                number = heapq.heappop(holders[free])
+                if not holders[free]:
+                    del holders[free], amounts[place]
+            taken = min(stop - index, free // size)  # after the first this bin is the fullest that takes the next
+            bins[number].extend(range(index, index + taken))
+            index += taken
+            free -= taken * size
+            if free and free not in holders:
+                bisect.insort(amounts, free)
+                holders[free] = []
+            if free:
+                heapq.heappush(holders[free], number)
     return bins
 
 
-def sizes(root: Node) -> dict[int, int]:
-    """Tokens in each subtree, keyed by id(node)."""
-    total: dict[int, int] = {}
-    for node in reversed(list(root.preorder())):
-        total[id(node)] = node.size + sum([total[id(child)] for child in node.children])
-    return total
-
-
-def _join(node: Node, members: list[Part], ends: Sequence[int], order: int) -> Part:
-    return Part(node, node.size + sum([part.size for part in members]), order, members, ends)
-
-
-def partition(root: Node, row_length: int, order_Q: np.ndarray) -> list[list[Part]]:
-    """Rows, each a list of trees with at most `row_length` tokens in all. No path from the root may be longer than
-    that.
+def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[list[int]], Copies]:
+    """Rows of at most `row_length` tokens, as lists of parts, and copies. Part n is node n with all below it, or, if there are
+    only N nodes, `copies[n - N]`. No path from the root may be longer than a row.
 
     `order_Q` ranks the sequences; only ties depend on it.
     """
-    total, ranks = sizes(root), order_Q.tolist()
-    parts: dict[int, list[Part]] = {}
-    for node in reversed(list(root.preorder())):
-        if not node.children and node is not root:  # it fits: no path is longer than a row
-            parts[id(node)] = [Part(node, node.size, min([ranks[q] for q in node.ends]), (), node.ends)]
-            continue
-        below = [part for child in node.children for part in parts.pop(id(child))]
-        order = min([*(ranks[q] for q in node.ends), *(part.order for part in below)])
-        if node is not root and total[id(node)] <= row_length - node.above:
-            parts[id(node)] = [_join(node, below, node.ends, order)]
-        elif node is root:
-            return best_fit(below, row_length)
-        else:
-            # The sequences that end here go with the first copy. A node without children can't be here: it fits by
-            # assumption.
-            bins = best_fit(below, row_length - node.above - node.size)
-            parts[id(node)] = [
-                _join(node, members, node.ends if i == 0 else [], min(part.order for part in members))
-                for i, members in enumerate(bins)
-            ]
-    raise AssertionError("the root comes last in reversed preorder")
+    nodes = len(tree.start_N)
+    total_N, rank_N = _below(tree, order_Q)
+    cut_N = total_N > row_length - tree.above_N
+    whole = np.flatnonzero(~cut_N & ((tree.parent_N < 0) | cut_N[tree.parent_N]))
+    key_N = rank_N - total_N * len(order_Q)  # large ones first, then by rank
+    whole = whole[np.argsort(key_N[whole])]
+    below: defaultdict[int, list[int]] = defaultdict(list)
+    for node, parent in zip(whole.tolist(), tree.parent_N[whole].tolist(), strict=True):
+        below[parent].append(node)
+    sizes, keys = total_N.tolist(), key_N.tolist()
+    copies: Copies = []
+
+    def fill(parts: list[int], capacity: int) -> list[list[int]]:
+        parts.sort(key=keys.__getitem__)
+        bins = best_fit([sizes[part] for part in parts], capacity)
+        return [[parts[index] for index in members] for members in bins]
+
+    for node in np.flatnonzero(cut_N)[::-1].tolist():
+        own = int(tree.size_N[node])
+        for parts in fill(below.pop(node), row_length - int(tree.above_N[node]) - own):
+            below[int(tree.parent_N[node])].append(nodes + len(copies))
+            copies.append((node, parts))
+            sizes.append(own + sum([sizes[part] for part in parts]))
+            keys.append(min([keys[part] % len(order_Q) for part in parts]) - sizes[-1] * len(order_Q))
+    return fill(below[-1], row_length), copies
+
+
+def _below(tree: Tree, order_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Tokens in each subtree, least rank of a sequence that ends there)."""
+    node_N = np.arange(len(tree.start_N))
+    before_N = np.concatenate([[0], np.cumsum(tree.size_N)])
+    rank_N = np.full(len(node_N) + 1, len(order_Q))
+    np.minimum.at(rank_N, tree.end_Q, order_Q)
+    ranges = np.stack([node_N, node_N + tree.count_N], axis=1).ravel()
+    return before_N[node_N + tree.count_N] - before_N[node_N], np.minimum.reduceat(rank_N, ranges)[::2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies. `source` are places of the flat arrays, in the order of rows; the other fields are as in PackedBatch."""
+
+    source: np.ndarray
+    row_M: np.ndarray
+    start_M: np.ndarray
+    stop_M: np.ndarray
+    above_M: np.ndarray
+    parent_M: np.ndarray
+    leaf_Q: np.ndarray
+
+
+def lay_out(tree: Tree, rows: list[list[int]], copies: Copies) -> Layout:
+    """Rows of parts as nodes one after the other, parents first."""
+    nodes = len(tree.start_N)
+    parts: list[int] = []
+    row_of: list[int] = []
+    hung: list[int] = []  # the item that each hangs below, -1 for none
+    for row, trees in enumerate(rows):
+        stack = [(part, -1) for part in reversed(trees)]
+        while stack:
+            part, above = stack.pop()
+            if part >= nodes:
+                stack += [(below, len(parts)) for below in reversed(copies[part - nodes][1])]
+            parts.append(part)
+            row_of.append(row)
+            hung.append(above)
+    copied = np.array([node for node, _ in copies], dtype=np.int64)
+    node_P = np.concatenate([np.arange(nodes), copied])
+    count_P = np.concatenate([tree.count_N, np.ones_like(copied)])
+    leads_P = np.concatenate([np.ones(nodes, dtype=bool), np.diff(copied, prepend=-1) != 0])
+    part_I, above_I = np.array(parts), np.array(hung)
+    count_I = count_P[part_I]
+    first_I = np.cumsum(count_I) - count_I
+    node_C = spread(node_P[part_I], count_I)
+    parent_C = np.arange(len(node_C)) - node_C + tree.parent_N[node_C]
+    parent_C[first_I] = np.where(above_I < 0, -1, first_I[above_I])
+    leads = np.flatnonzero(np.repeat(leads_P[part_I], count_I))
+    lead_N = np.zeros(nodes, dtype=np.int64)  # where a node's sequences end
+    lead_N[node_C[leads]] = leads
+    children_C = np.bincount(parent_C[parent_C >= 0], minlength=len(node_C))
+    ends_C = np.bincount(lead_N[tree.end_Q], minlength=len(node_C))
+    # Where nothing branches or ends there is one node and not two: the only child comes next in any case.
+    begins_C = np.concatenate([[True], (children_C != 1) | (ends_C > 0)])[:-1]
+    head, number_C = np.flatnonzero(begins_C), np.cumsum(begins_C) - 1
+    size_C = tree.size_N[node_C]
+    size_M = np.add.reduceat(size_C, head)
+    row_M = np.repeat(np.array(row_of), count_I)[head]
+    start_M = np.cumsum(size_M) - size_M
+    start_M -= start_M[np.searchsorted(row_M, row_M)]
+    return Layout(
+        source=spread(tree.start_N[node_C], size_C),
+        row_M=row_M,
+        start_M=start_M,
+        stop_M=start_M + size_M,
+        above_M=tree.above_N[node_C[head]],
+        parent_M=np.where(parent_C[head] < 0, -1, number_C[parent_C[head]]),
+        leaf_Q=number_C[lead_N[tree.end_Q]],
+    )

@@ -4,17 +4,23 @@ Two sequences share a token when everything that its computation depends on agre
 must be replayed, and, if both were sampled there, the temperature and the sampling log-probability. Loss mask,
 advantage and weight need not agree, since the loss of a token is kept per sequence (see `batch.py`).
 
-Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end, L MoE layers, K experts per token.
+A batch may have hundreds of thousands of sequences, so what is done per sequence is done for all at once, in arrays.
+
+Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("places"), Q sequences, N nodes, L MoE layers, K
+experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lockstep.errors import DataError
+
+_CHUNK = 1 << 14
+"""Tokens whose routes are compared at a time: more would not stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,9 @@ class TokenSequence:
 
     def cut(self, length: int) -> TokenSequence:
         """The first `length` tokens."""
-        return TokenSequence(
-            self.name,
-            self.tokens_S[:length],
-            self.loss_mask_S[:length],
-            self.logprobs_S[:length],
-            self.temperatures_S[:length],
-            None if self.routes_SLK is None else self.routes_SLK[:length],
-            None if self.routed_S is None else self.routed_S[:length],
-            self.group,
-            self.trajectory,
-            None if self.steps_S is None else self.steps_S[:length],
-        )
+        per_token = [name for name in self.__dataclass_fields__ if name.endswith(("_S", "_SLK"))]
+        cut = {name: value[:length] for name in per_token if (value := getattr(self, name)) is not None}
+        return replace(self, **cut)
 
 
 def scoring_sequence(name: str, tokens: Sequence[int], routes_SLK: np.ndarray | None = None) -> TokenSequence:
@@ -86,162 +83,214 @@ def scoring_sequence(name: str, tokens: Sequence[int], routes_SLK: np.ndarray | 
 
 @dataclass(frozen=True)
 class Flat:
-    """All sequences end to end. A token that several share is the first one's; the others' knowledge of it is merged in there."""
+    """All sequences end to end, and one place of padding after the last."""
 
+    start_Q: np.ndarray
+    stop_Q: np.ndarray
     tokens_X: np.ndarray
-    text: bytes  # the same tokens: slices of it compare in one go
-    sampled_X: np.ndarray  # bool, sampled in at least one of its sequences
-    counts_X: np.ndarray  # int64 [X + 1], sampled tokens before each place, nothing merged
-    logprobs_X: np.ndarray
-    temperatures_X: np.ndarray
+    sampled_X: np.ndarray  # bool
+    sampling_X2: np.ndarray  # log-probability and temperature, where sampled; the bits of float32 as uint32
     routes_XLK: np.ndarray | None
     routed_X: np.ndarray | None
 
+    def known(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What sharers of a token must agree on besides its id: (bool, where it is known; the values there)."""
+        sampling = [(self.sampled_X, self.sampling_X2)]
+        if self.routes_XLK is None or self.routed_X is None:
+            return sampling
+        return [(self.routed_X, self.routes_XLK.reshape(len(self.tokens_X), -1)), *sampling]  # a view
 
-def _flat(sequences: Sequence[TokenSequence]) -> Flat:
-    tokens_X = np.concatenate([one.tokens_S for one in sequences]).astype(np.int32, copy=False)
-    sampled_X = np.concatenate([one.loss_mask_S for one in sequences])
-    logprobs_X = np.concatenate([one.logprobs_S for one in sequences])
-    temperatures_X = np.concatenate([one.temperatures_S for one in sequences])
-    routes = [one.routes_SLK for one in sequences if one.routes_SLK is not None]
-    routed = [np.ones(len(one), bool) if one.routed_S is None else one.routed_S for one in sequences if routes]
+
+def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
+    """All in copies. The first tokens carry no loss, and all sequences have routes, or none."""
+    padding = replace(sequences[0].cut(1), tokens_S=np.zeros(1, np.int32), routed_S=np.zeros(1, bool))
+    padded = [*sequences, padding]
+    length_Q = np.array([len(one.tokens_S) for one in sequences])
+    stop_Q = np.cumsum(length_Q)
+    sampling_X2 = np.empty((int(stop_Q[-1]) + 1, 2), np.float32)
+    np.concatenate([one.logprobs_S for one in padded], out=sampling_X2[:, 0])
+    np.concatenate([one.temperatures_S for one in padded], out=sampling_X2[:, 1])
+    routes = [one.routes_SLK for one in padded if one.routes_SLK is not None]
+    routed = [np.ones(len(one), bool) if one.routed_S is None else one.routed_S for one in padded if routes]
     return Flat(
-        tokens_X,
-        tokens_X.tobytes(),
-        sampled_X,
-        np.concatenate([[0], np.cumsum(sampled_X)]),
-        np.where(sampled_X, logprobs_X, np.float32(np.nan)),
-        np.where(sampled_X, temperatures_X, np.float32(1)),
-        np.concatenate(routes) if routes else None,
-        np.concatenate(routed) if routes else None,
+        start_Q=stop_Q - length_Q,
+        stop_Q=stop_Q,
+        tokens_X=np.concatenate([one.tokens_S for one in padded], dtype=np.int32),
+        sampled_X=np.concatenate([one.loss_mask_S for one in padded]),
+        sampling_X2=sampling_X2.view(np.uint32),
+        routes_XLK=np.concatenate(routes) if routes else None,
+        routed_X=np.concatenate(routed) if routes else None,
     )
 
 
-@dataclass(eq=False, slots=True)
-class Node:
-    """A run of tokens: `size` of them from place `start` of the flat arrays on. `ends` are the sequences that stop at its last token."""
-
-    start: int
-    size: int
-    above: int  # tokens of its ancestors
-    sampled: bool  # False only if none of its tokens was sampled
-    # Most nodes are leaves: no containers for them. A batch may have hundreds of thousands.
-    children: Sequence[Node] = ()
-    by_token: dict[int, list[Node]] | None = None  # children by their first token
-    ends: list[int] | tuple[()] = ()
-
-    def add(self, child: Node, token: int) -> None:
-        if self.by_token is None:
-            self.children, self.by_token = [], {}
-        self.children.append(child)  # pyright: ignore[reportAttributeAccessIssue]
-        self.by_token.setdefault(token, []).append(child)
-
-    def end(self, sequence: int) -> None:
-        if isinstance(self.ends, tuple):
-            self.ends = []
-        self.ends.append(sequence)
-
-    def preorder(self) -> Iterator[Node]:
-        """This node and all below it, parents first; no recursion, since chains may be thousands deep."""
-        stack: list[Node] = [self]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(reversed(node.children))
+def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
+    before = np.cumsum(size) - size
+    return np.repeat(first - before, size) + np.arange(int(size.sum()))
 
 
-def _first_true(flags: np.ndarray) -> int:
-    """Index of the first True, or the length."""
-    first = int(flags.argmax()) if len(flags) else 0
-    return first if first < len(flags) and flags[first] else len(flags)
+def _equal_paths(above_Q: np.ndarray, size_Q: np.ndarray, key_X: np.ndarray) -> np.ndarray:
+    """For each place of `key_X`, where `size_Q` keys follow each other from `above_Q` on, the first with the same way down to it.
 
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
-
-
-def agreement(flat: Flat, node: Node, at: int, stop: int) -> int:
-    """How many tokens of `node`, from its first, a sequence can share that has the places `at` to `stop`."""
-    first, size = node.start, min(node.size, stop - at)
-    if flat.text[4 * first : 4 * (first + size)] != flat.text[4 * at : 4 * (at + size)]:
-        size = _first_true(flat.tokens_X[first : first + size] != flat.tokens_X[at : at + size])
-    if node.sampled and flat.counts_X[at + size] > flat.counts_X[at]:
-        here, there = slice(first, first + size), slice(at, at + size)
-        both = flat.sampled_X[here] & flat.sampled_X[there]
-        differ = _bits(flat.logprobs_X[here]) != _bits(flat.logprobs_X[there])
-        differ |= flat.temperatures_X[here] != flat.temperatures_X[there]
-        size = _first_true(both & differ)
-    if flat.routes_XLK is not None and flat.routed_X is not None:
-        here, there = slice(first, first + size), slice(at, at + size)
-        both = flat.routed_X[here] & flat.routed_X[there]
-        size = _first_true(both & (flat.routes_XLK[here] != flat.routes_XLK[there]).any(axis=(1, 2)))
-    return size
-
-
-def _split(flat: Flat, node: Node, size: int) -> None:
-    """Cut `node` after `size` tokens: it keeps the upper part, a new child takes the rest and all that hung below."""
-    start = node.start + size
-    lower = Node(start, node.size - size, node.above + size, node.sampled, node.children, node.by_token, node.ends)
-    node.size, node.children, node.by_token, node.ends = size, (), None, ()
-    node.add(lower, int(flat.tokens_X[start]))
-
-
-def _merge(flat: Flat, node: Node, at: int) -> None:
-    """Take over what the sequence at `at` knows about the node's tokens and the node does not yet."""
-    here, there = slice(node.start, node.start + node.size), slice(at, at + node.size)
-    if flat.counts_X[there.stop] > flat.counts_X[at]:
-        new = flat.sampled_X[there] & ~flat.sampled_X[here]
-        if new.any():
-            node.sampled = True
-            flat.sampled_X[here][new] = True
-            flat.logprobs_X[here][new] = flat.logprobs_X[there][new]
-            flat.temperatures_X[here][new] = flat.temperatures_X[there][new]
-    if flat.routes_XLK is not None and flat.routed_X is not None:
-        new = flat.routed_X[there] & ~flat.routed_X[here]
-        if new.any():
-            flat.routes_XLK[here][new] = flat.routes_XLK[there][new]
-            flat.routed_X[here][new] = True
-
-
-def _tail(flat: Flat, at: int, stop: int, above: int) -> Node:
-    return Node(at, stop - at, above, bool(flat.counts_X[stop] > flat.counts_X[at]))
-
-
-def _insert(flat: Flat, root: Node, start: int, stop: int, number: int) -> None:
-    node, at = root, start
-    while at < stop:
-        best, size, token = None, 0, int(flat.tokens_X[at])
-        for child in node.by_token.get(token, ()) if node.by_token else ():
-            agreed = agreement(flat, child, at, stop)
-            if agreed > size:
-                best, size = child, agreed
-        if best is None:
-            best, size = _tail(flat, at, stop, at - start), stop - at
-            node.add(best, token)
-        else:
-            if size < best.size:
-                _split(flat, best, size)
-            _merge(flat, best, at)
-        node, at = best, at + size
-    node.end(number)
-
-
-def build(sequences: Sequence[TokenSequence], share: bool = True) -> tuple[Node, Flat]:
-    """The prefix tree of `sequences` under an empty root, and the tokens its nodes refer to. `share` False: one branch per sequence,
-    whatever they have in common.
-
-    Sequences are numbered as given, which `Node.ends` refers to. Time is linear in the number of tokens.
+    Found by hash and then checked, so no collision gets through: another hash is drawn.
     """
-    root, flat = Node(0, 0, 0, sampled=False), _flat(sequences)
-    branches: list[Node] = []
-    stops = np.cumsum([len(one) for one in sequences]).tolist()
-    for number, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
-        if share:
-            _insert(flat, root, start, stop, number)
-        else:
-            branch = _tail(flat, start, stop, 0)
-            branch.end(number)
-            branches.append(branch)
-    if not share:
-        root.children = branches
-    return root, flat
+    begin_Q, width = np.cumsum(size_Q) - size_Q, int(size_Q.max())
+    depth_X = spread(np.zeros_like(size_Q), size_Q)
+    salt = 0
+    while True:
+        weight = np.random.default_rng(salt).integers(2**64, size=width + 1, dtype=np.uint64)
+        term_X = (key_X.astype(np.uint64) + 1) * weight[depth_X]  # no key counts for nothing
+        term_X[begin_Q] += above_Q.astype(np.uint64) * weight[width]
+        sum_X = np.cumsum(term_X)  # modulo 2^64
+        sum_X -= np.repeat(sum_X[begin_Q] - term_X[begin_Q], size_Q)
+        _, index, inverse = np.unique(sum_X, return_index=True, return_inverse=True)
+        first_X = index[inverse]
+        before_X = np.concatenate([[0], first_X[:-1]])
+        before_X[begin_Q] = -1 - above_Q
+        if np.array_equal(key_X[first_X], key_X) and np.array_equal(before_X[first_X], before_X):
+            return first_X
+        salt += 1
+
+
+def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(For each place the first one whose sequence has the same keys up to there; all places for which it is an earlier one.)
+
+    Goes down in blocks of twice the length, each for the sequences that share all of the last with another, so that what
+    nobody shares costs next to nothing.
+    """
+    first_X, above_Q = np.arange(len(key_X)), np.zeros_like(start_Q)
+    shared: list[np.ndarray] = []
+    low, width = 0, 1
+    while len(start_Q):
+        size_Q = np.minimum(stop_Q - start_Q - low, width)
+        place = spread(start_Q + low, size_Q)
+        first_X[place] = first = place[_equal_paths(above_Q, size_Q, key_X[place])]
+        shared.append(place[first != place])
+        low, width = low + width, low + width
+        longer_Q = stop_Q - start_Q > low
+        start_Q, stop_Q = start_Q[longer_Q], stop_Q[longer_Q]
+        above_Q = first_X[start_Q + low - 1]
+        _, inverse, count = np.unique(above_Q, return_inverse=True, return_counts=True)
+        shared_Q = count[inverse] > 1
+        start_Q, stop_Q, above_Q = start_Q[shared_Q], stop_Q[shared_Q], above_Q[shared_Q]
+    return first_X, np.concatenate(shared)
+
+
+def _forks(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Place of each sequence's first token that no earlier one has, or its stop; place of the token before that, -1 for none.)"""
+    own_Q = flat.start_Q + np.bincount(owners(flat, shared), minlength=len(flat.start_Q))
+    return own_Q, np.where(own_Q > flat.start_Q, first_X[own_Q - 1], -1)
+
+
+def owners(flat: Flat, place: np.ndarray) -> np.ndarray:
+    return np.searchsorted(flat.stop_Q, place, side="right")
+
+
+def _divided(
+    flat: Flat, first_X: np.ndarray, shared: np.ndarray, known_X: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same as `_first_places`, with tokens shared only by those whose known `values` agree.
+
+    A sequence that does not know goes with the earlier one that it has the longest way in common with.
+    """
+    known = shared[known_X[shared]]
+    late = known[~known_X[first_X[known]]][::-1]
+    holder_X = np.arange(len(first_X))  # the first that knows; of several the last one written stays
+    holder_X[first_X[late]] = late
+    torn_X = np.zeros(len(first_X), dtype=bool)
+    for part in np.array_split(known, len(known) // _CHUNK + 1):
+        differ = values[part] != values[holder_X[first_X[part]]]
+        torn_X[first_X[part[differ.any(axis=1)]]] = True
+    if not torn_X.any():
+        return first_X, shared
+    torn = np.flatnonzero(torn_X[first_X])
+    code_X = np.zeros(len(first_X), dtype=np.int64)
+    seen: dict[bytes, int] = {}
+    known = torn[known_X[torn]]
+    for part in np.array_split(known, len(known) // _CHUNK + 1):
+        code_X[part] = [seen.setdefault(row.tobytes(), len(seen)) for row in values[part]]
+    # Whoever does not know points to the same depth of its guide, and so on to one that knows.
+    unknown = torn[~known_X[torn]]
+    owner, guide_Q = owners(flat, unknown), owners(flat, _forks(flat, first_X, shared)[1])
+    follows = flat.start_Q[guide_Q[owner]] + unknown - flat.start_Q[owner]
+    guide_X = np.arange(len(first_X))
+    guide_X[unknown] = np.where(first_X[unknown] == unknown, holder_X[unknown], follows)
+    while not np.array_equal(further := guide_X[guide_X[unknown]], guide_X[unknown]):
+        guide_X[unknown] = further
+    code_X[unknown] = code_X[guide_X[unknown]]
+    return _first_places(first_X * len(first_X) + code_X, flat.start_Q, flat.stop_Q)
+
+
+def _merge(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> None:
+    """Let the place that stands for a token know all that its sharers do."""
+    for known_X, values in flat.known():
+        new = shared[known_X[shared] & ~known_X[first_X[shared]]]
+        values[first_X[new]] = values[new]
+        known_X[first_X[new]] = True
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Runs of tokens in preorder, siblings by place. `start_N` are places of the flat arrays, `above_N` tokens of a node's ancestors,
+    `parent_N` -1 at roots, `count_N` nodes in the subtree, `end_Q` the node whose last token ends a sequence.
+    """
+
+    start_N: np.ndarray
+    size_N: np.ndarray
+    above_N: np.ndarray
+    parent_N: np.ndarray
+    count_N: np.ndarray
+    end_Q: np.ndarray
+
+
+def build(flat: Flat, share: bool = True) -> Tree:
+    """The prefix tree of all sequences; knowledge of shared tokens is merged in `flat`. `share` False: one root per sequence,
+    whatever they have in common. Time is linear in the number of tokens, but for sorting.
+    """
+    own_Q, fork_Q, last_Q = flat.start_Q, np.full(len(flat.start_Q), -1), flat.stop_Q - 1
+    if share:
+        first_X, shared = _first_places(flat.tokens_X, flat.start_Q, flat.stop_Q)
+        for known_X, values in flat.known():
+            first_X, shared = _divided(flat, first_X, shared, known_X, values)
+        _merge(flat, first_X, shared)
+        own_Q, fork_Q = _forks(flat, first_X, shared)
+        last_Q = first_X[last_Q]
+    begins_X = np.zeros(len(flat.tokens_X), dtype=bool)  # a node ends where another forks off or a sequence ends
+    begins_X[fork_Q + 1] = begins_X[last_Q + 1] = True
+    begins_X[flat.stop_Q] = False
+    begins_X[own_Q[own_Q < flat.stop_Q]] = True
+    start_N = np.flatnonzero(begins_X)
+    owner_N = owners(flat, start_N)
+    stop_N = np.minimum(np.append(start_N[1:], flat.stop_Q[-1]), flat.stop_Q[owner_N])
+    parent_N = np.arange(-1, len(start_N) - 1)
+    top = np.flatnonzero(start_N == own_Q[owner_N])
+    parent_N[top] = np.searchsorted(start_N, fork_Q[owner_N[top]], side="right") - 1
+    count_N, place_N = _preorder(parent_N)
+    order_N = np.argsort(place_N)
+    return Tree(
+        start_N=start_N[order_N],
+        size_N=(stop_N - start_N)[order_N],
+        above_N=(start_N - flat.start_Q[owner_N])[order_N],
+        parent_N=np.where(parent_N < 0, -1, place_N[parent_N])[order_N],
+        count_N=count_N[order_N],
+        end_Q=place_N[np.searchsorted(start_N, last_Q, side="right") - 1],
+    )
+
+
+def _preorder(parent_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Nodes in each subtree, each node's number in preorder) of nodes that come after their parents, in the order of siblings."""
+    parents, inner = parent_N.tolist(), np.flatnonzero(parent_N >= 0).tolist()
+    count = [1] * len(parents)
+    for node in reversed(inner):
+        count[parents[node]] += count[node]
+    count_N, roots = np.array(count), np.flatnonzero(parent_N < 0)
+    place_N = np.zeros(len(parents), dtype=np.int64)
+    place_N[roots] = np.cumsum(count_N[roots]) - count_N[roots]
+    place = place_N.tolist()
+    free = [here + 1 for here in place]  # the number of the next child
+    for node in inner:
+        parent = parents[node]
+        place[node] = free[parent]
+        free[parent] += count[node]
+        free[node] = place[node] + 1
+    return count_N, np.array(place)
