@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,8 @@ async def test_what_was_sampled_is_what_is_trained(running, task, section, base_
         np.testing.assert_allclose(sampled, expected, atol=1e-5)
         assert choice.weight_versions[0]["version"] == f"loop@{step}"
     assert result.metrics["probe"] < 1e-5
+    assert result.metrics["top1_overlap"] == 1.0
+    assert result.metrics["top20_overlap"] > 0.995  # two tokens may be as likely as each other, up to rounding
     for name in (
         "loss",
         "reward",
@@ -145,9 +148,12 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
     monkeypatch.setattr(run.server, "load_adapter", stale)
     groups = await roll_out(model, task, section, model.step)
     step = model.step
-    with pytest.raises(MismatchError, match=f"does not hold loop@{step + 1}"):
+    with pytest.raises(MismatchError, match=f"does not hold loop@{step + 1}") as caught:
         await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
+    agreed = re.search(r"most likely tokens agree by (\S+)% \(of the 20 most likely (\S+)%\)", str(caught.value))
+    assert agreed is not None
+    assert 20 < float(agreed[2]) < 99.5  # one step apart: alike, and not the same
     assert model.step == step
     await run.server.unload_adapter(f"loop@{step + 1}")
     run.store.step(step + 1)  # trained and published, so not lost

@@ -379,8 +379,7 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
         device.rebuild_groups(sizes, seed=0)
         session = open_session(Settings(str(folder), sizes))
         replay = replayed(batch, session.config, seed)
-        # Context parallelism scores, and does not rank.
-        found, top = score_and_rank(session, replay, lambda _event: None, 0 if parallel.get("context", 1) > 1 else 5)
+        found, top = score_and_rank(session, replay, lambda _event: None, 20)
         scores.append(found)
         tops.append(top)
         if len(scores) == 1:

@@ -102,3 +102,19 @@ def test_most_likely_tokens_match_dense(seed: int, tokens: int, vocab: int, coun
     expected = (hidden[predictor, 0] @ weight[:vocab].T).topk(min(count, vocab), dim=1).indices
     assert torch.equal(found[:, : expected.shape[1]], expected)
     assert (found[:, expected.shape[1] :] == -1).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), widths=st.lists(st.integers(0, 30), min_size=1, max_size=5), count=st.integers(1, 20)
+)
+def test_the_best_of_shards_are_the_best_of_all(seed: int, widths: list[int], count: int) -> None:
+    """However the vocabulary is cut, also into shards with fewer than `count` tokens or none."""
+    vocab = sum(widths)
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    starts = [sum(widths[:number]) for number in range(len(widths))]
+    parts = [head.best_of_shard(z, start, count) for z, start in zip(logits.split(widths, 1), starts, strict=True)]
+    found = head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
+    ranked = logits.argsort(1, descending=True)[:, :count]
+    assert torch.equal(found[:, : ranked.shape[1]], ranked)
+    assert (found[:, ranked.shape[1] :] == -1).all()

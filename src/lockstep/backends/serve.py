@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lockstep.backends import run as deadlines
+from lockstep.backends.probe import TOP, ProbeScores
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn, trainers_turn
 from lockstep.errors import (
@@ -21,6 +22,7 @@ from lockstep.errors import (
     ServerLostError,
     WeightsError,
 )
+from lockstep.serving.client import most_likely
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import launch
 from lockstep.tokens.batch import unpack_scores
@@ -36,7 +38,7 @@ async def serve(run: Run, step: Step) -> dict[str, float]:
     """Bring `step`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
 
     In shared mode the trainer has the device before and the server has it after, also after a failed proof; after any other error that
-    left it asleep it is ended. Returns the probe's mean difference and what a merged sync took.
+    left it asleep it is ended. Returns what the probe found (`Probe.compare`) and what a merged sync took.
     """
     async with never_left_asleep(run):
         return await _serve(run, step)
@@ -48,12 +50,13 @@ async def _serve(run: Run, step: Step) -> dict[str, float]:
     # Before the trainer's memory leaves the device; with replay its score has to wait for the server's routes.
     trained = None if run.parts.routes else await _score(run, tokens, None)
     figures = await _into_server(run, step)
-    served, choice = await run.server.score_choice(name, tokens)
+    logprobs, choice = await run.server.score_choice(name, tokens, TOP)
     if trained is None:
         await trainers_turn(run, forget_weights=False)
         trained = await _score(run, tokens, _probe_routes(run, choice))
         await servers_turn(run)
-    figures["probe"] = run.probe.compare(name, served, trained, run.server.child.log_path)
+    served = ProbeScores(logprobs, np.array(most_likely(choice, TOP)))
+    figures |= run.probe.compare(name, served, trained, run.server.child.log_path)
     run.served.add(step.number)
     for old in sorted(run.served - run.kept(step.number)):
         if not run.parts.merged:
@@ -147,15 +150,17 @@ async def _start_server_again(run: Run) -> None:
     run.served.clear()
 
 
-async def _score(run: Run, tokens: list[int], routes_SLK: np.ndarray | None) -> list[float]:
-    """The trainer's log-probability of each token after the first, on the experts that the server used."""
+async def _score(run: Run, tokens: list[int], routes_SLK: np.ndarray | None) -> ProbeScores:
+    """What the trainer computes for these tokens, on the experts that the server used."""
     batch_path, out = (run.store.path / "batches" / name for name in ("probe.safetensors", "probe-scores.safetensors"))
     sequence = scoring_sequence("probe", tokens, routes_SLK)
     batch = pack([sequence], np.zeros(1), np.ones(1), data=run.parts.parallel.data)
     await asyncio.to_thread(save_batch, batch, batch_path)
-    await run.trainer.call("score", {"batch": str(batch_path), "out": str(out)}, deadline_s=STEP_DEADLINE_S)
+    arguments = {"batch": str(batch_path), "out": str(out), "top": TOP}
+    await run.trainer.call("score", arguments, deadline_s=STEP_DEADLINE_S)
     scores = await asyncio.to_thread(load_file, out)
-    return [float(value) for value in unpack_scores(batch, scores["logprobs_RS"])[0]]
+    logprobs, top_TV = (unpack_scores(batch, scores[name])[0] for name in ("logprobs_RS", "top_RSC"))
+    return ProbeScores([float(value) for value in logprobs], top_TV)
 
 
 def _probe_routes(run: Run, choice: dict[str, Any]) -> np.ndarray | None:

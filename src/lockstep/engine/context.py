@@ -101,10 +101,10 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, index: Tensor, count: int, group: ProcessGroup) -> Tensor:  # pyright: ignore
         ctx.save_for_backward(index)
-        whole_N = mine.new_zeros(count)
-        whole_N[index] = mine
-        dist.all_reduce(whole_N, group=group)
-        return whole_N
+        whole = mine.new_zeros((count, *mine.shape[1:]))
+        whole[index] = mine
+        dist.all_reduce(whole, group=group)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
@@ -112,7 +112,7 @@ class _Collect(torch.autograd.Function):
 
 
 def collect(mine: Tensor, index: np.ndarray, count: int) -> Tensor:
-    """`[N]` on every rank from each rank's values at its own `index` (from `owned`). The loss of it must be the same on all ranks."""
+    """`[N, ...]` on every rank from each rank's values at its own `index` (from `owned`). The loss of it must be the same on all ranks."""
     group = groups.context()
     if group.size() == 1:
         return mine

@@ -152,20 +152,29 @@ def most_likely(
     found = [predictor_N.new_empty((0, count))]
     for part_N in predictor_N.split(step):
         z_NV = _logits(hidden_SH[part_N], weight_VH[:rows], torch.ones(len(part_N), dtype=wide, device=part_N.device))
-        found.append(_top_of_ranks(z_NV, start, count, group))
+        best, ids = best_of_shard(z_NV, start, count)
+        if group.size() > 1:
+            best, ids = (_gathered(one, group) for one in (best, ids))
+        found.append(best_of_all(best, ids, count))
     return torch.cat(found)
 
 
-def _top_of_ranks(z_NV: Tensor, start: int, count: int, group: ProcessGroup) -> Tensor:
-    """Each rank's best tokens compete; a rank with fewer than `count` of them fills up with impossible ones."""
+def best_of_shard(z_NV: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """(logits, ids), each `[N, count]`, of the best tokens of a shard whose first id is `start`.
+
+    A shard with fewer than `count` of them fills up with impossible ones: id -1.
+    """
     have = min(count, z_NV.shape[1])
     best_NC, at_NC = z_NV.topk(have, dim=1)
     values = z_NV.new_full((len(z_NV), count), float("-inf"))
     ids = torch.full(values.shape, -1, dtype=torch.int64, device=z_NV.device)
     values[:, :have], ids[:, :have] = best_NC, at_NC + start
-    if group.size() > 1:
-        values, ids = (_gathered(one, group) for one in (values, ids))
-    return ids.gather(1, values.topk(count, dim=1).indices)
+    return values, ids
+
+
+def best_of_all(best: Tensor, ids: Tensor, count: int) -> Tensor:
+    """`[N, count]` ids, best first, from what the shards found, side by side: the best of all is the best of its own shard."""
+    return ids.gather(1, best.topk(count, dim=1).indices)
 
 
 def _gathered(mine: Tensor, group: ProcessGroup) -> Tensor:

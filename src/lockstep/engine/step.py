@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from lockstep.config import TrainConfig
@@ -39,7 +38,7 @@ from lockstep.engine.routes import account_of_row, check_routes
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
-from lockstep.errors import ConfigError, DataError, MismatchError, TrainerError
+from lockstep.errors import DataError, MismatchError, TrainerError
 from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
 from lockstep.tokens.pack import minibatch_rows
 
@@ -129,17 +128,18 @@ def _head(
 
 
 def _most_likely(session: Session, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
-    """int32 `[N, count]` on the CPU."""
-    ids_NC = most_likely(
+    """int32 `[N, count]` on the CPU of every rank; each computes those whose predictor is its own."""
+    mine = context.owned(predictor)
+    ids = most_likely(
         hidden,
         session.model.head_weight(),
-        torch.from_numpy(predictor).to(hidden.device),
+        torch.from_numpy(predictor[mine] // session.parallel.context).to(hidden.device),
         count,
         session.config.vocab_size,
         groups.tensor(),
         session.parallel.sequence,
     )
-    return ids_NC.to(torch.int32).cpu()
+    return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
 
 
 def _shard(session: Session) -> int:
@@ -372,10 +372,6 @@ def score_and_rank(
     """`score`, and where `count` is not 0 int32 `[R, S, count]`: the ids that were most likely in each token's place, best first,
     -1 where there is no prediction.
     """
-    if count and parallel_state.get_context_parallel_world_size() > 1:
-        raise ConfigError(
-            "the most likely tokens are not computed under context parallelism: set parallel.context to 1"
-        )
     clock = Clock(report)
     values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)

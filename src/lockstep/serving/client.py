@@ -56,11 +56,14 @@ class Server:
         """
         return (await self.score_choice(model, tokens))[0]
 
-    async def score_choice(self, model: str, tokens: list[int]) -> tuple[list[float], dict[str, Any]]:
-        """`score`, and the whole choice of the reply: where routes are captured, it has those of all `tokens`."""
+    async def score_choice(self, model: str, tokens: list[int], top: int = 0) -> tuple[list[float], dict[str, Any]]:
+        """`score`, and the whole choice of the reply: where routes are captured, it has those of all `tokens`.
+
+        top: also the most likely ids in each token's place, for `most_likely`; the server gives at most 20.
+        """
         if len(tokens) < 2:
             raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
-        body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+        body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top, "temperature": 1.0}
         reply = (await self.call("POST", "/v1/completions", body, deadline_s=_ADAPTER_DEADLINE_S)).json()
         choice = reply["choices"][0]
         entries = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
@@ -151,6 +154,13 @@ class Server:
         for _ in range(20):
             self.check_alive()
             await asyncio.sleep(0.1)
+
+
+def most_likely(choice: dict[str, Any], count: int) -> list[list[int]]:
+    """The `count` most likely ids, best first, in the place of each token after the first of a prompt that was scored with `top=count`."""
+    entries: list[dict[str, dict[str, Any]]] = choice["prompt_logprobs"][1:]
+    # The token that stands there comes too, whatever its rank.
+    return [sorted(map(int, one), key=lambda token: -one[str(token)]["logprob"])[:count] for one in entries]
 
 
 def _message(response: httpx.Response) -> str:

@@ -12,19 +12,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from lockstep.backends.probe import TOP
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Parallel
-from lockstep.errors import ServerError
 from lockstep.families.config import checkpoint_dtype
 from lockstep.families.hub import checkpoint_folder
 from lockstep.families.registry import get_model_support_spec, load_model_config
-from lockstep.serving.client import Server
+from lockstep.serving.client import Server, most_likely
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
@@ -35,7 +34,6 @@ from lockstep.tokens.tree import scoring_sequence
 from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row
 
-TOP = 20
 _DEADLINE_S = 600.0
 _PROMPT_ROOM = 128
 _BASE, _ADAPTER = "validate@base", "validate@adapter"
@@ -75,7 +73,7 @@ class Sample:
 
 
 async def run(request: Request) -> Report:
-    """See the module. Raises what the server, the trainer or the model's family raises, and ServerError for lost routes."""
+    """See the module. Raises what the server, the trainer or the model's family raises, and DataError for lost routes."""
     base = checkpoint_folder(request.base_model)
     request = replace(request, dtype=request.dtype or checkpoint_dtype(base))
     shape = route_shape(load_model_config(str(base)))
@@ -171,14 +169,9 @@ def _most_likely(entry: dict[str, float]) -> list[int]:
 
 async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[float], list[list[int]]]:
     """(log-probability of each sampled token, the most likely ids there), the whole sequence computed afresh."""
-    body = {"model": name, "prompt": sample.ids, "max_tokens": 1, "prompt_logprobs": TOP}
-    reply = (await server.call("POST", "/v1/completions", body, deadline_s=_DEADLINE_S)).json()
-    entries: list[dict[str, Any]] = reply["choices"][0]["prompt_logprobs"][len(sample.prompt) :]
-    if len(entries) != len(sample.sampled):
-        raise ServerError(f"the server scored {len(entries)} of {len(sample.sampled)} tokens")
-    logprobs = [float(entry[str(token)]["logprob"]) for token, entry in zip(sample.sampled, entries, strict=True)]
-    top = [sorted(map(int, entry), key=lambda token: -entry[str(token)]["logprob"])[:TOP] for entry in entries]
-    return logprobs, top
+    logprobs, choice = await server.score_choice(name, sample.ids, TOP)
+    count = len(sample.sampled)
+    return logprobs[-count:], most_likely(choice, TOP)[-count:]
 
 
 def _noise(name: str, samples: list[Sample], again: list[tuple[list[float], list[list[int]]]]) -> Row:
