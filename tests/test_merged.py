@@ -387,7 +387,7 @@ async def check_failed_step_wakes_the_server(model, backend, groups):
 
 @pytest.mark.slow
 async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path, monkeypatch):
-    """Experts over two ranks, attention split over them: each rank merges what it holds, rank 0 gathers and streams."""
+    """Experts over two ranks, attention split over them: each rank merges and sends what it holds, and replays what the server captured."""
     base = taught("qwen3_moe", tmp_path / "base", task, MIXTURE)
     lora = ls.LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj", "o_proj", "experts"))
     model = ls.TrainableModel(name="mixture", project="tests", base_model=str(base), lora=lora)
@@ -395,20 +395,27 @@ async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path, 
         path=tmp_path,
         rollout_weights_mode="merged",
         parallel=ls.Parallel(tensor=2, expert=2),
-        enable_expert_replay=False,
         max_model_len=512,
     )
     await model.register(backend)
     try:
         first = await check_served(model, backend, base)
         result = await backend.train(model, await roll_out(model, task, section, 0), CONFIG)
-        assert result.metrics["mismatch_max"] < 1e-5
+        check_replayed(result)
         served = await check_served(model, backend, base, backend.run_path(model) / "steps" / "0001" / "adapter")
         assert np.abs(np.array(first) - served).mean() > 1e-3
         await check_lost_server_is_replaced(model, backend, await roll_out(model, task, section, 1), monkeypatch)
         await check_served(model, backend, base, backend.run_path(model) / "steps" / "0002" / "adapter")
     finally:
         await backend.close()
+
+
+def check_replayed(result):
+    """The experts of every rollout token came from the server, which computes with merged weights; the trainer's own are the same."""
+    assert result.metrics["picks_differ"] == 0.0  # there is no such metric without replay
+    assert result.metrics["mismatch_max"] < 1e-5
+    assert result.metrics["probe"] < 1e-5
+    assert result.metrics["top1_overlap"] == 1.0
 
 
 async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
@@ -425,5 +432,6 @@ async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
     result = await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
     assert result.metrics["server_restarts"] == 1.0
+    check_replayed(result)
     assert run.server is not lost
     assert result.step == model.step == 2
