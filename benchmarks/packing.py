@@ -163,7 +163,7 @@ def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
 
 def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     """Our engine in this process. Device start-up as in `lockstep.engine.worker`."""
-    from lockstep.config import TrainConfig
+    from lockstep.config import Parallel, TrainConfig
     from lockstep.engine import device
     from lockstep.engine.session import LoraSettings, Settings, open_session
     from lockstep.engine.step import train_step
@@ -180,11 +180,11 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
         "MASTER_PORT": port,
     }.items():
         os.environ[key] = str(value)
-    device.start(device.Parallelism(), seed=0)
+    device.start(Parallel(), seed=0)
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
     dtype = "bfloat16" if device.CUDA else "float32"
     recompute = {"auto": None, "all": True, "none": False}[options.recompute]
-    session = open_session(Settings(str(folder), device.Parallelism(), dtype, lora, recompute=recompute))
+    session = open_session(Settings(str(folder), Parallel(), dtype, lora, recompute=recompute))
     config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
 
     def run(case: Case) -> Figures:

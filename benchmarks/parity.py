@@ -24,6 +24,7 @@ import parity  # noqa: E402
 from cases import hugging_face_fp64, tiny  # noqa: E402
 from test_parity import FAMILIES, random_fields  # noqa: E402
 
+from lockstep.config import Parallel  # noqa: E402
 from lockstep.engine import device  # noqa: E402  (first: prepares torch for Megatron)
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    device.start(parity.Parallelism(), seed=0)
+    device.start(Parallel(), seed=0)
     names = ("loss", "logits", "gradient")
     for family in asked.families:
         found = []

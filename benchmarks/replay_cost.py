@@ -93,6 +93,7 @@ def open_engine(folder: Path) -> Any:
     """Our engine in this process, with adapters on the family's targets."""
     import socket
 
+    from lockstep.config import Parallel
     from lockstep.engine import device as engine_device
     from lockstep.engine.session import LoraSettings, Settings, open_session
     from lockstep.families.registry import default_target_modules_for_model
@@ -102,9 +103,9 @@ def open_engine(folder: Path) -> Any:
         port = probe.getsockname()[1]
     settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     os.environ.update({name: str(value) for name, value in settings.items()})
-    engine_device.start(engine_device.Parallelism(), seed=0)
+    engine_device.start(Parallel(), seed=0)
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
-    return open_session(Settings(str(folder), engine_device.Parallelism(), "bfloat16", lora))
+    return open_session(Settings(str(folder), Parallel(), "bfloat16", lora))
 
 
 def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:

@@ -146,7 +146,12 @@ class Parallel(Config):
     @property
     def processes(self) -> int:
         """How many trainer processes that makes."""
-        return self.tensor * self.pipeline * self.data * self.context
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Processes with the same weights outside of the experts."""
+        return self.data * self.context
 
     @property
     def sequence_parallel(self) -> bool:

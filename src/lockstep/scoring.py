@@ -113,7 +113,7 @@ def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str 
         "model": str(model),
         "adapter": None if adapter is None else str(adapter.resolve()),
         "dtype": dtype or checkpoint_dtype(model),
-        "parallel": parallel.model_dump(mode="json") | {"sequence": parallel.sequence_parallel},
+        "parallel": parallel.model_dump(mode="json"),
     }
 
 

@@ -15,13 +15,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def groups() -> None:
+    from lockstep.config import Parallel
     from lockstep.engine import device
 
     defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     missing = {key: value for key, value in defaults.items() if key not in os.environ}
     os.environ.update(missing)
     os.environ["MASTER_PORT"] = str(_free_port())
-    device.start(device.Parallelism(), seed=0)
+    device.start(Parallel(), seed=0)
 
 
 def _free_port() -> int:

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lockstep.config import TrainConfig
+from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.device import Parallelism
 from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.session import LoraSettings, Session, Settings, open_session
@@ -56,7 +55,7 @@ CONFIGS = {
 }
 
 
-def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Parallelism) -> Session:
+def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Parallel) -> Session:
     """A session on the family's tiny model in `folder`, which is made if it isn't there; a LoRA adapter gets values, so that both of
     its matrices have gradients."""
     folder = folder / family
@@ -162,11 +161,11 @@ def serve(folder: Path, connection: socket.socket) -> None:
         if sizes != asked["parallel"]:
             sizes = asked["parallel"]
             sessions.clear()
-            device.rebuild_groups(Parallelism(**sizes), seed=0)
+            device.rebuild_groups(Parallel(**sizes), seed=0)
         drawn = Drawn(**asked["drawn"])
         key = drawn.family, asked["dtype"], drawn.lora
         if key not in sessions:
-            sessions[key] = open_tiny(drawn.family, folder, asked["dtype"], drawn.lora, Parallelism(**sizes))
+            sessions[key] = open_tiny(drawn.family, folder, asked["dtype"], drawn.lora, Parallel(**sizes))
         lines.write(json.dumps(distance(sessions[key], drawn, Path(asked["expected"]))) + "\n")
         lines.flush()
 
@@ -174,7 +173,7 @@ def serve(folder: Path, connection: socket.socket) -> None:
 def main() -> None:
     """argv: folder with a model per family, path of the parent's socket."""
     torch.set_num_threads(1)
-    device.start(Parallelism(data=int(os.environ["WORLD_SIZE"])), seed=0, timeout_s=100)
+    device.start(Parallel(data=int(os.environ["WORLD_SIZE"])), seed=0, timeout_s=100)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(sys.argv[2])
         serve(Path(sys.argv[1]), connection)

@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.config import TrainConfig
+from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.device import Parallelism
 from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.session import LoraSettings, Session, Settings, load_step, open_session, save_step
@@ -115,7 +114,7 @@ def run(session: Session, batch: PackedBatch, slope_P: np.ndarray) -> tuple[floa
         if number >= len(mine):  # padding: nothing is scored, but the backward pass must run
             return _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
         whole = hidden.detach()[:, 0]
-        if session.parallel.sequence:
+        if session.parallel.sequence_parallel:
             parts = [torch.empty_like(whole) for _ in range(session.parallel.tensor)]
             dist.all_gather(parts, whole.contiguous(), group=ps.get_tensor_model_parallel_group())
             whole = torch.cat(parts)
@@ -158,9 +157,9 @@ def compare_tensors(session: Session, kind: str, expected: dict[str, Tensor], fl
 
 def problem(
     parallel: dict[str, Any], seed: int, temperature: float, dealt: int = 0
-) -> tuple[Parallelism, PackedBatch, np.ndarray]:
+) -> tuple[Parallel, PackedBatch, np.ndarray]:
     """Sizes, a batch of random trees dealt for `dealt` data-parallel ranks (0: as many as there are), a slope per scored token."""
-    rng, sizes = np.random.default_rng(seed), Parallelism(**parallel)
+    rng, sizes = np.random.default_rng(seed), Parallel(**parallel)
     batch = batch_of(tree_sequences(rng, temperature=temperature), rng, data=dealt or sizes.data, row_length=40)
     while dealt == 1 and batch.rows % 2 == 0:  # an odd number of rows for two ranks: one of them runs a row of padding
         batch = batch_of(tree_sequences(rng, temperature=temperature), rng, row_length=40)
@@ -213,7 +212,7 @@ def check_exact(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, 
 
 def measure(
     folder: Path,
-    sizes: Parallelism,
+    sizes: Parallel,
     batch: PackedBatch,
     slope_P: np.ndarray,
     expected: Any,
@@ -243,7 +242,7 @@ def measure(
     return result, session, norm
 
 
-def sizes_rank(_sizes: Parallelism) -> int:
+def sizes_rank(_sizes: Parallel) -> int:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_rank()
@@ -267,7 +266,7 @@ def main() -> None:
     torch.set_num_threads(1)
     checks = json.loads(Path(sys.argv[1]).read_text())
     world = int(os.environ["WORLD_SIZE"])
-    device.start(Parallelism(data=world), seed=0, timeout_s=100)
+    device.start(Parallel(data=world), seed=0, timeout_s=100)
     measured = {}
     for item in checks:
         name, kind = item.pop("name"), item.pop("kind", "check")
@@ -298,7 +297,7 @@ def check_lora(folder: Path, parallel: dict[str, Any], seed: int, targets: list[
 
 def measure_lora(
     folder: Path,
-    sizes: Parallelism,
+    sizes: Parallel,
     batch: PackedBatch,
     slope_P: np.ndarray,
     targets: tuple[str, ...],
@@ -355,7 +354,7 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     config = TrainConfig(minibatches=2, old_logprobs="trainer", max_mismatch=None, learning_rate=1e-3)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
     found = []
-    for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
+    for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         session = open_session(Settings(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
         given = replayed(batch, session.config, seed) if session.config.is_moe else batch
@@ -375,7 +374,7 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
     scores, tops = [], []
-    for sizes in (Parallelism(**parallel), Parallelism(data=dist.get_world_size())):
+    for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         session = open_session(Settings(str(folder), sizes))
         replay = replayed(batch, session.config, seed)
@@ -447,7 +446,7 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
     settings = {"lora": LoraSettings(3, 5.0, targets) if lora else None}
     home = Path(place)
     files, norms = [], []
-    for number, now in enumerate((sizes, Parallelism(data=dist.get_world_size()), sizes)):
+    for number, now in enumerate((sizes, Parallel(data=dist.get_world_size()), sizes)):
         device.rebuild_groups(now, seed=0)
         session = open_session(Settings(str(folder), now, seed=number, **settings))
         if number == 0:

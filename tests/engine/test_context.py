@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from cases import tiny
 
+from lockstep.config import Parallel
 from lockstep.engine.context import check_heads
-from lockstep.engine.device import Parallelism
+from lockstep.engine.device import check_world
 from lockstep.engine.session import Settings
 from lockstep.errors import ConfigError
 from lockstep.families.registry import load_model_config
@@ -34,19 +35,18 @@ def test_heads_must_divide(
 ) -> None:
     config = load_model_config(str(tiny(family, tmp_path / "model", **fields)))
     if refused is None:
-        check_heads(config, Parallelism(**sizes))
+        check_heads(config, Parallel(**sizes))
         return
     with pytest.raises(ConfigError, match=refused):
-        check_heads(config, Parallelism(**sizes))
+        check_heads(config, Parallel(**sizes))
 
 
 def test_sizes_must_agree() -> None:
     settings = Settings.parse({"model": "x", "parallel": {"context": 2, "data": 2, "tensor": 2}})
-    assert settings.parallel.world == 8
-    settings.parallel.check(8)
+    check_world(settings.parallel, 8)
     with pytest.raises(
         ConfigError, match="tensor 2 x pipeline 1 x context 2 x data 2 need 8 processes, but 4 were started"
     ):
-        settings.parallel.check(4)
-    with pytest.raises(ConfigError, match="expert 4 x expert_tensor 1 does not divide tensor x context x data = 2"):
-        Parallelism(context=2, expert=4).check(2)
+        check_world(settings.parallel, 4)
+    with pytest.raises(ConfigError, match="expert x expert_tensor = 4 must divide tensor x data x context = 2"):
+        Settings.parse({"model": "x", "parallel": {"context": 2, "expert": 4}})

@@ -15,12 +15,12 @@ CYCLES = 50
 
 
 def opened(family: str, folder: Path, lora: bool) -> Any:
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.session import LoraSettings, Settings, open_session
 
     targets = LoraSettings(8, 16, ("q_proj", "o_proj", *(["experts"] if "moe" in family else []))) if lora else None
     model = str(tiny(family, folder, seed=int(np.random.default_rng().integers(1000))))
-    return open_session(Settings(model, Parallelism(), lora=targets, dtype="bfloat16" if lora else "float32"))
+    return open_session(Settings(model, Parallel(), lora=targets, dtype="bfloat16" if lora else "float32"))
 
 
 def everything(session: Any) -> dict[str, torch.Tensor]:

@@ -32,13 +32,13 @@ def trainables(parameters: list[nn.Parameter]):
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=5),
 )
 def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[int, int]]) -> None:
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.optimizer import Optimizer, Rates
 
     torch.manual_seed(seed)
     ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = Optimizer(trainables(ours), Parallelism(), tied=False)
+    optimizer = Optimizer(trainables(ours), Parallel(), tied=False)
     reference = torch.optim.AdamW(theirs, lr=0.03, betas=(0.8, 0.95), eps=1e-7, weight_decay=decay)
     for _ in range(5):
         slopes = [torch.randn_like(p) for p in ours]
@@ -57,11 +57,11 @@ def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[i
 
 def test_masters_keep_what_bf16_would_lose() -> None:
     """1,000 updates far below bf16's resolution add up."""
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.optimizer import Optimizer, Rates
 
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = Optimizer(trainables([weight]), Parallelism(), tied=False)
+    optimizer = Optimizer(trainables([weight]), Parallel(), tied=False)
     for _ in range(1000):
         weight.sum().backward()
         optimizer.step(Rates(1e-4, max_norm=None, kind="sgd"), optimizer.reduce())
@@ -69,12 +69,12 @@ def test_masters_keep_what_bf16_would_lose() -> None:
 
 
 def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.optimizer import Optimizer
     from lockstep.errors import TrainerError
 
     good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = Optimizer(trainables([good, bad]), Parallelism(), tied=False)
+    optimizer = Optimizer(trainables([good, bad]), Parallel(), tied=False)
     (good.sum() + (bad * float("nan")).sum()).backward()
     with pytest.raises(TrainerError, match="p1"):
         optimizer.reduce()
@@ -82,14 +82,14 @@ def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
 
 
 def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.optimizer import Optimizer, Rates
     from lockstep.engine.optimizer_state import read_state, write_state
     from lockstep.errors import WeightsError
 
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(3))]
-    optimizer = Optimizer(trainables(parameters), Parallelism(), tied=False)
+    optimizer = Optimizer(trainables(parameters), Parallel(), tied=False)
     (parameters[0].square().sum() + parameters[1].sum()).backward()
     optimizer.step(Rates(0.1), optimizer.reduce())
     write_state(optimizer, tmp_path, {"hf0": (5, 7), "hf1": (3,)})
@@ -101,6 +101,6 @@ def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
         parameters[0].zero_()
     read_state(optimizer, tmp_path)
     assert torch.equal(found["master/hf0"], parameters[0].detach())
-    other = Optimizer(trainables([nn.Parameter(torch.zeros(5, 8))]), Parallelism(), tied=False)
+    other = Optimizer(trainables([nn.Parameter(torch.zeros(5, 8))]), Parallel(), tied=False)
     with pytest.raises(WeightsError, match=r"hf0.*\[5, 7\].*\[5, 8\]"):
         read_state(other, tmp_path)

@@ -20,7 +20,7 @@ from pool import Pool
 from safetensors.torch import save_file
 
 from drawing import seeds
-from lockstep.engine.device import Parallelism
+from lockstep.config import Parallel
 from lockstep.engine.session import Session
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
@@ -56,7 +56,7 @@ _open: dict[tuple[Path, str, str, bool], Session] = {}
 def opened(family: str, dtype: str, lora: bool, folder: Path) -> Session:
     key = folder, family, dtype, lora
     if key not in _open:
-        _open[key] = packing.open_tiny(family, folder, dtype, lora, Parallelism())
+        _open[key] = packing.open_tiny(family, folder, dtype, lora, Parallel())
     return _open[key]
 
 

@@ -19,7 +19,7 @@ from test_parity import draw_seed, exact, random_fields, within
 from torchrun import torchrun
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor": 2},
+    "tp2": {"tensor": 2, "sequence": False},
     "tp2-sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "dp2": {"data": 2},
@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 EXPERT_SIZES: dict[str, dict[str, Any]] = {
     "ep2": {"expert": 2, "data": 2},
-    "tp2-ep2": {"tensor": 2, "expert": 2},
+    "tp2-ep2": {"tensor": 2, "sequence": False, "expert": 2},
     "tp2-sp-ep2": {"tensor": 2, "sequence": True, "expert": 2},
     "tp2-sp-etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
     "cp2-ep2": {"context": 2, "expert": 2},

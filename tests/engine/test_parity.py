@@ -90,7 +90,7 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("groups")
 def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
-    from lockstep.engine.device import Parallelism
+    from lockstep.config import Parallel
     from lockstep.engine.session import LoraSettings, Settings, open_session
     from lockstep.errors import ConfigError
 
@@ -98,4 +98,4 @@ def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
     for target in ("k_proj", "up_proj", "down_proj"):
         assert within(parity.check_lora(folder, {}, 7, [target]))
     with pytest.raises(ConfigError, match="nose"):
-        open_session(Settings(str(folder), Parallelism(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))
+        open_session(Settings(str(folder), Parallel(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))

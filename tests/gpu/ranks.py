@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lockstep.config import TrainConfig
+from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.device import Parallelism
 from lockstep.engine.session import LoraSettings, Settings, open_session
 from lockstep.engine.step import score, train_step
 from lockstep.families.registry import get_model_support_handler
@@ -114,7 +113,7 @@ def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 
 def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]:
-    sizes, rng = Parallelism(**parallel), np.random.default_rng(0)
+    sizes, rng = Parallel(**parallel), np.random.default_rng(0)
     found = sequences(rng, 6, 300, 200)
     exact, rounded = hugging_face(folder, found, torch.float32), hugging_face(folder, found, torch.bfloat16)
     result: dict[str, Any] = {
@@ -141,7 +140,7 @@ def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def gradient_norm_fp32(
-    folder: Path, sizes: Parallelism, targets: tuple[str, ...], batch: PackedBatch, config: TrainConfig
+    folder: Path, sizes: Parallel, targets: tuple[str, ...], batch: PackedBatch, config: TrainConfig
 ) -> float:
     """The same first step computed in fp32 (plain kernels)."""
     session = open_session(Settings(str(folder), sizes, dtype="float32", lora=LoraSettings(16, 32.0, targets)))
@@ -152,7 +151,7 @@ def main() -> None:
     out, families = Path(sys.argv[1]), sys.argv[2:] or list(SHAPES)
     world = int(os.environ["WORLD_SIZE"])
     transformers_without_kernels()
-    device.start(Parallelism(data=world), seed=0)
+    device.start(Parallel(data=world), seed=0)
     place = Path(os.environ.get("LOCKSTEP_GPU_MODELS", tempfile.gettempdir())) / "lockstep-gpu-models"
     results: dict[str, Any] = {}
     for family in families:
@@ -160,7 +159,8 @@ def main() -> None:
         if dist.get_rank() == 0 and not (folder / "config.json").exists():
             write_tiny(family, folder, seed=0, overrides={**COMMON, **SHAPES[family]})
         dist.barrier()
-        dense: list[dict[str, Any]] = [{}] if world == 1 else [{"tensor": world}, {"tensor": world, "sequence": True}]
+        split = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
+        dense: list[dict[str, Any]] = [{}] if world == 1 else split
         if world > 1 and "moe" in family:
             dense.append({"tensor": world, "sequence": True, "expert": world})
         for parallel in dense:

@@ -60,11 +60,10 @@ class Parts:
 
     def engine_config(self) -> dict[str, Any]:
         """engine.json of the trainer processes."""
-        parallel = self.parallel.model_dump(mode="json") | {"sequence": self.parallel.sequence_parallel}
         return {
             "model": str(self.base),
             "dtype": "float64" if self.exact else self.dtype,
-            "parallel": parallel,
+            "parallel": self.parallel.model_dump(mode="json"),
             "lora": self.lora
             and {
                 "rank": self.lora.rank,

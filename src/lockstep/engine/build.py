@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from lockstep.config import Parallel
 from lockstep.engine import groups
 from lockstep.engine.attention import CoreAttention, TreeAttention
-from lockstep.engine.device import CUDA, Parallelism
+from lockstep.engine.device import CUDA
 from lockstep.engine.experts import MoE
 from lockstep.engine.gated_delta_net import GatedDeltaNet
 from lockstep.engine.linear import ColumnLinear, RowLinear
@@ -44,7 +45,7 @@ def sizes_here() -> Sizes:
     )
 
 
-def transformer_config(config: ModelConfig, parallel: Parallelism, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: ModelConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration. Every fusion that needs TransformerEngine or apex is off.
 
     Megatron is told of one pipeline stage only: stages, their schedule and the tied embedding across them are ours (`pipeline.py`).
@@ -91,7 +92,7 @@ def transformer_config(config: ModelConfig, parallel: Parallelism, dtype: torch.
         perform_initialization=False,
         params_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence,
+        sequence_parallel=parallel.sequence_parallel,
         transformer_impl="local",
         **moe,
     )
@@ -134,9 +135,7 @@ def _layer_spec(config: ModelConfig, number: int) -> ModuleSpec:
     )
 
 
-def build(
-    config: ModelConfig, parallel: Parallelism, dtype: torch.dtype, layers: range, recompute: bool = False
-) -> Model:
+def build(config: ModelConfig, parallel: Parallel, dtype: torch.dtype, layers: range, recompute: bool = False) -> Model:
     """An unloaded model of the layers `layers` (this pipeline stage), parameters allocated on the engine's device, none trainable."""
     RouterReplay.clear_global_router_replay_instances()  # Megatron's list of routers belongs to one model
     megatron_config = transformer_config(config, parallel, dtype)

@@ -25,13 +25,13 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lockstep.config import Parallel
 from lockstep.engine import groups
-from lockstep.engine.device import Parallelism
 from lockstep.errors import ConfigError
 from lockstep.families.config import ModelConfig
 
 
-def check_heads(config: ModelConfig, parallel: Parallelism) -> None:
+def check_heads(config: ModelConfig, parallel: Parallel) -> None:
     """Raise ConfigError unless every kind of head of this model can be dealt to the context ranks."""
     if parallel.context == 1:
         return

@@ -8,13 +8,13 @@ else is patched. Import this module first.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from lockstep.config import Parallel
 from lockstep.errors import ConfigError, TrainerError
 
 CUDA = torch.cuda.is_available()
@@ -32,57 +32,28 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Parallelism:
-    """How the ranks split the work. `world` must be tensor x pipeline x context x data; experts split the same ranks their own way."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    data: int = 1
-    context: int = 1
-    sequence: bool = False
-
-    @property
-    def world(self) -> int:
-        return self.tensor * self.pipeline * self.replicas
-
-    @property
-    def replicas(self) -> int:
-        """Ranks with the same weights outside of the experts."""
-        return self.data * self.context
-
-    def check(self, world: int) -> None:
-        """Raise ConfigError unless `world` processes can be split this way."""
-        if self.world != world:
-            raise ConfigError(
-                f"parallel sizes tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} x data {self.data} need "
-                f"{self.world} processes, but {world} were started"
-            )
-        if (self.tensor * self.replicas) % (self.expert * self.expert_tensor):
-            raise ConfigError(
-                f"expert {self.expert} x expert_tensor {self.expert_tensor} does not divide tensor x context x data = "
-                f"{self.tensor * self.replicas}"
-            )
-        if self.sequence and self.tensor == 1:
-            raise ConfigError("sequence parallelism needs tensor parallelism: set parallel.tensor to 2 or more")
-
-
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
 
 
-def start(parallel: Parallelism, seed: int, timeout_s: float = 600.0) -> None:
+def check_world(parallel: Parallel, world: int) -> None:
+    """Raise ConfigError unless `world` processes are what these sizes need."""
+    if parallel.processes != world:
+        raise ConfigError(
+            f"parallel sizes tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {parallel.data} "
+            f"need {parallel.processes} processes, but {world} were started"
+        )
+
+
+def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
     """Join the process group (gloo or NCCL) and build Megatron's groups. Reads the environment torch.distributed.run sets."""
-    world = int(os.environ["WORLD_SIZE"])
-    parallel.check(world)
+    check_world(parallel, int(os.environ["WORLD_SIZE"]))
     if CUDA:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {local} has no GPU: {torch.cuda.device_count()} are visible, {world} processes were started"
+                f"rank {local} has no GPU: {torch.cuda.device_count()} are visible, {parallel.processes} processes were started"
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
@@ -90,7 +61,7 @@ def start(parallel: Parallelism, seed: int, timeout_s: float = 600.0) -> None:
     rebuild_groups(parallel, seed)
 
 
-def rebuild_groups(parallel: Parallelism, seed: int) -> None:
+def rebuild_groups(parallel: Parallel, seed: int) -> None:
     """Megatron's process groups for these sizes; earlier ones are destroyed, so that one process can serve several sizes in turn."""
     if parallel_state.model_parallel_is_initialized():
         # Megatron only forgets its groups; each one keeps threads and sockets until it is destroyed.

@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch.distributed import ProcessGroup
 
+from lockstep.config import Parallel
 from lockstep.engine import groups
-from lockstep.engine.device import Parallelism
 from lockstep.engine.trainable import Trainable
 
 Sum = Literal["none", "tensor", "expert_tensor", "embedding"]
@@ -67,9 +67,9 @@ RULES = (
 )
 
 
-def sum_over(name: str, parallel: Parallelism, tied: bool) -> Sum:
+def sum_over(name: str, parallel: Parallel, tied: bool) -> Sum:
     """Over which ranks the gradient of the parameter `name` must be summed before data parallelism. First matching rule decides."""
-    holds = {"always": True, "sequence": parallel.sequence, "stages": tied and parallel.pipeline > 1}
+    holds = {"always": True, "sequence": parallel.sequence_parallel, "stages": tied and parallel.pipeline > 1}
     for rule in RULES:
         if holds[rule.when] and re.search(rule.pattern, name):
             return rule.over

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lockstep.engine.device import Parallelism, device
+from lockstep.config import Parallel
+from lockstep.engine.device import device
 from lockstep.engine.gradients import counts_here, replica_group, sum_group, sum_over
 from lockstep.engine.trainable import Trainable
 from lockstep.errors import TrainerError
@@ -113,7 +114,7 @@ class Bucket:
 
 
 def make_buckets(
-    trainables: Sequence[Trainable], parallel: Parallelism, tied: bool, master: torch.dtype | None = None
+    trainables: Sequence[Trainable], parallel: Parallel, tied: bool, master: torch.dtype | None = None
 ) -> list[Bucket]:
     """Group parameters by what their gradients need. The order, and so every collective, is the same on all ranks of a group."""
     grouped: dict[tuple[object, ...], list[Trainable]] = {}
@@ -136,7 +137,7 @@ class Optimizer:
     """The trainable set of this rank and its state. master: dtype of masters and moments; None: the weights', fp32 at least."""
 
     def __init__(
-        self, trainables: Sequence[Trainable], parallel: Parallelism, tied: bool, master: torch.dtype | None = None
+        self, trainables: Sequence[Trainable], parallel: Parallel, tied: bool, master: torch.dtype | None = None
     ) -> None:
         self.buckets = make_buckets(trainables, parallel, tied, master)
         self.count = 0

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.config import Parallel
 from lockstep.engine import device, regions
 from lockstep.engine.build import DTYPES, build, sizes_here
 from lockstep.engine.context import check_heads
-from lockstep.engine.device import Parallelism
 from lockstep.engine.model import Model
 from lockstep.engine.optimizer import Optimizer
 from lockstep.engine.optimizer_state import FILE, read_state, write_state
@@ -54,7 +54,7 @@ class Settings:
     """
 
     model: str
-    parallel: Parallelism
+    parallel: Parallel
     dtype: str = "float32"
     lora: LoraSettings | None = None
     adapter: str | None = None
@@ -73,7 +73,7 @@ class Settings:
         if unknown:
             raise ConfigError(f"engine.json: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         values = dict(raw)
-        values["parallel"] = Parallelism(**values.get("parallel", {}))
+        values["parallel"] = Parallel(**values.get("parallel", {}))
         if values.get("lora") is not None:
             lora = values["lora"]
             values["lora"] = LoraSettings(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
@@ -101,7 +101,7 @@ class Session:
     sites: list[LoraSite]
 
     @property
-    def parallel(self) -> Parallelism:
+    def parallel(self) -> Parallel:
         return self.settings.parallel
 
     @property

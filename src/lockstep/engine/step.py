@@ -88,7 +88,7 @@ def prepare(session: Session, batch: PackedBatch, rows: Sequence[int]) -> list[M
 
 def _unit(session: Session) -> int:
     """Rows are cut to a multiple of this: shards of a row, and on GPU attention's blocks."""
-    parts = session.parallel.tensor if session.parallel.sequence or session.config.is_moe else 1
+    parts = session.parallel.tensor if session.parallel.sequence_parallel or session.config.is_moe else 1
     parts *= session.parallel.context
     return BLOCK * parts if CUDA else parts
 
@@ -121,7 +121,7 @@ def _head(
         put(temperature[mine]),
         session.config.vocab_size,
         groups.tensor(),
-        session.parallel.sequence,
+        session.parallel.sequence_parallel,
     )
     logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
     return logprob_N, entropy_N
@@ -137,14 +137,14 @@ def _most_likely(session: Session, hidden: Tensor, predictor: np.ndarray, count:
         count,
         session.config.vocab_size,
         groups.tensor(),
-        session.parallel.sequence,
+        session.parallel.sequence_parallel,
     )
     return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
 
 
 def _shard(session: Session) -> int:
     """In how many parts a row's tokens are split between the layers."""
-    return session.parallel.context * (session.parallel.tensor if session.parallel.sequence else 1)
+    return session.parallel.context * (session.parallel.tensor if session.parallel.sequence_parallel else 1)
 
 
 def _logprobs(session: Session, work: Sequence[MicroBatch]) -> list[Tensor]:
