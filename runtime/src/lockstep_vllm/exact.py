@@ -166,23 +166,16 @@ def _fp64_attention() -> None:
 
 def _plain_kernels() -> None:
     from vllm.model_executor.layers import utils
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
-    from vllm.model_executor.layers.fused_moe.oracle import unquantized
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    from lockstep_vllm.moe_lora_cpu import TorchLoraExperts
+    from lockstep_vllm.moe_lora_cpu import choose_torch_experts
 
     def plain_product(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = F.linear
 
     utils.dispatch_cpu_unquantized_gemm = plain_product
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
-
-    def select(moe_config: Any) -> Any:
-        return unquantized.UnquantizedMoeBackend.CPU, TorchLoraExperts
-
-    unquantized.select_unquantized_moe_backend = select
-    unquantized_fused_moe_method.select_unquantized_moe_backend = select
+    choose_torch_experts(lambda _moe_config: True)
 
 
 def _fp64_sampling() -> None:

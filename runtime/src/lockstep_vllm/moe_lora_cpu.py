@@ -12,6 +12,8 @@ Shape suffixes: T tokens, K experts per token, N tokens of one expert, E experts
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
@@ -110,10 +112,15 @@ def apply() -> None:
     """Makes vLLM choose this class for MoE models with LoRA, in this process. For the CPU platform only."""
     if os.environ.get(LEFT_OUT_VARIABLE) == "1":
         return
+    choose_torch_experts(lambda moe_config: moe_config.is_lora_enabled)
+
+
+def choose_torch_experts(wanted: Callable[[Any], bool]) -> None:
+    """Makes vLLM choose this class where `wanted` says so of a layer's config, and what it chose before elsewhere."""
     original = unquantized.select_unquantized_moe_backend
 
     def select(moe_config):
-        if moe_config.is_lora_enabled:
+        if wanted(moe_config):
             return unquantized.UnquantizedMoeBackend.CPU, TorchLoraExperts
         return original(moe_config)
 

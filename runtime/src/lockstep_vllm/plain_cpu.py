@@ -20,16 +20,9 @@ def wanted() -> bool:
 def apply() -> None:
     """For the CPU platform only. After `moe_lora_cpu.apply`, whose experts are plain already."""
     from vllm.model_executor.layers import utils
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
-    from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    from lockstep_vllm.moe_lora_cpu import TorchLoraExperts
+    from lockstep_vllm.moe_lora_cpu import choose_torch_experts
 
     utils.ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda *_shape_and_dtype: False
-
-    def select(moe_config):
-        return unquantized.UnquantizedMoeBackend.CPU, TorchLoraExperts
-
-    unquantized.select_unquantized_moe_backend = select
-    unquantized_fused_moe_method.select_unquantized_moe_backend = select
+    choose_torch_experts(lambda _moe_config: True)
