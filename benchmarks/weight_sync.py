@@ -42,6 +42,10 @@ from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import ServerConfig, launch
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tests"))
+
+from torchrun import torchrun  # noqa: E402
+
 WARM_UP = 2
 LINK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 _DEADLINE_S = 900.0
@@ -140,9 +144,7 @@ async def lockstep_cases(
         },
     }
     (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(senders)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    await run_child([*command, str(HERE / "sync_sender.py"), str(folder / "job.json")], folder, "senders")
+    await run_child(torchrun(senders, str(HERE / "sync_sender.py"), str(folder / "job.json")), folder, "senders")
     return json.loads((folder / "answer.json").read_text())
 
 

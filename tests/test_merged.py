@@ -7,7 +7,6 @@ One server and one trainer per test. Shape suffix: S tokens.
 import asyncio
 import os
 import random
-import re
 import signal
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import lockstep as ls
-from inflight import seen_running
+from inflight import sampled_tokens, seen_running, seen_sampling
 from lockstep.backends import run as backend_run
 from lockstep.backends import turns
 from lockstep.backends.megatron import MegatronBackend
@@ -101,17 +100,11 @@ def asked_before_the_sync(model, backend, monkeypatch):
     run, name, tasks = backend._run(model), model.inference_name(), []
     call = run.trainer.call
 
-    async def sampled():
-        metrics = (await run.server.call("GET", "/metrics")).text
-        return float(re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)[0])
-
     async def asking(verb, args, **kwargs):
         if verb == "sync":
-            before = await sampled()
+            before = await sampled_tokens(run.server)
             tasks.extend(asyncio.create_task(answers_until_swapped(model, name, 400 - 29 * i)) for i in range(8))
-            async with asyncio.timeout(100):
-                while await sampled() < before + 40:
-                    await asyncio.sleep(0.005)
+            await seen_sampling(run.server, before)
         return await call(verb, args, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", asking)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import re
 import shutil
 import threading
 
@@ -17,6 +16,7 @@ from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file, save_file
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
+from inflight import sampled_tokens, seen_sampling
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
@@ -86,12 +86,6 @@ async def test_ten_random_steps(merged, pusher, folder):
         torch.testing.assert_close(torch.tensor(choice["logprobs"]["token_logprobs"]), reference, atol=1e-5, rtol=0)
         with pytest.raises(ServerError, match=old):  # the alias of before is gone
             await server.score(old, TOKENS)
-
-
-async def sampled_tokens(server) -> float:
-    """How many tokens the server has sampled in its life."""
-    metrics = (await server.call("GET", "/metrics")).text
-    return float(re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)[0])
 
 
 def reference(folder, weights, where):
@@ -185,9 +179,7 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
             return found
 
         tasks = [asyncio.create_task(keep_asking(i)) for i in range(8)]
-        async with asyncio.timeout(100):
-            while await sampled_tokens(server) < sampled_before + 40:
-                await asyncio.sleep(0.005)
+        await seen_sampling(server, sampled_before)
         running.set()
         await push
         replies = [reply for task in tasks for reply in await task]
