@@ -309,7 +309,8 @@ def measure_lora(
     generator = torch.Generator().manual_seed(seed)
     adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(session.shapes.items())}
     assign(session.trainables, adapters)
-    session.optimizer.adopt_weights()
+    for bucket in session.optimizer.buckets:
+        bucket.master.copy_(bucket.weights[bucket.low : bucket.high].detach())
     expected, loss = merged_reference(folder, batch, slope_P, adapters, alpha / rank)
     found_loss, _ = run(session, batch, slope_P)
     norm = session.optimizer.reduce()

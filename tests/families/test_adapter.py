@@ -1,5 +1,7 @@
 """An adapter written by us changes what PEFT computes exactly as merging it into the weights does, for every family and
 layout.
+
+Shape suffixes: O output rows, I input columns, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ import torch
 import transformers
 from checkpoints import release
 from safetensors.torch import load_file, save_file
+from whole import hf_tensors
 
 from lockstep.errors import WeightsError
 from lockstep.families.checkpoint import expected_tensors, open_checkpoint
+from lockstep.families.contract import Shard
 from lockstep.families.export import export_checkpoint
 from lockstep.families.registry import get_model_support_handler, load_model_config
 from lockstep.families.targets import available_targets, lora_sites
 from lockstep.families.tiny import write_tiny
-from lockstep.families.weights import hf_tensors, load_shards, merged
+from lockstep.families.weights import load_shards
 from lockstep.sync.adapter import AdapterInfo, identity_adapter, read_adapter, write_adapter
 
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
@@ -32,6 +36,26 @@ def random_adapter(sites: list, seed: int) -> dict[str, torch.Tensor]:
     shapes = {f"{s.module}.lora_A": (RANK, s.in_features) for s in sites}
     shapes |= {f"{s.module}.lora_B": (s.out_features, RANK) for s in sites}
     return {n: torch.randn(shape, generator=generator) * shape[1] ** -0.5 * 0.5 for n, shape in shapes.items()}
+
+
+def merged(shard: Shard, tensor: torch.Tensor, adapter: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """`tensor` plus scale * B @ A of every pair in `adapter` that lands in it, computed in fp32 and rounded once.
+
+    adapter: canonical names, `<module>.lora_A` `[r, in]` and `<module>.lora_B` `[out, r]`; modules it lacks change
+    nothing.
+    """
+    sites = [site for site in shard.sites if site.rows and f"{site.module}.lora_A" in adapter]
+    if not sites:
+        return tensor
+    wide = tensor.to(torch.float32, copy=True)
+    for site in sites:
+        a_RI = adapter[f"{site.module}.lora_A"][:, site.cols[0] : site.cols[1]].to(wide)
+        b_OR = adapter[f"{site.module}.lora_B"].to(wide)
+        into_OI = wide if site.local_expert is None else wide[site.local_expert]
+        for rows in site.rows:
+            delta_OI = b_OR[rows.start : rows.stop] @ a_RI
+            into_OI[rows.shard_start : rows.shard_start + delta_OI.shape[0]] += scale * delta_OI
+    return wide.to(tensor.dtype)
 
 
 class Model:

@@ -16,6 +16,7 @@ import torch
 from checkpoints import Recipe, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from whole import hf_tensors
 
 from lockstep.errors import ConfigError
 from lockstep.families.checkpoint import Checkpoint, expected_tensors, open_checkpoint
@@ -26,7 +27,7 @@ from lockstep.families.handler import ModelSupportHandler
 from lockstep.families.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.families.rules import padded_vocab, stage_layers
 from lockstep.families.shares import share_out
-from lockstep.families.weights import hf_tensors, load_shards
+from lockstep.families.weights import load_shards
 from lockstep.sync.export import BucketFiller
 from lockstep.sync.plan import SyncPlan, plan_sources
 from lockstep.sync.sources import share_sources

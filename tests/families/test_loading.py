@@ -12,12 +12,13 @@ import torch
 from checkpoints import Recipe, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_contract import load
+from whole import hf_tensors
 
 from lockstep.errors import WeightsError
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Sizes
 from lockstep.families.export import export_checkpoint
-from lockstep.families.weights import hf_tensors, load_shards
+from lockstep.families.weights import load_shards
 
 FIELDS = {
     "vocab_size": 11,

@@ -60,7 +60,7 @@ def test_any_field_can_be_set_and_no_other(tmp_path: Path) -> None:
         write_tiny("qwen3", tmp_path / "b", overrides={"vocab_size": 200})
     with pytest.raises(ConfigError, match=r"no tiny family 'qwen9'; known: .*qwen3"):
         write_tiny("qwen9", tmp_path / "b")
-    with pytest.raises(ConfigError, match="is not key=value"):
+    with pytest.raises(ConfigError, match="is not KEY=VALUE"):
         parse_override("vocab_size")
     with pytest.raises(ConfigError, match="is not empty"):
         write_tiny("qwen3", folder)

@@ -21,6 +21,14 @@ def hf_logprobs(model, tokens: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits_SV[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
+def apart(served: list[float], exact: list[float], *, largest: float, mean: float) -> str:
+    """What is wrong when two sides' log-probabilities of the same tokens differ by more than these limits; "" when nothing is."""
+    off = (torch.tensor(served) - torch.tensor(exact, dtype=torch.float32)).abs()
+    if off.max() <= largest and off.mean() <= mean:
+        return ""
+    return f"differ by {off.max():.3g} at most (allowed {largest:.3g}), by {off.mean():.3g} on average ({mean:.3g})"
+
+
 @contextmanager
 def on_experts(model, routes_SLK):
     """Runs a Qwen3.5 mixture on given experts, weighted by its own routers; None: as it is."""

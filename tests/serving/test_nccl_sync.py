@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from sync_driver import change, checkpoint_weights, hf_logprobs, load
+from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import ServerError
 from lockstep.families.tiny import write_tiny
@@ -15,7 +15,6 @@ from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
-from lockstep.sync.proof import check_probe
 from lockstep.sync.push import Endpoint, WeightPusher
 from lockstep.sync.transports import make_transport
 
@@ -66,7 +65,7 @@ async def test_steps_over_nccl(tmp_path):
             name = f"policy@{step}"
             report = await asyncio.to_thread(senders[policy].push, on_gpu(model, folder), name, name)
             paths.append((report.policy, report.path))
-            check_probe(await served(name), hf_logprobs(model, TOKENS).tolist(), name, **LIMITS)
+            assert not apart(await served(name), hf_logprobs(model, TOKENS).tolist(), **LIMITS)
             assert max(abs(a - b) for a, b in zip(before, await served(name), strict=True)) > 0.1
         assert paths == [("staged", "load_weights"), *[("staged", "direct")] * 2, *[("streamed", "direct")] * 2]
         for sender in senders.values():
@@ -82,10 +81,10 @@ async def test_steps_over_nccl(tmp_path):
         slow = pusher("staged", deadline_s=3.0)
         with pytest.raises(ServerError, match=held[-1][0]):
             await asyncio.to_thread(slow.push, stalling(), "policy@late", "policy@late")
-        check_probe(await served("policy@5"), hf_logprobs(model, TOKENS).tolist(), "policy@5", **LIMITS)
+        assert not apart(await served("policy@5"), hf_logprobs(model, TOKENS).tolist(), **LIMITS)
         again = pusher("auto")
         await asyncio.to_thread(again.push, held, "policy@6", "policy@6")
-        check_probe(await served("policy@6"), hf_logprobs(model, TOKENS).tolist(), "policy@6", **LIMITS)
+        assert not apart(await served("policy@6"), hf_logprobs(model, TOKENS).tolist(), **LIMITS)
         again.close()
     finally:
         await server.close()

@@ -1,4 +1,4 @@
-"""Plans, buckets, digests and the probe's comparison: plain properties, no server."""
+"""Plans, buckets and digests: plain properties, no server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.errors import MismatchError, WeightsError
+from lockstep.errors import WeightsError
 from lockstep.sync.digest import digest
 from lockstep.sync.export import BucketFiller, describe
 from lockstep.sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
-from lockstep.sync.proof import check_probe
 from plugin_modules import plugin_module
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])
@@ -154,13 +153,3 @@ def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):
     whole = digest(bytes_N, 5)
     monkeypatch.setattr("lockstep.sync.digest._CHUNK_WORDS", 7)
     assert digest(bytes_N, 5) == whole
-
-
-def test_the_probe():
-    assert check_probe([-1.0, -2.0], [-1.0, -2.5], "m@3", largest=0.6) == 0.5
-    bad = [([-1.0, -2.0], [-1.0, -2.1]), ([-1.0, float("nan")], [-1.0, -2.0]), ([-1.0], [-1.0, -2.0]), ([], [])]
-    for served, trained in bad:
-        with pytest.raises(MismatchError, match="m@3"):
-            check_probe(served, trained, "m@3", largest=0.05)
-    with pytest.raises(MismatchError, match="mean"):
-        check_probe([0.0] * 4, [0.1] * 4, "m@3", largest=0.5, mean=0.05)

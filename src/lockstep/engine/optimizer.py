@@ -186,12 +186,6 @@ class Optimizer:
         self.zero()
 
     @torch.no_grad()
-    def adopt_weights(self) -> None:
-        """Take the model's present weights as the masters (after loading an adapter or checkpoint)."""
-        for bucket in self.buckets:
-            bucket.master.copy_(bucket.weights[bucket.low : bucket.high])
-
-    @torch.no_grad()
     def restore_weights(self) -> None:
         """Write the masters back into the model (after other weights were swapped in)."""
         for bucket in self.buckets:

@@ -16,7 +16,6 @@ TOKEN_VARIABLE = "LOCKSTEP_TRAINER_TOKEN"
 """Environment variable that carries the secret the worker proves itself with."""
 
 MAX_LINE = 64 * 1024 * 1024
-VERBS = ("train_step", "score", "load", "save", "sync", "sync_adapter", "offload", "onload", "memory", "shutdown")
 
 
 class ChannelClosed(ConnectionError):

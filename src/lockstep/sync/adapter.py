@@ -178,12 +178,6 @@ def _read_info(folder: Path) -> AdapterInfo:
     return info
 
 
-def stacks_experts(folder: Path | str) -> bool:
-    """True when the folder's routed experts are in the stacked (3D) layout, which vLLM wants to be told of."""
-    raw = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    return bool(raw.get("target_parameters"))
-
-
 def initial_a(site: LoraSite, rank: int, seed: int) -> Tensor:
     """The A that training starts from, fp32 `[R, I]`: uniform in +-1/sqrt(I), PEFT's default.
 

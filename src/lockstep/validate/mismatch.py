@@ -73,24 +73,6 @@ def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> f
     return float((first[:, :, None] == second[:, None, :]).any(axis=2).mean())
 
 
-def top_kl(ids_TV: np.ndarray, reference_TV: np.ndarray, other: list[dict[int, float]]) -> float:
-    """KL(reference || other), nats per token, on the reference's top tokens that the other knows too, both renormalised.
-
-    ids_TV with their log-probabilities reference_TV; other: per token, log-probability by id. A token without a common
-    id is an error.
-    """
-    total = 0.0
-    for ids, logprobs, known in zip(ids_TV.tolist(), np.asarray(reference_TV, dtype=np.float64), other, strict=True):
-        common = [k for k, token in enumerate(ids) if token in known]
-        if not common:
-            raise DataError("two distributions have none of their most likely tokens in common")
-        p = logprobs[common] - np.logaddexp.reduce(logprobs[common])
-        q = np.array([known[ids[k]] for k in common], dtype=np.float64)
-        q -= np.logaddexp.reduce(q)
-        total += float((np.exp(p) * (p - q)).sum())
-    return total / len(other)
-
-
 def picks_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:
     """Share of the reference's router picks that the other did not make (order within a token's top-k does not matter),
     0 to 1.

@@ -1,0 +1,30 @@
+"""Hugging Face tensors put together from what trainer ranks hold, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from lockstep.families.contract import Shard
+from lockstep.families.shares import box, share_out
+from lockstep.families.weights import flat_rows
+
+
+def hf_tensors(
+    ranks: Sequence[tuple[Sequence[Shard], Mapping[str, torch.Tensor]]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the whole model from every rank's shards and parameters, shared out as for a sync.
+
+    What no rank holds is NaN, so that nothing passes for whole that isn't.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for shares, (_, held) in zip(share_out([shards for shards, _ in ranks], shapes), ranks, strict=True):
+        for share in shares:
+            rows = flat_rows(held[share.shard.megatron], share.shard)
+            for piece, at in share.pieces:
+                assert piece.name is not None
+                shape = shapes[piece.name]
+                into = whole.setdefault(piece.name, rows.new_full(shape, float("nan")))
+                into[tuple(slice(*pair) for pair in box(piece, shape))] = rows[at : at + piece.rows]
+    return whole.items()
