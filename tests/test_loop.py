@@ -114,6 +114,29 @@ async def test_what_was_sampled_is_what_is_trained(running, task, section, base_
     assert result.metrics["grad_norm"] > 0
 
 
+async def test_most_likely_tokens_are_compared_where_rollouts_bring_them(running):
+    """On what was sampled; with the ids of every other token replaced, half of it is left."""
+    model, backend = running
+    completion = await model.openai_client().chat.completions.create(
+        model=model.inference_name(),
+        messages=[{"role": "user", "content": "yes or no?"}],
+        n=4,
+        max_tokens=20,
+        top_logprobs=20,
+        extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
+    )
+    trajectories = [
+        ls.Trajectory(messages_and_choices=[{"role": "user", "content": "yes or no?"}, choice], reward=float(number))
+        for number, choice in enumerate(completion.choices)
+    ]
+    config = ls.TrainConfig(learning_rate=1e-6, max_steps_off_policy=1)
+    result = await backend.train(model, [ls.TrajectoryGroup(trajectories=trajectories)], config)
+    assert result.metrics["rollout_top1_overlap"] == 1.0
+    assert result.metrics["rollout_top20_overlap"] > 0.99
+    kept = await backend.train(model, [ls.TrajectoryGroup(trajectories=trajectories)], config)
+    assert "rollout_top1_overlap" not in kept.metrics  # the step before sampled them
+
+
 async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, task, section):
     model, backend = running
     server = backend._run(model).server

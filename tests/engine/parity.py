@@ -43,6 +43,7 @@ from lockstep.errors import TrainerError
 from lockstep.families.config import ModelConfig
 from lockstep.families.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
+from lockstep.tokens.top import TOP
 
 from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
 
@@ -352,6 +353,9 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     of any that does not tell of time or memory."""
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng, leaves=9), rng, minibatches=2, data=2, row_length=40)
+    top_PC = np.argsort(rng.random((len(batch.scored_index_P), 300)), axis=1)[:, :TOP].astype(np.int32)
+    top_PC[rng.random(len(top_PC)) < 0.3] = -1
+    batch = replace(batch, top_PC=top_PC)
     config = TrainConfig(minibatches=2, old_logprobs="trainer", max_mismatch=None, learning_rate=1e-3)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
     found = []

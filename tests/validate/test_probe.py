@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.backends.probe import TOP, Probe, ProbeScores
+from lockstep.backends.probe import Probe, ProbeScores
 from lockstep.errors import MismatchError
 from lockstep.serving.client import most_likely
+from lockstep.tokens.top import TOP
 
 LOG = Path("server.log")
 PROBE = Probe.make(300, "float32")

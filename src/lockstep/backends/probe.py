@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.errors import MismatchError
+from lockstep.tokens.top import TOP
 from lockstep.validate.mismatch import top_overlap
-
-TOP = 20
-"""How many of the most likely tokens are compared; the server tells no more."""
 
 # Largest |difference| per token between two programs that compute the same policy, in nats. fp32: measured at 1e-6 to 3e-6 between
 # vLLM and Megatron-Core on CPU; a wrong or missing adapter shows at 1e-2 and more. bf16: rounding alone gives a few 1e-2.

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lockstep.backends import run as deadlines
-from lockstep.backends.probe import TOP, ProbeScores
+from lockstep.backends.probe import ProbeScores
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn, trainers_turn
 from lockstep.errors import (
@@ -28,6 +28,7 @@ from lockstep.serving.launch import launch
 from lockstep.tokens.batch import unpack_scores
 from lockstep.tokens.pack import pack, save_batch
 from lockstep.tokens.routes import decode_routes
+from lockstep.tokens.top import TOP
 from lockstep.tokens.tree import scoring_sequence
 
 if TYPE_CHECKING:

@@ -150,7 +150,7 @@ def most_likely(
     wide = torch.promote_types(hidden_SH.dtype, torch.float32)
     step = _chunk(max(1, rows), wide.itemsize)
     found = [predictor_N.new_empty((0, count))]
-    for part_N in predictor_N.split(step):
+    for part_N in predictor_N.split(step) if len(predictor_N) else ():
         z_NV = _logits(hidden_SH[part_N], weight_VH[:rows], torch.ones(len(part_N), dtype=wide, device=part_N.device))
         best, ids = best_of_shard(z_NV, start, count)
         if group.size() > 1:

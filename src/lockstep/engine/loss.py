@@ -236,7 +236,8 @@ def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tens
     own change shows too; without any there is no such metric); mismatch_pct: the same over the mean |log-probability|,
     in percent; mismatch_max: the largest; mismatch_kl: `kl` over the same tokens. ess: effective
     sample size of the importance weights trainer/server, as a share of the tokens (1: on-policy). entropy: nats per
-    token. ratio_mean, ratio_max: new/old.
+    token. ratio_mean, ratio_max: new/old. rollout_top1_overlap, rollout_top20_overlap: share of the server's most likely tokens that are
+    also the trainer's, where the rollouts bring them (`tokens/top.py`), over the same tokens as `mismatch`.
     """
     value = {name: float(total) for name, total in sums.items()}
     weight, tokens, pairs = (value[name] or 1.0 for name in ("weight", "tokens", "pairs"))
@@ -256,6 +257,9 @@ def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tens
         metrics["mismatch_kl"] = value["drift_kl"] / value["current"]
     else:
         del tops["mismatch_max"]
+    if value.get("top_tokens"):
+        metrics["rollout_top1_overlap"] = value["top1"] / value["top_tokens"]
+        metrics["rollout_top20_overlap"] = value["top20"] / value["top_tokens"]
     if "entropy" in value:
         metrics["entropy"] = value["entropy"] / tokens
     if "kl_reference" in value:

@@ -1,6 +1,6 @@
 """One training step over a PackedBatch, and scoring: rows dealt to data-parallel ranks, run through the stages, summed over everyone.
 
-Shapes: R rows, S row length, N scored tokens of a row.
+Shapes: R rows, S row length, N scored tokens of a row, P pairs (sequence, such a token), T tokens whose C most likely ids are compared.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from lockstep.engine.worst import Worst, worst_token
 from lockstep.errors import DataError, MismatchError, TrainerError
 from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
 from lockstep.tokens.pack import minibatch_rows
+from lockstep.tokens.top import TOP, hits
 
 PADDING = -1
 """Row number of a micro-batch that only keeps a rank in step with the others."""
@@ -95,7 +96,8 @@ def _unit(session: Session) -> int:
 
 def _micro_batch(session: Session, batch: PackedBatch, number: int) -> MicroBatch:
     if number == PADDING:
-        return MicroBatch(padding_row(batch, _unit(session), device()), NOTHING)
+        nothing = replace(NOTHING, top_PC=None if batch.top_PC is None else batch.top_PC[:0])
+        return MicroBatch(padding_row(batch, _unit(session), device()), nothing)
     scored = scored_row(batch, number)
     if len(scored.predictor_N) and scored.predictor_N.min() < 0:
         raise DataError(
@@ -140,6 +142,20 @@ def _most_likely(session: Session, hidden: Tensor, predictor: np.ndarray, count:
         session.parallel.sequence_parallel,
     )
     return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
+
+
+def _top_sums(session: Session, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
+    """How far a row's most likely tokens agree with those that came with its rollouts, over what the trained step sampled: as sums."""
+    assert scored.top_PC is not None
+    known_P = scored.top_PC[:, 0] >= 0
+    if scored.current_N is not None:
+        known_P &= scored.current_N[scored.token_P]
+    # Sequences that share a token have the same ids for it.
+    token_T, first_T = np.unique(scored.token_P[known_P], return_index=True)
+    trainer_TC = _most_likely(session, hidden, scored.predictor_N[token_T], TOP).numpy()
+    top1, top20 = hits(scored.top_PC[known_P][first_T], trainer_TC)
+    sums = {"top_tokens": float(len(token_T)), "top1": top1, "top20": top20}
+    return {name: hidden.new_tensor(value, dtype=torch.float32) for name, value in sums.items()}
 
 
 def _shard(session: Session) -> int:
@@ -236,6 +252,8 @@ def _update(
         )
         reference_N = None if references is None else references[number]
         loss = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), old_N, reference_N), config)
+        if first and scored.top_PC is not None:
+            loss.sums.update(_top_sums(session, hidden.detach(), scored))
         losses.append(loss)
         if first and config.max_token_mismatch is not None:
             worst.append(worst_token(scored, new_N.detach(), config.max_token_mismatch))

@@ -5,7 +5,7 @@ A token that several sequences share is stored, and computed, once. Whose loss i
 two sequences may share a token and still give it different advantages and weights.
 
 Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries its loss), N scored
-tokens of one row, L MoE layers, K experts per token.
+tokens of one row, L MoE layers, K experts per token, C most likely ids.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class PackedBatch:
     routes_RSLK: np.ndarray | None = None  # uint8/uint16 expert ids; None for dense models
     # bool, sampled by the very step that the batch trains, not by an earlier one; None: all sampled tokens were
     current_RS: np.ndarray | None = None
+    # int32, ids that the server held most likely in the place of each pair's token, best first, -1 where unknown; None: everywhere
+    top_PC: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -96,6 +98,7 @@ class ScoredRow:
     names_Q: tuple[str, ...]
     current_N: np.ndarray | None = None  # bool, sampled by the step that is trained; None: all
     position_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the token in its sequence
+    top_PC: np.ndarray | None = None  # int32, as in the batch
 
 
 def _pairs_of(batch: PackedBatch, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +129,7 @@ def scored_row(batch: PackedBatch, row: int) -> ScoredRow:
         names_Q=tuple(batch.sequence_ids[q] for q in sequences),
         current_N=None if batch.current_RS is None else batch.current_RS[row, index_N],
         position_N=batch.positions_RS[row, index_N].astype(np.int64),
+        top_PC=None if batch.top_PC is None else batch.top_PC[pairs],
     )
 
 

@@ -1,6 +1,6 @@
 """From groups of trajectories to a PackedBatch and the metrics of its data: the whole tokens side in one call.
 
-Shape suffix: Q sequences.
+Shape suffixes: Q sequences, P pairs (sequence, token that carries its loss), C most likely ids.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.pack import fit, pack, packing_metrics
 from lockstep.tokens.routes import RouteShape, prefix_disagreement
 from lockstep.tokens.sequences import Tokenized, check_staleness, tokenize
+from lockstep.tokens.top import TOP
 from lockstep.tokens.tree import TokenSequence
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def prepare(
         data=data,
         multiple=multiple,
     )
-    batch = replace(batch, current_RS=_current(batch, fitted.sequences, step))
+    batch = replace(batch, current_RS=_current(batch, fitted.sequences, step), top_PC=_top(fitted.sequences))
     metrics = _rollout_metrics(selected, groups, tokenized, step)
     metrics |= {"sequences_truncated": float(len(fitted.truncated)), "sequences_dropped": float(len(fitted.dropped))}
     metrics |= {"groups_without_signal": _without_signal(selected, advantages)}
@@ -125,6 +126,19 @@ def _current(batch: PackedBatch, sequences: list[TokenSequence], step: int) -> n
     for number, sequence in enumerate(sequences):
         current_RS[row_Q[number], batch.path_index(number)] |= sequence.steps_S == step
     return current_RS
+
+
+def _top(sequences: list[TokenSequence]) -> np.ndarray | None:
+    """int32 `[P, C]`: the server's most likely ids in the place of each scored token, sequence by sequence; None if no rollout has any."""
+    if all(sequence.top_SC is None for sequence in sequences):
+        return None
+    unknown = np.full((1, TOP), -1, dtype=np.int32)
+    return np.concatenate(
+        [
+            np.repeat(unknown, sequence.scored, 0) if sequence.top_SC is None else sequence.top_SC[sequence.loss_mask_S]
+            for sequence in sequences
+        ]
+    )
 
 
 def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -> dict[str, float]:

@@ -5,7 +5,7 @@ continues the same sequence; otherwise (the chat template dropped thinking, or r
 starts a new one, which is counted. Loss lies on sampled tokens only, with the log-probability and temperature they were
 sampled with.
 
-Shape suffix: S tokens.
+Shape suffixes: S tokens, L MoE layers, K experts per token, C most likely ids.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep.tokens.routes import RouteShape, align, decode_routes
+from lockstep.tokens.top import TOP, top_ids
 from lockstep.tokens.tree import TokenSequence
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Turn:
     steps_S: np.ndarray  # int32, the step that sampled each token
     # [P + N - 1 or P + N, L, K] expert ids, see routes.py; None where experts are not replayed
     routes_SLK: np.ndarray | None = None
+    top_SC: np.ndarray | None = None  # int32, the server's most likely ids in the place of sampled_S, see top.py
 
 
 def _ids(value: object, what: str) -> np.ndarray:
@@ -137,6 +139,7 @@ def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | N
         else decode_routes(
             extra.get("routed_experts"), extra.get("routes_digest"), prompt_S.tolist(), sampled_S.tolist(), routes, name
         ),
+        top_SC=top_ids(choice),
     )
 
 
@@ -178,12 +181,16 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
     logprobs_S = np.full(len(tokens_S), np.nan, dtype=np.float32)
     temperatures_S = np.ones(len(tokens_S), dtype=np.float32)
     steps_S = np.full(len(tokens_S), -1, dtype=np.int32)
+    ranked = any(turn.top_SC is not None for turn in turns)
+    top_SC = np.full((len(tokens_S), TOP), -1, dtype=np.int32) if ranked else None
     for turn in turns:
         here = slice(len(turn.prompt_S), len(turn.prompt_S) + len(turn.sampled_S))
         mask_S[here] = True
         logprobs_S[here] = turn.logprobs_S
         temperatures_S[here] = turn.temperature
         steps_S[here] = turn.steps_S
+        if top_SC is not None and turn.top_SC is not None:
+            top_SC[here] = turn.top_SC
     recorded = [turn.routes_SLK for turn in turns if turn.routes_SLK is not None]
     aligned = align(recorded, len(tokens_S), name) if recorded else None
     sequence = TokenSequence(
@@ -197,6 +204,7 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
         group,
         trajectory,
         steps_S,
+        top_SC,
     )
     return sequence, 0 if aligned is None else aligned.disagreeing
 

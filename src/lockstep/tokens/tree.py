@@ -7,7 +7,7 @@ advantage and weight need not agree, since the loss of a token is kept per seque
 A batch may have hundreds of thousands of sequences, so what is done per sequence is done for all at once, in arrays.
 
 Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("places"), Q sequences, N nodes, L MoE layers, K
-experts per token.
+experts per token, C most likely ids.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class TokenSequence:
     group: int = 0
     trajectory: int = 0
     steps_S: np.ndarray | None = None  # int32, the step that sampled the token; -1 where not sampled
+    # int32, the server's most likely ids in the token's place, see top.py; -1 where unknown
+    top_SC: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_S)
@@ -51,7 +53,7 @@ class TokenSequence:
 
     def cut(self, length: int) -> TokenSequence:
         """The first `length` tokens."""
-        per_token = [name for name in self.__dataclass_fields__ if name.endswith(("_S", "_SLK"))]
+        per_token = [name for name in self.__dataclass_fields__ if name.endswith(("_S", "_SLK", "_SC"))]
         cut = {name: value[:length] for name in per_token if (value := getattr(self, name)) is not None}
         return replace(self, **cut)
 

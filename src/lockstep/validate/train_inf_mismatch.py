@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from lockstep.backends.probe import TOP
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Parallel
@@ -30,6 +29,7 @@ from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.tokens.batch import PackedBatch, unpack_scores
 from lockstep.tokens.pack import pack, save_batch
 from lockstep.tokens.routes import RouteShape, decode_routes
+from lockstep.tokens.top import TOP
 from lockstep.tokens.tree import scoring_sequence
 from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row
