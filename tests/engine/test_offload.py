@@ -41,19 +41,23 @@ def stepped(session: Any, batch: Any, folder: Path) -> dict[str, bytes]:
     config = TrainConfig(learning_rate=1e-2, max_mismatch=None)
     train_step(session, batch, config, None, lambda event: None)
     save_step(session, folder)
+    return files_of(folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(("family", "lora"), [("qwen3", False), ("qwen3_moe", True)])
 def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: Path) -> None:
     from lockstep.engine.offload import Offload
-    from lockstep.engine.session import load_step
+    from lockstep.engine.session import load_step, save_step
     from lockstep.engine.step import score
 
     rng = np.random.default_rng()
     session = opened(family, tmp_path / "model", lora)
     batch = batch_of(tree_sequences(rng), rng)
-    stepped(session, batch, tmp_path / "s1")
+    published = stepped(session, batch, tmp_path / "s1")
     offload = Offload(session)
     before, memory = everything(session), offload.memory()
     scores_RS = score(session, batch, lambda event: None)
@@ -65,19 +69,26 @@ def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: P
         assert offload.state == "weights"
         if cycle == 0:
             np.testing.assert_array_equal(score(session, batch, lambda event: None), scores_RS)
+            save_step(session, tmp_path / "s1-without-optimizer", offload.on_host)
         freed += offload.out(keep_weights=False)
         assert offload.state == "away"
+        if cycle == 0:
+            save_step(session, tmp_path / "s1-away", offload.on_host)
         assert offload.memory()["device_storages"] == 0
         assert all(t.untyped_storage().nbytes() == 0 for t in _tensors(session))
         assert offload.out(keep_weights=False) == 0
         assert offload.back() == freed == memory["device_storages"]
         assert offload.state == "here"
+        if cycle == 0:
+            save_step(session, tmp_path / "s1-back", offload.on_host)
         copies = offload.memory()["host_copies"]
         assert copies == memory["device_storages"] - _gradient_bytes(session)
     after = everything(session)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+    for folder in ("s1-without-optimizer", "s1-away", "s1-back"):
+        assert files_of(tmp_path / folder) == published, folder
     with_cycles = stepped(session, batch, tmp_path / "s2")
     load_step(session, tmp_path / "s1")
     assert stepped(session, batch, tmp_path / "s2-without") == with_cycles

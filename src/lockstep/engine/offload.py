@@ -44,6 +44,7 @@ class Offload:
     def __init__(self, session: Session) -> None:
         """Raises TrainerError for a tensor whose storage can't be emptied."""
         seen: dict[int, _Held] = {}
+        self.buckets = session.optimizer.buckets
         self.optimizer = [held for one in _of_optimizer(session) if (held := _held(*one, seen))]
         self.weights = [held for one in _of_model(session) if (held := _held(*one, False, seen))]
 
@@ -100,6 +101,14 @@ class Offload:
             torch.cuda.synchronize()
         return sum(held.nbytes for held in coming)
 
+    def on_host(self, bucket: int, kind: str) -> Tensor | None:
+        """The optimizer's `kind` ("master", ...) of a bucket, from its copy on the host; None while the device has it."""
+        held = next(one for one in self.optimizer if one.name == _name(bucket, kind))
+        if not held.away:
+            return None
+        assert held.host is not None
+        return held.host.view(getattr(self.buckets[bucket], kind).dtype)
+
     def memory(self) -> dict[str, int]:
         """Bytes: of these storages on the device now, of their host copies, and what the device has free and in all."""
         held = self.optimizer + self.weights
@@ -127,7 +136,11 @@ def _of_optimizer(session: Session) -> Iterator[tuple[str, Tensor, bool]]:
     """Gradients are zero between two steps (`Optimizer.step` clears them, and so does whatever refuses a step)."""
     for number, bucket in enumerate(session.optimizer.buckets):
         for kind in ("master", "exp_avg", "exp_avg_sq", "gradients"):
-            yield f"{kind} of bucket {number}", getattr(bucket, kind), kind == "gradients"
+            yield _name(number, kind), getattr(bucket, kind), kind == "gradients"
+
+
+def _name(bucket: int, kind: str) -> str:
+    return f"{kind} of bucket {bucket}"
 
 
 def _of_model(session: Session) -> Iterator[tuple[str, Tensor]]:

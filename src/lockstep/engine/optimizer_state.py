@@ -5,7 +5,7 @@ Independent of the parallel layout: written at one, read at any other, bit for b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,16 @@ def _owns(bucket: Bucket) -> bool:
     return bucket.counted
 
 
-def write_state(optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+OnHost = Callable[[int, str], torch.Tensor | None]
+"""(number of a bucket, kind) to that part of the state, on the host, where the device does not have it (`offload.py`); else None."""
+
+
+def write_state(
+    optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequence[int]], on_host: OnHost | None = None
+) -> None:
     """Write the state of all ranks to `folder/optimizer.safetensors`, which must not exist. Collective; returns on all ranks together.
 
-    shapes: of every Hugging Face (or adapter) tensor that is trained anywhere.
+    shapes: of every Hugging Face (or adapter) tensor that is trained anywhere. on_host: None when nothing was moved off the device.
     """
     path = folder / FILE
     wide = "F64" if any(b.master.dtype == torch.float64 for b in optimizer.buckets) else "F32"
@@ -37,12 +43,13 @@ def write_state(optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequenc
         create(path, everything, wide, {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
     dist.barrier()
     file = StateFile(path, writable=True)
-    for bucket in optimizer.buckets:
+    for number, bucket in enumerate(optimizer.buckets):
         if _owns(bucket):
             for kind in KINDS:
+                away = None if on_host is None else on_host(number, kind)
                 # A copy also on a CPU: a storage that NumPy has seen can never be emptied again (offload.py).
-                values = getattr(bucket, kind).to("cpu", copy=True).numpy()
-                _exchange(file, bucket, kind, values, write=True)
+                values = getattr(bucket, kind).to("cpu", copy=True) if away is None else away
+                _exchange(file, bucket, kind, values.numpy(), write=True)
     file.close()
     dist.barrier()
 

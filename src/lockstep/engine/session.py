@@ -18,7 +18,7 @@ from lockstep.engine.build import DTYPES, build, sizes_here
 from lockstep.engine.context import check_heads
 from lockstep.engine.model import Model
 from lockstep.engine.optimizer import Optimizer
-from lockstep.engine.optimizer_state import FILE, read_state, write_state
+from lockstep.engine.optimizer_state import FILE, OnHost, read_state, write_state
 from lockstep.engine.statefile import StateFile
 from lockstep.engine.trainable import Trainable, assign, attach_adapters, base_trainables
 from lockstep.errors import ConfigError, StoreError, WeightsError
@@ -206,9 +206,11 @@ def load_step(session: Session, folder: Path) -> dict[str, Any]:
     return {"updates": session.optimizer.count}
 
 
-def save_step(session: Session, folder: Path) -> dict[str, Any]:
+def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> dict[str, Any]:
     """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/` (all weights, as a Hugging Face
-    folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder."""
+    folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder.
+
+    on_host: as for `write_state`; nothing else is read from the device."""
     state = folder / "trainer"
     if state.exists():  # seen by every rank, so that all of them fail
         raise StoreError(f"{state} already exists; a step is written once, give a new folder")
@@ -216,7 +218,7 @@ def save_step(session: Session, folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         state.mkdir(parents=True)
     dist.barrier()
-    write_state(session.optimizer, state, session.shapes)
+    write_state(session.optimizer, state, session.shapes, on_host)
     if dist.get_rank() == 0:
         if session.settings.lora is not None:
             _write_adapter(session, folder / "adapter", state)

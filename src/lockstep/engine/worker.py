@@ -1,7 +1,8 @@
 """The trainer process: `python -m lockstep.engine.ranks N -m lockstep.engine.worker --config engine.json --socket PATH`.
 
 Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs and their arguments:
-  train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0
+  train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0;
+                                                 out: as for save, or null: no files are written, `save` is to follow
   score      {batch, out, top}                -> {"rows": R}   writes logprobs_RS, float32, NaN where nothing is predicted; with
                                                  top = C also top_RSC, int32, the C most likely ids there;
                                                  with replayed routes also picks_differ: the share that is not the live router's
@@ -12,8 +13,8 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
                                                  (merged) weights as `version`, or, after an error, what it held before
   sync_adapter                                   the same arguments; the server has the adapter, from memory, as model `version` beside
                                                  those it serves; -> the fields of a SyncReport
-  offload    {keep_weights}                   -> {"nbytes"}   memory of the device to the host; with keep_weights score and sync still
-                                                 work, else only onload and memory do
+  offload    {keep_weights}                   -> {"nbytes"}   memory of the device to the host; save works on from there, with
+                                                 keep_weights score and sync do too, else only onload and memory
   onload     {}                               -> {"nbytes"}
   memory     {}                               -> bytes of rank 0: see Offload.memory; device_free: of the rank that has least
   shutdown   {}                               -> {}
@@ -95,13 +96,12 @@ class Worker:
         from lockstep.config import TrainConfig
         from lockstep.tokens.pack import load_batch
 
-        config, out = TrainConfig(**args["config"]), Path(args["out"])
+        config = TrainConfig(**args["config"])
         reference = Path(args["reference"]) if args.get("reference") else None
         if (config.kl_coef > 0) != (reference is not None):
             raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
         metrics = train_step(self.session, load_batch(Path(args["batch"])), config, reference, report)
-        report({"kind": "phase", "phase": "save"})
-        return {"metrics": metrics, **save_step(self.session, out)}
+        return {"metrics": metrics, **({} if args["out"] is None else self.save(args, report))}
 
     def score(self, args: Json, report: Callable[[Json], None]) -> Json:
         from safetensors.numpy import save_file
@@ -121,7 +121,8 @@ class Worker:
         return result
 
     def save(self, args: Json, report: Callable[[Json], None]) -> Json:
-        return save_step(self.session, Path(args["out"]))
+        report({"kind": "phase", "phase": "save"})
+        return save_step(self.session, Path(args["out"]), self.offloaded.on_host if self.offloaded else None)
 
     def sync(self, args: Json, report: Callable[[Json], None]) -> Json:
         report({"kind": "phase", "phase": "sync"})
@@ -159,7 +160,7 @@ class Worker:
         """Raise TrainerError when `verb` needs memory that was moved to the host."""
         state = self.offloaded.state if self.offloaded else "here"
         works = {"here": self.verbs().keys(), "weights": {"score", "sync", "sync_adapter"}, "away": set()}
-        if verb not in works[state] | {"offload", "onload", "memory"}:
+        if verb not in works[state] | {"save", "offload", "onload", "memory"}:
             raise TrainerError(f"{verb} needs memory that is on the host while the server has the device: onload first")
 
     def serve(self, receive: Callable[[int], Json]) -> None:
