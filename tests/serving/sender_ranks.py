@@ -75,10 +75,7 @@ def main() -> None:
     for step in range(1, job["steps"] + 1):
         assign(session.trainables, changed(base, step) if settings.lora is None else adapter(modules, step))
         endpoint = Endpoint(server.root_url, server.api_key)
-        if isinstance(out, AdaptersOut):
-            report = out.push(endpoint, f"ranks@{step}", "gloo")
-        else:
-            report = out.push(endpoint, f"ranks@{step}", "gloo", 200.0)
+        report = out.push(endpoint, f"ranks@{step}", "gloo", 200.0)
         if agreement.rank == 0:
             scores.append(asyncio.run(server.score(f"ranks@{step}", job["tokens"])))
     sizes = [plan.nbytes for plan in out.plan.senders]

@@ -35,10 +35,10 @@ class AdaptersOut:
     """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
 
     def __init__(self, session: Session, crew: Crew, deadline_s: float) -> None:
-        """Raises ConfigError when all weights are trained: there is no adapter then."""
+        """deadline_s: for the others to come along. Raises ConfigError when all weights are trained: there is no adapter then."""
         if session.settings.lora is None:
             raise ConfigError("all weights are trained: there is no adapter to send")
-        self.session, self.crew, self.deadline_s = session, crew, deadline_s
+        self.session, self.crew = session, crew
         mine = [_Matrix.of(trainable, session) for trainable in session.trainables]
         everyones = crew.exchange([one.told() for one in mine], deadline_s)
         shares = _share_out(everyones)
@@ -50,30 +50,30 @@ class AdaptersOut:
         self.plan = SyncPlan(tuple(plans))
         self.sent = [session.trainables[i] for i in shares[crew.rank]]
         self.pusher: AdapterPusher | None = None
-        self.serves: tuple[Endpoint, str] | None = None
+        self.serves: tuple[Endpoint, str, float] | None = None
 
-    def push(self, endpoint: Endpoint, name: str, transport: str) -> dict[str, Any]:
+    def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> dict[str, Any]:
         """Make the server serve this trainer's adapter as `name`, beside what it serves. Collective. Returns the SyncReport.
 
-        Raises like `AdapterPusher.push`, on every rank.
+        deadline_s: of every wait for the server. Raises like `AdapterPusher.push`, on every rank.
         """
         lora = self.session.settings.lora
         assert lora is not None
-        if self.pusher is None or self.serves != (endpoint, transport):
+        if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
             if self.pusher is not None:
                 self.pusher.close()
             info = AdapterInfo(self.session.settings.model, lora.rank, lora.alpha, lora.targets)
-            carrier, config = make_transport(transport, self.deadline_s), adapter_config(info, self.session.config)
+            carrier, config = make_transport(transport, deadline_s), adapter_config(info, self.session.config)
             self.pusher = AdapterPusher(
                 endpoint,
                 carrier,
                 self.plan,
                 config,
                 device=device.device(),
-                deadline_s=self.deadline_s,
+                deadline_s=deadline_s,
                 crew=self.crew,
             )
-            self.serves = endpoint, transport
+            self.serves = endpoint, transport, deadline_s
         return asdict(self.pusher.push(self.tensors(), name))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

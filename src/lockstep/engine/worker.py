@@ -137,7 +137,8 @@ class Worker:
         if self.adapters_out is None:
             crew = StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world, "adapters")
             self.adapters_out = AdaptersOut(self.session, crew, float(args["deadline_s"]))
-        return self.adapters_out.push(Endpoint(args["root_url"], args["api_key"]), args["version"], args["transport"])
+        endpoint = Endpoint(args["root_url"], args["api_key"])
+        return self.adapters_out.push(endpoint, args["version"], args["transport"], float(args["deadline_s"]))
 
     def offload(self, args: Json, report: Callable[[Json], None]) -> Json:
         return {"nbytes": self._offload().out(keep_weights=bool(args.get("keep_weights")))}
