@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sync_driver import hf_logprobs, load
 
-from lockstep.errors import ServerError, WeightsError
+from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
@@ -80,12 +80,31 @@ async def test_versions_from_memory(server, tiny_qwen3, tmp_path):
     assert await server.models() == ["base"]
 
 
-async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwen3, tmp_path):
+async def held(server) -> int:
+    """Bytes of adapters from memory that the server keeps."""
+    return (await server.call("GET", "/lockstep/memory")).json()["workers"][0]["adapters"]
+
+
+async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwen3, tmp_path, monkeypatch):
     tensors, config, expected_S = adapter(tiny_qwen3, tmp_path / "good", 5)
     pusher = make_pusher(server, tensors, config)
     await asyncio.to_thread(pusher.push, tensors, "torn@1")
     with pytest.raises(WeightsError, match="end before"):
         await asyncio.to_thread(pusher.push, tensors[:-2], "torn@2")
+    send, flips = pusher._transport.send, iter([0, 0, 0, 1])
+
+    def flipped(bytes_N):
+        """One bit of the fourth bucket changes on the way."""
+        bytes_N = bytes_N.clone()
+        bytes_N[17] ^= next(flips, 0)
+        send(bytes_N)
+
+    monkeypatch.setattr(pusher._transport, "send", flipped)
+    with pytest.raises(MismatchError, match="bucket 3"):
+        await asyncio.to_thread(pusher.push, tensors, "torn@2")
+    monkeypatch.undo()
+    nbytes = sum(tensor.nbytes for _, tensor in tensors)
+    assert await held(server) == nbytes
     assert await server.models() == ["base", "torn@1"]
     torch.testing.assert_close(await served(server, "torn@1"), expected_S, atol=1e-5, rtol=0)
     await asyncio.to_thread(pusher.push, tensors, "torn@2")
@@ -103,8 +122,10 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
     with pytest.raises(WeightsError, match="listed twice"):
         make_pusher(server, [*tensors, tensors[0]], config)
     assert await server.models() == ["base", "torn@1", "torn@2"]
+    assert await held(server) == 2 * nbytes
     for name in ("torn@1", "torn@2"):
         await server.unload_adapter(name)
+    assert await held(server) == 0
     with pytest.raises(ServerError, match="torn@1"):
         await served(server, "torn@1")
 

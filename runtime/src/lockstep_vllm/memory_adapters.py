@@ -23,6 +23,11 @@ staged: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
 """Path to (fields of adapter_config.json, tensors by their names in a PEFT file)."""
 
 
+def nbytes() -> int:
+    """Bytes of all staged tensors."""
+    return sum(tensor.nbytes for _, tensors in staged.values() for tensor in tensors.values())
+
+
 def check_config(config: dict[str, Any], lora_config: Any) -> None:
     """Raises ValueError when this server can't serve an adapter of that kind: no LoRA at all, or too high a rank."""
     from vllm.lora.peft_helper import PEFTHelper
@@ -105,17 +110,24 @@ def _add_stacked(lora: Any, stacked: dict[str, torch.Tensor], helper: Any, adapt
 
 
 def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tensor], is_a: bool) -> list[torch.Tensor]:
-    """The list that the layer's `set_lora` takes: gate, down, up; or where gate and up are one matrix, that and down."""
+    """The list that the layer's `set_lora` takes: gate, down, up; or where the layer has gate and up as one matrix, that and down.
+
+    A layer with two matrices (vLLM's text-only class of Qwen3.5, its mixed format) takes a pair for both as two that share A.
+    """
     from vllm.lora.layers import FusedMoE3DWithLoRA
 
-    fused = ("gate_up_proj", is_a) in given
+    fused, takes_fused = ("gate_up_proj", is_a) in given, isinstance(module, FusedMoE3DWithLoRA)
     wanted = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "down_proj", "up_proj")
     missing = [one for one in wanted if (one, is_a) not in given]
-    if missing or isinstance(module, FusedMoE3DWithLoRA) != fused:
+    if missing or (takes_fused and not fused):
         raise ValueError(
             f"the adapter's experts of {owner!r} are {sorted({one for one, _ in given})}, "
             f"which this model's {type(module).__name__} can't take: load the adapter from a folder"
         )
+    if fused and not takes_fused:
+        both, down = given["gate_up_proj", is_a], given["down_proj", is_a]
+        gate, up = (both, both) if is_a else both.chunk(2, dim=1)  # B [E, out, r], gate's rows first
+        return [gate, down, up]
     return [given[one, is_a] for one in wanted]
 
 

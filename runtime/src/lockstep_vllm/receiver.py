@@ -57,9 +57,11 @@ class Receiver:
     device: torch.device
 
     def lockstep_memory(self) -> dict[str, int]:
-        """Bytes: what this process holds of the host's memory and of its device, and what the device has free and in all."""
+        """Bytes: what this process holds of the host's memory, in adapters that came from memory, and of its device; and what the
+        device has free and in all.
+        """
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
+        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": memory_adapters.nbytes()}
         if self.device.type != "cuda":
             return found
         free, total = torch.cuda.mem_get_info(self.device)
