@@ -34,6 +34,7 @@ PHASES = {
     "offload": "trainer away",
     "wake": "server awake",
     "sync": "weights sent",
+    "sync_adapter": "adapter sent",
 }
 
 

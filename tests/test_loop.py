@@ -19,9 +19,19 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from drawing import trajectory
+from lockstep.backends import run as backend_run
 from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.serve import serve
 from lockstep.backends.start import serve_step
-from lockstep.errors import ConfigError, DataError, MismatchError, RolloutError, StaleRolloutError, StoreError
+from lockstep.errors import (
+    ConfigError,
+    DataError,
+    MismatchError,
+    RolloutError,
+    ServerError,
+    StaleRolloutError,
+    StoreError,
+)
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import greedy_reward, roll_out
 from lockstep.parquet import read_parquet
@@ -30,9 +40,11 @@ from lockstep.runfile import load_run_file
 from lockstep.store import published_steps
 from lockstep.task import Task, load_task
 from lockstep.warmup import teach
+from stopping import stopped_at
 
 pytestmark = pytest.mark.server
 CONFIG = ls.TrainConfig(learning_rate=1e-2)
+PROBE_S = np.random.default_rng().integers(3, 300, 40).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +149,42 @@ async def test_most_likely_tokens_are_compared_where_rollouts_bring_them(running
     assert "rollout_top1_overlap" not in kept.metrics  # the step before sampled them
 
 
+async def check_served(server, name, base_model, adapter):
+    """The server computes, as `name`, what PEFT computes from the published folder; its scores."""
+    served = await server.score(name, PROBE_S)
+    # Random tokens are far from what the policy samples, down to -15 nats: fp32 noise grows with the logits.
+    expected = hugging_face_logprobs(base_model, adapter, PROBE_S)
+    np.testing.assert_allclose(served, expected, atol=1e-5, rtol=1e-5)
+    return served
+
+
+async def test_the_server_has_a_step_before_the_disk_has_it(running, task, section, base_model, monkeypatch):
+    """The adapter comes from the trainer's memory: served while its folder is not yet written, and the same as the folder then."""
+    model, backend = running
+    run, name, early = backend._run(model), f"loop@{model.step + 1}", []
+    call = run.trainer.call
+
+    async def saving(verb, args, **kwargs):
+        if verb == "save":
+            assert published_steps(run.store.path)[-1] == model.step
+            early.append(await run.server.score(name, PROBE_S))
+        return await call(verb, args, **kwargs)
+
+    async def never(*_arguments):
+        raise AssertionError("the server was sent to the disk")
+
+    monkeypatch.setattr(run.trainer, "call", saving)
+    monkeypatch.setattr(run.server, "load_adapter", never)
+    result = await backend.train(model, await roll_out(model, task, section, model.step), CONFIG)
+    monkeypatch.undo()
+    assert await check_served(run.server, name, base_model, result.path / "adapter") == early[0]
+    weights = load_file(result.path / "adapter" / "adapter_model.safetensors")
+    assert result.metrics["sync_bytes"] == sum(tensor.nbytes for tensor in weights.values())
+    for one in ("seconds_sync", "seconds_sync_transfer", "seconds_sync_pause", "seconds_publish"):
+        assert result.metrics[one] > 0, one
+    assert run.store.metrics()[result.step]["sync_bytes"] == result.metrics["sync_bytes"]
+
+
 async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, task, section):
     model, backend = running
     server = backend._run(model).server
@@ -153,9 +201,11 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
     before = model.step
     await ls.gather_trajectory_groups([[slow(task.scenarios[0])]], progress=False)
     groups = await roll_out(model, task, section, model.step)
-    await backend.train(model, groups, CONFIG)
+    result = await backend.train(model, groups, CONFIG)
     served = {name for name in await server.models() if not name.endswith("@base")}
     assert served == {f"loop@{model.step}", f"loop@{model.step - 1}"}
+    (memory,) = (await server.call("GET", "/lockstep/memory")).json()["workers"]
+    assert memory["adapters"] == 2 * result.metrics["sync_bytes"]
     assert model.step == before + 4
 
 
@@ -163,12 +213,15 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
     """Planted fault: the server keeps serving the step before under the new name."""
     model, backend = running
     run = backend._run(model)
-    honest = run.server.load_adapter
+    call = run.trainer.call
 
-    async def stale(name, path):
-        await honest(name, path.parents[1] / f"{model.step:04d}" / "adapter")
+    async def stale(verb, args, **kwargs):
+        if verb != "sync_adapter":
+            return await call(verb, args, **kwargs)
+        await run.server.load_adapter(args["version"], run.store.step(model.step).adapter)
+        return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0}
 
-    monkeypatch.setattr(run.server, "load_adapter", stale)
+    monkeypatch.setattr(run.trainer, "call", stale)
     groups = await roll_out(model, task, section, model.step)
     step = model.step
     with pytest.raises(MismatchError, match=f"does not hold loop@{step + 1}") as caught:
@@ -180,7 +233,7 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
     assert model.step == step
     await run.server.unload_adapter(f"loop@{step + 1}")
     run.store.step(step + 1)  # trained and published, so not lost
-    await backend._serve(run, run.store.step(step + 1))
+    await serve(run, step + 1)
     model._advance(step + 1)
 
 
@@ -324,17 +377,35 @@ async def test_a_nan_reward_is_named(running, task):
         await ls.gather_trajectory_groups([[nan(task.scenarios[0])]], progress=False)
 
 
-async def test_resume_continues_from_the_last_step(running, task, section, base_model):
-    """Last, since it closes the shared run: the next process serves the same greedy answers and trains on.
+async def check_torn_sync(model, backend, groups, monkeypatch):
+    """The server stops when the adapter is about to leave: a named error within the deadline, the old version served.
+
+    What was trained is published.
+    """
+    run, step = backend._run(model), model.step
+    before = await run.server.score(model.inference_name(), PROBE_S)
+    monkeypatch.setattr(backend_run, "SYNC_DEADLINE_S", 3.0)
+    missed = f"loop@{step + 1} did not reach the server, which still serves loop@{step}"
+    with stopped_at(monkeypatch, run, "sync_adapter"), pytest.raises(ServerError, match=missed):
+        await backend.train(model, groups, CONFIG)
+    monkeypatch.undo()
+    assert (model.step, published_steps(run.store.path)[-1]) == (step, step + 1)
+    assert await run.server.score(model.inference_name(), PROBE_S) == before
+    assert f"loop@{step + 1}" not in await run.server.models()
+    with pytest.raises(StoreError, match=f"published step {step + 1} but serves step {step}"):
+        await backend.train(model, groups, CONFIG)
+
+
+async def test_resume_continues_from_the_last_step(running, task, section, base_model, monkeypatch):
+    """Last, since it closes the shared run: after a torn sync the next process serves what was trained, and trains on.
 
     The optimizer's moments and the adapter come back byte for byte.
     """
     model, backend = running
-    path, step = backend.path, model.step
-    before = await greedy_reward(model, task, 8)
-    trainer_state = (
-        backend.run_path(model) / "steps" / f"{step:04d}" / "trainer" / "optimizer.safetensors"
-    ).read_bytes()
+    await check_torn_sync(model, backend, await roll_out(model, task, section, model.step), monkeypatch)
+    path, step = backend.path, model.step + 1
+    published = backend.run_path(model) / "steps" / f"{step:04d}"
+    trainer_state = (published / "trainer" / "optimizer.safetensors").read_bytes()
     await backend.close()
     other = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=16))
     with pytest.raises(StoreError, match="lora"):
@@ -344,7 +415,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
     try:
         await again.register(resumed)
         assert again.step == step
-        assert await greedy_reward(again, task, 8) == before
+        await check_served(resumed._run(again).server, f"loop@{step}", base_model, published / "adapter")
         out = path / "saved"
         await resumed._run(again).trainer.call("save", {"out": str(out)}, deadline_s=60)
         assert (out / "trainer" / "optimizer.safetensors").read_bytes() == trainer_state

@@ -5,9 +5,7 @@ One server and one trainer per test. Shape suffix: S tokens.
 """
 
 import asyncio
-import os
 import random
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from inflight import sampled_tokens, seen_running, seen_sampling
 from lockstep.backends import run as backend_run
 from lockstep.backends import turns
 from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.serve import serve
 from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
 from lockstep.families.tiny import write_tiny
@@ -27,6 +26,7 @@ from lockstep.quickstart import examples_folder
 from lockstep.runfile import load_run_file
 from lockstep.task import load_task
 from lockstep.warmup import teach
+from stopping import stopped_at
 
 pytestmark = pytest.mark.server
 CONFIG = ls.TrainConfig(learning_rate=1e-2)
@@ -115,12 +115,6 @@ def trajectory(choice, reward):
     return ls.Trajectory(messages_and_choices=[{"role": "user", "content": "yes"}, choice], reward=reward)
 
 
-def below(pid):
-    """Ids of all processes under `pid`."""
-    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
-    return [*children, *(deeper for child in children for deeper in below(child))]
-
-
 @pytest.mark.slow
 async def test_adapters_merged_into_a_dense_model(runtime, task, section, tmp_path, monkeypatch):
     base = taught("qwen3", tmp_path / "base", task, SMALL)
@@ -205,26 +199,13 @@ async def check_leased_name(model, backend):
 
 async def check_stalled_sync(model, backend, task, section, monkeypatch):
     """A server that stops in the middle: a named error within the deadline, the old version served, and the way on."""
-    server, step = backend._run(model).server, model.step
+    step = model.step
     groups = await roll_out(model, task, section, step)
     monkeypatch.setattr(backend_run, "SYNC_DEADLINE_S", 3.0)
-    stopped = below(server.child.pid)
-    call = backend._run(model).trainer.call
-
-    async def stopping(verb, args, **kwargs):
-        if verb == "sync":
-            for pid in stopped:
-                os.kill(pid, signal.SIGSTOP)
-        return await call(verb, args, **kwargs)
-
-    monkeypatch.setattr(backend._run(model).trainer, "call", stopping)
-    with pytest.raises(
-        ServerError, match=f"merged@{step + 1} did not reach the server, which still serves merged@{step}"
-    ):
+    missed = f"merged@{step + 1} did not reach the server, which still serves merged@{step}"
+    with stopped_at(monkeypatch, backend._run(model), "sync"), pytest.raises(ServerError, match=missed):
         await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
-    for pid in stopped:
-        os.kill(pid, signal.SIGCONT)
     assert model.step == step
     base, adapter = Path(model.base_model), backend.run_path(model) / "steps" / f"{step:04d}" / "adapter"
     await check_served(model, backend, base, adapter)
@@ -245,7 +226,7 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
 
     monkeypatch.setattr(run.trainer, "call", renaming)
     with pytest.raises(MismatchError, match=f"does not hold {name}"):
-        await backend._serve(run, run.store.step(model.step + 1))
+        await serve(run, model.step + 1)
     monkeypatch.undo()
     _, choice = await run.server.score_choice(name, PROBE_S)
     assert choice["weight_versions"][0]["version"] == model.inference_name()  # a name alone makes no version

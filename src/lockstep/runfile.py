@@ -42,7 +42,7 @@ class BackendSection(Config):
         default=None, description="shared GPUs only: the trainer's memory goes to the host while the server serves; on"
     )
     weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
-        default=None, description="how merged weights travel: disk, or what fits the placement if not given"
+        default=None, description="how weights and adapters travel: disk, or what fits the placement if not given"
     )
     max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
     dtype: Literal["float32", "bfloat16"] | None = Field(

@@ -13,9 +13,9 @@ from lockstep.backends.exact import check_exact, exact_config
 from lockstep.backends.placement import check_processes, resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
-from lockstep.backends.serve import give_up_turn, serve
+from lockstep.backends.serve import give_up_turn, publish_and_serve, serve
 from lockstep.backends.start import Parts, route_shape, start_both
-from lockstep.backends.turns import never_left_asleep, trainers_turn
+from lockstep.backends.turns import trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.families.config import checkpoint_dtype
@@ -44,13 +44,12 @@ class MegatronBackend:
     path: folder of all runs. rollout_weights_mode: how new weights reach the server. placement: GPU numbers of the trainer and the
     server; None runs on the CPU when there is no GPU, on one GPU in turns (shared mode), and else on GPU 0 and 1. offload: in shared mode
     the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them on the GPU, which the
-    server then has less of. weight_transport: how merged weights travel, "disk" or what fits the placement (None). parallel:
-    how the trainer is spread over
-    processes. enable_expert_replay: train mixture-of-experts models on the experts the server used. max_model_len: longest sequence
-    the server accepts, in tokens. dtype: of the weights; None takes the checkpoint's. numerics: "fast", or "exact": on a CPU, fp32
-    weights computed in fp64 on both sides, so that every sampled token's log-probability agrees to 1e-6 nats, which each step
-    checks (docs/numerics.md). seed: of the adapter's initial values and the server's sampling.
-    recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
+    server then has less of. weight_transport: how weights and adapters travel from the trainer's memory to the server, "disk" or what
+    fits the placement (None). parallel: how the trainer is spread over processes. enable_expert_replay: train mixture-of-experts models on
+    the experts the server used. max_model_len: longest sequence the server accepts, in tokens. dtype: of the weights; None takes the
+    checkpoint's. numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's
+    log-probability agrees to 1e-6 nats, which each step checks (docs/numerics.md). seed: of the adapter's initial values and the server's
+    sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
     tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's.
 
     Raises ConfigError for a setting it can't honour.
@@ -148,7 +147,8 @@ class MegatronBackend:
             else:
                 step = await _publish_first(run)
             self._runs[model] = run
-            await self._serve(run, step)
+            self._say(f"loading {run.name(step.number)}")
+            await serve(run, step.number)
             return step.number
         except BaseException:
             self._runs.pop(model, None)
@@ -176,10 +176,6 @@ class MegatronBackend:
             )
         if self.offload and not devices.shared:
             raise unsupported("offload", True, "MegatronBackend", "trainer and server don't share GPUs: leave it out")
-        if self.weight_transport is not None and not merged:
-            raise unsupported(
-                "weight_transport", self.weight_transport, "MegatronBackend", "only merged weights use it"
-            )
         exact = self.numerics == "exact"
         dtype = self.dtype or ("float32" if exact else checkpoint_dtype(base))
         if exact:
@@ -203,14 +199,10 @@ class MegatronBackend:
         )
         return parts, config.vocab_size
 
-    async def _serve(self, run: Run, step: Step) -> dict[str, float]:
-        self._say(f"loading {run.model.name}@{step.number}")
-        return await serve(run, step)
-
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
     ) -> TrainResult:
-        """One step on `groups`: pack, train, publish step N + 1, serve it, prove it. The model's step advances when it is served.
+        """One step on `groups`: pack, train, publish step N + 1, serve it, prove it. The model's step advances when all of it is done.
 
         Calls for one model take turns. Raises DataError or StaleRolloutError for groups that can't be trained on, before anything
         changes; TrainerError or MismatchError leave step N published and served. After a step that failed or was cancelled before it
@@ -247,18 +239,17 @@ class MegatronBackend:
             await _back_to_published(run, current)
             staged = run.store.stage(current + 1)
             run.trainer_ahead = True
-            reply = await run.trainer.call("train_step", arguments | {"out": str(staged)}, deadline_s=STEP_DEADLINE_S)
+            arguments["out"] = (
+                str(staged) if run.parts.merged else None
+            )  # an adapter leaves before its folder is written
+            reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
         except BaseException as error:
             await give_up_turn(run, error)
             raise
         metrics |= reply["metrics"]
         metrics["seconds_train"] = time.monotonic() - started
-        async with never_left_asleep(run):
-            step = await asyncio.to_thread(run.store.publish, current + 1, staged, metrics)
-        run.trainer_ahead = False
-        started = time.monotonic()
-        synced = await self._serve(run, step)
-        synced["seconds_sync"] = time.monotonic() - started
+        self._say(f"loading {run.name(current + 1)}")
+        step, synced = await publish_and_serve(run, current + 1, staged, metrics)
         model._advance(step.number)
         run.store.record(step.number, synced)
         batch_path.unlink()
@@ -271,10 +262,15 @@ class MegatronBackend:
 
 
 async def _back_to_published(run: Run, step: int) -> None:
-    """After a step that never got published: whatever the trainer did with it, it stands at `step` again."""
-    if run.trainer_ahead:
-        await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
-        run.trainer_ahead = False
+    """After a step that never got published: whatever the trainer and the server did with it, they stand at `step` again."""
+    if not run.trainer_ahead:
+        return
+    await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+    unpublished = run.name(step + 1)  # no rollout was ever told its name
+    if not run.parts.merged and unpublished in await run.server.models():
+        await run.server.unload_adapter(unpublished)
+    run.served.discard(step + 1)
+    run.trainer_ahead = False
 
 
 async def _publish_first(run: Run) -> Step:

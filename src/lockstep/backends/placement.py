@@ -61,7 +61,7 @@ def check_processes(devices: Devices, parallel: Parallel) -> None:
 
 
 def resolve_transport(transport: str | None, devices: Devices) -> str:
-    """How merged weights travel. None: gloo on the CPU, ipc between programs that share GPUs, nccl between GPUs apart.
+    """How weights and adapters travel. None: gloo on the CPU, ipc between programs that share GPUs, nccl between GPUs apart.
 
     Raises ConfigError for one that can't work there.
     """

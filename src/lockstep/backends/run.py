@@ -17,7 +17,7 @@ from lockstep.store import RunStore
 STEP_DEADLINE_S = 600.0
 """Longest silence of the trainer while it works; it sends heartbeats, so this bounds a hang and not a long step."""
 SYNC_DEADLINE_S = 300.0
-"""Longest single wait of a merged sync: to join, for the receiver of a bucket, for the swap."""
+"""Longest single wait of a sync: to join, for the receiver of a bucket, for the swap."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ Shape suffixes: S tokens, L layers, K experts per token.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,53 +33,90 @@ from lockstep.tokens.top import TOP
 from lockstep.tokens.tree import scoring_sequence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from lockstep.store import Step
 
 
-async def serve(run: Run, step: Step) -> dict[str, float]:
-    """Bring `step`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
+async def serve(run: Run, number: int) -> dict[str, float]:
+    """Bring step `number`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
 
     In shared mode the trainer has the device before and the server has it after, also after a failed proof; after any other error that
-    left it asleep it is ended. Returns what the probe found (`Probe.compare`) and what a merged sync took.
+    left it asleep it is ended. Returns what the sync took and what the probe found (`Probe.compare`).
     """
     async with never_left_asleep(run):
-        return await _serve(run, step)
+        trained, figures = await _into_server(run, number)
+        return figures | await _prove(run, number, trained)
 
 
-async def _serve(run: Run, step: Step) -> dict[str, float]:
-    name = run.name(step.number)
-    tokens = list(run.probe.tokens)
+async def publish_and_serve(
+    run: Run, number: int, staged: Path, metrics: Mapping[str, float]
+) -> tuple[Step, dict[str, float]]:
+    """`serve` for a step that was just trained, and its folder: (the published step, what `serve` returns).
+
+    Merged weights take the place of what is served, so the step is published before. An adapter is served beside the others: it leaves the
+    trainer's memory at once, and its folder is written and published while the server is proved. Whatever the sync or the proof raises,
+    the step was trained, and is published.
+    """
+    async with never_left_asleep(run):
+        if run.parts.merged:
+            step, seconds = await _publish(run, number, staged, metrics)
+            return step, await serve(run, number) | {"seconds_publish": seconds}
+        try:
+            trained, figures = await _into_server(run, number)
+        except BaseException:
+            await _publish(run, number, staged, metrics)
+            raise
+        publishing = asyncio.create_task(_publish(run, number, staged, metrics))
+        try:
+            figures |= await _prove(run, number, trained)
+        finally:
+            step, seconds = await publishing
+        return step, figures | {"seconds_publish": seconds}
+
+
+async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float]) -> tuple[Step, float]:
+    """The published step, and the seconds until it was. An adapter's folder is first written; merged weights' was by `train_step`."""
+    started = time.monotonic()
+    if not run.parts.merged:
+        await run.trainer.call("save", {"out": str(staged)}, deadline_s=STEP_DEADLINE_S)
+    step = await asyncio.to_thread(run.store.publish, number, staged, metrics)
+    run.trainer_ahead = False
+    return step, time.monotonic() - started
+
+
+async def _into_server(run: Run, number: int) -> tuple[ProbeScores | None, dict[str, float]]:
+    """The server, awake, holds the step: (the trainer's scores of the probe where they had to come first, what the sync took)."""
+    started = time.monotonic()
     # Before the trainer's memory leaves the device; with replay its score has to wait for the server's routes.
-    trained = None if run.parts.routes else await _score(run, tokens, None)
-    figures = await _into_server(run, step)
-    logprobs, choice = await run.server.score_choice(name, tokens, TOP)
+    early = run.parts.shared and not run.parts.routes
+    trained = await _score(run, list(run.probe.tokens), None) if early else None
+    if run.parts.merged:
+        # Rollouts that are under way go on under the name they began with; each token says which weights made it.
+        await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
+    await make_room_for_weights(run)
+    figures = await _sync(run, number)
+    await servers_turn(run)
+    run.served.add(number)
+    return trained, figures | {"seconds_sync": time.monotonic() - started}
+
+
+async def _prove(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
+    """The server computes what the trainer does; older steps that no rollout uses are retired. trained: the trainer's scores, if known."""
+    tokens = list(run.probe.tokens)
+    logprobs, choice = await run.server.score_choice(run.name(number), tokens, TOP)
     if trained is None:
         await trainers_turn(run, forget_weights=False)
         trained = await _score(run, tokens, _probe_routes(run, choice))
         await servers_turn(run)
     served = ProbeScores(logprobs, np.array(most_likely(choice, TOP)))
-    figures |= run.probe.compare(name, served, trained, run.server.child.log_path)
-    run.served.add(step.number)
-    for old in sorted(run.served - run.kept(step.number)):
+    found = run.probe.compare(run.name(number), served, trained, run.server.child.log_path)
+    for old in sorted(run.served - run.kept(number)):
         if not run.parts.merged:
             await run.server.unload_adapter(run.name(old))
         run.served.discard(old)
-    return figures
-
-
-async def _into_server(run: Run, step: Step) -> dict[str, float]:
-    """The server, awake, holds the step's weights or adapter; what a merged sync took."""
-    name = run.name(step.number)
-    if not run.parts.merged:
-        await servers_turn(run)
-        await run.server.load_adapter(name, step.adapter)
-        return {}
-    # Rollouts that are under way go on under the name they began with; each token says which weights made it.
-    await run.server.keep_names([run.name(old) for old in sorted(run.kept(step.number) & run.served)])
-    await make_room_for_weights(run)
-    figures = await _sync(run, name)
-    await servers_turn(run)
-    return figures
+    return found
 
 
 async def give_up_turn(run: Run, error: BaseException) -> None:
@@ -94,38 +132,47 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
         await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
         if run.parts.merged:
             await make_room_for_weights(run)
-            await _sync(run, run.name(step))
+            await _sync(run, step)
         await servers_turn(run)
     except LockstepError as another:
         await run.server.close()
         error.add_note(f"the server could not go on with {run.name(step)} and was ended: {another}")
 
 
-async def _sync(run: Run, name: str) -> dict[str, float]:
-    """Merged weights from the trainer's memory into the server, which from then on is `name`.
+async def _sync(run: Run, number: int) -> dict[str, float]:
+    """Step `number` from the trainer's memory into the server: merged weights, which from then on are what it serves, or an adapter.
 
     A server that was lost on the way is started anew. Raises ServerError, WeightsError or MismatchError; the server then serves what it
-    served before, but in shared mode it is ended.
+    served before, but a merged one in shared mode is ended.
     """
     try:
-        return await _send(run, name)
+        return await _send(run, number)
     except (ServerError, WeightsError, MismatchError) as error:
-        if run.parts.shared:  # asleep it forgot the weights of before
+        lost = isinstance(error, ServerLostError) or run.server.child.poll() is not None
+        if run.parts.shared and (run.parts.merged or lost):
             await run.server.close()
-        elif isinstance(error, ServerLostError) or run.server.child.poll() is not None:
-            await _start_server_again(run)
-            return await _send(run, name) | {"server_restarts": 1.0}
-        left = (
-            "held no weights any more and was ended" if run.parts.shared else f"still serves {run.server.served_name}"
-        )
+            left = "was lost" if lost else "held no weights any more and was ended"  # asleep it forgot those of before
+        elif lost:
+            await _start_server_again(run, number)
+            return await _send(run, number) | {"server_restarts": 1.0}
+        else:
+            left = f"still serves {_newest(run)}"
+            await servers_turn(run)
         raise type(error)(
-            f"{name} did not reach the server, which {left}: {error}; "
+            f"{run.name(number)} did not reach the server, which {left}: {error}; "
             "close the backend and register again to go on from the last published step"
         ) from error
 
 
-async def _send(run: Run, name: str) -> dict[str, float]:
-    transport = run.parts.transport
+def _newest(run: Run) -> str:
+    """The newest of the model's steps that the server holds; at the start it holds the base model only."""
+    if run.parts.merged or not run.served:
+        return run.server.served_name
+    return run.name(max(run.served))
+
+
+async def _send(run: Run, number: int) -> dict[str, float]:
+    transport, name = run.parts.transport, run.name(number)
     arguments = {
         "root_url": run.server.root_url,
         "api_key": run.server.api_key,
@@ -133,8 +180,10 @@ async def _send(run: Run, name: str) -> dict[str, float]:
         "transport": f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
         "deadline_s": deadlines.SYNC_DEADLINE_S,
     }
-    reply = await run.trainer.call("sync", arguments, deadline_s=STEP_DEADLINE_S)
-    run.server.served_name = name
+    verb = "sync" if run.parts.merged else "sync_adapter"
+    reply = await run.trainer.call(verb, arguments, deadline_s=STEP_DEADLINE_S)
+    if run.parts.merged:
+        run.server.served_name = name
     return {
         "sync_bytes": float(reply["nbytes"]),
         "seconds_sync_transfer": reply["transfer_s"],
@@ -142,13 +191,20 @@ async def _send(run: Run, name: str) -> dict[str, float]:
     }
 
 
-async def _start_server_again(run: Run) -> None:
-    """In the place of one that died, or that was ended half-way through a swap: rollouts have to begin again, at a new address."""
+async def _start_server_again(run: Run, number: int) -> None:
+    """In the place of one that died, or that was ended half-way through a swap: rollouts have to begin again, at a new address.
+
+    Adapters of older steps that they may ask for come from their folders: the trainer's memory has step `number` only.
+    """
+    older = () if run.parts.merged else run.kept(number) & run.served
     await run.server.close()
     await run.model._disconnect()
     config = run.parts.server_config(f"{run.model.name}@base")
     run.server = await launch(config, find_runtime(run.parts.devices.kind), run.store.path)
     run.served.clear()
+    for old in sorted(older):
+        await run.server.load_adapter(run.name(old), run.store.step(old).adapter)
+        run.served.add(old)
 
 
 async def _score(run: Run, tokens: list[int], routes_SLK: np.ndarray | None) -> ProbeScores:

@@ -50,7 +50,7 @@ class Parts:
     max_model_len: int
     tool_call_parser: str | None
     transport: str
-    """How merged weights travel."""
+    """How weights and adapters travel from the trainer's memory to the server."""
     exact: bool
     """Trainer and server compute the fp32 weights in fp64."""
 

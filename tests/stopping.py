@@ -1,0 +1,36 @@
+"""A server that stops answering at the moment a test needs it to, and goes on when the test lets it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def below(pid: int) -> list[int]:
+    """Ids of all processes under `pid`."""
+    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
+    return [*children, *(deeper for child in children for deeper in below(child))]
+
+
+@contextmanager
+def stopped_at(monkeypatch: Any, run: Any, verb: str) -> Iterator[None]:
+    """Inside, every process of the run's server stops (SIGSTOP) when the trainer is asked for `verb`; at the end they go on."""
+    processes, call = below(run.server.child.pid), run.trainer.call
+
+    async def stopping(asked: str, args: Any, **kwargs: Any) -> Any:
+        if asked == verb:
+            for pid in processes:
+                os.kill(pid, signal.SIGSTOP)
+        return await call(asked, args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.trainer, "call", stopping)
+        try:
+            yield
+        finally:
+            for pid in processes:
+                os.kill(pid, signal.SIGCONT)
