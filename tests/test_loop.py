@@ -177,8 +177,8 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
     monkeypatch.setattr(run.server, "load_adapter", never)
     result = await backend.train(model, await roll_out(model, task, section, model.step), CONFIG)
     monkeypatch.undo()
-    assert await check_served(run.server, name, base_model, result.path / "adapter") == early[0]
-    weights = load_file(result.path / "adapter" / "adapter_model.safetensors")
+    assert await check_served(run.server, name, base_model, result.checkpoint_path / "adapter") == early[0]
+    weights = load_file(result.checkpoint_path / "adapter" / "adapter_model.safetensors")
     assert result.metrics["sync_bytes"] == sum(tensor.nbytes for tensor in weights.values())
     for one in ("seconds_sync", "seconds_sync_transfer", "seconds_sync_pause", "seconds_publish"):
         assert result.metrics[one] > 0, one

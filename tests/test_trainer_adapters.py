@@ -73,7 +73,7 @@ async def test_a_mixture_on_two_ranks(runtime, tmp_path, monkeypatch):
             result = await stepped(model, backend)
             assert result.metrics["mismatch_max"] < 1e-5
             scores = await check_as_the_folder(model, backend)
-            expected = hugging_face_logprobs(model.base_model, result.path / "adapter")
+            expected = hugging_face_logprobs(model.base_model, result.checkpoint_path / "adapter")
             np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=1e-5)
         await check_lost_server_is_replaced(model, backend, monkeypatch)
     finally:
@@ -116,7 +116,7 @@ async def test_a_hybrid_mixture_on_two_stages(runtime, tmp_path):
         for _ in range(2):
             result = await stepped(model, backend)
             scores = await check_as_the_folder(model, backend)
-            expected = hugging_face_logprobs(model.base_model, result.path / "adapter")
+            expected = hugging_face_logprobs(model.base_model, result.checkpoint_path / "adapter")
             assert np.abs(np.array(scores) - expected).mean() < 0.12  # bf16, and experts at near ties
     finally:
         await backend.close()
