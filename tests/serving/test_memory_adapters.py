@@ -211,7 +211,7 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
         model=folder,
         served_name="base",
         dtype="float32",
-        lora=LoraServing(targets=tuple(targets)),
+        lora=LoraServing(targets=(*targets, "experts")),
         max_model_len=128,
         max_num_seqs=4,
         threads=1,
