@@ -13,7 +13,7 @@ from lockstep.backends.trainer import Trainer
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError
 from lockstep.families.hub import checkpoint_folder
-from lockstep.families.registry import get_model_support_spec
+from lockstep.families.registry import get_model_support_spec, load_model_config
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.install import find_runtime
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _OFFLOAD_DEADLINE_S = 600.0
 _LEAST_SHARE = 0.1
+_SERVED_LENGTH = 2048
+"""Tokens of the longest conversation with a published step, where the model has as many positions."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
         served_name=f"{run_path.name}@base" if lora else name,
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
+        max_model_len=min(_SERVED_LENGTH, load_model_config(str(base)).max_positions),
         tool_call_parser=spec.tool_call_parser,
         gpus=devices.inference,
     )
