@@ -13,7 +13,7 @@ from lockstep.backends.exact import check_exact, exact_config
 from lockstep.backends.placement import check_processes, resolve_placement, resolve_transport
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
-from lockstep.backends.serve import give_up_turn, publish_and_serve, serve
+from lockstep.backends.serve import back_to_published, give_up_turn, publish_and_serve, serve
 from lockstep.backends.start import Parts, route_shape, start_both
 from lockstep.backends.turns import trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
@@ -236,7 +236,8 @@ class MegatronBackend:
         await trainers_turn(run, forget_weights=run.parts.merged)
         try:
             # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
-            await _back_to_published(run, current)
+            if run.trainer_ahead:
+                await back_to_published(run)
             staged = run.store.stage(current + 1)
             run.trainer_ahead = True
             arguments["out"] = (
@@ -259,18 +260,6 @@ class MegatronBackend:
         """End server and trainer of every model; published steps stay. Safe to call twice."""
         runs, self._runs = list(self._runs.values()), {}
         await all_ended(*(run.close() for run in runs))
-
-
-async def _back_to_published(run: Run, step: int) -> None:
-    """After a step that never got published: whatever the trainer and the server did with it, they stand at `step` again."""
-    if not run.trainer_ahead:
-        return
-    await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
-    unpublished = run.name(step + 1)  # no rollout was ever told its name
-    if not run.parts.merged and unpublished in await run.server.models():
-        await run.server.unload_adapter(unpublished)
-    run.served.discard(step + 1)
-    run.trainer_ahead = False
 
 
 async def _publish_first(run: Run) -> Step:

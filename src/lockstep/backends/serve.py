@@ -119,6 +119,17 @@ async def _prove(run: Run, number: int, trained: ProbeScores | None) -> dict[str
     return found
 
 
+async def back_to_published(run: Run) -> None:
+    """After a step that never got published: whatever trainer and server did with it, they stand at the last published one again."""
+    step = run.store.published()[-1]
+    await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+    unpublished = run.name(step + 1)  # no rollout was ever told its name
+    if not run.parts.merged and unpublished in await run.server.models():
+        await run.server.unload_adapter(unpublished)
+    run.served.discard(step + 1)
+    run.trainer_ahead = False
+
+
 async def give_up_turn(run: Run, error: BaseException) -> None:
     """After a step that failed with `error`, in shared mode: the server serves the step of before again.
 
@@ -129,7 +140,7 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
     step = run.store.published()[-1]
     try:
         # Whatever the error says (a cancelled call says nothing), the trainer may have changed its weights.
-        await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+        await back_to_published(run)
         if run.parts.merged:
             await make_room_for_weights(run)
             await _sync(run, step)
