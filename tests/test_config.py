@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from lockstep.backends.megatron import MegatronBackend
 from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
 from lockstep.errors import ConfigError
 from lockstep.runfile import RunFile
+from lockstep.task import load_task
 
 
 def refused(build, *parts: str) -> None:
@@ -158,3 +160,13 @@ def test_run_files(tmp_path):
     assert set(type(section).model_fields) == settings
     refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")
     refused(lambda: load_toml(tmp_path, RunFile), "is a folder")
+
+
+def test_a_task_may_import_modules_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "helper_of_this_task.py").write_text("NUMBERS = [4, 5]\n")
+    (tmp_path / "task.py").write_text(
+        "from helper_of_this_task import NUMBERS\n\ndef scenarios():\n    return NUMBERS\n\n"
+        "async def rollout(model, scenario, temperature):\n    raise NotImplementedError\n"
+    )
+    assert load_task(tmp_path / "task.py").scenarios == [4, 5]

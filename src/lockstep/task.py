@@ -1,6 +1,6 @@
 """A user's task: scenarios, a rollout that earns a reward, and (for a tiny model) demonstrations of the format.
 
-A task is an ordinary Python file with these names at module level:
+A task is an ordinary Python file, which may import modules beside it, with these names at module level:
 
     def scenarios() -> list                                            required; anything the rollout understands
     async def rollout(model, scenario, temperature) -> Trajectory      required; the same function trains and evaluates
@@ -54,6 +54,8 @@ def load_task(path: Path) -> Task:
     spec = importlib.util.spec_from_file_location(f"lockstep_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"task file {path} is not a Python file: its name must end in .py")
+    if str(path.parent) not in sys.path:  # modules beside it, as when Python runs the file itself
+        sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

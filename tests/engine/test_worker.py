@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         out=str(folder / "s3"),
         reference=str(folder / "s1"),
     )
+    far = batch_of(tree_sequences(rng), rng)
+    far.logprobs_RS[far.loss_mask_RS] = -200.0
+    save_batch(far, folder / "far.safetensors")
+    found["far"] = [
+        parent.ask("train_step", batch=str(folder / "far.safetensors"), config=config(), out=str(folder / "x7")),
+        parent.ask("save", out=str(folder / "x8")),
+    ]
     found["events"], found["status"] = parent.events, parent.close()
     return found
 
@@ -101,6 +109,14 @@ def test_lives_and_ends(run: dict[str, Any]) -> None:
         "score",
         "reference",
     }
+
+
+def test_a_metric_that_is_no_number_is_named_and_the_trainer_goes_on(run: dict[str, Any]) -> None:
+    step, save = (answer["error"] for answer in run["far"])
+    assert step["type"] == "TrainerError"
+    assert re.match(r"the step's \w+ is (inf|nan): ", step["message"])
+    assert "load the last published step first" in save["message"]
+    assert not (run["folder"] / "x7").exists()
 
 
 def test_metrics_are_finite_and_complete(run: dict[str, Any]) -> None:

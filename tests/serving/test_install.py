@@ -121,6 +121,12 @@ def test_killed_midway_it_resumes(source):
     assert entry.current
     assert entry.size_bytes > 100_000
     assert entry.key == source.key("cpu")
+    marker = entry.folder / "installed.json"
+    kept = marker.read_text()
+    marker.write_text(kept[:5])
+    with pytest.raises(RuntimeNotInstalledError, match=r"installed\.json is damaged: delete the folder"):
+        status(source)
+    marker.write_text(kept)
 
 
 def test_a_package_with_a_file_missing_is_installed_again(source):

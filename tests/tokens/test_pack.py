@@ -308,4 +308,6 @@ def test_files_of_another_kind_are_refused(tmp_path):
     save_file({"tokens_RS": np.zeros((1, 2))}, tmp_path / "other")
     with pytest.raises(DataError, match="schema None"):
         load_batch(tmp_path / "other")
+    with pytest.raises(OSError, match=r"can't be written: .*No such file"):
+        save_batch(packed([scoring_sequence("one", [1, 2, 3])]), tmp_path / "nowhere" / "batch")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class Worker:
         if (config.kl_coef > 0) != (reference is not None):
             raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
         metrics = train_step(self.session, load_batch(Path(args["batch"])), config, reference, report)
+        check_finite(metrics)
         return {"metrics": metrics, **({} if args["out"] is None else self.save(args, report))}
 
     def score(self, args: Json, report: Callable[[Json], None]) -> Json:
@@ -212,6 +214,16 @@ class Worker:
             )
         self._check_here(str(verb))
         return verbs[verb](args, report)
+
+
+def check_finite(metrics: Mapping[str, float]) -> None:
+    """Raise TrainerError naming the first metric that is no number. The weights have changed by then: the step can't be published."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainerError(
+                f"the step's {name} is {value}: what was trained is too far from what was sampled for fp32 to say; "
+                "set max_mismatch to refuse such steps, or lower the learning rate"
+            )
 
 
 def describe(caught: Exception, rank: int) -> dict[str, str]:

@@ -153,7 +153,12 @@ def status(source: Source | None = None) -> list[EnvironmentStatus]:
 def _status(folder: Path, current: bool) -> EnvironmentStatus:
     kind, _, key = folder.name.rpartition("-")
     complete = is_complete(folder)
-    marker = json.loads((folder / MARKER).read_text()) if complete else {}
+    try:
+        marker = json.loads((folder / MARKER).read_text()) if complete else {}
+    except ValueError:
+        raise RuntimeNotInstalledError(
+            f"{folder / MARKER} is damaged: delete the folder and run `lockstep runtime install`"
+        ) from None
     return EnvironmentStatus(kind, key, folder, complete, current, folder_bytes(folder), marker.get("python", ""))
 
 

@@ -283,7 +283,8 @@ _ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name != "se
 
 
 def save_batch(batch: PackedBatch, path: str | Path) -> None:
-    """Write `batch` to one safetensors file: under a temporary name, flushed, renamed."""
+    """Write `batch` to one safetensors file: under a temporary name, flushed, renamed. Raises OSError for one that can't be written."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -291,10 +292,15 @@ def save_batch(batch: PackedBatch, path: str | Path) -> None:
     # One metadata key: the order of several is not fixed, and equal batches shall be equal bytes.
     header = {"lockstep": json.dumps({"schema": SCHEMA, "sequence_ids": batch.sequence_ids})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(arrays, temporary, metadata=header)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        save_file(arrays, temporary, metadata=header)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_batch(path: str | Path) -> PackedBatch:
