@@ -17,7 +17,7 @@ test: setup-dev runtime check
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=15
 
-# Also a real server for each family and sync path: about ten minutes more.
+# Also a real server for each family and sync path: about a quarter of an hour more.
 test-all: setup-dev runtime check
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25
 

@@ -237,12 +237,11 @@ class MegatronBackend:
         try:
             # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
             if run.trainer_ahead:
-                await back_to_published(run)
+                await back_to_published(run, current)
             staged = run.store.stage(current + 1)
             run.trainer_ahead = True
-            arguments["out"] = (
-                str(staged) if run.parts.merged else None
-            )  # an adapter leaves before its folder is written
+            # An adapter leaves before its folder is written.
+            arguments["out"] = str(staged) if run.parts.merged else None
             reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
         except BaseException as error:
             await give_up_turn(run, error)

@@ -46,8 +46,12 @@ async def serve(run: Run, number: int) -> dict[str, float]:
     left it asleep it is ended. Returns what the sync took and what the probe found (`Probe.compare`).
     """
     async with never_left_asleep(run):
-        trained, figures = await _into_server(run, number)
-        return figures | await _prove(run, number, trained)
+        return await _serve(run, number)
+
+
+async def _serve(run: Run, number: int) -> dict[str, float]:
+    trained, figures = await _into_server(run, number)
+    return figures | await _prove(run, number, trained)
 
 
 async def publish_and_serve(
@@ -62,7 +66,7 @@ async def publish_and_serve(
     async with never_left_asleep(run):
         if run.parts.merged:
             step, seconds = await _publish(run, number, staged, metrics)
-            return step, await serve(run, number) | {"seconds_publish": seconds}
+            return step, await _serve(run, number) | {"seconds_publish": seconds}
         try:
             trained, figures = await _into_server(run, number)
         except BaseException:
@@ -119,9 +123,8 @@ async def _prove(run: Run, number: int, trained: ProbeScores | None) -> dict[str
     return found
 
 
-async def back_to_published(run: Run) -> None:
-    """After a step that never got published: whatever trainer and server did with it, they stand at the last published one again."""
-    step = run.store.published()[-1]
+async def back_to_published(run: Run, step: int) -> None:
+    """After a step that never got published: whatever trainer and server did with it, they stand at `step`, the last that was, again."""
     await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
     unpublished = run.name(step + 1)  # no rollout was ever told its name
     if not run.parts.merged and unpublished in await run.server.models():
@@ -140,7 +143,7 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
     step = run.store.published()[-1]
     try:
         # Whatever the error says (a cancelled call says nothing), the trainer may have changed its weights.
-        await back_to_published(run)
+        await back_to_published(run, step)
         if run.parts.merged:
             await make_room_for_weights(run)
             await _sync(run, step)
