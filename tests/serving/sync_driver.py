@@ -29,6 +29,18 @@ def apart(served: list[float], exact: list[float], *, largest: float, mean: floa
     return f"differ by {off.max():.3g} at most (allowed {largest:.3g}), by {off.mean():.3g} on average ({mean:.3g})"
 
 
+def flip_one_bit(monkeypatch, transport):
+    """One bit of the fourth bucket that leaves from now on changes on the way, after its digest was taken."""
+    send, flips = transport.send, iter([0, 0, 0, 1])
+
+    def flipped(bytes_N):
+        bytes_N = bytes_N.clone()
+        bytes_N[17] ^= next(flips, 0)
+        send(bytes_N)
+
+    monkeypatch.setattr(transport, "send", flipped)
+
+
 @contextmanager
 def on_experts(model, routes_SLK):
     """Runs a Qwen3.5 mixture on given experts, weighted by its own routers; None: as it is."""

@@ -12,7 +12,7 @@ import sender_ranks
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from sync_driver import hf_logprobs, load
+from sync_driver import flip_one_bit, hf_logprobs, load
 
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
@@ -91,15 +91,7 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
     await asyncio.to_thread(pusher.push, tensors, "torn@1")
     with pytest.raises(WeightsError, match="end before"):
         await asyncio.to_thread(pusher.push, tensors[:-2], "torn@2")
-    send, flips = pusher._transport.send, iter([0, 0, 0, 1])
-
-    def flipped(bytes_N):
-        """One bit of the fourth bucket changes on the way."""
-        bytes_N = bytes_N.clone()
-        bytes_N[17] ^= next(flips, 0)
-        send(bytes_N)
-
-    monkeypatch.setattr(pusher._transport, "send", flipped)
+    flip_one_bit(monkeypatch, pusher._transport)
     with pytest.raises(MismatchError, match="bucket 3"):
         await asyncio.to_thread(pusher.push, tensors, "torn@2")
     monkeypatch.undo()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep.errors import ServerError
 from lockstep.serving.launch import ServerConfig, launch
+from stopping import below
 
 # Shapes: S tokens of a sequence, V vocabulary.
 pytestmark = pytest.mark.server
@@ -258,15 +259,6 @@ asyncio.run(main())
 """
 
 
-def descendants(pid: int) -> set[int]:
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parent_of = {int(line.split()[0]): int(line.split()[1]) for line in listing.splitlines()}
-    found = {pid}
-    while more := {child for child, parent in parent_of.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
 def stack_end(pid: int) -> str:
     """Where the stack of a process begins: drawn anew by every exec, inherited by a fork."""
     (stack,) = (line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[stack]"))
@@ -278,7 +270,7 @@ def test_nothing_is_left_after_its_parent_was_killed(runtime, tiny_qwen3, tmp_pa
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     guard, url = driver.stdout.readline().split()
-    tree = descendants(driver.pid)
+    tree = below(driver.pid)
     assert int(guard) in tree
     assert len(tree) >= 4  # guard, API process, engine core, worker
     assert Counter(stack_end(pid) for pid in tree).most_common(1)[0][1] == 3, "vLLM was imported more than once"

@@ -14,7 +14,7 @@ import sender_ranks
 import torch
 from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file, save_file
-from sync_driver import change, checkpoint_weights, hf_logprobs, load
+from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, load
 
 from inflight import sampled_tokens, seen_sampling
 from lockstep.errors import MismatchError, ServerError, WeightsError
@@ -230,14 +230,7 @@ async def test_faults_leave_the_old_version(merged, pusher, folder, monkeypatch)
         return filled
 
     # The digest is of what should have left: what really leaves has one bit changed.
-    send, flips = pusher._transport.send, iter([0, 0, 0, 1])
-
-    def flipped(bytes_N):
-        bytes_N = bytes_N.clone()
-        bytes_N[17] ^= next(flips, 0)
-        send(bytes_N)
-
-    monkeypatch.setattr(pusher._transport, "send", flipped)
+    flip_one_bit(monkeypatch, pusher._transport)
     await push(good, MismatchError, "bucket 3")
     monkeypatch.undo()
     monkeypatch.setattr(pusher._filler, "fill", planted(swap=True))
