@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,18 @@ def token_lists(seed: int) -> list[list[int]]:
     return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (17, 40, 64)]
 
 
+async def check_text_prompts(server: Server) -> None:
+    """A text is completed as its tokens are; for GatedDeltaNet on a CPU the server first counts them, with a call to itself."""
+    prompts = ["the cat sat", "on the mat again"]
+    body = {"model": "base", "max_tokens": 3, "ignore_eos": True}
+    replies = await asyncio.gather(*(server.call("POST", "/v1/completions", body | {"prompt": p}) for p in prompts))
+    for text, reply in zip(prompts, replies, strict=True):
+        choice = reply.json()["choices"][0]
+        tokens = (await server.call("POST", "/tokenize", {"prompt": text})).json()["tokens"]
+        assert choice["prompt_token_ids"] == tokens
+        assert len(choice["token_ids"]) == 3
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.key}-{c.form}")
 async def test_vllm_serves_what_merging_gives(case: Case, runtime: Runtime, tmp_path: Path) -> None:
     base = write_tiny(case.key, tmp_path / "text", seed=21)
@@ -89,6 +102,7 @@ async def test_vllm_serves_what_merging_gives(case: Case, runtime: Runtime, tmp_
                 assert noise < case.noise
                 assert effect > 0.5
                 assert error < 3 * case.noise
+        await check_text_prompts(server)
     finally:
         await server.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from itertools import pairwise
 
@@ -181,13 +182,22 @@ async def test_errors_streams_and_other_routes_are_untouched():
 
 
 class Counting(Echo):
-    """Echo with a `/tokenize` that takes words for tokens, and knows the model `m` only."""
+    """Echo with a `/tokenize` that takes words for tokens, and knows the model `m` only.
+
+    Like vLLM's it listens for a client that leaves while it works, and then answers nothing.
+    """
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["path"] != "/tokenize":
             await super().__call__(scope, receive, send)
             return
         asked = json.loads((await receive())["body"])
+        leaving = asyncio.ensure_future(receive())
+        await asyncio.wait([leaving], timeout=0.01)
+        if not leaving.cancel():
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"null"})
+            return
         known = asked["model"] == "m" and asked["add_special_tokens"] is True
         await send({"type": "http.response.start", "status": 200 if known else 404, "headers": []})
         body = json.dumps({"count": len(asked["prompt"].split()), "tokens": []}).encode()

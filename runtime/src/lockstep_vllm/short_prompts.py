@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -66,7 +67,8 @@ class TwoTokenPrompts:
             sent.append(message)
 
         async def receive() -> Message:
-            return {"type": "http.disconnect"}
+            # Nothing comes after the body: vLLM ends a request whose client it hears going, with an empty answer.
+            return await asyncio.get_running_loop().create_future()
 
         headers = _with_length([(b"content-type", b"application/json")], len(body))
         prefix = scope.get("root_path", "")
