@@ -30,6 +30,7 @@ import numpy as np
 from packing import Case, batch_of, print_nothing
 from replay import checkpoint, device
 
+from lockstep.families.registry import get_model_support_spec
 from lockstep.serving.client import Server
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
@@ -47,7 +48,7 @@ async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Na
         model=folder,
         served_name="base",
         dtype="bfloat16",
-        lora=LoraServing(max_rank=RANK),
+        lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(folder)).default_target_modules),
         max_model_len=options.prompt + options.tokens + 1,
         max_num_seqs=options.requests,
         capture_routes=capture,

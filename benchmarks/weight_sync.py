@@ -5,7 +5,7 @@
     python benchmarks/weight_sync.py --shape qwen3-30b-a3b --merge-rank 16
     python benchmarks/weight_sync.py --shape qwen3-8b --gpus 0,1 --server-gpus 2   # two senders (TP2, experts EP2) to one
 
-Weights are random: the server starts with `--load-format dummy` on a folder that holds a config only, the senders draw theirs on their
+Weights are random: the server starts with `--load-format dummy` on a folder without weights, the senders draw theirs on their
 device in the trainer's layout (`sync_sender.py`). Rows of the table: the link (`link.py`, one large tensor from the first sender's device
 to the first of the server), Lockstep's cases, and vLLM's own engine: on GPUs its NCCL weight transfer, packed (`stock_sender.py`); on a
 CPU, for which vLLM has none, `/collective_rpc reload_weights` from the checkpoint's files. `GB/s` of a sync is its bytes over transfer
@@ -35,6 +35,7 @@ from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Layout
 from lockstep.families.registry import get_model_support_handler, load_model_config
 from lockstep.families.tiny import write_tiny
+from lockstep.families.tiny_tokenizer import save_tokenizer
 from lockstep.process import child_env, spawn
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
@@ -62,12 +63,13 @@ def write_config(shape: str, folder: Path) -> Path:
     config.architectures = [kind.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
 def server_config(arguments: argparse.Namespace, model: Path, gpus: tuple[int, ...]) -> ServerConfig:
     """vLLM's own update routes are on beside ours: both are measured on one server."""
-    extra = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    extra = [] if arguments.shape == "tiny" else ["--load-format", "dummy"]
     if gpus:
         extra += ["--weight-transfer-config", json.dumps({"backend": "nccl"}), *arguments.server_args]
     return ServerConfig(
