@@ -10,8 +10,10 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from lockstep.errors import ConfigError
+from lockstep.families.registry import load_model_config
 from lockstep.families.tiny import parse_override, tiny_models, write_tiny
 
 KEYS = tuple(tiny_models())
@@ -44,6 +46,17 @@ def test_outputs_are_neither_flat_nor_certain(key: str, tmp_path: Path) -> None:
         load = torch.bincount(chosen.flatten(), minlength=8)
         assert (load > 0).sum() >= 6, "some experts never run"
     assert bool(seen) == key.endswith("moe")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_family_takes_the_head_dim_that_releases_set(key: str, tmp_path: Path) -> None:
+    """transformers declares no such field for Qwen3's mixture, whose releases set it nevertheless."""
+    folder = write_tiny(key, tmp_path / "model", overrides={"head_dim": 48, "num_hidden_layers": 4})
+    config = load_model_config(folder)
+    assert config.head_dim == 48
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {n: file.get_slice(n).get_shape() for n in file.keys() if n.endswith("k_proj.weight")}  # noqa: SIM118
+    assert {shape[0] for shape in shapes.values()} == {48 * config.kv_heads}
 
 
 def test_any_field_can_be_set_and_no_other(tmp_path: Path) -> None:

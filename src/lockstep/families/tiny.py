@@ -36,6 +36,8 @@ _GAINS = {
 """Standard deviation of a matrix times the root of its fan-in; 1 for the others."""
 _DERIVED = ("layer_types", "full_attention_interval")
 """Fields that follow from others unless they are set."""
+_UNDECLARED = ("head_dim",)
+"""What every release sets and transformers reads, but does not declare for Qwen3's mixture."""
 
 
 @cache
@@ -96,7 +98,7 @@ def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
     Raises ConfigError for an unknown family or field.
     """
     cls = _model_class(family).config_class
-    known = set(cls().to_dict()) | set(_ROPE) | set(_DERIVED) | {"dtype"}
+    known = set(cls().to_dict()) | {*_ROPE, *_DERIVED, *_UNDECLARED, "dtype"}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} is no field of {cls.__name__}; known: {', '.join(sorted(known))}")
