@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
@@ -78,6 +79,29 @@ def test_neighbours_are_one_copy_and_odd_views_are_boxes():
     assert plan.matches(0, bytes_N)
     turned[1, 2] += 1
     assert not plan.matches(0, bytes_N)
+
+
+def test_a_buffer_that_is_given_up_is_freed():
+    """In shared mode the buffers of a sync, as large as the model, must be gone before the cache is back."""
+    bucket, metas, bytes_N = bucket_of(left=(8,), right=(3, 5))
+    left, right = torch.zeros(8), torch.zeros(5, 3)
+
+    def load(weights):
+        weight = dict(weights)
+        left.copy_(weight["left"])
+        right.copy_(weight["right"].t())
+
+    plan = make_plan({"left": left, "right": right}, metas, [bucket], load)
+    plan.copy(0, bytes_N)
+    assert plan.matches(0, bytes_N)
+    buffer = StorageWeakRef(bytes_N.untyped_storage())
+    plan.forget_buffers()
+    del bytes_N
+    assert buffer.expired()
+    again = torch.arange(23).float().flip(0).contiguous().view(torch.uint8)
+    plan.copy(0, again)
+    assert plan.matches(0, again)
+    assert left.tolist() == list(range(22, 14, -1))
 
 
 def test_what_cannot_be_repeated_is_refused():

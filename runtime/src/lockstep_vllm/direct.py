@@ -74,6 +74,10 @@ class DirectPlan:
             for target, source in zip(targets, sources, strict=True)
         )
 
+    def forget_buffers(self) -> None:
+        """Drops the views of buffers that `copy` and `matches` kept: a buffer that nobody else holds is freed."""
+        self._views.clear()
+
     def _pairs(self, bucket: int, bytes_N: torch.Tensor) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Views, kept from sync to sync: buffers come back. Apart, since one strided copy slows a whole list down."""
         key = (bucket, bytes_N.data_ptr())

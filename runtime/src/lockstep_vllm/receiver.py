@@ -70,8 +70,7 @@ class Receiver:
 
     def lockstep_free_buffers(self) -> None:
         """Gives the buffers of the last sync, and what this process's allocator keeps for later, back to the device."""
-        state = self._lockstep_sync_state()
-        state.staging, state.turning = [], []
+        self._lockstep_sync_drop_buffers()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -208,7 +207,7 @@ class Receiver:
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
         if incoming is not None and not incoming.done:
-            state.staging, state.turning = [], []  # a late bucket must not land in the next sync's
+            self._lockstep_sync_drop_buffers()  # a late bucket must not land in the next sync's
             self._lockstep_sync_hang_up()
         waiting_for = "" if incoming is None else incoming.waiting_for
         return {"touched": incoming is not None and incoming.streamed, "waiting_for": waiting_for}
@@ -260,6 +259,13 @@ class Receiver:
 
     def _lockstep_sync_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _lockstep_sync_drop_buffers(self) -> None:
+        """The buffers of buckets, and the direct path's views of them, which would keep them alive."""
+        state = self._lockstep_sync_state()
+        state.staging, state.turning = [], []
+        if state.direct is not None:
+            state.direct.forget_buffers()
 
     def _lockstep_sync_hang_up(self) -> None:
         state = self._lockstep_sync_state()
