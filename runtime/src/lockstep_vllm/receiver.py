@@ -53,6 +53,7 @@ class Receiver:
     # The worker's own, which this class is mixed into.
     vllm_config: Any
     model_runner: Any
+    reload_weights: Any
     rank: int
     device: torch.device
 
@@ -177,7 +178,7 @@ class Receiver:
             return {"path": "direct"}
         assert state.plan is not None
         weights = ((state.names[name], tensor) for name, tensor in assemble(state.plan, state.staging))
-        self.model_runner.reload_weights(weights_iterator=weights)
+        self.reload_weights(weights_iterator=weights)
         self._lockstep_sync_prove(state)
         if state.direct is None:
             state.staging = []
