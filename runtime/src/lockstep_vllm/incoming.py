@@ -41,9 +41,15 @@ class Incoming:
         self._plan, self._transports, self._buffers, self._land = plan, transports, buffers, land
         self._device = device
         self._arrivals: list[torch.cuda.Event] = []
+        self._before: torch.cuda.Event | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="lockstep-sync")
 
     def start(self) -> None:
+        """Called on the thread that made the buffers."""
+        if self._device.type == "cuda":
+            # Its current stream, which in vLLM is not the default one: what the buffers' memory was used for before may still be queued.
+            self._before = torch.cuda.Event()
+            self._before.record()
         self._thread.start()
 
     @property
@@ -63,8 +69,8 @@ class Incoming:
         totals = Digests(len(self._plan.buckets), self._device)
         try:
             with stream, torch.no_grad():
-                if self._device.type == "cuda":
-                    torch.cuda.current_stream().wait_stream(torch.cuda.default_stream(self._device))
+                if self._before is not None:
+                    self._before.wait()
                 self._receive_all(totals)
                 self._await_arrivals()
         except RuntimeError as error:
