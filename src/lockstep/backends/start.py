@@ -140,8 +140,8 @@ async def _start_in_turn(
     say("starting the trainer")
     trainer = await start_trainer(parts, folder)
     try:
-        if parts.offload:
-            await trainer.call("offload", {"keep_weights": False}, deadline_s=_OFFLOAD_DEADLINE_S)
+        verb, args = ("offload", {"keep_weights": False}) if parts.offload else ("release", {})
+        await trainer.call(verb, args, deadline_s=_OFFLOAD_DEADLINE_S)
         memory = await trainer.call("memory", {}, deadline_s=_OFFLOAD_DEADLINE_S)
         share = memory_share(memory["device_free"], memory["device_total"])
         return trainer, await launch(parts.server_config(served_name, share), runtime, folder, say)

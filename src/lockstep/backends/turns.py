@@ -66,5 +66,6 @@ async def servers_turn(run: Run) -> None:
 
 
 async def _offload(run: Run, *, keep_weights: bool) -> None:
-    if run.parts.offload:
-        await run.trainer.call("offload", {"keep_weights": keep_weights}, deadline_s=STEP_DEADLINE_S)
+    # Also a trainer that stays gives back what its step took beside its tensors: the server counts on that memory.
+    verb, args = ("offload", {"keep_weights": keep_weights}) if run.parts.offload else ("release", {})
+    await run.trainer.call(verb, args, deadline_s=STEP_DEADLINE_S)

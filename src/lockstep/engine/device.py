@@ -120,6 +120,12 @@ def require_memory(needed: int, what: str) -> None:
         )
 
 
+def release_memory() -> None:
+    """Give the device back what torch keeps of it for later allocations; nothing on a CPU."""
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
 def peak_memory() -> int:
     """Largest number of bytes held since the last call, 0 on CPU."""
     if not CUDA:

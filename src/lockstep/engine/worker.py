@@ -16,6 +16,7 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
   offload    {keep_weights}                   -> {"nbytes"}   memory of the device to the host; save works on from there, with
                                                  keep_weights score and sync do too, else only onload and memory
   onload     {}                               -> {"nbytes"}
+  release    {}                               -> {}   the device gets back what torch keeps of it for later; nothing moves
   memory     {}                               -> bytes of rank 0: see Offload.memory; device_free: of the rank that has least
   shutdown   {}                               -> {}
 A verb that fails leaves the worker usable; when weights were already changed it refuses to go on until `load`.
@@ -90,6 +91,7 @@ class Worker:
             "sync_adapter": self.sync_adapter,
             "offload": self.offload,
             "onload": self.onload,
+            "release": self.release,
             "memory": self.memory,
         }
 
@@ -147,6 +149,10 @@ class Worker:
 
     def onload(self, args: Json, report: Callable[[Json], None]) -> Json:
         return {"nbytes": self._offload().back()}
+
+    def release(self, args: Json, report: Callable[[Json], None]) -> Json:
+        device.release_memory()
+        return {}
 
     def memory(self, args: Json, report: Callable[[Json], None]) -> Json:
         found = self._offload().memory()
