@@ -59,6 +59,9 @@ class BackendSection(Config):
     tool_call_parser: str | None = Field(
         default=None, description="vLLM's parser that turns the model's text into tool calls; the family's if not given"
     )
+    server_args: tuple[str, ...] = Field(
+        default=(), description="further arguments of vLLM's command line; they win over ours"
+    )
     enable_expert_replay: bool = Field(
         default=True, description="mixture-of-experts only: train on the server's experts"
     )

@@ -50,7 +50,8 @@ class MegatronBackend:
     checkpoint's. numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's
     log-probability agrees to 1e-6 nats, which each step checks (docs/numerics.md). seed: of the adapter's initial values and the server's
     sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
-    tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's.
+    tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's. server_args: further arguments
+    of vLLM's command line, such as ("--enforce-eager",); they win over ours.
 
     Raises ConfigError for a setting it can't honour.
     """
@@ -70,6 +71,7 @@ class MegatronBackend:
         tool_call_parser: str | None = None,
         offload: bool | None = None,
         weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = None,
+        server_args: Sequence[str] = (),
     ):
         self.path = Path(path)
         self.parallel = parallel or Parallel()
@@ -82,6 +84,7 @@ class MegatronBackend:
         self.tool_call_parser = tool_call_parser
         self.offload = offload
         self.weight_transport: str | None = weight_transport
+        self.server_args = tuple(server_args)
         self.enable_expert_replay = enable_expert_replay
         self.on_progress: Callable[[str], None] | None = None
         self._runs: dict[TrainableModel, Run] = {}
@@ -195,6 +198,7 @@ class MegatronBackend:
             recompute=self.recompute,
             max_model_len=self.max_model_len,
             tool_call_parser=self.tool_call_parser,
+            server_args=self.server_args,
             exact=exact,
         )
         return parts, config.vocab_size

@@ -51,6 +51,8 @@ class Parts:
     recompute: bool | None
     max_model_len: int
     tool_call_parser: str | None
+    server_args: tuple[str, ...]
+    """Further arguments of vLLM's command line."""
     transport: str
     """How weights and adapters travel from the trainer's memory to the server."""
     exact: bool
@@ -90,6 +92,7 @@ class Parts:
             sleeps=self.shared,
             seed=self.seed,
             exact=self.exact,
+            extra_args=self.server_args,
         )
 
 
