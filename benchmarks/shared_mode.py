@@ -2,6 +2,7 @@
 
     python benchmarks/shared_mode.py                                          # a tiny model on the CPU
     python benchmarks/shared_mode.py --shape qwen3-8b --mode merged           # one GPU, 50 steps
+    python benchmarks/shared_mode.py --shape qwen3-8b --layers 12 --rank 4 --prompts 2 --tokens 8 --budget 280    # soon over
     python benchmarks/shared_mode.py --shape qwen3-30b-a3b --mode lora --output h200.json
 
 Each step is a real one: rollouts from the server, sleep, train, offload, sync, wake, proof. On a GPU `held` is what the process has of the
@@ -14,19 +15,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, write_random
+from real_steps import checkpoint, keep_logs, model_options, passed_s, rollouts, say
 
 import lockstep as ls
 from lockstep.backends.run import Run
+from lockstep.errors import LockstepError
 
 SETTLED = 3
 """The step that growth counts from."""
+LIMITS = {"storages": 0, "trainer_held": 128 << 20, "device_used": 128 << 20}
+"""Bytes that may be more at the last step than at the settled one: fragments of an allocator's, not what a step leaves behind."""
 PHASES = {
     "sleep": "server asleep",
     "onload": "trainer here",
@@ -79,31 +85,11 @@ class Watch:
                 "seconds": seconds,
                 "storages": trainer["device_storages"],
                 "host_copies": trainer["host_copies"],
+                "device_total": total,
                 "trainer_held": trainer["reserved"] if total else trainer["resident"],
                 "device_used": total - trainer["device_free"] if total else sum(one["resident"] for one in server),
             }
         )
-
-
-async def rollouts(model: ls.TrainableModel, prompts: int, tokens: int) -> list[ls.TrajectoryGroup]:
-    """Groups of two replies to made-up prompts, one rewarded and one not."""
-    client, name = model.openai_client(), model.inference_name()
-
-    async def group(number: int) -> ls.TrajectoryGroup:
-        messages = [{"role": "user", "content": f"Say something about the number {number}."}]
-        reply = await client.chat.completions.create(
-            model=name,
-            messages=messages,  # pyright: ignore[reportArgumentType]
-            n=2,
-            max_tokens=tokens,
-            extra_body={"ignore_eos": True},
-        )
-        pairs = enumerate(reply.choices)
-        return ls.TrajectoryGroup(
-            trajectories=[ls.Trajectory(messages_and_choices=[*messages, one], reward=float(at)) for at, one in pairs]
-        )
-
-    return list(await asyncio.gather(*(group(number) for number in range(prompts))))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -113,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [header, " " * 22 + f"{'first':>12}{'last':>11}{'growth':>11}" * len(columns)]
     last = max(row["step"] for row in rows)
     for phase, turn in dict.fromkeys((row["phase"], row["turn"]) for row in rows if row["step"] == last):
-        here = [row for row in rows if (row["phase"], row["turn"]) == (phase, turn) and row["step"] >= SETTLED]
+        here = settled(rows, phase, turn)
         line = f"{PHASES[phase] + (' (2)' if turn else ''):22}"
         for name in columns:
             first, end = here[0][name] / 2**20, here[-1][name] / 2**20
@@ -123,19 +109,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
-    folder = options.model or scratch / "model"
-    if (folder / "config.json").is_file():
-        return folder
-    if options.shape == "tiny":
-        from lockstep.families.tiny import write_tiny
+def settled(rows: list[dict[str, Any]], phase: str, turn: int) -> list[dict[str, Any]]:
+    """What was noted after a phase, from the step on that growth counts from."""
+    return [row for row in rows if (row["phase"], row["turn"]) == (phase, turn) and row["step"] >= SETTLED]
 
-        return write_tiny(options.family, folder)
-    from lockstep.families.tiny_tokenizer import save_tokenizer
 
-    write_random(options.shape, folder)
-    save_tokenizer(folder)
-    return folder
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """What grew. The host's resident memory, all there is to see on a CPU, comes and goes and is not judged."""
+    found = []
+    for phase, turn in dict.fromkeys((row["phase"], row["turn"]) for row in rows):
+        here = settled(rows, phase, turn)
+        for name, limit in LIMITS.items():
+            if here and (here[0]["device_total"] or name == "storages"):
+                grown = here[-1][name] - here[0][name]
+                if grown > limit:
+                    found.append(f"{name} after {PHASES[phase]!r} grew by {grown / 2**20:.1f} MiB")
+    return found
 
 
 async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> list[dict[str, Any]]:
@@ -148,37 +137,57 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> list
         placement=ls.Placement(trainer=place, inference=place),
         offload=not options.keep,
         enable_expert_replay=options.replay,
+        server_args=options.server_arg,
     )
-    lora = None if options.full else ls.LoraConfig(rank=16, alpha=32)
+    backend.on_progress = say
+    lora = None if options.full else ls.LoraConfig(rank=options.rank, alpha=2 * options.rank)
     model = ls.TrainableModel(name="shared", project="benchmark", base_model=str(folder), lora=lora)
-    await model.register(backend)
-    watch = Watch(backend._run(model))
-    watch.attach()
-    config = ls.TrainConfig(learning_rate=1e-6, max_mismatch=None)
+    rows: list[dict[str, Any]] = []
     try:
-        for step in range(1, options.cycles + 1):
-            watch.step = step
-            groups = await rollouts(model, options.prompts, options.tokens)
-            result = await backend.train(model, groups, config)
-            print(f"step {step}: probe {result.metrics['probe']:.1e}", flush=True)
+        await model.register(backend)
+        backend.on_progress = None
+        watch = Watch(backend._run(model), rows)
+        watch.attach()
+        await cycles(options, model, backend, watch)
+    except (LockstepError, TimeoutError) as error:
+        say(f"ended by {type(error).__name__}: {error}")
+        raise
     finally:
         await backend.close()
-    return watch.rows
+        keep_logs(runs, options.logs)
+    return rows
+
+
+async def cycles(
+    options: argparse.Namespace, model: ls.TrainableModel, backend: ls.MegatronBackend, watch: Watch
+) -> None:
+    """As many steps as were asked for, or as the budget has time for."""
+    config = ls.TrainConfig(learning_rate=1e-6, max_mismatch=None)
+    longest = 0.0
+    for step in range(1, options.cycles + 1):
+        # The first ones compile; a later one takes about as long as the longest of those since.
+        if step > SETTLED and passed_s() + longest > options.budget:
+            say(f"stopped after {step - 1} steps: the budget of {options.budget:g} s has no time for another")
+            return
+        began, watch.step = time.perf_counter(), step
+        groups = await rollouts(model, options.prompts, options.tokens)
+        result = await backend.train(model, groups, config)
+        seconds = time.perf_counter() - began
+        if step >= SETTLED:
+            longest = max(longest, seconds)
+        say(f"step {step}: {seconds:.2f} s, probe {result.metrics['probe']:.1e}")
+        # Nothing here reads an older step again, and the disk has no room for fifty optimizer states.
+        shutil.rmtree(backend.run_path(model) / "steps" / f"{step - 1:04d}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
-    parser.add_argument("--family", default="qwen3", help="family of the tiny model")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
+    model_options(parser, "qwen3")
     parser.add_argument("--mode", choices=["lora", "merged"], default="merged")
-    parser.add_argument("--full", action="store_true", help="train all weights (merged mode)")
     parser.add_argument("--keep", action="store_true", help="no offload: the trainer's memory stays on the device")
     parser.add_argument("--replay", action="store_true", help="replay expert routes: the proof takes two more turns")
     parser.add_argument("--cycles", type=int, default=50)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--output", type=Path, help="write every figure as JSON")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds, from the program's start, for all steps")
     options = parser.parse_args()
     if options.cycles < SETTLED:
         parser.error(f"--cycles must be at least {SETTLED}")
@@ -189,10 +198,18 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint(options, Path(scratch))
+        say(f"the model is in {folder}")
         rows = asyncio.run(measure(options, folder, Path(scratch) / "runs"))
     print(table(rows))
+    lost, done = losses(rows), max(row["step"] for row in rows)
     if options.output:
-        options.output.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}))
+        told = {"options": {k: str(v) for k, v in vars(options).items()}, "steps": done, "lost": lost, "rows": rows}
+        options.output.write_text(json.dumps(told))
+    for one in lost:
+        print(f"FAILED: {one}")
+    if lost:
+        sys.exit(1)
+    print(f"{done} of {options.cycles} steps, no memory lost")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""What benchmarks of real steps share: a random model with a tokenizer, rollouts from the run's server, its logs, and a clock."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import time
+from pathlib import Path
+
+from shapes import DECIDED, SHAPES, write_random
+
+import lockstep as ls
+from lockstep.families.tiny import write_tiny
+from lockstep.families.tiny_tokenizer import save_tokenizer
+
+STARTED = time.monotonic()
+
+
+def passed_s() -> float:
+    """Seconds since this program began."""
+    return time.monotonic() - STARTED
+
+
+def say(text: str) -> None:
+    print(f"{passed_s():7.1f} s  {text}", flush=True)
+
+
+def model_options(parser: argparse.ArgumentParser, family: str) -> None:
+    """family: of the tiny model, unless another is asked for."""
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--family", default=family, help="family of the tiny model")
+    parser.add_argument("--layers", type=int, help="so many layers in place of the shape's own")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument("--full", action="store_true", help="train all weights (merged mode)")
+    parser.add_argument("--prompts", type=int, default=4, help="groups per step, of two replies each")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of a reply that is trained on")
+    parser.add_argument("--server-arg", action="append", default=[], help="a further argument of vLLM's command line")
+    parser.add_argument("--logs", type=Path, help="copy the run's logs to this folder at the end, whatever the end is")
+    parser.add_argument("--output", type=Path, help="write every figure as JSON")
+
+
+def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
+    """The random model's folder; one that is there already is used as it is."""
+    folder = options.model or scratch / "model"
+    if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
+        return folder
+    overrides = {"num_hidden_layers": options.layers} if options.layers else {}
+    if options.shape == "tiny":
+        return write_tiny(options.family, folder, overrides=overrides)
+    # Drawn so that a router's picks don't hang on the last bits: the proof compares two programs in bf16.
+    write_random(options.shape, folder, overrides, DECIDED)
+    save_tokenizer(folder)
+    return folder
+
+
+async def rollouts(model: ls.TrainableModel, prompts: int, tokens: int) -> list[ls.TrajectoryGroup]:
+    """Groups of two replies to made-up prompts, one rewarded and one not."""
+    client, name = model.openai_client(), model.inference_name()
+
+    async def group(number: int) -> ls.TrajectoryGroup:
+        messages = [{"role": "user", "content": f"Say something about the number {number}."}]
+        reply = await client.chat.completions.create(
+            model=name,
+            messages=messages,  # pyright: ignore[reportArgumentType]
+            n=2,
+            max_tokens=tokens,
+            extra_body={"ignore_eos": True},
+        )
+        pairs = enumerate(reply.choices)
+        return ls.TrajectoryGroup(
+            trajectories=[ls.Trajectory(messages_and_choices=[*messages, one], reward=float(at)) for at, one in pairs]
+        )
+
+    return list(await asyncio.gather(*(group(number) for number in range(prompts))))
+
+
+def keep_logs(runs: Path, folder: Path | None) -> None:
+    """Copies the logs of every run below `runs`, which is scratch, to where they stay."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in runs.glob("*/*/logs/*.log"):
+        shutil.copy(log, folder / log.name)
