@@ -73,8 +73,8 @@ class Incoming:
                     self._before.wait()
                 self._receive_all(totals)
                 self._await_arrivals()
-        except RuntimeError as error:
-            self.failure = str(error)
+        except Exception as error:  # noqa: BLE001 (the thread's boundary: whatever it is, the sender must hear of it)
+            self.failure = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
             for transport in self._transports:
                 transport.close()
             return
