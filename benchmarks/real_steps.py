@@ -49,8 +49,10 @@ def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
     overrides = {"num_hidden_layers": options.layers} if options.layers else {}
     if options.shape == "tiny":
         return write_tiny(options.family, folder, overrides=overrides)
-    # Drawn so that a router's picks don't hang on the last bits: the proof compares two programs in bf16.
-    write_random(options.shape, folder, overrides, DECIDED)
+    # Drawn so that a router's picks don't hang on the last bits, and layers don't add to each other's noise: the proof compares two
+    # programs in bf16. A tied head would turn such an embedding into huge logits.
+    tied = SHAPES[options.shape][1].get("tie_word_embeddings", False)
+    write_random(options.shape, folder, overrides, None if tied else DECIDED)
     save_tokenizer(folder)
     return folder
 
