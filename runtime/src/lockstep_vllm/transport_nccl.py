@@ -1,7 +1,4 @@
-"""The receiving side of `lockstep.sync.transport_nccl`: broadcasts through a NCCL communicator of one sender and all workers.
-
-Not yet run on a GPU.
-"""
+"""The receiving side of `lockstep.sync.transport_nccl`: broadcasts through a NCCL communicator of one sender and all workers."""
 
 # pyright: reportMissingImports=false
 
@@ -20,6 +17,8 @@ from lockstep_vllm.arrival import passed
 from lockstep_vllm.rendezvous import join
 
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_NEVER = timedelta(days=30)
+"""torch's own deadline: past it the process's watchdogs write dumps and may end it. Ours is kept here, by `abort`."""
 
 
 class NcclTransport:
@@ -68,7 +67,9 @@ def check_version(sender: list[int]) -> None:
 def _group(info: dict[str, Any], rank: int) -> Any:
     """A communicator of its own. torch's watchdog would end the process at a timeout; the receiver aborts instead and says why."""
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=float(info["deadline_s"]))
+    options._timeout = _NEVER
+    # Else filling or landing one bucket would take all processors of the GPU before the next broadcast gets any.
+    options.is_high_priority_stream = True
     before = os.environ.get(_WATCHDOG)
     os.environ[_WATCHDOG] = "0"
     try:

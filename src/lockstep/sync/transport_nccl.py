@@ -5,7 +5,7 @@ each other. Nothing here waits on the host but `accept` and `flush`: a broadcast
 stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels on
 both sides.
 
-Not yet run on a GPU: `tests/gpu` and `benchmarks/weight_sync.py` are its proof.
+Proof on GPUs: `tests/serving/test_nccl_sync.py` and `benchmarks/weight_sync.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lockstep.sync.rendezvous import listen
 
 _POLL_S = 0.0002
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_NEVER = timedelta(days=30)
+"""torch's own deadline: past it the process's watchdogs write dumps and may end it. Ours is kept here, by `abort`."""
 
 
 class NcclTransport:
@@ -56,7 +58,7 @@ class NcclTransport:
     def accept(self) -> None:
         assert self._store is not None
         try:
-            self._group = nccl_group(self._store, 0, self._world, self._deadline_s)
+            self._group = nccl_group(self._store, 0, self._world)
             # The communicator is made by its first use: this one, so that a receiver that is missing is missed here.
             self.send(torch.zeros(1, dtype=torch.uint8, device="cuda"))
             self.flush()
@@ -110,10 +112,12 @@ def _own_deadlines() -> Iterator[None]:
             os.environ[_WATCHDOG] = before
 
 
-def nccl_group(store: dist.Store, rank: int, world: int, deadline_s: float) -> Any:
+def nccl_group(store: dist.Store, rank: int, world: int) -> Any:
     """A communicator that belongs to nobody's default group."""
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=deadline_s)
+    options._timeout = _NEVER
+    # Else filling or landing one bucket would take all processors of the GPU before the next broadcast gets any.
+    options.is_high_priority_stream = True
     with _own_deadlines():
         return dist.ProcessGroupNCCL(dist.PrefixStore("weights", store), rank, world, options)
 
