@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lockstep.engine.merge import merge
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Layout, Sizes
 from lockstep.families.registry import get_model_support_handler, load_model_config
@@ -54,8 +55,7 @@ class Weights:
                 yield key, value
                 continue
             a, b = self.pairs[key]
-            product = torch.baddbmm if value.dim() == 3 else torch.addmm
-            yield key, product(value.float(), b.float(), a.float(), alpha=2.0).to(value.dtype)
+            yield key, merge(value, b, a, 2.0)
 
 
 def shards_of(job: dict[str, Any], config: Any, handler: Any, rank: int) -> Any:

@@ -4,7 +4,7 @@ Adapters are merged in fp32 from the base weights, which the model keeps unchang
 nothing is ever merged into the model or taken out of it again. With all weights trained, they travel as they are. On a GPU the merge of
 one parameter runs while the ones before it travel.
 
-Shapes: R LoRA rank, I input columns, O output rows, E experts.
+Shapes: E experts, O output rows, R LoRA rank, I input columns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lockstep.engine import device
 from lockstep.engine.build import sizes_here
+from lockstep.engine.merge import merge
 from lockstep.engine.session import Session
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Shard, Sizes
@@ -82,15 +83,9 @@ class WeightsOut:
         if adapter is None:
             return weight[chosen]
         if supply.experts is None:
-            return _sum(weight, adapter.blocked_b(), adapter.stacked_a(), adapter.scale)
+            return merge(weight, adapter.blocked_b(), adapter.stacked_a(), adapter.scale)
         a_ERI, b_EOR = adapter.stacked()
-        return _sum(weight[chosen], b_EOR[chosen], a_ERI[chosen], adapter.scale)
-
-
-def _sum(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    """weight + scale * b @ a in fp32, rounded once; of matrices or of stacks of them."""
-    product = torch.baddbmm if weight.dim() == 3 else torch.addmm
-    return product(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+        return merge(weight[chosen], b_EOR[chosen], a_ERI[chosen], adapter.scale)
 
 
 def _everyones_shards(session: Session) -> list[list[Shard]]:
