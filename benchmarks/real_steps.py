@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from shapes import DECIDED, SHAPES, write_random
@@ -52,7 +54,9 @@ def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
     # Drawn so that a router's picks don't hang on the last bits, and layers don't add to each other's noise: the proof compares two
     # programs in bf16. A tied head would turn such an embedding into huge logits.
     tied = SHAPES[options.shape][1].get("tie_word_embeddings", False)
-    write_random(options.shape, folder, overrides, None if tied else DECIDED)
+    # In a process of its own, which leaves nothing on the GPU.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(write_random, options.shape, folder, overrides, None if tied else DECIDED).result()
     save_tokenizer(folder)
     return folder
 
