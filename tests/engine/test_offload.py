@@ -90,6 +90,10 @@ def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: P
     for folder in ("s1-without-optimizer", "s1-away", "s1-back"):
         assert files_of(tmp_path / folder) == published, folder
     with_cycles = stepped(session, batch, tmp_path / "s2")
+    trained = everything(session)
+    offload.out(keep_weights=False)
+    offload.back()
+    assert all(torch.equal(tensor, everything(session)[name]) for name, tensor in trained.items())
     load_step(session, tmp_path / "s1")
     assert stepped(session, batch, tmp_path / "s2-without") == with_cycles
 

@@ -22,13 +22,16 @@ from lockstep.errors import TrainerError
 
 @dataclass
 class _Held:
-    """One storage of the device. `zeros`: it holds nothing between two verbs, so that it is not copied but cleared."""
+    """One storage of the device. `zeros`: it holds nothing between two verbs, so that it is not copied but cleared. `fixed`: nothing ever
+    changes it, so that its copy on the host stays right.
+    """
 
     name: str
     storage: torch.UntypedStorage
     device: torch.device
     nbytes: int
     zeros: bool
+    fixed: bool
     host: Tensor | None = None
     """The copy, uint8; kept from cycle to cycle, since pinning memory is slow."""
     away: bool = False
@@ -45,8 +48,10 @@ class Offload:
         """Raises TrainerError for a tensor whose storage can't be emptied."""
         seen: dict[int, _Held] = {}
         self.buckets = session.optimizer.buckets
-        self.optimizer = [held for one in _of_optimizer(session) if (held := _held(*one, seen))]
-        self.weights = [held for one in _of_model(session) if (held := _held(*one, False, seen))]
+        self.optimizer = [held for one in _of_optimizer(session) if (held := _held(*one, False, seen))]
+        self.weights = [
+            held for name, tensor, fixed in _of_model(session) if (held := _held(name, tensor, False, fixed, seen))
+        ]
 
     @property
     def state(self) -> str:
@@ -68,7 +73,7 @@ class Offload:
                 "use offload = False, or a smaller model"
             )
         for held in leaving:
-            if held.zeros:
+            if held.zeros or (held.fixed and held.host is not None):
                 continue
             if held.host is None:
                 held.host = torch.empty(held.nbytes, dtype=torch.uint8, pin_memory=CUDA)
@@ -143,18 +148,22 @@ def _name(bucket: int, kind: str) -> str:
     return f"{kind} of bucket {bucket}"
 
 
-def _of_model(session: Session) -> Iterator[tuple[str, Tensor]]:
-    yield from ((f"weights of bucket {number}", one.weights) for number, one in enumerate(session.optimizer.buckets))
-    yield from session.model.named_parameters()
-    yield from session.model.named_buffers()
+def _of_model(session: Session) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether it is fixed: the base under adapters, which nothing is ever merged into)."""
+    for number, bucket in enumerate(session.optimizer.buckets):
+        yield f"weights of bucket {number}", bucket.weights, False
+    for name, parameter in session.model.named_parameters():
+        yield name, parameter, not parameter.requires_grad
+    for name, buffer in session.model.named_buffers():
+        yield name, buffer, False
 
 
-def _held(name: str, tensor: Tensor, zeros: bool, seen: dict[int, _Held]) -> _Held | None:
+def _held(name: str, tensor: Tensor, zeros: bool, fixed: bool, seen: dict[int, _Held]) -> _Held | None:
     """The tensor's storage; None when it is empty or was found before."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0 or storage.data_ptr() in seen:
         return None
     if not storage.resizable():
         raise TrainerError(f"{name} can't leave the device: its memory belongs to something else")
-    seen[storage.data_ptr()] = _Held(name, storage, tensor.device, storage.nbytes(), zeros)
+    seen[storage.data_ptr()] = _Held(name, storage, tensor.device, storage.nbytes(), zeros, fixed)
     return seen[storage.data_ptr()]
