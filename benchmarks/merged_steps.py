@@ -24,6 +24,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from real_steps import checkpoint, keep_logs, model_options, rollouts, say
 
 import lockstep as ls
 from lockstep.backends.run import Run
-from lockstep.errors import LockstepError, ServerError
+from lockstep.errors import ServerError
 from lockstep.leases import rollout_scope
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -263,7 +264,8 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
             for _ in range(options.steps):
                 rows.append(await one_step(options, model, backend, syncs))
                 faults += rows[-1]["faults"]
-    except (LockstepError, TimeoutError) as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before it is told)
+        traceback.print_exc()
         why = str(error) or f"{options.deadline:g} s are over"
         return rows, [f"{type(error).__name__} after {len(rows)} steps: {why}"]
     finally:

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from real_steps import checkpoint, keep_logs, model_options, passed_s, rollouts,
 
 import lockstep as ls
 from lockstep.backends.run import Run
-from lockstep.errors import LockstepError
 
 SETTLED = 3
 """The step that growth counts from."""
@@ -127,7 +127,8 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> list[dict[str, Any]]:
+async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(what was noted, why it ended early)."""
     import torch
 
     place = (0,) if torch.cuda.is_available() else "cpu"
@@ -149,13 +150,13 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> list
         watch = Watch(backend._run(model), rows)
         watch.attach()
         await cycles(options, model, backend, watch)
-    except (LockstepError, TimeoutError) as error:
-        say(f"ended by {type(error).__name__}: {error}")
-        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before it is told)
+        traceback.print_exc()
+        return rows, [f"{type(error).__name__}: {error}"]
     finally:
         await backend.close()
         keep_logs(runs, options.logs)
-    return rows
+    return rows, []
 
 
 async def cycles(
@@ -199,15 +200,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint(options, Path(scratch))
         say(f"the model is in {folder}")
-        rows = asyncio.run(measure(options, folder, Path(scratch) / "runs"))
-    print(table(rows))
-    lost, done = losses(rows), max(row["step"] for row in rows)
+        rows, faults = asyncio.run(measure(options, folder, Path(scratch) / "runs"))
+    done = max((row["step"] for row in rows), default=0)
+    if done >= SETTLED:
+        print(table(rows))
+    faults += losses(rows)
     if options.output:
-        told = {"options": {k: str(v) for k, v in vars(options).items()}, "steps": done, "lost": lost, "rows": rows}
+        told = {"options": {k: str(v) for k, v in vars(options).items()}, "steps": done, "faults": faults, "rows": rows}
         options.output.write_text(json.dumps(told))
-    for one in lost:
-        print(f"FAILED: {one}")
-    if lost:
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    if faults:
         sys.exit(1)
     print(f"{done} of {options.cycles} steps, no memory lost")
 
