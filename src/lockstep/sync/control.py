@@ -11,6 +11,9 @@ import httpx
 
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, WeightsError
 
+_IDLE_S = 2.0
+"""A connection that was idle for longer is made anew: vLLM closes its end after 5 s, and a call must not meet that."""
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -21,18 +24,24 @@ class Endpoint:
 
 
 class Control:
-    """One call at a time; each raises ServerError, WeightsError or MismatchError for what the server refuses."""
+    """One call at a time over one connection; each raises ServerError, WeightsError or MismatchError for what the server refuses."""
 
     def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
         self._endpoint = endpoint
         self._deadline_s = deadline_s
+        self._client: httpx.Client | None = None
+
+    def close(self) -> None:
+        """Drops the connection; the next call makes a new one."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
         url = self._endpoint.root_url + path
         try:
-            with httpx.Client(timeout=self._deadline_s, verify=False, trust_env=False) as client:
-                response = client.request(method, url, json=body, headers=headers)
+            response = self._open().request(method, url, json=body, headers=headers)
         except httpx.TimeoutException:
             raise ServerError(f"the server did not answer {method} {path} within {self._deadline_s:g} s") from None
         except httpx.TransportError as error:
@@ -40,6 +49,12 @@ class Control:
         if response.status_code == 200:
             return response.json()
         raise _refusal(response, f"{method} {path}")
+
+    def _open(self) -> httpx.Client:
+        if self._client is None:
+            limits = httpx.Limits(keepalive_expiry=_IDLE_S)
+            self._client = httpx.Client(timeout=self._deadline_s, verify=False, trust_env=False, limits=limits)
+        return self._client
 
     def during(self, path: str, body: dict[str, Any], step: Callable[[], None]) -> None:
         """POSTs while `step` runs: the server answers when it has done its part, and it does that only while this side is doing its own."""

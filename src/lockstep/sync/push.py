@@ -104,6 +104,7 @@ class _Pusher:
         """Drops the connection; the server keeps what it serves."""
         self._connected = False
         self._transport.close()
+        self._control.close()
 
     def _sync(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: str, route: str, extra: dict[str, Any]
@@ -208,7 +209,8 @@ class AdapterPusher(_Pusher):
         crew: Crew | None = None,
     ) -> None:
         """adapter_config: the fields of PEFT's adapter_config.json."""
-        super().__init__(endpoint, transport, plan, device=device, deadline_s=deadline_s, crew=crew)
+        # An adapter is received into memory of its own whatever there is room for, so there is nothing to choose.
+        super().__init__(endpoint, transport, plan, device=device, deadline_s=deadline_s, crew=crew, policy="staged")
         self._described |= {"adapter": dict(adapter_config)}
         # PEFT lists stacked experts as parameters of the model; vLLM must be told.
         self._extra = {"stacked_experts": bool(adapter_config.get("target_parameters"))}
