@@ -16,27 +16,34 @@ def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorMeta]:
 
 
 class BucketFiller:
-    """Two buffers of the largest bucket's size, kept from sync to sync."""
+    """Two buffers of the largest bucket's size, kept from sync to sync, and the place of every block in them."""
 
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self._buffers = [torch.zeros(plan.largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        sources = {source.key: source for source in plan.sources}
+        self._places = [self._views(index, sources) for index in range(len(plan.buckets))]
+
+    def _views(self, index: int, sources: dict[str, Source]) -> list[torch.Tensor]:
+        views = []
+        for block in self.plan.buckets[index].blocks:
+            source, rows = sources[block.key], block.stop - block.start
+            end = block.offset + rows * source.width * source.dtype.itemsize
+            bytes_N = self._buffers[index % 2][block.offset : end]
+            views.append(bytes_N.view(source.dtype).view(rows, source.width))
+        return views
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, Bucket, torch.Tensor]]:
         """Yields (index, bucket, bytes_N) in the plan's order; the bytes stay valid until the yield after the next.
 
-        tensors: (key, tensor) of every source of the plan, in order. On a GPU everything is queued on the current stream. Raises
-        WeightsError when the stream differs from the plan in a key, its order, a dtype, a size or its end.
+        tensors: (key, tensor) of every source of the plan, in order. On a GPU everything is queued on the current stream, a bucket's
+        blocks in few kernels. Raises WeightsError when the stream differs from the plan in a key, its order, a dtype, a size or its end.
         """
         stream = _Stream(self.plan, tensors)
         for index, bucket in enumerate(self.plan.buckets):
-            bytes_N = self._buffers[index % 2][: bucket.nbytes]
-            for block in bucket.blocks:
-                rows = stream.rows(block)
-                start = block.offset
-                into = bytes_N[start : start + rows.numel() * rows.element_size()].view(rows.dtype)
-                into.view(rows.shape).copy_(rows)
-            yield index, bucket, bytes_N
+            rows = [stream.rows(block) for block in bucket.blocks]
+            torch._foreach_copy_(self._places[index], rows)
+            yield index, bucket, self._buffers[index % 2][: bucket.nbytes]
         stream.finish()
 
 
