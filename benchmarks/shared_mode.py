@@ -100,7 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     last = max(row["step"] for row in rows)
     for phase, turn in dict.fromkeys((row["phase"], row["turn"]) for row in rows if row["step"] == last):
         here = settled(rows, phase, turn)
-        line = f"{PHASES[phase] + (' (2)' if turn else ''):22}"
+        line = f"{PHASES[phase] + (f' ({turn + 1})' if turn else ''):22}"
         for name in columns:
             first, end = here[0][name] / 2**20, here[-1][name] / 2**20
             line += f"{first:12.1f}{end:11.1f}{end - first:+11.1f}"
@@ -115,15 +115,19 @@ def settled(rows: list[dict[str, Any]], phase: str, turn: int) -> list[dict[str,
 
 
 def losses(rows: list[dict[str, Any]]) -> list[str]:
-    """What grew. The host's resident memory, all there is to see on a CPU, comes and goes and is not judged."""
+    """What grew. Judged where a side has just given its memory away or taken it back: in between an allocator's reserve varies with the
+    rollouts. The host's resident memory, all there is to see on a CPU, comes and goes and is not judged.
+    """
     found = []
     for phase, turn in dict.fromkeys((row["phase"], row["turn"]) for row in rows):
         here = settled(rows, phase, turn)
+        if not here:
+            continue
+        on_device = phase in ("sleep", "offload", "wake") and here[0]["device_total"]
         for name, limit in LIMITS.items():
-            if here and (here[0]["device_total"] or name == "storages"):
-                grown = here[-1][name] - here[0][name]
-                if grown > limit:
-                    found.append(f"{name} after {PHASES[phase]!r} grew by {grown / 2**20:.1f} MiB")
+            grown = here[-1][name] - here[0][name]
+            if grown > limit and (on_device or name == "storages"):
+                found.append(f"{name} after {PHASES[phase]!r} grew by {grown / 2**20:.1f} MiB")
     return found
 
 
