@@ -14,7 +14,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sync_driver import flip_one_bit, hf_logprobs, load
 
-from inflight import seen_running
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
@@ -84,38 +83,6 @@ async def test_versions_from_memory(server, tiny_qwen3, tmp_path):
 async def held(server) -> int:
     """Bytes of adapters from memory that the server keeps."""
     return (await server.call("GET", "/lockstep/memory")).json()["workers"][0]["adapters"]
-
-
-async def loaded(server) -> int:
-    """How many adapters vLLM's worker keeps, served or not."""
-    return (await server.memory())[0]["loaded_adapters"]
-
-
-async def test_an_adapter_that_is_retired_is_freed_when_its_last_request_ends(server, tiny_qwen3, tmp_path):
-    """vLLM forgets its name only, and would keep its tensors until as many others have come."""
-    before = await loaded(server)
-    pusher, made = None, {}
-    for seed in (7, 8):
-        tensors, config, made[seed] = adapter(tiny_qwen3, tmp_path / str(seed), seed)
-        pusher = pusher or make_pusher(server, tensors, config)
-        await asyncio.to_thread(pusher.push, tensors, f"short@{seed}")
-    assert pusher is not None
-    assert await loaded(server) == before + 2
-    body = {"model": "short@7", "prompt": TOKENS[:8], "max_tokens": 400, "ignore_eos": True}
-    running = await seen_running(server, lambda: server.call("POST", "/v1/completions", body, deadline_s=100.0))
-    await server.unload_adapter("short@7")
-    await server.unload_adapter("short@8")
-    if not running.done():
-        assert await loaded(server) == before + 1
-        assert await held(server) > 0
-    reply = (await running).json()
-    assert len(reply["choices"][0]["token_ids"]) == 400
-    await asyncio.to_thread(pusher.push, adapter(tiny_qwen3, tmp_path / "9", 9)[0], "short@9")
-    assert await loaded(server) == before + 1
-    await server.unload_adapter("short@9")
-    assert await loaded(server) == before
-    assert await held(server) == 0
-    pusher.close()
 
 
 async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwen3, tmp_path, monkeypatch):

@@ -54,17 +54,15 @@ class Receiver:
     vllm_config: Any
     model_runner: Any
     reload_weights: Any
-    list_loras: Any
     rank: int
     device: torch.device
 
     def lockstep_memory(self) -> dict[str, int]:
         """Bytes: what this process holds of the host's memory, in adapters that came from memory, and of its device; and what the
-        device has free and in all. loaded_adapters: how many adapters vLLM keeps.
+        device has free and in all.
         """
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         found = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": memory_adapters.nbytes()}
-        found["loaded_adapters"] = 0 if self.vllm_config.lora_config is None else len(self.list_loras())
         if self.device.type != "cuda":
             return found
         free, total = torch.cuda.mem_get_info(self.device)

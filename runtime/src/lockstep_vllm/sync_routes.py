@@ -16,7 +16,6 @@ from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
-from lockstep_vllm import choices
 from lockstep_vllm.memory_adapters import SCHEME
 from lockstep_vllm.served_names import keep_names, rename_base
 
@@ -41,10 +40,7 @@ class WeightSync:
         self._engine = engine
         self._state = state
         self._lock = asyncio.Lock()
-        self._adapters: dict[str, tuple[str, int]] = {}
-        """By name: the path that an adapter from memory was loaded under, and vLLM's number of it."""
-        self._retired: list[tuple[str, str, int]] = []
-        """Name, path and number of those that are not served any more, and may still be used by requests in flight."""
+        self._adapters: dict[str, str] = {}
         self._paused_at: float | None = None
 
     async def workers(self) -> int:
@@ -124,7 +120,6 @@ class WeightSync:
         async with self._lock:
             await self._all_received(digests, deadline_s)
             started = time.monotonic()
-            await self._free_retired()
             # Never the same path twice, also for a name that comes back: the prefix cache is keyed on both.
             path = f"{SCHEME}{name}/{uuid.uuid4().hex}"
             await self.call("lockstep_sync_stage_adapter", path)
@@ -133,35 +128,18 @@ class WeightSync:
             if not isinstance(answer, str):
                 await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
-            self._retire(name)  # one of before that was unloaded only
-            self._adapters[name] = path, self._state.openai_serving_models.lora_requests[name].lora_int_id
+            self._adapters[name] = path
             return {"version": name, "pause_s": time.monotonic() - started, "path": "adapter"}
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
-        """Frees the tensors of an adapter that is not served any more, once no request uses it; harmless for one that came from a
-        folder.
-        """
+        """Frees the tensors of an adapter that is not served any more; harmless for one that came from a folder."""
         async with self._lock:
-            if name in self._adapters and name in self._state.openai_serving_models.lora_requests:
+            path = self._adapters.get(name)
+            if path is not None and name in self._state.openai_serving_models.lora_requests:
                 raise SyncRefusedError("server", f"adapter {name!r} is still served: unload it first")
-            self._retire(name)
-            await self._free_retired()
+            if path is not None:
+                await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name))
         return {}
-
-    def _retire(self, name: str) -> None:
-        if name in self._adapters:
-            self._retired.append((name, *self._adapters.pop(name)))
-
-    async def _free_retired(self) -> None:
-        """vLLM's unloading forgets the name only: its workers keep the last `max_cpu_loras` adapters, and those from memory are on the
-        device. A request in flight needs its adapter to the end, so that one waits for the next adapter.
-        """
-        for retired in list(self._retired):
-            name, path, number = retired
-            if not choices.in_flight[name]:
-                self._retired.remove(retired)
-                await self._engine.remove_lora(number)
-                await self.call("lockstep_sync_forget_adapter", path)
 
     async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
