@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -30,13 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from shapes import SHAPES
+from sync_common import DEADLINE_S, machine, numbers, run_child, write_config
 
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Layout
 from lockstep.families.registry import get_model_support_handler, load_model_config
-from lockstep.families.tiny import write_tiny
-from lockstep.families.tiny_tokenizer import save_tokenizer
-from lockstep.process import child_env, spawn
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.install import find_runtime
@@ -49,22 +45,6 @@ from torchrun import torchrun  # noqa: E402
 
 WARM_UP = 2
 LINK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
-_DEADLINE_S = 900.0
-
-
-def write_config(shape: str, folder: Path) -> Path:
-    """A folder with the shape's config and no weights; for "tiny" a whole checkpoint, which vLLM's reload reads."""
-    if shape == "tiny":
-        return write_tiny("qwen3_moe", folder, seed=1)
-    import transformers
-
-    kind, fields = SHAPES[shape]
-    config = getattr(transformers, kind)(**fields)
-    config.architectures = [kind.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 def server_config(arguments: argparse.Namespace, model: Path, gpus: tuple[int, ...]) -> ServerConfig:
@@ -105,23 +85,9 @@ def measure_link(gpus: tuple[int, ...], server_gpus: tuple[int, ...], repeat: in
         )
         for rank, device in enumerate(devices)
     ]
-    answers = [one.communicate(timeout=_DEADLINE_S)[0] for one in running]
+    answers = [one.communicate(timeout=DEADLINE_S)[0] for one in running]
     assert all(one.returncode == 0 for one in running), "the link could not be measured"
     return json.loads(answers[0].splitlines()[-1])
-
-
-async def run_child(command: list[str], folder: Path, name: str, python_path: str = "") -> str:
-    """A program under our guard; its log's text."""
-    env = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
-        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
-    }
-    if python_path or "PYTHONPATH" in os.environ:
-        env["PYTHONPATH"] = os.pathsep.join(one for one in (python_path, os.environ.get("PYTHONPATH", "")) if one)
-    child = spawn(command, child_env(env), folder / f"{name}.log", name)
-    status = await asyncio.to_thread(child.wait, _DEADLINE_S)
-    assert status == 0, f"{name} ended with status {status}:\n{child.log_tail(40)}"
-    return child.log_path.read_text()
 
 
 async def lockstep_cases(
@@ -173,7 +139,7 @@ async def stock(
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
     for _ in range(WARM_UP + arguments.repeat):
         started = time.perf_counter()
-        await server.call("POST", "/collective_rpc", body, deadline_s=_DEADLINE_S)
+        await server.call("POST", "/collective_rpc", body, deadline_s=DEADLINE_S)
         seconds.append(time.perf_counter() - started)
     return "vLLM reload_weights from files (no engine for a CPU)", seconds[WARM_UP:]
 
@@ -232,18 +198,6 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "raw": answer,
         "stock": [how, seconds],
     }
-
-
-def machine(gpus: tuple[int, ...]) -> str:
-    if not gpus:
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    import torch
-
-    return f"{torch.cuda.get_device_name(gpus[0])}, torch {torch.__version__}"
-
-
-def numbers(text: str) -> list[int]:
-    return [int(one) for one in text.split(",") if one]
 
 
 def parse() -> argparse.Namespace:

@@ -77,6 +77,7 @@ class WeightSync:
     ) -> dict[str, Any]:
         """Waits for the last bucket, compares digests, swaps while generation is paused."""
         async with self._lock:
+            asked = time.monotonic()
             try:
                 await self._all_received(digests, deadline_s)
             except SyncRefusedError as error:
@@ -86,8 +87,9 @@ class WeightSync:
                 raise SyncRefusedError(
                     "lost", f"{error}; {version} was half-way in the live weights, so the server was ended"
                 ) from error
+            received = time.monotonic()
             if self._paused_at is None:
-                self._paused_at = time.monotonic()
+                self._paused_at = received
                 # Requests in flight are kept: their cached keys and values go, and are computed again under the new
                 # weights.
                 await self._engine.pause_generation(mode="keep", clear_cache=True)
@@ -95,7 +97,8 @@ class WeightSync:
             if served_name is not None:
                 rename_base(self._state, served_name)
             pause_s = await self._resume()
-            return {"version": version, "pause_s": pause_s, "path": path}
+            phases = {"receive": received - asked, "swap": time.monotonic() - received}
+            return {"version": version, "pause_s": pause_s, "path": path, "phases": phases}
 
     async def abort(self) -> dict[str, Any]:
         """Forgets what was received. `lost`: live weights may have been overwritten, so the server was ended. `waiting_for`: what had
@@ -118,8 +121,9 @@ class WeightSync:
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         async with self._lock:
+            asked = time.monotonic()
             await self._all_received(digests, deadline_s)
-            started = time.monotonic()
+            received = time.monotonic()
             # Never the same path twice, also for a name that comes back: the prefix cache is keyed on both.
             path = f"{SCHEME}{name}/{uuid.uuid4().hex}"
             await self.call("lockstep_sync_stage_adapter", path)
@@ -129,7 +133,9 @@ class WeightSync:
                 await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
             self._adapters[name] = path
-            return {"version": name, "pause_s": time.monotonic() - started, "path": "adapter"}
+            load_s = time.monotonic() - received
+            phases = {"receive": received - asked, "load": load_s}
+            return {"version": name, "pause_s": load_s, "path": "adapter", "phases": phases}
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
         """Frees the tensors of an adapter that is not served any more; harmless for one that came from a folder."""

@@ -20,6 +20,8 @@ from lockstep.engine import device
 from lockstep.engine.session import Session
 from lockstep.engine.trainable import Trainable
 from lockstep.errors import ConfigError
+from lockstep.families.config import ModelConfig
+from lockstep.families.contract import Layout
 from lockstep.families.shares import box
 from lockstep.sync.adapter import AdapterInfo, adapter_config, peft_name
 from lockstep.sync.crew import Crew
@@ -28,7 +30,7 @@ from lockstep.sync.push import AdapterPusher, Endpoint
 from lockstep.sync.transports import make_transport
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")
-_BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 32 << 20
 
 
 class AdaptersOut:
@@ -39,12 +41,13 @@ class AdaptersOut:
         if session.settings.lora is None:
             raise ConfigError("all weights are trained: there is no adapter to send")
         self.session, self.crew = session, crew
-        mine = [_Matrix.of(trainable, session) for trainable in session.trainables]
+        config, layout = session.config, session.checkpoint.layout
+        mine = [_Matrix.of(trainable, config, layout) for trainable in session.trainables]
         everyones = crew.exchange([one.told() for one in mine], deadline_s)
         shares = _share_out(everyones)
         dtype = session.dtype
         plans = [
-            plan_sources([_source(everyones[rank][i], dtype) for i in chosen], _BUCKET_BYTES)
+            plan_sources([_source(everyones[rank][i], dtype) for i in chosen], BUCKET_BYTES)
             for rank, chosen in enumerate(shares)
         ]
         self.plan = SyncPlan(tuple(plans))
@@ -81,6 +84,11 @@ class AdaptersOut:
             yield trainable.name, trainable.parameter.detach()
 
 
+def adapter_source(trainable: Trainable, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> Source:
+    """What a rank that sends this parameter of its adapter sends."""
+    return _source(_Matrix.of(trainable, config, layout).told(), dtype)
+
+
 class _Matrix:
     """An adapter's parameter as parts of the tensors that travel."""
 
@@ -92,8 +100,8 @@ class _Matrix:
         return {"key": self.key, "rows": self.rows, "width": self.width, "parts": self.parts}
 
     @staticmethod
-    def of(trainable: Trainable, session: Session) -> _Matrix:
-        layout, parameter = session.checkpoint.layout, trainable.parameter
+    def of(trainable: Trainable, config: ModelConfig, layout: Layout) -> _Matrix:
+        parameter = trainable.parameter
         named = [piece for piece in trainable.pieces if piece.name is not None]
         experts = [_EXPERT.fullmatch(piece.name or "") for piece in named]
         if not all(experts):
@@ -110,7 +118,7 @@ class _Matrix:
         owner = experts[0]
         assert owner is not None
         name = peft_name(f"{owner[1]}.{owner[3]}", layout)
-        shape = (session.config.experts, *trainable.shapes[first.name])
+        shape = (config.experts, *trainable.shapes[first.name])
         if numbers == list(range(numbers[0], numbers[0] + len(parameter))):
             whole = [(numbers[0], numbers[-1] + 1), *box(first, shape[1:])]
             width = parameter.numel() // len(parameter)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lockstep.engine.lora import ColumnAdapter, ExpertAdapter, Part, RowAdapter
+from lockstep.engine.lora import ExpertAdapter, Part
 from lockstep.errors import ConfigError, WeightsError
 from lockstep.families.contract import LoraSite, Piece, Shard
 from lockstep.sync.adapter import initial_a
@@ -81,7 +81,7 @@ def _attach(
 ) -> list[Trainable]:
     owner_name, _, leaf = shard.megatron.rpartition(".")
     owner: Any = model.get_submodule(owner_name)
-    parts = _parts(sites)
+    parts = adapter_parts(sites)
     if shard.domain == "expert_tensor":
         adapter: Any = ExpertAdapter(getattr(owner, leaf), parts, rank, scale)
         slot = f"{leaf}_adapter"
@@ -91,14 +91,21 @@ def _attach(
     setattr(owner, slot, adapter)
     # Asked of the whole weight: with more TP ranks than key heads a rank can hold a module's rows entirely, and its neighbour none.
     split_rows = any(sum(m.stop - m.start for m in site.rows) != site.out_features for site in shard.sites)
-    return list(_describe(f"{owner_name}.{slot}", adapter, sites, split_rows, rank, seed))
+    for name, parameter in adapter.lora_A.items():
+        _initialise(parameter, _of_module(sites, name), rank, seed)
+    return list(describe_adapter(f"{owner_name}.{slot}", adapter, sites, split_rows, rank))
 
 
 def _last(site: LoraSite) -> str:
     return site.module.rsplit(".", 1)[-1]
 
 
-def _parts(sites: Sequence[LoraSite]) -> list[Part]:
+def _of_module(sites: Sequence[LoraSite], name: str) -> list[LoraSite]:
+    """Those of one Hugging Face module; of a stack's experts all, in the order that this rank holds them in."""
+    return sorted((s for s in sites if _last(s) == name), key=lambda s: s.local_expert or 0)
+
+
+def adapter_parts(sites: Sequence[LoraSite]) -> list[Part]:
     """One part per Hugging Face module; a stack of experts repeats the same rows, so its first expert speaks for all."""
     first = {}
     for site in sites:
@@ -109,28 +116,26 @@ def _parts(sites: Sequence[LoraSite]) -> list[Part]:
     ]
 
 
-def _describe(
-    prefix: str,
-    adapter: ColumnAdapter | RowAdapter | ExpertAdapter,
-    sites: Sequence[LoraSite],
-    split_rows: bool,
-    rank: int,
-    seed: int,
+def describe_adapter(
+    prefix: str, adapter: Any, sites: Sequence[LoraSite], split_rows: bool, rank: int
 ) -> Iterator[Trainable]:
+    """An adapter's parameters as what is trained. adapter: of `engine.lora`, made from `adapter_parts(sites)`; prefix: its name.
+
+    split_rows: the weight's rows are spread over ranks.
+    """
     experts = isinstance(adapter, ExpertAdapter)
     for name in adapter.lora_A:
-        mine = sorted((s for s in sites if _last(s) == name), key=lambda s: s.local_expert or 0)
+        mine = _of_module(sites, name)
         split_columns = mine[0].cols != (0, mine[0].in_features)
         shapes = {f"{s.module}.lora_A": (rank, s.in_features) for s in mine}
         columns = mine[0].cols if split_columns else (None, None)
         a_pieces = tuple(Piece(f"{s.module}.lora_A", 0, rank, *columns) for s in mine)
-        parameter: Any = adapter.lora_A[name]
-        _initialise(parameter, mine, rank, seed)
-        yield Trainable(f"{prefix}.lora_A.{name}", parameter, a_pieces, _domain(experts, split_columns), shapes)
+        yield Trainable(
+            f"{prefix}.lora_A.{name}", adapter.lora_A[name], a_pieces, _domain(experts, split_columns), shapes
+        )
         shapes = {f"{s.module}.lora_B": (s.out_features, rank) for s in mine}
         b_pieces = tuple(Piece(f"{s.module}.lora_B", m.start, m.stop) for s in mine for m in s.rows)
-        parameter = adapter.lora_B[name]
-        yield Trainable(f"{prefix}.lora_B.{name}", parameter, b_pieces, _domain(experts, split_rows), shapes)
+        yield Trainable(f"{prefix}.lora_B.{name}", adapter.lora_B[name], b_pieces, _domain(experts, split_rows), shapes)
 
 
 def _domain(experts: bool, split: bool) -> str:

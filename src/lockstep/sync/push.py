@@ -33,6 +33,8 @@ Policy = Literal["auto", "staged", "streamed"]
 class SyncReport:
     """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure.
 
+    phases: where the seconds went, in turn: on this side "prepare" (the server lets its workers begin), "send" (buckets are filled and
+    queued), "flush" (the last has left, digests are read); in the server "receive" (waiting for the last bucket) and "load" or "swap".
     policy: "staged" or "streamed". path: how the weights got into the model: "direct" (planned copies), "load_weights", or "adapter".
     """
 
@@ -43,6 +45,7 @@ class SyncReport:
     pause_s: float
     policy: str
     path: str
+    phases: dict[str, float]
 
 
 class _Pusher:
@@ -70,6 +73,7 @@ class _Pusher:
         self._device = torch.device(device)
         self._filler = BucketFiller(self._plan.senders[self._crew.rank], self._device)
         self._connected = False
+        self._queued_at = 0.0
 
     @property
     def _leads(self) -> bool:
@@ -112,8 +116,10 @@ class _Pusher:
         started = time.monotonic()
         if not self._connected:
             self.connect()
+        asked = time.monotonic()
         try:
             policy = self._step(lambda: self._prepare(version))[0]["policy"]
+            prepared = time.monotonic()
             digests = self._step(lambda: self._send(tensors))
             transferred = time.monotonic()
             body = {"version": version, "digests": digests, "deadline_s": self._deadline_s, **extra}
@@ -133,6 +139,12 @@ class _Pusher:
             pause_s=reply["pause_s"],
             policy=policy,
             path=reply["path"],
+            phases={
+                "prepare": prepared - asked,
+                "send": self._queued_at - prepared,
+                "flush": transferred - self._queued_at,
+                **reply["phases"],
+            },
         )
 
     def _step(self, step: Any) -> list[Any]:
@@ -150,6 +162,7 @@ class _Pusher:
         for index, _, bytes_N in self._filler.fill(tensors):
             digests.add(index, bytes_N)
             self._transport.send(bytes_N)
+        self._queued_at = time.monotonic()
         self._transport.flush()
         return digests.read()
 

@@ -1,0 +1,60 @@
+"""What the benchmarks of syncs share: a model that is a config only, programs under a guard, and small things of the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES
+
+from lockstep.families.tiny import write_tiny
+from lockstep.families.tiny_tokenizer import save_tokenizer
+from lockstep.process import child_env, spawn
+
+DEADLINE_S = 900.0
+
+
+def write_config(shape: str, folder: Path, overrides: dict[str, Any] | None = None) -> Path:
+    """A folder with the shape's config, some fields overridden, a tokenizer and no weights; for "tiny" a whole
+    checkpoint, which vLLM's reload reads.
+    """
+    if shape == "tiny":
+        return write_tiny("qwen3_moe", folder, seed=1, overrides=overrides)
+    import transformers
+
+    kind, fields = SHAPES[shape]
+    config = getattr(transformers, kind)(**fields | (overrides or {}))
+    config.architectures = [kind.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+async def run_child(command: list[str], folder: Path, name: str, python_path: str = "") -> str:
+    """A program under our guard; its log's text."""
+    env = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+    }
+    if python_path or "PYTHONPATH" in os.environ:
+        env["PYTHONPATH"] = os.pathsep.join(one for one in (python_path, os.environ.get("PYTHONPATH", "")) if one)
+    child = spawn(command, child_env(env), folder / f"{name}.log", name)
+    status = await asyncio.to_thread(child.wait, DEADLINE_S)
+    assert status == 0, f"{name} ended with status {status}:\n{child.log_tail(40)}"
+    return child.log_path.read_text()
+
+
+def machine(gpus: tuple[int, ...]) -> str:
+    if not gpus:
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    import torch
+
+    return f"{torch.cuda.get_device_name(gpus[0])}, torch {torch.__version__}"
+
+
+def numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",") if one]
