@@ -9,8 +9,8 @@ Shapes: R LoRA rank, I inputs, O outputs, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lockstep.engine.session import Session
 from lockstep.engine.trainable import Trainable
 from lockstep.errors import ConfigError
 from lockstep.families.config import ModelConfig
-from lockstep.families.contract import Layout
+from lockstep.families.contract import Layout, Piece
 from lockstep.families.shares import box
 from lockstep.sync.adapter import AdapterInfo, adapter_config, peft_name
 from lockstep.sync.crew import Crew
@@ -102,7 +102,7 @@ class _Matrix:
     @staticmethod
     def of(trainable: Trainable, config: ModelConfig, layout: Layout) -> _Matrix:
         parameter = trainable.parameter
-        named = [piece for piece in trainable.pieces if piece.name is not None]
+        named = _joined(piece for piece in trainable.pieces if piece.name is not None)
         experts = [_EXPERT.fullmatch(piece.name or "") for piece in named]
         if not all(experts):
             parts, at = [], 0
@@ -128,6 +128,21 @@ class _Matrix:
             parts.append([name, shape, [(number, number + 1), *box(piece, shape[1:])], at, piece.rows])
             at += piece.rows
         return _Matrix(trainable.name, at, trainable.row_width, parts)
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces that follow each other in their tensor as one: a query projection's rows, say, come as one piece per group of heads."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if (
+            found
+            and found[-1].stop == piece.start
+            and replace(found[-1], stop=piece.stop) == replace(piece, start=found[-1].start)
+        ):
+            found[-1] = replace(found[-1], stop=piece.stop)
+        else:
+            found.append(piece)
+    return found
 
 
 def _share_out(everyones: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
