@@ -26,6 +26,8 @@ from torchrun import torchrun
 
 pytestmark = pytest.mark.server
 
+NOT_PLANNED = "no planned copies for adapters"
+"""What the server's log says where an adapter goes through vLLM's own loading."""
 TOKENS = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(31)).tolist()
 
 
@@ -62,6 +64,7 @@ async def test_versions_from_memory(server, tiny_qwen3, tmp_path):
         report = await asyncio.to_thread(pusher.push, tensors, name)
         assert report.nbytes == sum(tensor.nbytes for _, tensor in tensors)
         torch.testing.assert_close(await served(server, name), expected_S, atol=1e-5, rtol=0)
+    assert NOT_PLANNED not in server.child.log_path.read_text()
     # All stay served, each as itself, and the same bytes from the folder score the same.
     for name, (_, _, expected_S) in made.items():
         torch.testing.assert_close(await served(server, name), expected_S, atol=1e-5, rtol=0)
@@ -215,6 +218,9 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
         await server.load_adapter("disk@1", tmp_path / "adapter")
         assert torch.equal(await served(server, "live@1"), await served(server, "disk@1"))
         assert (await served(server, "live@1") - await served(server, "base")).abs().mean() > 0.05
+        assert (
+            server.child.log_path.read_text().count(NOT_PLANNED) == 1
+        )  # one pair per expert: they must be stacked first
         stacks: dict[str, dict[int, torch.Tensor]] = {}
         for name in [name for name in tensors if ".experts." in name]:
             owner, number, rest = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name).groups()
@@ -225,6 +231,7 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
         pusher = make_pusher(server, sorted(stacked.items()), config)
         await asyncio.to_thread(pusher.push, sorted(stacked.items()), "live@2")
         assert torch.equal(await served(server, "live@2"), await served(server, "disk@1"))
+        assert server.child.log_path.read_text().count(NOT_PLANNED) == 1
         lora = {
             "rank": sender_ranks.RANK,
             "alpha": sender_ranks.SCALE * sender_ranks.RANK,

@@ -41,21 +41,21 @@ class Piece:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def source(self, bytes_N: torch.Tensor) -> torch.Tensor:
-        start = self.offset // self.dtype.itemsize
-        return (
-            bytes_N[: bytes_N.numel() // self.dtype.itemsize * self.dtype.itemsize]
-            .view(self.dtype)
-            .as_strided(self.sizes, self.strides, start)
-        )
+    def start(self, typed_N: torch.Tensor) -> int:
+        """Where it begins in the storage of a bucket, which is seen here as elements of its dtype."""
+        return int(typed_N.storage_offset()) + self.offset // self.dtype.itemsize
 
 
 class DirectPlan:
     """The pieces of every bucket. Valid as long as the parameters live where they did."""
 
-    def __init__(self, pieces: Sequence[Sequence[Piece]]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Sequence[Sequence[Piece]], keep_views: bool = True) -> None:
+        """keep_views: the buffers come back from sync to sync; views of them are kept, and so is their memory."""
+        self._pieces, self._keep_views = pieces, keep_views
         self._views: dict[tuple[int, int], list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
+        # Apart, since one strided copy slows a whole list down.
+        parts = [[[p for p in one if (p.strides == (1,)) == flat] for flat in (True, False)] for one in pieces]
+        self._groups = [[(part, [piece.target for piece in part]) for part in one if part] for one in parts]
 
     def __len__(self) -> int:
         return sum(len(pieces) for pieces in self._pieces)
@@ -79,16 +79,27 @@ class DirectPlan:
         self._views.clear()
 
     def _pairs(self, bucket: int, bytes_N: torch.Tensor) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Views, kept from sync to sync: buffers come back. Apart, since one strided copy slows a whole list down."""
+        """The live views of a bucket's pieces, and those of its buffer."""
         key = (bucket, bytes_N.data_ptr())
-        if key not in self._views:
-            self._views[key] = []
-            for flat in (True, False):
-                chosen = [piece for piece in self._pieces[bucket] if (piece.strides == (1,)) == flat]
-                if chosen:
-                    sources = [piece.source(bytes_N) for piece in chosen]
-                    self._views[key].append(([piece.target for piece in chosen], sources))
-        return self._views[key]
+        if key in self._views:
+            return self._views[key]
+        typed: dict[torch.dtype, torch.Tensor] = {}
+        found = []
+        for part, targets in self._groups[bucket]:
+            for dtype in {piece.dtype for piece in part} - typed.keys():
+                typed[dtype] = bytes_N[: bytes_N.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+            sources = [typed[p.dtype].as_strided(p.sizes, p.strides, p.start(typed[p.dtype])) for p in part]
+            found.append((targets, sources))
+        if self._keep_views:
+            self._views[key] = found
+        return found
+
+    def written(self) -> dict[int, int]:
+        """Elements written, by the address of the memory they lie in."""
+        found: dict[int, int] = {}
+        for piece in (piece for pieces in self._pieces for piece in pieces):
+            found[_storage(piece.target)] = found.get(_storage(piece.target), 0) + piece.target.numel()
+        return found
 
 
 def make_plan(
@@ -96,17 +107,22 @@ def make_plan(
     metas: Mapping[str, Meta],
     buckets: Sequence[Bucket],
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
+    *,
+    whole: bool = True,
+    keep_views: bool = True,
 ) -> DirectPlan:
     """Runs `load` (a model's `load_weights`) once, on weights without bytes, and returns the copies it would make. Nothing live changes.
 
     parameters: the live ones, by name; two names of one tensor count once. metas: the weights under their shipped names; `load` gets
-    them in this order. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or not exactly once.
+    them in this order. whole: every parameter is written in full, as a model's are and an adapter's need not be. keep_views: see
+    `DirectPlan`. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or (whole) not exactly once.
     """
-    recorder = _Recorder(parameters)
+    recorder = _Recorder(parameters, whole)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     with torch.no_grad(), recorder:
         load([(name, _Ghost(name, meta, device)) for name, meta in metas.items()])
-    recorder.check()
+    if whole:
+        recorder.check()
     shipped: dict[str, list[tuple[int, Any]]] = {}
     for number, bucket in enumerate(buckets):
         for slot in bucket.slots:
@@ -118,7 +134,7 @@ def make_plan(
             piece = found.meet(slot.box, slot.offset, slot.meta)
             if piece is not None:
                 pieces[number].append(piece)
-    return DirectPlan([_joined(one) for one in pieces])
+    return DirectPlan([_joined(one) for one in pieces], keep_views)
 
 
 class _Ghost(torch.Tensor):
@@ -168,8 +184,9 @@ class _Copy:
 class _Recorder(TorchDispatchMode):
     """Notes every copy whose target lies in a live parameter, and keeps it from happening."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], whole: bool) -> None:
         super().__init__()
+        self._whole = whole
         self.copies: list[_Copy] = []
         self._live: dict[int, str] = {}
         self._sizes: dict[str, int] = {}
@@ -207,6 +224,8 @@ class _Recorder(TorchDispatchMode):
         if func in _CONSTANTS:  # padding: it stays as it is, but a parameter filled and then written counts too often
             self._filled[name] += args[0].numel()
             return
+        if not self._whole and not any(isinstance(one, _Ghost) for one in args):
+            return  # a constant in whatever form
         if func is not torch.ops.aten.copy_.default or not isinstance(args[1], _Ghost):
             raise DirectUnavailableError(f"{name!r} is computed while it is loaded ({func}): use the load_weights path")
         if args[0].numel() != args[1].numel():

@@ -3,29 +3,75 @@
 vLLM 0.32 loads an adapter from a folder only. Its manager's `_load_adapter` is given a second source here: tensors that
 a weight sync has staged. They stay staged as long as the adapter is served, since vLLM loads it again after it fell out
 of its cache. A path is used once: vLLM keys its prefix cache on an adapter's name and path.
+
+Where this model's layers take an adapter by plain copies (`adapter_places.py`), vLLM's manager keeps its books and the copies are
+made at once; else the tensors go through vLLM's own loading and filling.
 """
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import logging
+import math
 import re
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from lockstep_vllm.adapter_places import Places
+from lockstep_vllm.direct import DirectUnavailableError
+from lockstep_vllm.incoming_plan import Plan, assemble
+
+logger = logging.getLogger("vllm.lockstep")
 
 SCHEME = "mem://"
 
 _STACKED = re.compile(r"\.mlp\.experts\.(gate_proj|up_proj|down_proj|gate_up_proj)\.lora_[AB]\.weight$")
 """A layer's experts in one tensor; those of a PEFT file carry a number, or no projection's name."""
 
-staged: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
-"""Path to (fields of adapter_config.json, tensors by their names in a PEFT file)."""
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """An adapter as it was received. config: the fields of adapter_config.json. places: None where only vLLM's own way is left.
+
+    lora_ids: under which vLLM's manager loaded it, if it did.
+    """
+
+    config: dict[str, Any]
+    plan: Plan
+    buffers: Sequence[torch.Tensor]
+    places: Places | None
+    lora_ids: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        _alive.add(self)
+
+
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+staged: dict[str, Staged] = {}
+"""By path."""
 
 
 def nbytes() -> int:
-    """Bytes of all staged tensors."""
-    return sum(tensor.nbytes for _, tensors in staged.values() for tensor in tensors.values())
+    """Bytes of all adapters that are staged, or that vLLM's manager still keeps."""
+    metas = (meta for one in _alive for meta in one.plan.metas.values())
+    return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
+
+
+def forget(path: str, manager: Any, unused: bool) -> None:
+    """Frees a staged adapter; harmless when there is none.
+
+    unused: no request in flight uses it, so vLLM's manager forgets it too. It would keep it until as many others have come as it has
+    room for, which are gigabytes of a GPU's memory each where experts are adapted. manager: vLLM's WorkerLoRAManager.
+    """
+    held = staged.pop(path, None)
+    if held is not None and unused:
+        for lora_id in held.lora_ids:
+            manager.remove_adapter(lora_id)
 
 
 def check_config(config: dict[str, Any], lora_config: Any) -> None:
@@ -39,53 +85,120 @@ def check_config(config: dict[str, Any], lora_config: Any) -> None:
 
 def apply() -> None:
     """Teaches vLLM's adapter manager, in this worker, the paths above. Does nothing the second time."""
+    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     original = WorkerLoRAManager._load_adapter
     if getattr(original, "lockstep", False):
         return
+    merge, activate = LoRAModelManager._create_merged_loras_inplace, LoRAModelManager.activate_adapter
 
     def load_adapter(self, lora_request):
         if lora_request.lora_path.startswith(SCHEME):
             return _from_memory(self, lora_request)
         return original(self, lora_request)
 
+    def merge_unless_planned(self, lora_model):
+        if not hasattr(lora_model, "lockstep_staged"):
+            merge(self, lora_model)
+
+    def activate_adapter(self, lora_id):
+        held = self._registered_adapters.get(lora_id)
+        if not hasattr(held, "lockstep_staged") or lora_id in self._active_adapters:
+            return activate(self, lora_id)
+        return _activate(self, lora_id, held.lockstep_staged, activate)
+
     load_adapter.lockstep = True  # type: ignore[attr-defined]
     WorkerLoRAManager._load_adapter = load_adapter
+    LoRAModelManager._create_merged_loras_inplace = merge_unless_planned
+    LoRAModelManager.activate_adapter = activate_adapter
+
+
+def _activate(adapters: Any, lora_id: int, held: Staged, activate: Any) -> bool:
+    """vLLM's own choice of a slot, with no layers to fill; then the planned copies."""
+    assert held.places is not None
+    modules, adapters.modules = adapters.modules, {}
+    try:
+        activated = activate(adapters, lora_id)
+    finally:
+        adapters.modules = modules
+    held.places.fill(adapters.lora_index_to_id.index(lora_id), held.buffers)
+    return activated
+
+
+def make_places(manager: Any, config: dict[str, Any], plan: Plan) -> Places | None:
+    """The copies of every adapter of this plan; None, with a line in the log, where this model's layers can't be filled so.
+
+    manager: vLLM's WorkerLoRAManager. Raises ValueError for an adapter that this server can't serve at all.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_dict(dict(config))
+    adapters = manager._adapter_manager
+    if adapters.moe_ep_load_spec is not None:
+        raise ValueError("adapters from memory are not served with expert parallelism: load them from a folder")
+    _check_modules(adapters, plan.metas, _mapper(adapters.model))
+    if helper.rank_pattern or helper.alpha_pattern:
+        logger.info("no planned copies for adapters: their modules are scaled differently")
+        return None
+    scaling, helper.vllm_lora_scaling_factor = helper.vllm_lora_scaling_factor, 1.0
+
+    def load(tensors: dict[str, torch.Tensor]) -> Any:
+        lora = _lora_model(manager, helper, tensors, 1)
+        adapters._create_merged_loras_inplace(lora)
+        return lora
+
+    try:
+        return Places(adapters, plan, scaling, load)
+    except DirectUnavailableError as error:
+        logger.info("no planned copies for adapters: %s", error)
+        return None
 
 
 def _from_memory(manager: Any, lora_request: Any) -> Any:
     """The checks and the steps of vLLM's own loader, from tensors instead of a file, on the device that the tensors are on."""
     from vllm.lora.peft_helper import PEFTHelper
 
-    config, tensors = staged[lora_request.lora_path]
-    helper = PEFTHelper.from_dict(dict(config))
+    held = staged[lora_request.lora_path]
+    held.lora_ids.add(lora_request.lora_int_id)
+    helper = PEFTHelper.from_dict(dict(held.config))
     helper.validate_legal(manager.lora_config)
-    adapters = manager._adapter_manager
-    if adapters.moe_ep_load_spec is not None:
-        raise ValueError("adapters from memory are not served with expert parallelism: load them from a folder")
-    model = adapters.model
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    mapper = mapper.get_rename_mapper() if mapper is not None else None
-    _check_modules(adapters, tensors, mapper)
+    if held.places is not None:
+        lora = manager._lora_model_cls(lora_request.lora_int_id, helper.r, {})
+        lora.lockstep_staged = held
+        return lora
     dtype = manager.lora_config.lora_dtype
     # vLLM multiplies B by alpha/r in place, and loads an adapter again when it fell out of its cache: it gets a B of its own.
-    given = {name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in tensors.items()}
+    tensors = {name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in assemble(held.plan, held.buffers)}
+    lora = _lora_model(manager, helper, tensors, lora_request.lora_int_id)
+    lora.is_3d_lora_weight = lora_request.is_3d_lora_weight
+    manager._adapter_manager._validate_moe_lora_format(lora)
+    return lora
+
+
+def _lora_model(manager: Any, helper: Any, tensors: dict[str, torch.Tensor], lora_id: int) -> Any:
+    """vLLM's form of an adapter, before its manager packs it."""
+    adapters = manager._adapter_manager
+    mapper = _mapper(adapters.model)
+    given = dict(tensors)
     stacked = {name: given.pop(name) for name in list(given) if _STACKED.search(name)}
     lora = manager._lora_model_cls.from_lora_tensors(
-        lora_model_id=lora_request.lora_int_id,
+        lora_model_id=lora_id,
         tensors=given,
         peft_helper=helper,
         device=str(next(iter(tensors.values())).device),
-        dtype=dtype,
+        dtype=manager.lora_config.lora_dtype,
         model_vocab_size=manager.vocab_size,
         weights_mapper=mapper,
-        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        skip_prefixes=getattr(adapters.model, "lora_skip_prefixes", None),
     )
     _add_stacked(lora, stacked, helper, adapters, mapper)
-    lora.is_3d_lora_weight = lora_request.is_3d_lora_weight
-    adapters._validate_moe_lora_format(lora)
     return lora
+
+
+def _mapper(model: Any) -> Any:
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return None if mapper is None else mapper.get_rename_mapper()
 
 
 def _add_stacked(lora: Any, stacked: dict[str, torch.Tensor], helper: Any, adapters: Any, mapper: Any) -> None:
@@ -131,7 +244,7 @@ def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tens
     return [given[one, is_a] for one in wanted]
 
 
-def _check_modules(adapters: Any, tensors: dict[str, torch.Tensor], mapper: Any) -> None:
+def _check_modules(adapters: Any, names: Iterable[str], mapper: Any) -> None:
     """vLLM leaves out what it finds no module for, without a word: here that is an error."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -140,7 +253,7 @@ def _check_modules(adapters: Any, tensors: dict[str, torch.Tensor], mapper: Any)
     for module in adapters.modules:
         owner, _, last = module.rpartition(".")
         known.update(f"{owner}.{part}" for part in (*parts_of.get(last, ()), last))
-    for name in tensors:
+    for name in names:
         module, _ = parse_fine_tuned_lora_name(name, mapper)
         experts, found, _ = module.partition(".experts")
         if module not in known and not (found and f"{experts}.experts" in known):

@@ -32,6 +32,9 @@ logger = logging.getLogger("vllm.lockstep")
 _MARGIN = 1 << 30
 """Bytes of a GPU's memory that staging leaves alone."""
 
+_ALIGNMENT = 512
+"""Bytes; of a bucket in memory that it shares with others."""
+
 
 @dataclass
 class _State:
@@ -40,6 +43,7 @@ class _State:
     adapter: dict[str, Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
     direct: DirectPlan | None = None
+    places: memory_adapters.Places | None = None
     proven: bool = False
     """The direct path wrote what `load_weights` wrote, in this server, once."""
     staging: list[torch.Tensor] = field(default_factory=list)
@@ -103,6 +107,7 @@ class Receiver:
             if "adapter" in raw:
                 memory_adapters.check_config(raw["adapter"], self.vllm_config.lora_config)
                 memory_adapters.apply()
+                state.places = memory_adapters.make_places(self.model_runner.lora_manager, raw["adapter"], plan)
             else:
                 model = self.model_runner.get_model()
                 shapes = {name: meta.shape for name, meta in plan.metas.items()}
@@ -138,9 +143,12 @@ class Receiver:
             )
         return {"policy": policy}
 
-    def lockstep_sync_receive(self, version: str, policy: str) -> dict[str, Any]:
-        """Starts receiving and returns at once. `streamed`: only while generation is paused."""
+    def lockstep_sync_receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
+        """Starts receiving and returns at once; refuses like `lockstep_sync_choose`. `streamed`: only while generation is paused."""
         state = self._lockstep_sync_state()
+        chosen = self.lockstep_sync_choose(plan_id, policy)
+        if "error" in chosen:
+            return chosen
         plan, direct = state.plan, state.direct
         assert plan is not None
         if policy == "streamed":
@@ -150,8 +158,10 @@ class Receiver:
                 torch.cuda.synchronize(self.device)
             state.incoming = Incoming(version, plan, state.transports, state.turning, self.device, direct.copy)
         else:
-            if not state.staging or state.adapter is not None:
-                # An adapter's tensors stay where they are received, so every one gets buffers of its own.
+            if state.adapter is not None:
+                # An adapter's tensors stay where they are received, so every one gets memory of its own, all of it at once.
+                state.staging = self._lockstep_sync_buffers(plan)
+            elif not state.staging:
                 state.staging = [self._lockstep_sync_buffer(bucket.nbytes) for bucket in plan.buckets]
             state.incoming = Incoming(version, plan, state.transports, state.staging, self.device)
         state.incoming.start()
@@ -191,13 +201,13 @@ class Receiver:
         assert incoming is not None
         assert state.plan is not None
         assert state.adapter is not None
-        memory_adapters.staged[path] = (state.adapter, dict(assemble(state.plan, state.staging)))
+        memory_adapters.staged[path] = memory_adapters.Staged(state.adapter, state.plan, state.staging, state.places)
         state.staging = []
         return {}
 
-    def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
-        """Frees a staged adapter; harmless when there is none."""
-        memory_adapters.staged.pop(path, None)
+    def lockstep_sync_forget_adapter(self, path: str, unused: bool) -> dict[str, Any]:
+        """Frees a staged adapter; harmless when there is none. unused: see `memory_adapters.forget`."""
+        memory_adapters.forget(path, self.model_runner.lora_manager, unused)
         return {}
 
     def lockstep_sync_discard(self) -> dict[str, Any]:
@@ -217,6 +227,7 @@ class Receiver:
         """Frees the buffers and forgets the plan, which holds addresses of parameters: before weights are moved or put to sleep."""
         state = self._lockstep_sync_state()
         state.plan, state.adapter, state.direct, state.proven = None, None, None, False
+        state.places = None
         state.staging, state.turning, state.incoming = [], [], None
         return {}
 
@@ -267,6 +278,14 @@ class Receiver:
         state.staging, state.turning = [], []
         if state.direct is not None:
             state.direct.forget_buffers()
+
+    def _lockstep_sync_buffers(self, plan: Plan) -> list[torch.Tensor]:
+        """One for every bucket, in one piece of memory."""
+        starts = [0]
+        for bucket in plan.buckets:
+            starts.append(starts[-1] + -(-bucket.nbytes // _ALIGNMENT) * _ALIGNMENT)
+        whole = self._lockstep_sync_buffer(starts[-1])
+        return [whole[start : start + one.nbytes] for start, one in zip(starts, plan.buckets, strict=False)]
 
     def _lockstep_sync_hang_up(self) -> None:
         state = self._lockstep_sync_state()

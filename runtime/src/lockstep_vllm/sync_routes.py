@@ -16,6 +16,7 @@ from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
+from lockstep_vllm.choices import in_flight
 from lockstep_vllm.memory_adapters import SCHEME
 from lockstep_vllm.served_names import keep_names, rename_base
 
@@ -23,6 +24,8 @@ logger = logging.getLogger("vllm.lockstep")
 
 _POLL_S = 0.005
 _STANDING_POLL_S = 0.5
+_FIRST_WAIT_S = 0.004
+"""The senders are done when they ask for a commit, so the last bucket is about to be there: workers wait for it this long."""
 
 
 class SyncRefusedError(Exception):
@@ -62,6 +65,9 @@ class WeightSync:
     async def receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
         """Lets the workers begin. Without memory for a second copy the engine is paused first, and stays so until commit or abort."""
         async with self._lock:
+            if policy == "staged":  # nothing to choose: one call does both
+                await self.call("lockstep_sync_receive", plan_id, version, policy)
+                return {"policy": policy}
             answers = await self.call("lockstep_sync_choose", plan_id, policy)
             chosen = "streamed" if any(answer["policy"] == "streamed" for answer in answers) else "staged"
             if any(answer["policy"] != chosen for answer in answers):
@@ -69,7 +75,7 @@ class WeightSync:
             if chosen == "streamed":
                 self._paused_at = time.monotonic()
                 await self._engine.pause_generation(mode="keep", clear_cache=True)
-            await self.call("lockstep_sync_receive", version, chosen)
+            await self.call("lockstep_sync_receive", plan_id, version, chosen)
         return {"policy": chosen}
 
     async def commit(
@@ -130,7 +136,7 @@ class WeightSync:
             request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path, is_3d_lora_weight=stacked_experts)
             answer = await self._state.openai_serving_models.load_lora_adapter(request)
             if not isinstance(answer, str):
-                await self.call("lockstep_sync_forget_adapter", path)
+                await self.call("lockstep_sync_forget_adapter", path, True)
                 raise SyncRefusedError("weights", answer.error.message)
             self._adapters[name] = path
             load_s = time.monotonic() - received
@@ -144,15 +150,16 @@ class WeightSync:
             if path is not None and name in self._state.openai_serving_models.lora_requests:
                 raise SyncRefusedError("server", f"adapter {name!r} is still served: unload it first")
             if path is not None:
-                await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name))
+                await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name), not in_flight[name])
         return {}
 
     async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
+        deadline, wait_s = time.monotonic() + deadline_s, _FIRST_WAIT_S
         while True:
             # While nothing is generated the workers may as well wait themselves: they notice the end at once.
             standing = self._paused_at is not None
-            answers = await self.call("lockstep_sync_progress", _STANDING_POLL_S if standing else 0.0)
+            answers = await self.call("lockstep_sync_progress", _STANDING_POLL_S if standing else wait_s)
+            wait_s = 0.0
             if all(answer["done"] for answer in answers):
                 break
             if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ from lockstep.sync.push import AdapterPusher, Endpoint
 from lockstep.sync.transports import make_transport
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 64 << 20
 
 
 class AdaptersOut:

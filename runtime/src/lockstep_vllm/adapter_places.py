@@ -1,0 +1,97 @@
+"""Where an adapter's bytes go in vLLM's slots: planned once, so that a new adapter is a few batched copies.
+
+vLLM keeps room for some adapters in each layer and fills a slot layer by layer: every matrix set to zero, scaled and copied by kernels
+of its own, thousands for a large model. Here its own loading and filling run once for each slot on matrices that have shape and no bytes,
+and the copies they would make are noted (`direct.py`); from then on a slot is filled by repeating them. Scaling B happens in the slot, so
+what was received stays as it was and can fill a slot again.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lockstep_vllm.direct import DirectPlan, make_plan
+from lockstep_vllm.incoming_plan import Plan
+
+_ROOM = ("lora_{}_stacked",)
+_EXPERTS_ROOM = ("w13_lora_{}_stacked", "w2_lora_{}_stacked")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The copies into one slot; what they leave out and has to be zero; all its Bs; switches that say that a layer is adapted."""
+
+    copies: DirectPlan
+    empty: list[torch.Tensor]
+    scaled: list[torch.Tensor]
+    switches: list[torch.Tensor]
+    on: list[bool]
+
+
+class Places:
+    """Valid as long as the layers' room lives where it did."""
+
+    def __init__(
+        self, manager: Any, plan: Plan, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
+    ) -> None:
+        """manager: vLLM's LoRAModelManager. load: tensors by their shipped names to vLLM's LoRAModel, nothing scaled.
+
+        Raises DirectUnavailableError where a matrix gets there otherwise than by copies.
+        """
+        self._scaling = scaling
+        self._slots = [_slot(manager, plan, index, load) for index in range(manager.lora_slots)]
+
+    @torch.no_grad()
+    def fill(self, index: int, buffers: Sequence[torch.Tensor]) -> None:
+        """Puts an adapter, received in these buffers, into a slot; on a GPU, queued on the current stream."""
+        slot = self._slots[index]
+        if slot.empty:
+            torch._foreach_zero_(slot.empty)
+        for number, bytes_N in enumerate(buffers):
+            slot.copies.copy(number, bytes_N)
+        if self._scaling != 1:
+            torch._foreach_mul_(slot.scaled, self._scaling)
+        for switch, on in zip(slot.switches, slot.on, strict=True):
+            switch.fill_(on)
+
+
+def _slot(manager: Any, plan: Plan, index: int, load: Callable[[dict[str, torch.Tensor]], Any]) -> _Slot:
+    room: dict[str, torch.Tensor] = {}
+    bs, switches = [], {}
+    for name, module in manager.modules.items():
+        held = vars(module)
+        kinds = _EXPERTS_ROOM if "w13_lora_a_stacked" in held else _ROOM
+        for side in ("a", "b"):
+            for kind in kinds:
+                for i, stacked in enumerate(held[kind.format(side)]):
+                    room[f"{name}.{kind.format(side)}.{i}"] = stacked
+                    bs += [stacked[index]] if side == "b" else []
+        if "adapter_enabled" in held:
+            switches[name] = held["adapter_enabled"]
+    adapted: set[str] = set()
+
+    def fill(weights: Any) -> None:
+        lora = load(dict(weights))
+        for name, module in manager.modules.items():
+            packed = manager._get_lora_layer_weights(lora, name)
+            if packed:
+                module.set_lora(index, packed.lora_a, packed.lora_b)
+                adapted.add(name)
+
+    # The switches, too, so that planning leaves them alone.
+    live = room | {f"{name}.adapter_enabled": switch for name, switch in switches.items()}
+    copies = make_plan(live, plan.metas, plan.buckets, fill, whole=False, keep_views=False)
+    written = copies.written()
+    empty = [one[index] for one in room.values() if written.get(_address(one), 0) != one[index].numel()]
+    on = [name in adapted for name in switches]
+    return _Slot(copies, empty, bs, [switch[index] for switch in switches.values()], on)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
