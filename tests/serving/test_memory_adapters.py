@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sync_driver import flip_one_bit, hf_logprobs, load
 
+from inflight import seen_running
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
 from lockstep.process import child_env, spawn
@@ -123,6 +124,30 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
     assert await held(server) == 0
     with pytest.raises(ServerError, match="torn@1"):
         await served(server, "torn@1")
+
+
+async def test_a_request_in_flight_keeps_the_adapter_that_is_unloaded(server, tiny_qwen3, tmp_path):
+    """It ends as it began, although others take the place of its adapter meanwhile; then the memory is free."""
+    tensors, config, _ = adapter(tiny_qwen3, tmp_path / "kept", 8)
+    pusher = make_pusher(server, tensors, config)
+    await asyncio.to_thread(pusher.push, tensors, "kept")
+    body = {"model": "kept", "prompt": TOKENS, "max_tokens": 400, "temperature": 0.0, "ignore_eos": True}
+
+    async def sample() -> list[int]:
+        reply = (await server.call("POST", "/v1/completions", body, deadline_s=100.0)).json()
+        return reply["choices"][0]["token_ids"]
+
+    expected = await sample()
+    running = await seen_running(server, sample)
+    await server.unload_adapter("kept")
+    others = [f"other@{number}" for number in range(9)]
+    for name in others:
+        await asyncio.to_thread(pusher.push, tensors, name)
+    assert await running == expected
+    pusher.close()
+    for name in others:
+        await server.unload_adapter(name)
+    assert await held(server) == 0
 
 
 def run_ranks(folder, server, tmp_path, **job):

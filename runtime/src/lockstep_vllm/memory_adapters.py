@@ -62,16 +62,15 @@ def nbytes() -> int:
     return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
 
 
-def forget(path: str, manager: Any, unused: bool) -> None:
-    """Frees a staged adapter; harmless when there is none.
+def forget(path: str, manager: Any) -> None:
+    """Frees a staged adapter that no request uses; harmless when there is none. manager: vLLM's WorkerLoRAManager.
 
-    unused: no request in flight uses it, so vLLM's manager forgets it too. It would keep it until as many others have come as it has
-    room for, which are gigabytes of a GPU's memory each where experts are adapted. manager: vLLM's WorkerLoRAManager.
+    vLLM's manager would keep it until as many others have come as it has room for: gigabytes of a GPU's memory each where experts are
+    adapted.
     """
     held = staged.pop(path, None)
-    if held is not None and unused:
-        for lora_id in held.lora_ids:
-            manager.remove_adapter(lora_id)
+    for lora_id in held.lora_ids if held is not None else ():
+        manager.remove_adapter(lora_id)
 
 
 def check_config(config: dict[str, Any], lora_config: Any) -> None:

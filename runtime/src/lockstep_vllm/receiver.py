@@ -205,9 +205,9 @@ class Receiver:
         state.staging = []
         return {}
 
-    def lockstep_sync_forget_adapter(self, path: str, unused: bool) -> dict[str, Any]:
-        """Frees a staged adapter; harmless when there is none. unused: see `memory_adapters.forget`."""
-        memory_adapters.forget(path, self.model_runner.lora_manager, unused)
+    def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
+        """Frees a staged adapter that no request uses; harmless when there is none."""
+        memory_adapters.forget(path, self.model_runner.lora_manager)
         return {}
 
     def lockstep_sync_discard(self) -> dict[str, Any]:
@@ -217,6 +217,8 @@ class Receiver:
         """
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
+        if state.adapter is not None:
+            state.staging = []  # the next one gets memory of its own
         if incoming is not None and not incoming.done:
             self._lockstep_sync_drop_buffers()  # a late bucket must not land in the next sync's
             self._lockstep_sync_hang_up()

@@ -44,6 +44,7 @@ class WeightSync:
         self._state = state
         self._lock = asyncio.Lock()
         self._adapters: dict[str, str] = {}
+        self._unloaded: dict[str, str] = {}
         self._paused_at: float | None = None
 
     async def workers(self) -> int:
@@ -65,6 +66,7 @@ class WeightSync:
     async def receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
         """Lets the workers begin. Without memory for a second copy the engine is paused first, and stays so until commit or abort."""
         async with self._lock:
+            await self._free_unused()
             if policy == "staged":  # nothing to choose: one call does both
                 await self.call("lockstep_sync_receive", plan_id, version, policy)
                 return {"policy": policy}
@@ -136,7 +138,7 @@ class WeightSync:
             request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path, is_3d_lora_weight=stacked_experts)
             answer = await self._state.openai_serving_models.load_lora_adapter(request)
             if not isinstance(answer, str):
-                await self.call("lockstep_sync_forget_adapter", path, True)
+                await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
             self._adapters[name] = path
             load_s = time.monotonic() - received
@@ -144,14 +146,22 @@ class WeightSync:
             return {"version": name, "pause_s": load_s, "path": "adapter", "phases": phases}
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
-        """Frees the tensors of an adapter that is not served any more; harmless for one that came from a folder."""
+        """Frees the tensors of an adapter that is not served any more, once no request uses them; harmless for one from a folder."""
         async with self._lock:
             path = self._adapters.get(name)
             if path is not None and name in self._state.openai_serving_models.lora_requests:
                 raise SyncRefusedError("server", f"adapter {name!r} is still served: unload it first")
             if path is not None:
-                await self.call("lockstep_sync_forget_adapter", self._adapters.pop(name), not in_flight[name])
+                self._unloaded[self._adapters.pop(name)] = name
+            await self._free_unused()
         return {}
+
+    async def _free_unused(self) -> None:
+        """A request in flight keeps its adapter: vLLM may have to load it again before the end."""
+        for path, name in list(self._unloaded.items()):
+            if not in_flight[name]:
+                await self.call("lockstep_sync_forget_adapter", path)
+                del self._unloaded[path]
 
     async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
         deadline, wait_s = time.monotonic() + deadline_s, _FIRST_WAIT_S
