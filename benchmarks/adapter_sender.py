@@ -168,7 +168,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     adapter = Adapter(job, device)
-    plan = plan_sources(adapter.sources, BUCKET_BYTES)
+    plan = plan_sources(adapter.sources, BUCKET_BYTES[device.type == "cuda"])
     carrier, config = make_transport(job["transport"], job["deadline_s"]), adapter_config(adapter.info, adapter.config)
     endpoint = Endpoint(job["root_url"], job["api_key"])
     pusher = AdapterPusher(endpoint, carrier, plan, config, device=device, deadline_s=job["deadline_s"])
