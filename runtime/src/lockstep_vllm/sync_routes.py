@@ -140,6 +140,8 @@ class WeightSync:
             if not isinstance(answer, str):
                 await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
+            if name in self._adapters:  # one of before, unloaded by vLLM's own route
+                self._unloaded[self._adapters[name]] = name
             self._adapters[name] = path
             load_s = time.monotonic() - received
             phases = {"receive": received - asked, "load": load_s}
