@@ -1,6 +1,6 @@
 """What a GPU computes in bf16, against Hugging Face in fp32 and bf16 on the same tokens. One program for one or more GPUs:
 
-    torchrun --nproc-per-node N tests/gpu/ranks.py OUT.json [FAMILY ...]
+    torchrun --nproc-per-node N tests/gpu/ranks.py OUT.json [FAMILY or FAMILY/SIZES ...]
 
 Models have 8 layers and the head sizes of the released ones, with random weights. For every family it writes: the mean |difference| of
 log-probabilities to Hugging Face fp32 of Hugging Face bf16 ("noise") and of ours unpacked and packed as trees; the same for the
@@ -9,6 +9,7 @@ gradient of a LoRA step (ours bf16 against ours fp32); and the metrics of two tr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -147,27 +148,44 @@ def gradient_norm_fp32(
     return train_step(session, batch, config, None, lambda _event: None)["grad_norm"]
 
 
-def main() -> None:
-    out, families = Path(sys.argv[1]), sys.argv[2:] or list(SHAPES)
-    world = int(os.environ["WORLD_SIZE"])
-    transformers_without_kernels()
-    device.start(Parallel(data=world), seed=0)
+def model_folder(family: str) -> Path:
+    """The family's model, written once; several of these programs may run at the same time."""
     place = Path(os.environ.get("LOCKSTEP_GPU_MODELS", tempfile.gettempdir())) / "lockstep-gpu-models"
+    folder = place / family
+    if dist.get_rank() == 0 and not folder.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        mine = Path(tempfile.mkdtemp(dir=place)) / family
+        write_tiny(family, mine, seed=0, overrides={**COMMON, **SHAPES[family]})
+        with contextlib.suppress(OSError):  # another one was faster: the same bytes
+            mine.rename(folder)
+    dist.barrier()
+    return folder
+
+
+def layouts(family: str, world: int) -> dict[str, dict[str, Any]]:
+    """The parallel sizes that are tried on so many GPUs, by name."""
+    if world == 1:
+        return {"one": {}}
+    found: list[dict[str, Any]] = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
+    if "moe" in family:
+        found.append({"tensor": world, "sequence": True, "expert": world})
+    return {"-".join(f"{k}{v}" for k, v in sizes.items()): sizes for sizes in found}
+
+
+def main() -> None:
+    out, chosen = Path(sys.argv[1]), sys.argv[2:] or list(SHAPES)
+    transformers_without_kernels()
+    world = int(os.environ["WORLD_SIZE"])
+    device.start(Parallel(data=world), seed=0)
     results: dict[str, Any] = {}
-    for family in families:
-        folder = place / family
-        if dist.get_rank() == 0 and not (folder / "config.json").exists():
-            write_tiny(family, folder, seed=0, overrides={**COMMON, **SHAPES[family]})
-        dist.barrier()
-        split = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
-        dense: list[dict[str, Any]] = [{}] if world == 1 else split
-        if world > 1 and "moe" in family:
-            dense.append({"tensor": world, "sequence": True, "expert": world})
-        for parallel in dense:
-            name = f"{family}/" + ("-".join(f"{k}{v}" for k, v in parallel.items()) or "one")
-            results[name] = check(family, parallel, folder)
+    for family, _, sizes in (one.partition("/") for one in chosen):
+        folder = model_folder(family)
+        for name, parallel in layouts(family, world).items():
+            if sizes not in ("", name):
+                continue
+            results[f"{family}/{name}"] = found = check(family, parallel, folder)
             if dist.get_rank() == 0:
-                print(name, {k: v for k, v in results[name].items() if k != "steps"}, flush=True)  # noqa: T201
+                print(f"{family}/{name}", {k: v for k, v in found.items() if k != "steps"}, flush=True)  # noqa: T201
                 out.write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
 
