@@ -21,6 +21,8 @@ from lockstep.errors import DataError
 
 _CHUNK = 1 << 14
 """Tokens whose routes are compared at a time: more would not stay in the cache."""
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Spreads hashes over a table; multiplying by an odd number maps no two to one."""
 
 
 @dataclass(frozen=True)
@@ -131,56 +133,73 @@ def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     return np.repeat(first - before, size) + np.arange(int(size.sum()))
 
 
-def _equal_paths(above_Q: np.ndarray, size_Q: np.ndarray, key_X: np.ndarray) -> np.ndarray:
-    """For each place of `key_X`, where `size_Q` keys follow each other from `above_Q` on, the first with the same way down to it.
+def _first_equal(key: np.ndarray) -> np.ndarray:
+    """For each uint64 the index of the first that equals it: a hash table that is filled and read for all at once."""
+    first, left = np.empty(len(key), dtype=np.int64), np.arange(len(key))
+    bits = len(key).bit_length() + 1
+    table = np.empty(1 << bits, dtype=np.int64)
+    while len(left):
+        key = key * _ODD  # so those that meet in a slot part in the next round
+        slot = (key >> np.uint64(64 - bits)).view(np.int64)
+        table[slot[::-1]] = np.arange(len(left))[::-1]  # of several the last one written stays
+        holder = table[slot]
+        equal = key[holder] == key
+        first[left[equal]] = left[holder[equal]]
+        left, key = left[~equal], key[~equal]
+    return first
 
-    Found by hash and then checked, so no collision gets through: another hash is drawn.
+
+def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> list[tuple[np.ndarray, ...]] | None:
+    """Runs of tokens that sequences have in common with an earlier one: (starts, starts in that one, sizes). In that one, parts
+    of a run may be in a later entry of the list.
+
+    Halves what is not alike, for all sequences at once, so that the steps depend on the number of sequences and hardly on
+    their lengths. `hash_X` is summed over all places before. None: sequences that are not alike have the same hash.
     """
-    begin_Q, width = np.cumsum(size_Q) - size_Q, int(size_Q.max())
-    depth_X = spread(np.zeros_like(size_Q), size_Q)
-    salt = 0
-    while True:
-        weight = np.random.default_rng(salt).integers(2**64, size=width + 1, dtype=np.uint64)
-        term_X = (key_X.astype(np.uint64) + 1) * weight[depth_X]  # no key counts for nothing
-        term_X[begin_Q] += above_Q.astype(np.uint64) * weight[width]
-        sum_X = np.cumsum(term_X)  # modulo 2^64
-        sum_X -= np.repeat(sum_X[begin_Q] - term_X[begin_Q], size_Q)
-        _, index, inverse = np.unique(sum_X, return_index=True, return_inverse=True)
-        first_X = index[inverse]
-        before_X = np.concatenate([[0], first_X[:-1]])
-        before_X[begin_Q] = -1 - above_Q
-        if np.array_equal(key_X[first_X], key_X) and np.array_equal(before_X[first_X], before_X):
-            return first_X
-        salt += 1
+    low, stop, before_I, group = start_Q, stop_Q, hash_X[start_Q], np.zeros_like(start_Q)
+    groups, runs = 1, []  # of candidates that have everything up to `low` in common
+    for exponent in reversed(range(int((stop_Q - start_Q).max()).bit_length())):
+        middle = np.minimum(low + (1 << exponent), stop)
+        size = middle - low
+        first = _first_equal(hash_X[middle] - before_I)
+        if (group[first] != group).any() or (size[first] != size).any():
+            return None
+        own = first == np.arange(len(first))
+        runs.append((low[~own], low[first[~own]], size[~own]))
+        left = own & (np.bincount(group[own], minlength=groups)[group] > 1)
+        right = (middle < stop) & (np.bincount(first, minlength=len(first))[first] > 1)
+        low, stop = np.concatenate([low[left], middle[right]]), np.concatenate([middle[left], stop[right]])
+        before_I = np.concatenate([before_I[left], before_I[right]])
+        group = np.concatenate([group[left], groups + first[right]])
+        groups += len(first)
+    return runs
 
 
 def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(For each place the first one whose sequence has the same keys up to there; all places for which it is an earlier one.)
 
-    Goes down in blocks of twice the length, each for the sequences that share all of the last with another, so that what
-    nobody shares costs next to nothing.
+    Found by hash and then checked, so no collision gets through: another hash is drawn.
     """
-    first_X, above_Q = np.arange(len(key_X)), np.zeros_like(start_Q)
-    shared: list[np.ndarray] = []
-    low, width = 0, 1
-    while len(start_Q):
-        size_Q = np.minimum(stop_Q - start_Q - low, width)
-        place = spread(start_Q + low, size_Q)
-        first_X[place] = first = place[_equal_paths(above_Q, size_Q, key_X[place])]
-        shared.append(place[first != place])
-        low, width = low + width, low + width
-        longer_Q = stop_Q - start_Q > low
-        start_Q, stop_Q = start_Q[longer_Q], stop_Q[longer_Q]
-        above_Q = first_X[start_Q + low - 1]
-        _, inverse, count = np.unique(above_Q, return_inverse=True, return_counts=True)
-        shared_Q = count[inverse] > 1
-        start_Q, stop_Q, above_Q = start_Q[shared_Q], stop_Q[shared_Q], above_Q[shared_Q]
-    return first_X, np.concatenate(shared)
+    depth_X = spread(np.zeros_like(start_Q), stop_Q - start_Q)
+    salt = 0
+    while True:
+        weight = np.random.default_rng(salt).integers(2**64, size=int(depth_X.max()) + 1, dtype=np.uint64)
+        term_X = (key_X[:-1].astype(np.uint64) + 1) * weight[depth_X]  # modulo 2^64; no key counts for nothing
+        hash_X = np.concatenate([[np.uint64(0)], np.cumsum(term_X)])
+        runs = _common_runs(hash_X, start_Q, stop_Q)
+        first_X = np.arange(len(key_X))
+        for start, earlier, size in reversed(runs or []):
+            place = spread(start, size)
+            first_X[place] = first_X[place + np.repeat(earlier - start, size)]
+        shared = np.flatnonzero(first_X != np.arange(len(key_X)))
+        if runs is not None and np.array_equal(key_X[first_X[shared]], key_X[shared]):
+            return first_X, shared
+        salt += 1
 
 
 def _forks(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Place of each sequence's first token that no earlier one has, or its stop; place of the token before that, -1 for none.)"""
-    own_Q = flat.start_Q + np.bincount(owners(flat, shared), minlength=len(flat.start_Q))
+    own_Q = flat.start_Q + np.diff(np.searchsorted(shared, np.append(0, flat.stop_Q)))
     return own_Q, np.where(own_Q > flat.start_Q, first_X[own_Q - 1], -1)
 
 
@@ -268,7 +287,8 @@ def build(flat: Flat, share: bool = True) -> Tree:
     top = np.flatnonzero(start_N == own_Q[owner_N])
     parent_N[top] = np.searchsorted(start_N, fork_Q[owner_N[top]], side="right") - 1
     count_N, place_N = _preorder(parent_N)
-    order_N = np.argsort(place_N)
+    order_N = np.empty_like(place_N)
+    order_N[place_N] = np.arange(len(place_N))
     return Tree(
         start_N=start_N[order_N],
         size_N=(stop_N - start_N)[order_N],
@@ -281,18 +301,18 @@ def build(flat: Flat, share: bool = True) -> Tree:
 
 def _preorder(parent_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Nodes in each subtree, each node's number in preorder) of nodes that come after their parents, in the order of siblings."""
-    parents, inner = parent_N.tolist(), np.flatnonzero(parent_N >= 0).tolist()
-    count = [1] * len(parents)
-    for node in reversed(inner):
-        count[parents[node]] += count[node]
-    count_N, roots = np.array(count), np.flatnonzero(parent_N < 0)
-    place_N = np.zeros(len(parents), dtype=np.int64)
-    place_N[roots] = np.cumsum(count_N[roots]) - count_N[roots]
-    place = place_N.tolist()
-    free = [here + 1 for here in place]  # the number of the next child
-    for node in inner:
-        parent = parents[node]
-        place[node] = free[parent]
-        free[parent] += count[node]
-        free[node] = place[node] + 1
-    return count_N, np.array(place)
+    node_N, count_N = np.arange(len(parent_N)), np.ones_like(parent_N)
+    jumps, up_N = [], parent_N  # the first, second, fourth ... ancestor of those that have one
+    while len(deep := np.flatnonzero(up_N >= 0)):
+        jumps.append((deep, up_N[deep]))
+        up_N = np.where(up_N < 0, -1, up_N[up_N])
+    for deep, above in jumps:
+        count_N += np.bincount(above, count_N[deep], len(count_N)).astype(np.int64)
+    siblings = np.sort((parent_N + 1) * len(parent_N) + node_N) % len(parent_N)
+    before = np.cumsum(count_N[siblings]) - count_N[siblings]
+    first = np.searchsorted(parent_N[siblings], parent_N[siblings])
+    place_N = np.empty_like(parent_N)
+    place_N[siblings] = before - before[first] + (parent_N[siblings] >= 0)
+    for deep, above in jumps:
+        place_N[deep] += place_N[above]
+    return count_N, place_N
