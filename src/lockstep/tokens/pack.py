@@ -83,16 +83,16 @@ def pack(
     lengths chosen here, and the given one, are rounded up to it. The number of rows is a multiple of `minibatches` x
     `data`: rows of padding go to the end of each minibatch. Equal input and seed give equal bytes.
 
-    Raises DataError: nothing to pack, a sequence longer than a row (see `fit`), a scored first token, fewer rows than
-    minibatches.
+    Raises DataError: nothing to pack, a sequence longer than a row (see `fit`) or that can't be packed (see `end_to_end`), fewer
+    rows than minibatches.
     """
-    _check_input(sequences, advantages_Q, weights_Q)
+    if not len(sequences):
+        raise DataError("the batch is empty: there is no sequence to pack")
+    if not len(sequences) == len(advantages_Q) == len(weights_Q):
+        raise ValueError(f"{len(sequences)} sequences, {len(advantages_Q)} advantages, {len(weights_Q)} weights")
     random = np.random.default_rng(seed)
     order_Q = random.permutation(len(sequences))
     flat = end_to_end(sequences)
-    if (unpredicted_Q := flat.sampled_X[flat.start_Q]).any():
-        name = sequences[int(unpredicted_Q.argmax())].name
-        raise DataError(f"{name}: its first token carries loss, but nothing predicts it: the prompt is empty")
     mask_X = flat.sampled_X.copy()  # before sharers learn from each other
     tree = build(flat, share_prefixes)
     longest = int((flat.stop_Q - flat.start_Q).max())
@@ -130,18 +130,6 @@ def _deal(rows: list[list[int]], minibatches: int, data: int) -> list[list[int]]
         mine = rows[index::minibatches]
         dealt += mine + [[] for _ in range(size - len(mine))]
     return dealt
-
-
-def _check_input(sequences: Sequence[TokenSequence], advantages_Q: np.ndarray, weights_Q: np.ndarray) -> None:
-    if not len(sequences):
-        raise DataError("the batch is empty: there is no sequence to pack")
-    if not len(sequences) == len(advantages_Q) == len(weights_Q):
-        raise ValueError(f"{len(sequences)} sequences, {len(advantages_Q)} advantages, {len(weights_Q)} weights")
-    bare = [sequence for sequence in sequences if sequence.routes_SLK is None]
-    if 0 < len(bare) < len(sequences):
-        raise DataError(f"{bare[0].name} has no expert routes, others have: all or none must be replayed")
-    if empty := [sequence.name for sequence in sequences if not len(sequence.tokens_S)]:
-        raise DataError(f"{empty[0]} has no tokens")
 
 
 def _scored(layout: Layout, mask_X: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,12 +173,12 @@ def _batch(
         shape, layout.row_M[layout.leaf_Q], offsets_Q, index_P, weight_Q, advantage_Q
     )
     # A token's sampled sequences may all lie in another row that repeats it: here it is context.
-    sampling_RS2 = flat.sampling_X2.view(np.float32)[source_RS]
+    sampling_RS2 = flat.sampling_X2.view(np.float32).take(source_RS, axis=0)
     routes_RSLK = None
     if flat.routes_XLK is not None and flat.routed_X is not None:
         # Tokens whose experts don't matter get distinct ones, as a router would pick.
         flat.routes_XLK[~flat.routed_X] = np.arange(flat.routes_XLK.shape[-1])
-        routes_RSLK = flat.routes_XLK[source_RS]
+        routes_RSLK = flat.routes_XLK.take(source_RS, axis=0)
     return PackedBatch(
         tokens_RS=flat.tokens_X[source_RS],
         positions_RS=laid_out(spread(layout.above_M, size_M), 0, np.int32),

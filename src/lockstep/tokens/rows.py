@@ -66,8 +66,9 @@ def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[li
     whole = np.flatnonzero(~cut_N & ((tree.parent_N < 0) | cut_N[tree.parent_N]))
     key_N = rank_N - total_N * len(order_Q)  # large ones first, then by rank
     whole = whole[np.argsort(key_N[whole])]
-    below: defaultdict[int, list[int]] = defaultdict(list)
-    for node, parent in zip(whole.tolist(), tree.parent_N[whole].tolist(), strict=True):
+    roots = tree.parent_N[whole] < 0
+    below: defaultdict[int, list[int]] = defaultdict(list, {-1: whole[roots].tolist()})
+    for node, parent in zip(whole[~roots].tolist(), tree.parent_N[whole[~roots]].tolist(), strict=True):
         below[parent].append(node)
     sizes, keys = total_N.tolist(), key_N.tolist()
     copies: Copies = []
@@ -114,22 +115,24 @@ def lay_out(tree: Tree, rows: list[list[int]], copies: Copies) -> Layout:
     """Rows of parts as nodes one after the other, parents first."""
     nodes = len(tree.start_N)
     parts: list[int] = []
-    row_of: list[int] = []
-    hung: list[int] = []  # the item that each hangs below, -1 for none
-    for row, trees in enumerate(rows):
-        stack = [(part, -1) for part in reversed(trees)]
+    ends: list[int] = []
+    for trees in rows:
+        stack = trees[::-1]
         while stack:
-            part, above = stack.pop()
+            parts.append(part := stack.pop())
             if part >= nodes:
-                stack += [(below, len(parts)) for below in reversed(copies[part - nodes][1])]
-            parts.append(part)
-            row_of.append(row)
-            hung.append(above)
+                stack += copies[part - nodes][1][::-1]
+        ends.append(len(parts))
     copied = np.array([node for node, _ in copies], dtype=np.int64)
     node_P = np.concatenate([np.arange(nodes), copied])
     count_P = np.concatenate([tree.count_N, np.ones_like(copied)])
     leads_P = np.concatenate([np.ones(nodes, dtype=bool), np.diff(copied, prepend=-1) != 0])
-    part_I, above_I = np.array(parts), np.array(hung)
+    part_I = np.array(parts)
+    above_P, item_P = np.full(len(node_P), -1), np.zeros_like(node_P)
+    item_P[part_I] = np.arange(len(part_I))
+    for copy, (_, below) in enumerate(copies, nodes):
+        above_P[below] = item_P[copy]
+    above_I = above_P[part_I]  # the copy that each hangs below, -1 for none
     count_I = count_P[part_I]
     first_I = np.cumsum(count_I) - count_I
     node_C = spread(node_P[part_I], count_I)
@@ -145,9 +148,10 @@ def lay_out(tree: Tree, rows: list[list[int]], copies: Copies) -> Layout:
     head, number_C = np.flatnonzero(begins_C), np.cumsum(begins_C) - 1
     size_C = tree.size_N[node_C]
     size_M = np.add.reduceat(size_C, head)
-    row_M = np.repeat(np.array(row_of), count_I)[head]
+    row_M = np.repeat(np.repeat(np.arange(len(rows)), np.diff(ends, prepend=0)), count_I)[head]
     start_M = np.cumsum(size_M) - size_M
-    start_M -= start_M[np.searchsorted(row_M, row_M)]
+    begin_R = np.searchsorted(row_M, np.arange(len(rows)))
+    start_M -= np.append(start_M, 0)[begin_R][row_M]  # the last rows may be empty
     return Layout(
         source=spread(tree.start_N[node_C], size_C),
         row_M=row_M,

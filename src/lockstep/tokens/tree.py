@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
 from lockstep.errors import DataError
 
-_CHUNK = 1 << 14
-"""Tokens whose routes are compared at a time: more would not stay in the cache."""
+_CHUNK = 1 << 12
+"""Tokens or sequences at a time: what belongs to more would not stay in the cache."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 """Spreads hashes over a table; multiplying by an odd number maps no two to one."""
 
@@ -106,46 +107,71 @@ class Flat:
 
 
 def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
-    """All in copies. The first tokens carry no loss, and all sequences have routes, or none."""
-    padding = replace(sequences[0].cut(1), tokens_S=np.zeros(1, np.int32), routed_S=np.zeros(1, bool))
-    padded = [*sequences, padding]
-    length_Q = np.array([len(one.tokens_S) for one in sequences])
-    stop_Q = np.cumsum(length_Q)
-    sampling_X2 = np.empty((int(stop_Q[-1]) + 1, 2), np.float32)
-    np.concatenate([one.logprobs_S for one in padded], out=sampling_X2[:, 0])
-    np.concatenate([one.temperatures_S for one in padded], out=sampling_X2[:, 1])
-    routes = [one.routes_SLK for one in padded if one.routes_SLK is not None]
-    routed = [np.ones(len(one), bool) if one.routed_S is None else one.routed_S for one in padded if routes]
-    return Flat(
-        start_Q=stop_Q - length_Q,
-        stop_Q=stop_Q,
-        tokens_X=np.concatenate([one.tokens_S for one in padded], dtype=np.int32),
-        sampled_X=np.concatenate([one.loss_mask_S for one in padded]),
-        sampling_X2=sampling_X2.view(np.uint32),
-        routes_XLK=np.concatenate(routes) if routes else None,
-        routed_X=np.concatenate(routed) if routes else None,
+    """All in copies.
+
+    Raises DataError naming a sequence without tokens, with a scored first token, or without routes where others have some.
+    """
+    length_Q = np.fromiter(map(len, map(attrgetter("tokens_S"), sequences)), np.int64, len(sequences))
+    if not length_Q.all():
+        raise DataError(f"{sequences[int(length_Q.argmin())].name} has no tokens")
+    start_Q, places = np.cumsum(length_Q) - length_Q, int(length_Q.sum()) + 1
+    routes = [one.routes_SLK for one in sequences if one.routes_SLK is not None]
+    if 0 < len(routes) < len(sequences):
+        bare = next(one for one in sequences if one.routes_SLK is None)
+        raise DataError(f"{bare.name} has no expert routes, others have: all or none must be replayed")
+    routed_X = None
+    if routes:
+        routed_X = np.arange(places) < places - 1  # all but the padding
+        for start, one in zip(start_Q.tolist(), sequences, strict=True):
+            if one.routed_S is not None:
+                routed_X[start : start + len(one)] = one.routed_S
+    sampling = [_joined(sequences, field, places, np.float32) for field in ("logprobs_S", "temperatures_S")]
+    flat = Flat(
+        start_Q=start_Q,
+        stop_Q=start_Q + length_Q,
+        tokens_X=_joined(sequences, "tokens_S", places, np.int32),
+        sampled_X=_joined(sequences, "loss_mask_S", places, np.bool_),
+        sampling_X2=np.stack(sampling, axis=1).view(np.uint32),
+        routes_XLK=np.concatenate([*routes, routes[0][:1]]) if routes else None,
+        routed_X=routed_X,
     )
+    if (unpredicted_Q := flat.sampled_X[start_Q]).any():
+        name = sequences[int(unpredicted_Q.argmax())].name
+        raise DataError(f"{name}: its first token carries loss, but nothing predicts it: the prompt is empty")
+    return flat
+
+
+def _joined(sequences: Sequence[TokenSequence], field: str, places: int, dtype: type[np.generic]) -> np.ndarray:
+    """A field of all sequences and a 0 of padding. `np.concatenate` takes twice as long if they are short."""
+    joined, size = bytearray(), np.dtype(dtype).itemsize
+    for first in range(0, len(sequences), _CHUNK):
+        joined += b"".join([getattr(one, field) for one in sequences[first : first + _CHUNK]])
+    if len(joined) != (places - 1) * size:
+        wrong = next(one for one in sequences if getattr(one, field).nbytes != len(one) * size)
+        raise ValueError(f"{wrong.name}: {field} must be {len(wrong)} x {dtype.__name__}")
+    return np.frombuffer(joined + bytes(size), dtype)
 
 
 def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
     before = np.cumsum(size) - size
-    return np.repeat(first - before, size) + np.arange(int(size.sum()))
+    found = np.repeat(first - before, size)
+    found += np.arange(len(found))
+    return found
 
 
 def _first_equal(key: np.ndarray) -> np.ndarray:
     """For each uint64 the index of the first that equals it: a hash table that is filled and read for all at once."""
-    first, left = np.empty(len(key), dtype=np.int64), np.arange(len(key))
-    bits = len(key).bit_length() + 1
+    first, left, bits = np.empty(len(key), dtype=np.int64), np.arange(len(key)), len(key).bit_length()
     table = np.empty(1 << bits, dtype=np.int64)
     while len(left):
         key = key * _ODD  # so those that meet in a slot part in the next round
         slot = (key >> np.uint64(64 - bits)).view(np.int64)
         table[slot[::-1]] = np.arange(len(left))[::-1]  # of several the last one written stays
         holder = table[slot]
-        equal = key[holder] == key
-        first[left[equal]] = left[holder[equal]]
-        left, key = left[~equal], key[~equal]
+        first[left] = left[holder]
+        other = np.flatnonzero(key[holder] != key)
+        left, key = left[other], key[other]
     return first
 
 
@@ -165,9 +191,10 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
         if (group[first] != group).any() or (size[first] != size).any():
             return None
         own = first == np.arange(len(first))
-        runs.append((low[~own], low[first[~own]], size[~own]))
-        left = own & (np.bincount(group[own], minlength=groups)[group] > 1)
-        right = (middle < stop) & (np.bincount(first, minlength=len(first))[first] > 1)
+        late = np.flatnonzero(~own)
+        runs.append((low[late], low[first[late]], size[late]))
+        left = np.flatnonzero(own & (np.bincount(group[own], minlength=groups)[group] > 1))
+        right = np.flatnonzero((middle < stop) & (np.bincount(first)[first] > 1))
         low, stop = np.concatenate([low[left], middle[right]]), np.concatenate([middle[left], stop[right]])
         before_I = np.concatenate([before_I[left], before_I[right]])
         group = np.concatenate([group[left], groups + first[right]])
@@ -184,8 +211,11 @@ def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
     salt = 0
     while True:
         weight = np.random.default_rng(salt).integers(2**64, size=int(depth_X.max()) + 1, dtype=np.uint64)
-        term_X = (key_X[:-1].astype(np.uint64) + 1) * weight[depth_X]  # modulo 2^64; no key counts for nothing
-        hash_X = np.concatenate([[np.uint64(0)], np.cumsum(term_X)])
+        hash_X = np.zeros(len(key_X), dtype=np.uint64)
+        hash_X[1:] = key_X[:-1]
+        hash_X[1:] += 1  # no key counts for nothing
+        hash_X[1:] *= weight[depth_X]
+        np.cumsum(hash_X, out=hash_X)  # modulo 2^64
         runs = _common_runs(hash_X, start_Q, stop_Q)
         first_X = np.arange(len(key_X))
         for start, earlier, size in reversed(runs or []):
@@ -197,9 +227,10 @@ def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
         salt += 1
 
 
-def _forks(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _forks(flat: Flat, first_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Place of each sequence's first token that no earlier one has, or its stop; place of the token before that, -1 for none.)"""
-    own_Q = flat.start_Q + np.diff(np.searchsorted(shared, np.append(0, flat.stop_Q)))
+    shared_X = first_X[:-1] != np.arange(len(first_X) - 1)
+    own_Q = flat.start_Q + np.add.reduceat(shared_X, flat.start_Q, dtype=np.int64)
     return own_Q, np.where(own_Q > flat.start_Q, first_X[own_Q - 1], -1)
 
 
@@ -220,7 +251,7 @@ def _divided(
     holder_X[first_X[late]] = late
     torn_X = np.zeros(len(first_X), dtype=bool)
     for part in np.array_split(known, len(known) // _CHUNK + 1):
-        differ = values[part] != values[holder_X[first_X[part]]]
+        differ = values.take(part, axis=0) != values.take(holder_X[first_X[part]], axis=0)
         torn_X[first_X[part[differ.any(axis=1)]]] = True
     if not torn_X.any():
         return first_X, shared
@@ -232,7 +263,7 @@ def _divided(
         code_X[part] = [seen.setdefault(row.tobytes(), len(seen)) for row in values[part]]
     # Whoever does not know points to the same depth of its guide, and so on to one that knows.
     unknown = torn[~known_X[torn]]
-    owner, guide_Q = owners(flat, unknown), owners(flat, _forks(flat, first_X, shared)[1])
+    owner, guide_Q = owners(flat, unknown), owners(flat, _forks(flat, first_X)[1])
     follows = flat.start_Q[guide_Q[owner]] + unknown - flat.start_Q[owner]
     guide_X = np.arange(len(first_X))
     guide_X[unknown] = np.where(first_X[unknown] == unknown, holder_X[unknown], follows)
@@ -274,18 +305,19 @@ def build(flat: Flat, share: bool = True) -> Tree:
         for known_X, values in flat.known():
             first_X, shared = _divided(flat, first_X, shared, known_X, values)
         _merge(flat, first_X, shared)
-        own_Q, fork_Q = _forks(flat, first_X, shared)
+        own_Q, fork_Q = _forks(flat, first_X)
         last_Q = first_X[last_Q]
     begins_X = np.zeros(len(flat.tokens_X), dtype=bool)  # a node ends where another forks off or a sequence ends
     begins_X[fork_Q + 1] = begins_X[last_Q + 1] = True
     begins_X[flat.stop_Q] = False
     begins_X[own_Q[own_Q < flat.stop_Q]] = True
-    start_N = np.flatnonzero(begins_X)
+    start_N, node_X = np.flatnonzero(begins_X), np.cumsum(begins_X) - 1
     owner_N = owners(flat, start_N)
     stop_N = np.minimum(np.append(start_N[1:], flat.stop_Q[-1]), flat.stop_Q[owner_N])
     parent_N = np.arange(-1, len(start_N) - 1)
     top = np.flatnonzero(start_N == own_Q[owner_N])
-    parent_N[top] = np.searchsorted(start_N, fork_Q[owner_N[top]], side="right") - 1
+    fork = fork_Q[owner_N[top]]
+    parent_N[top] = np.where(fork < 0, -1, node_X[fork])
     count_N, place_N = _preorder(parent_N)
     order_N = np.empty_like(place_N)
     order_N[place_N] = np.arange(len(place_N))
@@ -295,7 +327,7 @@ def build(flat: Flat, share: bool = True) -> Tree:
         above_N=(start_N - flat.start_Q[owner_N])[order_N],
         parent_N=np.where(parent_N < 0, -1, place_N[parent_N])[order_N],
         count_N=count_N[order_N],
-        end_Q=place_N[np.searchsorted(start_N, last_Q, side="right") - 1],
+        end_Q=place_N[node_X[last_Q]],
     )
 
 
