@@ -136,9 +136,7 @@ def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | N
         steps_S=_steps(extra.get("weight_versions"), len(sampled_S), model_name, name),
         routes_SLK=None
         if routes is None or not len(sampled_S)
-        else decode_routes(
-            extra.get("routed_experts"), extra.get("routes_digest"), prompt_S.tolist(), sampled_S.tolist(), routes, name
-        ),
+        else decode_routes(extra.get("routed_experts"), extra.get("routes_digest"), prompt_S, sampled_S, routes, name),
         top_SC=top_ids(choice),
     )
 
@@ -247,7 +245,7 @@ def tokenize(
     return Tokenized(
         sequences=[sequence for sequence, _ in made],
         splits=len(merged) - 1,
-        steps=frozenset(int(step) for turn in turns for step in turn.steps_S),
+        steps=frozenset(step for turn in turns for step in np.unique(turn.steps_S).tolist()),
         disagreeing=sum(count for _, count in made),
     )
 
