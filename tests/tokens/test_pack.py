@@ -163,14 +163,16 @@ def test_best_fit_is_that_of_one_part_after_the_other(sizes, capacity):
     assert best_fit(sizes, capacity) == bins
 
 
-def test_hashes_that_collide_share_nothing_wrong(monkeypatch):
+@pytest.mark.parametrize("weights", [1, 2, 4])
+def test_hashes_that_collide_share_nothing_wrong(monkeypatch, weights):
     sequences = random_sequences(np.random.default_rng(3), 20, vocabulary=3)
     expected = packed(sequences, 7)
     draw, calls = np.random.default_rng, []
 
     def colliding(seed: int) -> np.random.Generator | SimpleNamespace:
         calls.append(seed)
-        return SimpleNamespace(integers=lambda *_, size, dtype: np.zeros(size, dtype)) if seed == 0 else draw(seed)
+        weak = SimpleNamespace(integers=lambda *_, size, dtype: draw(seed).integers(weights, size=size, dtype=dtype))
+        return weak if seed == 0 else draw(seed)
 
     monkeypatch.setattr(np.random, "default_rng", colliding)
     batch = packed(sequences, 7)

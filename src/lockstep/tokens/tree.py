@@ -182,12 +182,12 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
     Halves what is not alike, for all sequences at once, so that the steps depend on the number of sequences and hardly on
     their lengths. `hash_X` is summed over all places before. None: sequences that are not alike have the same hash.
     """
-    low, stop, before_I, group = start_Q, stop_Q, hash_X[start_Q], np.zeros_like(start_Q)
+    low, stop, before, group = start_Q, stop_Q, hash_X[start_Q], np.zeros_like(start_Q)
     groups, runs = 1, []  # of candidates that have everything up to `low` in common
     for exponent in reversed(range(int((stop_Q - start_Q).max()).bit_length())):
         middle = np.minimum(low + (1 << exponent), stop)
         size = middle - low
-        first = _first_equal(hash_X[middle] - before_I)
+        first = _first_equal(hash_X[middle] - before)
         if (group[first] != group).any() or (size[first] != size).any():
             return None
         own = first == np.arange(len(first))
@@ -196,7 +196,7 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
         left = np.flatnonzero(own & (np.bincount(group[own], minlength=groups)[group] > 1))
         right = np.flatnonzero((middle < stop) & (np.bincount(first)[first] > 1))
         low, stop = np.concatenate([low[left], middle[right]]), np.concatenate([middle[left], stop[right]])
-        before_I = np.concatenate([before_I[left], before_I[right]])
+        before = np.concatenate([before[left], before[right]])
         group = np.concatenate([group[left], groups + first[right]])
         groups += len(first)
     return runs
