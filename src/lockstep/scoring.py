@@ -114,6 +114,7 @@ def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str 
         "adapter": None if adapter is None else str(adapter.resolve()),
         "dtype": dtype or checkpoint_dtype(model),
         "parallel": parallel.model_dump(mode="json"),
+        "trains": False,
     }
 
 

@@ -287,6 +287,32 @@ def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
     assert changed > 0.01
 
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "train_step": {"batch": "", "config": config(), "out": "nowhere"},
+    "save": {"out": "nowhere"},
+    "load": {"step_dir": "nowhere"},
+}
+
+
+def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, run: dict[str, Any]) -> None:
+    """The same log-probabilities, in memory for one copy of the weights; whatever would change or publish them is refused."""
+    batch = str(run["folder"] / "a.safetensors")
+    scores, held = {}, {}
+    for trains in (True, False):
+        folder = tmp_path / str(trains)
+        parent = Parent(folder / "process", engine(run["model"], targets=[]) | {"trains": trains})
+        parent.call("score", batch=batch, out=str(folder / "scores.safetensors"))
+        scores[trains] = load_file(folder / "scores.safetensors")["logprobs_RS"]
+        held[trains] = parent.call("memory")["device_storages"]
+        for verb, args in REFUSED.items() if not trains else ():
+            reply = parent.ask(verb, **{name: batch if name == "batch" else value for name, value in args.items()})
+            assert reply["error"]["type"] == "ConfigError", reply
+            assert "was started to score only" in reply["error"]["message"]
+        assert parent.close() == 0
+    np.testing.assert_array_equal(scores[False], scores[True])
+    assert held[False] < held[True] / 4  # of five: weights, gradients, masters and two moments
+
+
 def test_memory_is_asked_for_before_it_is_taken() -> None:
     from lockstep.engine.device import free_memory, require_memory
     from lockstep.errors import TrainerError

@@ -50,7 +50,8 @@ class Settings:
 
     compile: run the regions that the family's policy names through torch.compile; None: on a GPU. recompute: all
     activations in the backward pass, or none; None decides for each batch by the memory there is (`recompute.py`).
-    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays None.
+    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays None. trains: False for scoring
+    only: no gradients, no optimizer state, and of the verbs only `score`, `memory`, `offload`, `onload` and `release`.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Settings:
     stages: tuple[int, ...] | None = None
     allow_unvalidated_arch: bool = False
     timeout_s: float = 600.0
+    trains: bool = True
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Settings:
@@ -131,7 +133,9 @@ def open_session(settings: Settings) -> Session:
     regions.enable(handler.compile.regions if compiled else ())
     model = build(config, settings.parallel, DTYPES[settings.dtype], layers, bool(settings.recompute))
     _load(model, checkpoint, shards)
-    if settings.lora is None:
+    if settings.lora is None and not settings.trains:
+        shapes, trainables = {}, []
+    elif settings.lora is None:
         shapes = expected_tensors(handler, config, checkpoint.layout)
         shapes = {name: shape for name, shape in shapes.items() if name in _read_names(whole)}
         trainables = base_trainables(model, shards, shapes)
@@ -143,7 +147,7 @@ def open_session(settings: Settings) -> Session:
         assign(trainables, initial)
     # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed it.
     narrow = torch.float32 if DTYPES[settings.dtype] == torch.float64 else None
-    optimizer = Optimizer(trainables, settings.parallel, config.tied, narrow)
+    optimizer = Optimizer(trainables if settings.trains else [], settings.parallel, config.tied, narrow)
     return Session(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
 
 
@@ -174,7 +178,7 @@ def _preflight(shards: Sequence[Shard], settings: Settings) -> None:
     """Weights, and for full fine-tuning fp32 gradients here and three fp32 copies spread over the replicas."""
     elements = sum(torch.Size(s.shape).numel() for s in shards)
     needed = elements * DTYPES[settings.dtype].itemsize
-    if settings.lora is None:
+    if settings.lora is None and settings.trains:
         needed += (
             elements * DTYPES[settings.dtype].itemsize + elements * 4 + elements * 12 // settings.parallel.replicas
         )

@@ -56,6 +56,9 @@ HEARTBEAT_S = 5.0
 SHUTDOWN_S = 10.0
 DEFAULT_TIMEOUT_S = 24 * 3600.0
 
+SCORING = frozenset({"score", "memory", "offload", "onload", "release"})
+"""Verbs of a trainer that does not train."""
+
 Json = dict[str, Any]
 
 
@@ -217,6 +220,10 @@ class Worker:
         if self.stale and verb != "load":
             raise TrainerError(
                 "an earlier step failed after it had changed the weights; load the last published step first"
+            )
+        if not self.session.settings.trains and verb not in SCORING:
+            raise ConfigError(
+                f"this trainer was started to score only: {verb} needs one with trains = true in engine.json"
             )
         self._check_here(str(verb))
         return verbs[verb](args, report)

@@ -197,6 +197,7 @@ async def _trained(base: Path, adapter: Path | None, name: str, samples: list[Sa
         "adapter": None if adapter is None else str(adapter),
         "dtype": request.dtype,
         "parallel": Parallel().model_dump(mode="json"),
+        "trains": False,
     }
     gpus = (0,) if default_kind() == "cuda" else ()
     trainer = await Trainer.start(settings, 1, request.folder / "logs" / "trainer.log", gpus=gpus)
