@@ -33,7 +33,7 @@ def gpus(monkeypatch, tmp_path):
         (1, None, Devices((0,), (0,), shared=True)),
         (2, None, Devices((0,), (1,))),
         (4, None, Devices((0,), (1,))),
-        (4, ([0, 1], [1, 0]), Devices((0, 1), (1, 0), shared=True)),
+        (4, ([0, 1], [1, 0]), Devices((1, 0), (1, 0), shared=True)),
         (4, ([0, 1], [2]), Devices((0, 1), (2,))),
         (4, ("cpu", "cpu"), Devices(shared=True)),
     ],

@@ -47,7 +47,9 @@ def resolve_placement(placement: Placement | None) -> Devices:
             if count
             else f"placement names GPUs, {has} none: leave placement out to run on the CPU"
         )
-    return Devices(placement.trainer, placement.inference, placement.shared)
+    # Shared ones in one order: a handle of GPU memory says which it is by the number that its own process gives it.
+    trainer = placement.inference if placement.shared else placement.trainer
+    return Devices(trainer, placement.inference, placement.shared)
 
 
 def check_processes(devices: Devices, parallel: Parallel) -> None:
