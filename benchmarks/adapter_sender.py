@@ -154,8 +154,12 @@ def rounds(job: dict[str, Any], client: httpx.Client, way: str, load: Callable[[
         first_token(client, name)
         ended = time.monotonic()
         time.sleep(0.2)
+        asked = time.monotonic()
+        first_token(client, name)
+        again = time.monotonic() - asked
         gap = busy.gap(started, loaded) if busy else None
-        found.append({"seconds": loaded - started, "first_token_s": ended - started, "gap_s": gap, "report": report})
+        times = {"seconds": loaded - started, "first_token_s": ended - started, "again_s": again, "gap_s": gap}
+        found.append({**times, "report": report})
         post(client, "/v1/unload_lora_adapter", {"lora_name": name})
         post(client, "/lockstep/sync/forget_adapter", {"name": name})
     usual = busy.close() if busy else None

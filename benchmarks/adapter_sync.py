@@ -10,6 +10,7 @@ same adapter as PEFT writes it, in memory (/dev/shm) where there is room, throug
 after two to warm up, each under a name of its own.
 
 `loaded`: until the push, or vLLM's call, returns. `first token`: from the same start until the first token under the new adapter has come.
+`again`: what a first token takes a little later, when the adapter has long been there: the server's own part of it.
 `without tokens`: the longest time that a stream of the base model, under way meanwhile, waited for a token; `usual` is what it waits
 otherwise. The engine stands still for the difference. Phases are those of the SyncReport, and what of the push is in none.
 """
@@ -99,7 +100,7 @@ def median(values: list[float | None]) -> float | None:
 def row(shape: str, case: dict[str, Any], nbytes: int) -> dict[str, Any]:
     rounds = case["rounds"][WARM_UP:]
     found = {"shape": shape, "way": case["way"], "traffic": case["traffic"], "gb": nbytes / 1e9}
-    found |= {key: median([one[key] for one in rounds]) for key in ("seconds", "first_token_s", "gap_s")}
+    found |= {key: median([one[key] for one in rounds]) for key in ("seconds", "first_token_s", "again_s", "gap_s")}
     found |= {"usual_gap_s": case["usual_gap_s"]}
     reports = [one["report"] for one in rounds if one["report"]]
     for key in ("transfer_s", "commit_s", "pause_s"):
@@ -116,10 +117,10 @@ def row(shape: str, case: dict[str, Any], nbytes: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heading = ["shape", "from", "traffic", "GB", "transfer", "commit", "its load", "loaded", "first token"]
+    heading = ["shape", "from", "traffic", "GB", "transfer", "commit", "its load", "loaded", "first token", "again"]
     heading += ["without tokens", "usual"]
     lines = ["(milliseconds)", "| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
-    keys = ("transfer_s", "commit_s", "pause_s", "seconds", "first_token_s", "gap_s", "usual_gap_s")
+    keys = ("transfer_s", "commit_s", "pause_s", "seconds", "first_token_s", "again_s", "gap_s", "usual_gap_s")
     for one in rows:
         cells = [one["shape"], one["way"], "yes" if one["traffic"] else "no", f"{one['gb']:.4g}"]
         cells += ["-" if one[key] is None else f"{one[key] * 1e3:.1f}" for key in keys]

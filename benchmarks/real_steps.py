@@ -13,6 +13,7 @@ from pathlib import Path
 from shapes import DECIDED, SHAPES, write_random
 
 import lockstep as ls
+from lockstep.config import SERVED_RANKS
 from lockstep.families.tiny import write_tiny
 from lockstep.families.tiny_tokenizer import save_tokenizer
 
@@ -34,7 +35,7 @@ def model_options(parser: argparse.ArgumentParser, family: str) -> None:
     parser.add_argument("--family", default=family, help="family of the tiny model")
     parser.add_argument("--layers", type=int, help="so many layers in place of the shape's own")
     parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument("--rank", type=int, default=16, choices=SERVED_RANKS, help="LoRA rank")
     parser.add_argument("--full", action="store_true", help="train all weights (merged mode)")
     parser.add_argument("--prompts", type=int, default=4, help="groups per step, of two replies each")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a reply that is trained on")

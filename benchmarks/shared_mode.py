@@ -2,7 +2,7 @@
 
     python benchmarks/shared_mode.py                                          # a tiny model on the CPU
     python benchmarks/shared_mode.py --shape qwen3-8b --mode merged           # one GPU, 50 steps
-    python benchmarks/shared_mode.py --shape qwen3-8b --layers 12 --rank 4 --prompts 2 --tokens 8 --budget 280    # soon over
+    python benchmarks/shared_mode.py --shape qwen3-8b --layers 12 --rank 8 --prompts 2 --tokens 8 --budget 280    # soon over
     python benchmarks/shared_mode.py --shape qwen3-30b-a3b --mode lora --output h200.json
 
 Each step is a real one: rollouts from the server, sleep, train, offload, sync, wake, proof. On a GPU `held` is what the process has of the
