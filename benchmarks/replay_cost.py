@@ -178,21 +178,22 @@ def main() -> None:
     sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (4, 512), "length": (48, 4096), "repeat": (2, 9)}
     for name, (small, large) in sizes.items():
         setattr(options, name, getattr(options, name) or (small if options.tiny else large))
+    figures: dict[str, Any] = {"device": device(), "cost": {}}
+    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'spread':>9}", flush=True)
+
+    def report(name: str, unit: str, values: dict[str, list[float]], rate: bool) -> None:
+        """As soon as it is known: the other part takes minutes."""
+        shown, figures["cost"][name] = line(f"{name}, {unit}", values, rate)
+        figures[name] = values
+        print(shown, flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(figures, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint(options, Path(scratch))
-        rates = asyncio.run(server_rates(folder, Path(scratch), options))
-        seconds = trainer_seconds(folder, options)
-    shown, costs = zip(line("server, tokens/s", rates, True), line("trainer, s per step", seconds, False), strict=True)
-    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'spread':>9}", *shown, sep="\n")
-    if options.output:
-        figures = {
-            "device": device(),
-            "server": rates,
-            "trainer": seconds,
-            "cost": dict(zip(("server", "trainer"), costs, strict=True)),
-        }
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
-    sys.exit(0 if max(costs) <= LIMIT or options.tiny else 1)
+        report("server", "tokens/s", asyncio.run(server_rates(folder, Path(scratch), options)), rate=True)
+        report("trainer", "s per step", trainer_seconds(folder, options), rate=False)
+    sys.exit(0 if max(figures["cost"].values()) <= LIMIT or options.tiny else 1)
 
 
 if __name__ == "__main__":
