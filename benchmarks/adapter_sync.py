@@ -57,7 +57,11 @@ def server_config(arguments: argparse.Namespace, model: Path) -> ServerConfig:
     """Room for adapters as the family's own targets need it; of the GPU's memory, weights and room and a small cache."""
     extra = ["--load-format", "dummy"]
     if arguments.gpus:
-        extra += ["--gpu-memory-utilization", str(arguments.gpu_memory_utilization), *arguments.server_args]
+        extra += [
+            "--gpu-memory-utilization",
+            str(arguments.gpu_memory_utilization),
+            *(arguments.server_arg or ["--enforce-eager"]),
+        ]
     return ServerConfig(
         model=model,
         served_name="bench",
@@ -168,7 +172,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="cut the model, for a dry run")
     parser.add_argument("--small", action="store_true", help="all modules of a shape, with few dims, for a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="free memory that a server asks for")
-    parser.add_argument("--server-args", nargs="*", default=["--enforce-eager"])
+    parser.add_argument(
+        "--server-arg", action="append", help="of vLLM's command line; none given: --enforce-eager, which starts sooner"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

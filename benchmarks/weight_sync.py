@@ -51,7 +51,11 @@ def server_config(arguments: argparse.Namespace, model: Path, gpus: tuple[int, .
     """vLLM's own update routes are on beside ours: both are measured on one server."""
     extra = [] if arguments.shape == "tiny" else ["--load-format", "dummy"]
     if gpus:
-        extra += ["--weight-transfer-config", json.dumps({"backend": "nccl"}), *arguments.server_args]
+        extra += [
+            "--weight-transfer-config",
+            json.dumps({"backend": "nccl"}),
+            *(arguments.server_arg or ["--enforce-eager"]),
+        ]
     return ServerConfig(
         model=model,
         served_name="bench",
@@ -213,7 +217,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--bucket-mb", type=int, default=0, help="default 128 between GPUs, 16 on a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.55)
-    parser.add_argument("--server-args", nargs="*", default=["--enforce-eager"])
+    parser.add_argument(
+        "--server-arg", action="append", help="of vLLM's command line; none given: --enforce-eager, which starts sooner"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
