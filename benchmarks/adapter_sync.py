@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import SHAPES
-from sync_common import machine, numbers, run_child, write_config
+from sync_common import machine, numbers, place, run_child, run_options, write_config
 
 from lockstep.families.registry import get_model_support_spec
 from lockstep.serving.client import Server
@@ -172,15 +172,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="cut the model, for a dry run")
     parser.add_argument("--small", action="store_true", help="all modules of a shape, with few dims, for a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="free memory that a server asks for")
-    parser.add_argument(
-        "--server-arg", action="append", help="of vLLM's command line; none given: --enforce-eager, which starts sooner"
-    )
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    run_options(parser)
     arguments = parser.parse_args()
-    if arguments.gpus is None:
-        arguments.gpus = [] if arguments.shape == ["tiny"] else [0]
-    arguments.dtype = "bfloat16" if arguments.gpus else "float32"
+    place(arguments, arguments.shape == ["tiny"])
     arguments.transport = arguments.transport or ("nccl" if arguments.gpus else "gloo")
     return arguments
 

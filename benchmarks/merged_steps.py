@@ -20,16 +20,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from real_steps import checkpoint, keep_logs, model_options, rollouts, say
+from real_steps import conclude, keep_logs, measured, model_options, rollouts, say
 
 import lockstep as ls
 from lockstep.backends.run import Run
@@ -293,19 +291,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint(options, Path(scratch))
-        say(f"the model is in {folder}")
-        rows, faults = asyncio.run(measure(options, folder, Path(scratch) / "runs"))
+    rows, faults = measured(options, measure)
     print(table(rows))
-    if options.output:
-        told = {"options": {k: str(v) for k, v in vars(options).items()}, "steps": rows, "faults": faults}
-        options.output.write_text(json.dumps(told, indent=1))
-    for fault in faults:
-        print(f"FAILED: {fault}")
-    if faults:
-        sys.exit(1)
-    print(f"{options.steps} steps: the alias moved from @0 to @{options.steps}, every request in flight ended")
+    done = f"{options.steps} steps: the alias moved from @0 to @{options.steps}, every request in flight ended"
+    conclude(options, {"steps": rows}, faults, done)
 
 
 if __name__ == "__main__":

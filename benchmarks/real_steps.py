@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import shutil
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from shapes import DECIDED, SHAPES, write_random
 
@@ -90,3 +95,23 @@ def keep_logs(runs: Path, folder: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for log in runs.glob("*/*/logs/*.log"):
         shutil.copy(log, folder / log.name)
+
+
+def measured(options: argparse.Namespace, measure: Callable[[argparse.Namespace, Path, Path], Any]) -> Any:
+    """What `measure` says of the options, the model that they name and a folder for its runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint(options, Path(scratch))
+        say(f"the model is in {folder}")
+        return asyncio.run(measure(options, folder, Path(scratch) / "runs"))
+
+
+def conclude(options: argparse.Namespace, told: dict[str, Any], faults: list[str], success: str) -> None:
+    """Writes what is told and ends the program: with status 1 and a line for each fault, or with what went well."""
+    if options.output:
+        settings = {name: str(value) for name, value in vars(options).items()}
+        options.output.write_text(json.dumps({"options": settings, **told, "faults": faults}, indent=1))
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    if faults:
+        sys.exit(1)
+    print(success)

@@ -13,18 +13,14 @@ noisy, and `storages` is exact. Growth counts from step 3: the first steps alloc
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import shutil
-import sys
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from real_steps import checkpoint, keep_logs, model_options, passed_s, rollouts, say
+from real_steps import conclude, keep_logs, measured, model_options, passed_s, rollouts, say
 
 import lockstep as ls
 from lockstep.backends.run import Run
@@ -201,22 +197,16 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint(options, Path(scratch))
-        say(f"the model is in {folder}")
-        rows, faults = asyncio.run(measure(options, folder, Path(scratch) / "runs"))
+    rows, faults = measured(options, measure)
     done = max((row["step"] for row in rows), default=0)
     if done >= SETTLED:
         print(table(rows))
-    faults += losses(rows)
-    if options.output:
-        told = {"options": {k: str(v) for k, v in vars(options).items()}, "steps": done, "faults": faults, "rows": rows}
-        options.output.write_text(json.dumps(told))
-    for fault in faults:
-        print(f"FAILED: {fault}")
-    if faults:
-        sys.exit(1)
-    print(f"{done} of {options.cycles} steps, no memory lost")
+    conclude(
+        options,
+        {"steps": done, "rows": rows},
+        faults + losses(rows),
+        f"{done} of {options.cycles} steps, no memory lost",
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import platform
@@ -58,3 +59,20 @@ def machine(gpus: tuple[int, ...]) -> str:
 
 def numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",") if one]
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """Of every benchmark of syncs."""
+    parser.add_argument(
+        "--server-arg", action="append", help="of vLLM's command line; none given: --enforce-eager, which starts sooner"
+    )
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+
+
+def place(arguments: argparse.Namespace, tiny: bool) -> None:
+    """Where it runs and in which dtype, as far as the command line leaves that open."""
+    if arguments.gpus is None:
+        arguments.gpus = [] if tiny else [0]
+    arguments.dtype = "bfloat16" if arguments.gpus else "float32"
+    arguments.server_arg = arguments.server_arg or ["--enforce-eager"]

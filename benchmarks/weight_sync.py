@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import SHAPES
-from sync_common import DEADLINE_S, machine, numbers, run_child, write_config
+from sync_common import DEADLINE_S, machine, numbers, place, run_child, run_options, write_config
 
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Layout
@@ -217,15 +217,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--bucket-mb", type=int, default=0, help="default 128 between GPUs, 16 on a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.55)
-    parser.add_argument(
-        "--server-arg", action="append", help="of vLLM's command line; none given: --enforce-eager, which starts sooner"
-    )
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    run_options(parser)
     arguments = parser.parse_args()
-    if arguments.gpus is None:
-        arguments.gpus = [] if arguments.shape == "tiny" else [0]
-    arguments.dtype = "bfloat16" if arguments.gpus else "float32"
+    place(arguments, arguments.shape == "tiny")
     arguments.policy = arguments.policy or ["staged", "streamed"]
     arguments.bucket_mb = arguments.bucket_mb or (128 if arguments.gpus else 16)
     return arguments
