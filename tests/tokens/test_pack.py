@@ -251,6 +251,9 @@ def test_bad_input_is_named():
     wide = dataclasses.replace(sampled("y", [1], [2]), tokens_S=np.array([1, 2], dtype=np.int64))
     with pytest.raises(ValueError, match="y: tokens_S must be 2 x int32"):
         packed([sampled("x", [1], [2]), wide])
+    other = dataclasses.replace(sampled("y", [1], [2]), tokens_S=np.array([1, 2], dtype=np.float32))  # as many bytes
+    with pytest.raises(ValueError, match="y: tokens_S must be 2 x int32"):
+        packed([other, sampled("x", [1], [2])])
     with pytest.raises(DataError, match="too few for minibatches = 5"):
         packed([sampled("x", [1], [2])], row_length=64, minibatches=5)
 
