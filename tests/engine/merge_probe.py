@@ -20,9 +20,8 @@ for case in range(8):
     weight, b, a = weight.to(DTYPES[case % 3 == 0]), b.to(DTYPES[case % 4 == 0]), a.transpose(-1, -2).contiguous()
     a = a.transpose(-1, -2)
     one, other = fused_merge(weight, b, a, 1.5), merge(weight, b, a, 1.5)
-    sizes = (
-        weight.double().abs() + 1.5 * b.double().abs() @ a.double().abs()
-    )  # rounding goes by the size of what is summed
+    # Rounding goes by the size of what is summed.
+    sizes = weight.double().abs() + 1.5 * b.double().abs() @ a.double().abs()
     units = (one.double() - other.double()).abs() / (sizes * torch.finfo(weight.dtype).eps)
     found.append([str(weight.dtype), float(units.max()), float((one - weight).float().abs().mean())])
 sys.stdout.write("RESULT " + json.dumps(found) + "\n")

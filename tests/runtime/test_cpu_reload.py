@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lockstep.families.tiny import write_tiny
-from lockstep.process import child_env, spawn
+from probing import probed
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -23,24 +23,19 @@ def test_a_reload_is_wrong_without_the_fix_and_right_with_it(runtime, tmp_path, 
     old = write_tiny(family, tmp_path / "old", seed=1)
     new = write_tiny(family, tmp_path / "new", seed=2)
     tokens = torch.randint(3, 320, (30,), generator=torch.Generator().manual_seed(4)).tolist()
-    env = child_env(
-        {
-            "PYTHONPATH": f"{runtime.plugin_path}:{Path(__file__).parent}",
-            "VLLM_PLUGINS": "lockstep",
-            "LOCKSTEP_WITHOUT_CPU_RELOAD_FIXES": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "TORCH_COMPILE_DISABLE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-    )
+    env = {
+        "PYTHONPATH": f"{runtime.plugin_path}:{Path(__file__).parent}",
+        "VLLM_PLUGINS": "lockstep",
+        "LOCKSTEP_WITHOUT_CPU_RELOAD_FIXES": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    arguments = (str(old), str(new), json.dumps(tokens))
     probe = Path(__file__).with_name("reload_probe.py")
-    command = [str(runtime.python), str(probe), str(old), str(new), json.dumps(tokens)]
-    child = spawn(command, env, tmp_path / "log", "the probe")
-    assert child.wait(300.0) == 0, child.log_tail(30)
-    result = next(line for line in child.log_path.read_text().splitlines() if line.startswith("RESULT "))
-    found = {name: torch.tensor(values) for name, values in json.loads(result.removeprefix("RESULT ")).items()}
+    [values] = probed(runtime, probe, *arguments, env=env, log=tmp_path / "log", seconds=300.0)
+    found = {name: torch.tensor(value) for name, value in values.items()}
     torch.testing.assert_close(found["before"], hf_logprobs(old, tokens), atol=1e-5, rtol=0)
     reference_S = hf_logprobs(new, tokens)
     assert (found["without"] - reference_S).abs().max() > 1e-3

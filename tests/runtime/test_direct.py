@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lockstep.families.tiny import write_tiny
-from lockstep.process import child_env, spawn
 from lockstep_vllm.direct import DirectUnavailableError, make_plan
 from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
+from probing import probed
 
 # A mixture first: vLLM makes its expert group for the first model of a process, if that has experts.
 FAMILIES = ["qwen3_moe", "qwen3", "qwen3_5", "qwen3_5_moe"]
@@ -22,22 +21,16 @@ FAMILIES = ["qwen3_moe", "qwen3", "qwen3_5", "qwen3_5_moe"]
 @pytest.mark.server
 def test_the_same_bytes_as_load_weights(runtime, tmp_path):
     folders = [str(write_tiny(f, tmp_path / f"{f}-{seed}", seed=seed)) for f in FAMILIES for seed in (1, 2)]
-    env = child_env(
-        {
-            "PYTHONPATH": str(runtime.plugin_path),
-            "VLLM_PLUGINS": "lockstep",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-    )
+    env = {
+        "PYTHONPATH": str(runtime.plugin_path),
+        "VLLM_PLUGINS": "lockstep",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     probe = Path(__file__).with_name("direct_probe.py")
-    child = spawn([str(runtime.python), str(probe), *folders], env, tmp_path / "log", "the probe")
-    assert child.wait(400.0) == 0, child.log_tail(30)
-    lines = [line for line in child.log_path.read_text().splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == len(FAMILIES)
-    for line in lines:
-        result = json.loads(line.removeprefix("RESULT "))
+    results = probed(runtime, probe, *folders, env=env, log=tmp_path / "log", seconds=400.0)
+    assert len(results) == len(FAMILIES)
+    for result in results:
         assert result["untouched"]
         assert result["matched_before"] == 0
         assert result["matched_after"]
