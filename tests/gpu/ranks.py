@@ -169,6 +169,7 @@ def layouts(family: str, world: int) -> dict[str, dict[str, Any]]:
     found: list[dict[str, Any]] = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
     if "moe" in family:
         found.append({"tensor": world, "sequence": True, "expert": world})
+    found.append({"context": world})
     return {"-".join(f"{k}{v}" for k, v in sizes.items()): sizes for sizes in found}
 
 
