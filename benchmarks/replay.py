@@ -4,7 +4,7 @@
     python benchmarks/replay.py --tiny                                            # CPU, a minute or two
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`. Random weights, scaled so that
-routing is decided and not flat, a random adapter on all of the family's targets, bf16. vLLM samples, scores its own
+routing is not flat and picks matter, a random adapter on all of the family's targets, bf16. vLLM samples, scores its own
 samples again, and ends; then the trainer scores them on the recorded experts and on its own. It fails (exit code 1) unless
 replay brings the adapter's KL to a quarter or less, and to at most 0.001 nats per token. With replay no pick that is used
 differs from the recorded one: the engine accounts for every record and raises an error otherwise; `own router` is the
@@ -22,13 +22,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from shapes import DECIDED, write_random
+from shapes import DECIDED, ROUTED, write_random
 
 from lockstep.families.tiny import write_tiny
 from lockstep.families.tiny_tokenizer import save_tokenizer
 from lockstep.validate.stage import Report, Request, Row
 from lockstep.validate.train_inf_mismatch import run
 
+GAINS = {"routed": ROUTED, "decided": DECIDED}
 SHARE, KL = 0.25, 1e-3
 """Limits: KL with replay over KL without, and KL with replay in nats per token."""
 
@@ -37,10 +38,15 @@ def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
     """The random model; a tokenizer beside it, since the prompts are text."""
     folder = options.model or scratch / "model"
     if options.tiny:
-        return write_tiny("qwen3_5_moe", folder, seed=options.seed)
-    write_random("qwen3.5-35b-a3b", folder, {"num_hidden_layers": options.layers}, DECIDED)
+        return folder if (folder / "config.json").is_file() else write_tiny("qwen3_5_moe", folder, seed=options.seed)
+    write_random("qwen3.5-35b-a3b", folder, {"num_hidden_layers": options.layers}, GAINS[options.weights])
     save_tokenizer(folder)
     return folder
+
+
+def weights_option(parser: argparse.ArgumentParser) -> None:
+    what = "how the random model is scaled (shapes.py): a pick that flips matters (routed), or hardly does (decided)"
+    parser.add_argument("--weights", choices=list(GAINS), default="routed", help=what)
 
 
 def rows_of(report: Report, policy: str) -> tuple[Row, Row, Row]:
@@ -85,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
     parser.add_argument("--layers", type=int, default=8)
+    weights_option(parser)
     parser.add_argument("--prompts", type=int, help="sequences per policy (32; tiny: 4)")
     parser.add_argument("--tokens", type=int, help="tokens sampled per sequence (512; tiny: 12)")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,7 +114,7 @@ def main() -> None:
     print(table(report))
     print(f"KL with replay: {found['kl_on']:.2e}, {found['share']:.3f} of that without (limits {KL:g} and {SHARE})")
     if options.output:
-        shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers"
+        shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers, {options.weights}"
         figures = {"device": device(), "shape": shape, "verdict": found, "report": asdict(report)}
         options.output.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(0 if found["ok"] or options.tiny else 1)

@@ -40,7 +40,13 @@ DECIDED = {
     **{"mlp.gate.weight": 4.0, "shared_expert_gate.weight": 2.0, "embed_tokens.weight": 45.0, "lm_head.weight": 1.5},
     **{"o_proj.weight": 0.5, "out_proj.weight": 0.5, "down_proj.weight": 0.5, "experts.down_proj": 0.5},
 }
-"""Gains under which a random model's routing is not flat, and its layers don't drown in each other's noise."""
+"""Gains under which a random model's routing is not flat, and its layers don't drown in each other's noise. The last of eight experts has
+2% of their weight, so that a pick that flips changes little: for what compares two programs and does not replay.
+"""
+ROUTED = DECIDED | {"mlp.gate.weight": 2.0, "down_proj.weight": 1.0, "experts.down_proj": 1.0}
+"""As above, and a pick that flips matters: the first of eight experts has 35% of their weight, the last one 5%, all eight 37% of the
+router's probability (3% were flat), and experts are not scaled down.
+"""
 
 
 def write_random(
