@@ -5,7 +5,9 @@
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`.
 
-Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. Trainer: one
+Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. `--server-layers`
+gives them a depth of their own, with weights that vLLM makes up: the fewer layers, the more a step is vLLM's own work on
+the host, of which capture is a part. Trainer: one
 LoRA step of one packed batch; with replay it gets the very experts that its router picks, so that both ways do the same
 work. Turns alternate, after one to warm up; medians count, and the spread of the repeats is shown beside them. It fails
 (exit code 1) if either costs more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those
@@ -28,9 +30,11 @@ from typing import Any
 
 import numpy as np
 from packing import Case, batch_of, print_nothing
-from replay import checkpoint, device
+from replay import checkpoint, device, weights_option
+from sync_common import write_config
 
 from lockstep.families.registry import get_model_support_spec
+from lockstep.families.tiny import write_tiny
 from lockstep.serving.client import Server
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
@@ -44,33 +48,40 @@ WAYS = ("without", "with")
 
 async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Server:
     cuda = default_kind() == "cuda"
+    made_up = ("--load-format", "dummy") if options.server_layers else ()
     config = ServerConfig(
         model=folder,
         served_name="base",
         dtype="bfloat16",
         lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(folder)).default_target_modules),
-        max_model_len=options.prompt + options.tokens + 1,
+        max_model_len=options.prompt + options.tokens * 3 // 2 + 1,
         max_num_seqs=options.requests,
         capture_routes=capture,
         gpus=(0,) if cuda else (),
-        gpu_memory_utilization=0.4,
-        extra_args=tuple(options.server_arg),
+        gpu_memory_utilization=0.42,
+        extra_args=(*made_up, *options.server_arg),
     )
     return await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
 
 
 async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int) -> float:
-    """Sampled tokens per second of one batch of requests with fresh prompts."""
+    """Sampled tokens per second of a stream of requests with fresh prompts and replies of half to one and a half times
+    the usual length, so that they don't all begin and end together.
+    """
     random = np.random.default_rng(turn)
-    prompts = random.integers(3, 300, (options.requests, options.prompt)).tolist()
+    count = options.requests * options.waves
+    prompts = random.integers(3, 300, (count, options.prompt)).tolist()
+    lengths = random.integers(options.tokens // 2, options.tokens * 3 // 2, count, endpoint=True).tolist()
+    room = asyncio.Semaphore(options.requests)
 
-    async def one(prompt: list[int]) -> int:
-        body = {"model": "base", "prompt": prompt, "max_tokens": options.tokens, "ignore_eos": True}
-        reply = await server.call("POST", "/v1/completions", body, deadline_s=900)
+    async def one(prompt: list[int], tokens: int) -> int:
+        body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+        async with room:
+            reply = await server.call("POST", "/v1/completions", body, deadline_s=900)
         return len(reply.json()["choices"][0]["token_ids"])
 
     start = time.perf_counter()
-    counts = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    counts = await asyncio.gather(*map(one, prompts, lengths))
     return sum(counts) / (time.perf_counter() - start)
 
 
@@ -88,6 +99,16 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace)
     finally:
         await asyncio.gather(*(server.close() for server in servers.values()))
     return rates
+
+
+def server_model(folder: Path, scratch: Path, options: argparse.Namespace) -> Path:
+    """What is served: the trainer's model, or one of another depth without weights."""
+    if not options.server_layers:
+        return folder
+    layers = {"num_hidden_layers": options.server_layers}
+    if options.tiny:
+        return write_tiny("qwen3_5_moe", scratch / "served", overrides=layers)
+    return write_config("qwen3.5-35b-a3b", scratch / "served", layers)
 
 
 def open_engine(folder: Path) -> Any:
@@ -164,7 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
     parser.add_argument("--layers", type=int, default=8)
+    weights_option(parser)
+    parser.add_argument("--server-layers", type=int, help="of the served model, with made-up weights")
     parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
+    parser.add_argument("--waves", type=int, default=3, help="times as many requests in a turn")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
     parser.add_argument("--tokens", type=int, help="tokens sampled per request (512; tiny: 4)")
     parser.add_argument("--samples", type=int, default=4, help="sequences of the training batch, half of each shared")
@@ -191,7 +215,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint(options, Path(scratch))
-        report("server", "tokens/s", asyncio.run(server_rates(folder, Path(scratch), options)), rate=True)
+        served = server_model(folder, Path(scratch), options)
+        report("server", "tokens/s", asyncio.run(server_rates(served, Path(scratch), options)), rate=True)
         report("trainer", "s per step", trainer_seconds(folder, options), rate=False)
     sys.exit(0 if max(figures["cost"].values()) <= LIMIT or options.tiny else 1)
 
