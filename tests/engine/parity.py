@@ -39,7 +39,7 @@ from lockstep.engine.step import (
     train_step,
 )
 from lockstep.engine.trainable import assign
-from lockstep.errors import TrainerError
+from lockstep.errors import DataError, TrainerError
 from lockstep.families.config import ModelConfig
 from lockstep.families.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
@@ -435,6 +435,21 @@ def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, flo
         except TrainerError:
             found[f"caught_{name}"] = 1.0
         mixture._routes, mixture.number = honest, number
+    return found | check_records_refused(session, replayed)
+
+
+def check_records_refused(session: Session, replayed: PackedBatch) -> dict[str, float]:
+    """Records that don't fit, in the last row, which one data-parallel rank holds: refused on every rank, at their token."""
+    found: dict[str, float] = {}
+    row, at = replayed.rows - 1, int(np.flatnonzero(replayed.nodes_RS[-1] >= 0)[-1])
+    for name, value in {"beyond": session.config.experts, "doubled": replayed.routes_RSLK[row, at, -1, 1]}.items():
+        broken = replayed.routes_RSLK.copy()
+        broken[row, at, -1, 0] = value
+        found[f"caught_{name}"] = 0.0
+        try:
+            score(session, replace(replayed, routes_RSLK=broken), lambda _event: None)
+        except DataError as error:
+            found[f"caught_{name}"] = float(f"row {row}, token {at}:" in str(error))
     return found
 
 

@@ -81,36 +81,3 @@ def test_router_replays_choices_with_live_probabilities(normalise: bool) -> None
     assert router.weight.grad is not None
     assert router.weight.grad.abs().max() > 0
     assert router.replay.replay_backward_list == [alien]  # does not grow from row to row
-
-
-def test_routes_are_checked() -> None:
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
-    import numpy as np
-    from cases import batch_of, tiny, tree_sequences
-
-    from lockstep.engine.routes import check_routes
-    from lockstep.errors import DataError
-    from lockstep.families.registry import load_model_config
-
-    rng = np.random.default_rng(0)
-    batch = batch_of(tree_sequences(rng), rng)
-    with TemporaryDirectory() as folder:
-        config = load_model_config(tiny("qwen3_moe", Path(folder) / "m"))
-        dense = load_model_config(tiny("qwen3", Path(folder) / "d"))
-    layers, topk = sum(config.moe_layers), config.experts_per_token
-    shape = (*batch.tokens_RS.shape, layers, topk)
-    from dataclasses import replace
-
-    good = replace(batch, routes_RSLK=np.broadcast_to(np.arange(topk, dtype=np.uint8), shape).copy())
-    check_routes(good, config)
-    with pytest.raises(DataError, match="no experts"):
-        check_routes(good, dense)
-    for value, message in ((0, "twice"), (config.experts, "beyond")):
-        broken = good.routes_RSLK.copy()  # pyright: ignore[reportOptionalMemberAccess]
-        broken[0, 3, 1, 1] = value
-        with pytest.raises(DataError, match=message):
-            check_routes(replace(batch, routes_RSLK=broken), config)
-    with pytest.raises(DataError, match="layers"):
-        check_routes(replace(batch, routes_RSLK=good.routes_RSLK[:, :, 1:]), config)  # pyright: ignore

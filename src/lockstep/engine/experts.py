@@ -28,7 +28,6 @@ from lockstep.engine.dispatch import through_ranks
 from lockstep.engine.mlp import GatedMLP
 from lockstep.engine.regions import gated_silu, wide
 from lockstep.engine.router import Router
-from lockstep.engine.routes import layer_key
 from lockstep.engine.tree import Row
 
 ALIGN = 8
@@ -153,5 +152,5 @@ class MoE(MegatronModule):
             return None, None, None
         first = self.group.rank() * tokens if self.group.size() > 1 else 0
         here = slice(first, first + tokens)
-        keys_T = share(row.record_keys_S())[here] * layer_key(self.number)
-        return share(row.routes_SLK[:, self.number])[here].long(), share(row.followed_S())[here], keys_T
+        routes_TK = share(row.routes_SLK[:, self.number])[here]
+        return routes_TK, share(row.followed_S())[here], share(row.record_keys_S())[here]

@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.picks = torch.zeros(2, dtype=torch.int64, device=here)
         """Replayed picks that this router would not have made, and all replayed picks, since `picks` was last cleared."""
         self.used = torch.zeros((), dtype=torch.int64, device=here)
-        """Account of the records that were replayed since then (`routes.py`)."""
+        """Account of the records that were replayed since then, to be multiplied with the layer's number (`routes.py`)."""
 
     def forward(
         self,
@@ -74,6 +74,6 @@ class Router(nn.Module):
     @torch.no_grad()
     def _compare(self, scores_TE: Tensor, routes_TK: Tensor, counted_T: Tensor) -> None:
         own_TK = scores_TE.topk(self.topk, dim=1).indices
-        kept_TK = (routes_TK[:, :, None] == own_TK[:, None, :]).any(-1)
-        differing = (~kept_TK & counted_T[:, None]).sum()
-        self.picks += torch.stack((differing, counted_T.sum() * self.topk))
+        differs_TK = (routes_TK[:, :, None] != own_TK[:, None, :]).all(-1)
+        self.picks[0] += (differs_TK & counted_T[:, None]).sum()
+        self.picks[1] += counted_T.sum() * self.topk

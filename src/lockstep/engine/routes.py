@@ -10,17 +10,22 @@ Shapes: R rows, S row length, T tokens of this rank, L mixture-of-experts layers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.errors import DataError
 from lockstep.families.config import ModelConfig
 from lockstep.tokens.batch import PackedBatch
+
+if TYPE_CHECKING:
+    from lockstep.engine.tree import Row
 
 _ODD, _OTHER_ODD = -7046029254386353131, -4658895280553007687
 """2^64 over the golden ratio, and a multiplier of the splitmix64 generator, as signed numbers."""
@@ -52,26 +57,39 @@ def record_keys(row: int, length: int, device: torch.device) -> Tensor:
     return mixed(torch.arange(length, device=device) + (row + 1) * (1 << 24))
 
 
+@cache
 def layer_key(layer: int) -> int:
     """The number of mixture-of-experts layer `layer`, counted over the whole model."""
     return int(mixed(torch.tensor(_LAYERS + layer)))
 
 
+@cache
+def _place_keys(topk: int, device: torch.device) -> Tensor:
+    """int64 `[K]`: a number for each place in the top K."""
+    return mixed(torch.arange(topk, device=device))
+
+
 def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
-    """int64 scalar: these records' part of the sum. keys_T: of their tokens, times that of their layer."""
-    places_K = mixed(torch.arange(experts_TK.shape[1], device=experts_TK.device))
-    return (((experts_TK + 1) * places_K).sum(1) * keys_T).sum()
+    """int64 scalar: these records' part of the sum, but for their layer's number, which is a factor of all of it. keys_T: of their tokens.
+
+    `[..., K]` and `[...]` will do as well.
+    """
+    places_K = _place_keys(experts_TK.shape[-1], experts_TK.device)
+    return (((experts_TK + 1) * places_K).sum(-1) * keys_T).sum()
 
 
 def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
     """int64 scalar: the sum over all of a row's records."""
     keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
-    parts = [account(routes_SLK[:, n].long(), keys_S * layer_key(n)) for n in range(routes_SLK.shape[1])]
-    return torch.stack(parts).sum()
+    layers_L = torch.tensor([layer_key(n) for n in range(routes_SLK.shape[1])], device=routes_SLK.device)
+    return account(routes_SLK, keys_S[:, None] * layers_L)
 
 
-def check_routes(batch: PackedBatch, config: ModelConfig) -> None:
-    """Raise DataError unless the batch's routes, if any, fit the model: layers, experts per token, range, no expert twice."""
+def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -> None:
+    """Raise DataError, on every rank, unless the batch's routes, if any, fit the model: layers, experts per token, range, no expert twice.
+
+    rows: this rank's, whose routes are on the device already: there looking at each of them takes no time.
+    """
     if batch.routes_RSLK is None:
         return
     if not config.is_moe:
@@ -84,9 +102,24 @@ def check_routes(batch: PackedBatch, config: ModelConfig) -> None:
             f"routes are for {batch.routes_RSLK.shape[2]} layers with {batch.routes_RSLK.shape[3]} experts per token, "
             f"the model has {expected[0]} with {expected[1]}; the rollouts belong to another model"
         )
-    sorted_RSLK = np.sort(batch.routes_RSLK, axis=-1).astype(np.int64)
-    bad_RS = ((sorted_RSLK[..., -1] >= config.experts) | (np.diff(sorted_RSLK, axis=-1) == 0).any(-1)).any(-1)
-    if bad_RS.any():
-        row, at = (int(x) for x in np.argwhere(bad_RS)[0])
-        found = batch.routes_RSLK[row, at].tolist()
-        raise DataError(f"row {row}, token {at}: routes {found} name an expert twice or one beyond {config.experts}")
+    nowhere = batch.tokens_RS.size
+    found = [torch.tensor(nowhere, device=row.tokens_S.device) for row in rows[:1]]
+    for row in rows:
+        assert row.routes_SLK is not None
+        at = first_invalid(row.routes_SLK, config.experts)
+        found.append(torch.where(at < row.length, at + row.index * batch.row_length, nowhere))
+    first = torch.stack(found).min()
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) < nowhere:
+        row, at = divmod(int(first), batch.row_length)
+        routes = batch.routes_RSLK[row, at].tolist()
+        raise DataError(f"row {row}, token {at}: routes {routes} name an expert twice or one beyond {config.experts}")
+
+
+def first_invalid(routes_SLK: Tensor, experts: int) -> Tensor:
+    """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
+    beyond_SL = (routes_SLK >= experts).any(-1)
+    # Each expert equals itself; what is more is a second place.
+    twice_SL = (routes_SLK[..., :, None] == routes_SLK[..., None, :]).sum((-2, -1)) > routes_SLK.shape[-1]
+    invalid_S = (beyond_SL | twice_SL).any(-1)
+    return torch.cat([invalid_S, invalid_S.new_ones(1)]).int().argmax()

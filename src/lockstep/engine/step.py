@@ -21,6 +21,7 @@ from lockstep.config import TrainConfig
 from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
 from lockstep.engine.exchange import broadcast_json
+from lockstep.engine.experts import MoE
 from lockstep.engine.head import linear_logprob, most_likely
 from lockstep.engine.loss import (
     MISMATCH_KEYS,
@@ -34,7 +35,7 @@ from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.recompute import plan as plan_recompute
 from lockstep.engine.router import Router
-from lockstep.engine.routes import account_of_row, check_routes
+from lockstep.engine.routes import account_of_row, check_routes, layer_key
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
@@ -191,9 +192,9 @@ def train_step(
             f"a batch of {batch.rows} rows was not packed for {config.minibatches} minibatches; pack it for as many"
         )
     parts = [list(minibatch_rows(batch.rows, config.minibatches, index)) for index in range(config.minibatches)]
-    check_routes(batch, session.config)
     with clock.phase("prepare"):
         work = [prepare(session, batch, part) for part in parts]
+        check_routes(batch, [micro.row for part in work for micro in part], session.config)
         recomputed = plan_recompute(session, max(micro.row.length for part in work for micro in part))
     references = _reference_logprobs(session, work, reference, clock)
     olds = _old_logprobs(session, work, config, clock)
@@ -310,8 +311,8 @@ def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
     if not session.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
         return
     sums = torch.zeros(2, dtype=torch.int64, device=device())
-    for router in _routers(session):
-        sums[0] += router.used
+    for layer in (module for module in session.model.modules() if isinstance(module, MoE)):
+        sums[0] += layer.router.used * layer_key(layer.number)
     if groups.first_of_replica():
         for micro in work:
             assert micro.row.routes_SLK is not None
@@ -395,10 +396,10 @@ def score_and_rank(
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
     replicas, rank = groups.data().size(), groups.data().rank()
     mine = list(range(batch.rows))[rank::replicas]
-    check_routes(batch, session.config)
     clear_picks(session)
     with clock.phase("score"):
         work = prepare(session, batch, list(range(batch.rows)))
+        check_routes(batch, [micro.row for micro in work], session.config)
 
         def last(number: int, hidden: Tensor) -> None:
             if number >= len(mine):

@@ -182,7 +182,7 @@ def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int, few_
         put(leave_M[local_S]),
         nodes,
         index,
-        None if batch.routes_RSLK is None else put(_routes(batch, index, used, length)),
+        _routes(batch, index, used, length, device),
     )
 
 
@@ -192,18 +192,28 @@ def padding_row(batch: PackedBatch, length: int, device: torch.device) -> Row:
     nodes = Nodes(np.array([0]), np.array([length]), np.array([-1]))
     routes = None
     if batch.routes_RSLK is not None:
-        layers, topk = batch.routes_RSLK.shape[2:]
-        routes = torch.arange(topk, device=device).expand(length, layers, topk)
+        routes = _padding_routes(batch.routes_RSLK, length, device)
     return Row(zeros_S, zeros_S, zeros_S - 1, zeros_S, zeros_S + 1, nodes, -1, routes)
 
 
-def _routes(batch: PackedBatch, index: int, used: int, length: int) -> np.ndarray:
-    """Replayed experts `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones."""
-    assert batch.routes_RSLK is not None
-    layers, topk = batch.routes_RSLK.shape[2:]
-    routes_SLK = np.broadcast_to(np.arange(topk), (length, layers, topk)).astype(np.int32)
-    routes_SLK[:used] = batch.routes_RSLK[index, :used]
-    return routes_SLK
+def _routes(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:
+    """Replayed experts, int64 `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones.
+
+    They travel as narrow as they come: they are by far the most that a row has.
+    """
+    if batch.routes_RSLK is None:
+        return None
+    used_SLK = batch.routes_RSLK[index, :used]
+    if used_SLK.dtype == np.uint8:
+        recorded_SLK = torch.from_numpy(used_SLK).to(device).long()
+    else:  # as signed numbers: torch computes little with uint16
+        recorded_SLK = torch.from_numpy(used_SLK.view(np.int16)).to(device).long() & 0xFFFF
+    return torch.cat([recorded_SLK, _padding_routes(batch.routes_RSLK, length - used, device)])
+
+
+def _padding_routes(routes_RSLK: np.ndarray, length: int, device: torch.device) -> Tensor:
+    layers, topk = routes_RSLK.shape[2:]
+    return torch.arange(topk, device=device).expand(length, layers, topk)
 
 
 def _nodes_of(batch: PackedBatch, index: int, used: int, length: int) -> Nodes:
