@@ -99,7 +99,9 @@ def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.nda
     """Sequences that branch at random points, with logprobs near what a random model gives, advantages and weights."""
     random = np.random.default_rng(seed)
     routes = (LAYERS, TOP_K, EXPERTS) if moe else None
-    sequences = random_sequences(random, leaves, vocabulary=200, routes=routes)
+    sequences: list[TokenSequence] = []
+    while not any(one.loss_mask_S.any() for one in sequences):  # one draw in hundreds has nothing to train on
+        sequences = random_sequences(random, leaves, vocabulary=200, routes=routes)
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 
