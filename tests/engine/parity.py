@@ -439,9 +439,9 @@ def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, flo
 
 
 def check_records_refused(session: Session, replayed: PackedBatch) -> dict[str, float]:
-    """Records that don't fit, in the last row, which one data-parallel rank holds: refused on every rank, at their token."""
+    """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
     found: dict[str, float] = {}
-    row, at = replayed.rows - 1, int(np.flatnonzero(replayed.nodes_RS[-1] >= 0)[-1])
+    row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
     for name, value in {"beyond": session.config.experts, "doubled": replayed.routes_RSLK[row, at, -1, 1]}.items():
         broken = replayed.routes_RSLK.copy()
         broken[row, at, -1, 0] = value
