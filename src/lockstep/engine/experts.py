@@ -152,5 +152,5 @@ class MoE(MegatronModule):
             return None, None, None
         first = self.group.rank() * tokens if self.group.size() > 1 else 0
         here = slice(first, first + tokens)
-        routes_TK = share(row.routes_SLK[:, self.number])[here]
+        routes_TK = share(row.routes_SLK[:, self.number])[here].long()
         return routes_TK, share(row.followed_S())[here], share(row.record_keys_S())[here]

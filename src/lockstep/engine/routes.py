@@ -82,7 +82,7 @@ def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
     """int64 scalar: the sum over all of a row's records."""
     keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
     layers_L = torch.tensor([layer_key(n) for n in range(routes_SLK.shape[1])], device=routes_SLK.device)
-    return account(routes_SLK, keys_S[:, None] * layers_L)
+    return account(routes_SLK.long(), keys_S[:, None] * layers_L)
 
 
 def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -> None:
@@ -118,6 +118,7 @@ def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -
 
 def first_invalid(routes_SLK: Tensor, experts: int) -> Tensor:
     """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
+    routes_SLK = routes_SLK.long()  # a narrow type may not hold `experts`
     beyond_SL = (routes_SLK >= experts).any(-1)
     # Each expert equals itself; what is more is a second place.
     twice_SL = (routes_SLK[..., :, None] == routes_SLK[..., None, :]).sum((-2, -1)) > routes_SLK.shape[-1]

@@ -197,18 +197,19 @@ def padding_row(batch: PackedBatch, length: int, device: torch.device) -> Row:
 
 
 def _routes(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:
-    """Replayed experts, int64 `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones.
+    """Replayed experts `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones.
 
-    They travel as narrow as they come: they are by far the most that a row has.
+    uint8, or int32 for more experts: they are by far the most that a row has, and all rows of a step are on the device.
     """
     if batch.routes_RSLK is None:
         return None
     used_SLK = batch.routes_RSLK[index, :used]
     if used_SLK.dtype == np.uint8:
-        recorded_SLK = torch.from_numpy(used_SLK).to(device).long()
+        recorded_SLK = torch.from_numpy(used_SLK).to(device)
     else:  # as signed numbers: torch computes little with uint16
-        recorded_SLK = torch.from_numpy(used_SLK.view(np.int16)).to(device).long() & 0xFFFF
-    return torch.cat([recorded_SLK, _padding_routes(batch.routes_RSLK, length - used, device)])
+        recorded_SLK = torch.from_numpy(used_SLK.view(np.int16)).to(device).int() & 0xFFFF
+    padding_SLK = _padding_routes(batch.routes_RSLK, length - used, device)
+    return torch.cat([recorded_SLK, padding_SLK.to(recorded_SLK.dtype)])
 
 
 def _padding_routes(routes_RSLK: np.ndarray, length: int, device: torch.device) -> Tensor:
