@@ -442,7 +442,10 @@ def check_records_refused(session: Session, replayed: PackedBatch) -> dict[str, 
     """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
     found: dict[str, float] = {}
     row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
-    for name, value in {"beyond": session.config.experts, "doubled": replayed.routes_RSLK[row, at, -1, 1]}.items():
+    picks_K = replayed.routes_RSLK[row, at, -1]
+    for name, value in {"beyond": session.config.experts, "doubled": picks_K[-1]}.items():
+        if name == "doubled" and len(picks_K) == 1:
+            continue  # one expert alone can't be there twice
         broken = replayed.routes_RSLK.copy()
         broken[row, at, -1, 0] = value
         found[f"caught_{name}"] = 0.0
