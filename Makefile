@@ -21,7 +21,7 @@ test: setup-dev runtime check
 	@echo "== tests"
 	@$(PYTEST) -m "not slow" --durations=15
 
-# Also a real server for each family and sync path: about ten minutes more.
+# Also a real server for each family and sync path: about eleven minutes more.
 test-all: setup-dev runtime check
 	@$(PYTEST) --durations=25
 

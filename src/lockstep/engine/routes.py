@@ -118,9 +118,8 @@ def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -
 
 def first_invalid(routes_SLK: Tensor, experts: int) -> Tensor:
     """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
-    routes_SLK = routes_SLK.long()  # a narrow type may not hold `experts`
-    beyond_SL = (routes_SLK >= experts).any(-1)
-    # Each expert equals itself; what is more is a second place.
-    twice_SL = (routes_SLK[..., :, None] == routes_SLK[..., None, :]).sum((-2, -1)) > routes_SLK.shape[-1]
-    invalid_S = (beyond_SL | twice_SL).any(-1)
+    invalid_SL = routes_SLK.amax(-1).int() >= experts  # a narrow type may not hold `experts`
+    for shift in range(1, routes_SLK.shape[-1] // 2 + 1):  # round the circle of places, each meets every other one
+        invalid_SL |= (routes_SLK == routes_SLK.roll(shift, -1)).any(-1)
+    invalid_S = invalid_SL.any(-1)
     return torch.cat([invalid_S, invalid_S.new_ones(1)]).int().argmax()
