@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep.errors import ServerError
-from lockstep.serving.launch import ServerConfig, launch
+from lockstep.serving.launch import ServerConfig, launch, reserved_port
 from stopping import below
 
 # Shapes: S tokens of a sequence, V vocabulary.
@@ -240,6 +241,23 @@ async def test_a_bad_model_is_one_clear_error(runtime, tiny_qwen3, tmp_path):
     assert str(tmp_path / "run" / "logs" / "server.log") in first
     assert 1 <= len(rest) <= 12
     assert lines
+
+
+async def test_a_refused_first_token_says_why(runtime, tiny_qwen3, tmp_path):
+    config = ServerConfig(model=tiny_qwen3, served_name="base", dtype="float32", max_model_len=4)
+    with pytest.raises(ServerError, match=r"failed at its first token: .*refused .*maximum context length"):
+        await launch(config, runtime, tmp_path / "run")
+
+
+def test_a_reserved_port_is_kept_for_one_who_reuses_it():
+    with reserved_port() as reserved:
+        address = reserved.getsockname()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with socket.create_server(address):  # sets SO_REUSEADDR, as vLLM does
+            socket.create_connection(address).close()
 
 
 DRIVER = """

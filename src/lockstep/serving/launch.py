@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.errors import ServerError
-from lockstep.process import Child, child_env, spawn, visible_gpus
+from lockstep.process import child_env, spawn, visible_gpus
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.modelargs import model_arguments, needs_two_tokens
@@ -24,8 +24,6 @@ Progress = Callable[[str], None]
 
 _POLL_S = 0.25
 _REPORT_S = 2.0
-_PORT_ATTEMPTS = 3
-_ADDRESS_IN_USE = "Address already in use"
 
 
 class LoraServing(BaseModel):
@@ -105,29 +103,18 @@ async def launch(
         raise ServerError(f"{config.model} is no Hugging Face checkpoint folder: it has no config.json")
     if config.exact and runtime.kind != "cpu":
         raise ServerError(f"exact numerics need a CPU server, this one is for {runtime.kind}")
-    for attempt in range(_PORT_ATTEMPTS):
-        server = _start(config, runtime, run_dir)
+    with reserved_port() as reserved:
+        server = _start(config, runtime, run_dir, reserved.getsockname()[1])
         try:
             await _until_ready(server, config, progress)
-        except _PortTakenError:
-            await server.close(grace_s=0.0)
-            if attempt == _PORT_ATTEMPTS - 1:
-                raise ServerError(f"another program took the free port {_PORT_ATTEMPTS} times in a row") from None
-            progress("another program took the port: trying the next")
         except BaseException:  # a cancelled start, too, must leave no server behind
             server.child.kill()
             raise
-        else:
-            return server
-    raise AssertionError("unreachable")
+    return server
 
 
-class _PortTakenError(Exception):
-    """Another program bound the port between our look and vLLM's."""
-
-
-def _start(config: ServerConfig, runtime: Runtime, run_dir: Path) -> Server:
-    port, token = _free_port(), secrets.token_urlsafe(32)
+def _start(config: ServerConfig, runtime: Runtime, run_dir: Path, port: int) -> Server:
+    token = secrets.token_urlsafe(32)
     child = spawn(
         _command(config, runtime, port),
         _environment(config, runtime, token),
@@ -220,23 +207,27 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
     return child_env(extra | config.extra_env)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserved_port() -> socket.socket:
+    """A free loopback port, kept from every other program while the returned socket is open.
+
+    vLLM opens its port many seconds after it is told which, and the machine hands a free port to whoever asks. A socket
+    that is bound and doesn't listen keeps it: it is given to no one who asks for any port, and a program that names it
+    and sets SO_REUSEADDR, as vLLM's does, may listen there.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 async def _until_ready(server: Server, config: ServerConfig, progress: Progress) -> None:
     started = time.monotonic()
     reported = started
-    log_offset = server.child.log_path.stat().st_size
     while True:
         await asyncio.sleep(_POLL_S)
         elapsed = time.monotonic() - started
         status = server.child.poll()
         if status is not None:
-            if _ADDRESS_IN_USE in _log_since(server.child, log_offset):
-                raise _PortTakenError
             raise ServerError(why_it_ended(server.child, f"died while starting (status {status})"))
         if elapsed > config.start_deadline_s:
             raise ServerError(why_it_ended(server.child, f"was not ready after {config.start_deadline_s:g} s"))
@@ -263,8 +254,9 @@ async def _first_token(server: Server, config: ServerConfig, deadline_s: float) 
     body = {"model": config.served_name, "prompt": [0, 0, 0, 0], "max_tokens": 1}
     try:
         reply = (await server.call("POST", "/v1/completions", body, deadline_s=deadline_s)).json()
-    except ServerError:
-        raise ServerError(why_it_ended(server.child, "failed at its first token")) from None
+    except ServerError as error:
+        refusal = f": {error}" if server.child.poll() is None else ""  # an end is told by the log
+        raise ServerError(why_it_ended(server.child, f"failed at its first token{refusal}")) from None
     choice = reply["choices"][0]
     if len(choice.get("token_ids") or []) != 1 or not choice.get("weight_versions") or "sampling" not in choice:
         raise ServerError(
@@ -273,9 +265,3 @@ async def _first_token(server: Server, config: ServerConfig, deadline_s: float) 
     status = await server.status()
     if status["in_flight"]:
         raise ServerError(f"a fresh server says that it is serving {status['in_flight']}")
-
-
-def _log_since(child: Child, offset: int) -> str:
-    with child.log_path.open("rb") as log:
-        log.seek(offset)
-        return log.read().decode(errors="replace")
