@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def source(tmp_path, monkeypatch):
     return Source(runtime)
 
 
+@pytest.fixture(params=["pip", "uv"])
+def installer(request, tmp_path, monkeypatch):
+    """The program that installs: uv is taken where the search path has one."""
+    folders = [Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))]
+    uv = shutil.which("uv", path=os.pathsep.join(map(str, folders)))
+    assert uv is not None
+    searched = [folder for folder in folders if not (folder / "uv").exists()]
+    if request.param == "uv":
+        searched.insert(0, Path(uv).parent)
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, searched)))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv_cache"))
+    return request.param
+
+
+def installed_by(folder: Path) -> str:
+    """Who wrote the locked packages, in its own words."""
+    return (next(folder.glob("lib/python*/site-packages/smallwheel-1.0.dist-info")) / "INSTALLER").read_text().strip()
+
+
 def run_in(runtime, code: str) -> str:
     env = {"PYTHONPATH": str(runtime.plugin_path)}
     return subprocess.run([runtime.python, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
@@ -99,7 +119,7 @@ def works(runtime) -> bool:
     return run_in(runtime, IMPORT_ALL).startswith("2 1 3 ") and counted >= BIG_FILES + 1
 
 
-def test_killed_midway_it_resumes(source):
+def test_killed_midway_it_resumes(source, installer):
     folder = environment_folder(source, "cpu")
     first = subprocess.Popen([sys.executable, "-c", INSTALL, str(source.folder)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -115,6 +135,7 @@ def test_killed_midway_it_resumes(source):
     assert [(entry.complete, entry.current) for entry in status(source)] == [(False, True)]
     runtime = install("cpu", source=source)
     assert works(runtime)
+    assert installed_by(folder) == installer
     assert find_runtime("cpu", source) == runtime
     entry = status(source)[0]
     assert entry.complete
@@ -129,7 +150,7 @@ def test_killed_midway_it_resumes(source):
     marker.write_text(kept)
 
 
-def test_a_package_with_a_file_missing_is_installed_again(source):
+def test_a_package_with_a_file_missing_is_installed_again(source, installer):
     """What a kill leaves:
 
     pip has written a package's metadata, so it counts it as installed, but not all of its files.
