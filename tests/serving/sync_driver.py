@@ -21,6 +21,22 @@ def hf_logprobs(model, tokens: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits_SV[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
+def settled(model, tokens: list[int]) -> int:
+    """How many of `hf_logprobs` come before the first that hangs on rounding.
+
+    Where a router likes its last pick and the next expert the same to 1e-5, another order of summation may pick the other
+    one, in one of some 500,000 tokens. That changes the token, and through its keys and values those behind it.
+    """
+    picks = getattr(model.config, "num_experts_per_tok", None)
+    if picks is None:
+        return len(tokens) - 1
+    with torch.no_grad():
+        routers_LSE = torch.stack(model(torch.tensor([tokens]), output_router_logits=True).router_logits)
+    best_LSK = routers_LSE.topk(picks + 1).values
+    near_S = ((best_LSK[..., -2] - best_LSK[..., -1]) < 1e-5).any(0)[:-1]
+    return int(near_S.nonzero()[0]) if near_S.any() else len(near_S)
+
+
 def apart(served: list[float], exact: list[float], *, largest: float, mean: float) -> str:
     """What is wrong when two sides' log-probabilities of the same tokens differ by more than these limits; "" when nothing is."""
     off = (torch.tensor(served) - torch.tensor(exact, dtype=torch.float32)).abs()

@@ -14,7 +14,7 @@ import sender_ranks
 import torch
 from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file, save_file
-from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, load
+from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, load, settled
 
 from inflight import sampled_tokens, seen_sampling
 from lockstep.errors import MismatchError, ServerError, WeightsError
@@ -183,7 +183,7 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
         running.set()
         await push
         replies = [reply for task in tasks for reply in await task]
-    split = 0
+    split = compared = 0
     for asked_for, reply in replies:
         choice = reply.choices[0]
         spans, ids = choice.model_extra["weight_versions"], choice.model_extra["token_ids"]
@@ -194,10 +194,12 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
         sampled = torch.tensor(choice.logprobs.token_logprobs)
         for span in spans:
             model_then = model if span["version"] == "policy@100" else old
-            reference = hf_logprobs(model_then, choice.model_extra["prompt_token_ids"] + ids)
-            part = slice(span["start"], span["end"])
-            torch.testing.assert_close(sampled[part], reference[part], atol=2e-5, rtol=0)
+            tokens = choice.model_extra["prompt_token_ids"] + ids
+            part = slice(span["start"], min(span["end"], settled(model_then, tokens)))
+            torch.testing.assert_close(sampled[part], hf_logprobs(model_then, tokens)[part], atol=2e-5, rtol=0)
+            compared += len(sampled[part])
     assert split > 0
+    assert compared > 0.8 * sum(asked_for for asked_for, _ in replies)
 
 
 async def test_faults_leave_the_old_version(merged, pusher, folder, monkeypatch):
