@@ -150,6 +150,20 @@ def test_killed_midway_it_resumes(source, installer):
     marker.write_text(kept)
 
 
+def test_pip_takes_over_where_uv_fails(source, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    uv = tmp_path / "bin" / "uv"
+    uv.write_text('#!/bin/sh\ntest "$1" = --version && exit 0\necho invalid peer certificate >&2\nexit 2\n')
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}{os.pathsep}{os.environ['PATH']}")
+    lines: list[str] = []
+    runtime = install("cpu", lines.append, source)
+    assert works(runtime)
+    assert installed_by(environment_folder(source, "cpu")) == "pip"
+    failed = "installing 2 locked packages with uv failed with status 2"
+    assert any(line.startswith(failed) and line.endswith(": pip tries") for line in lines)
+
+
 def test_a_package_with_a_file_missing_is_installed_again(source, installer):
     """What a kill leaves:
 

@@ -2,7 +2,7 @@
 
 Built in place at its final path under a file lock; the marker is written last, so that a reader sees a complete
 environment or none. Killed at any moment and started again, it keeps what was completely installed. uv does the work
-where it is present, pip otherwise; torch itself always comes through pip, whose settings (find-links, extra indexes)
+where it is present and able to, pip otherwise; torch itself always comes through pip, whose settings (find-links, extra indexes)
 uv does not read.
 """
 
@@ -107,7 +107,7 @@ def _build(folder: Path, kind: Kind, source: Source, progress: Progress) -> None
     torch_lock = source.torch_lock(kind)
     if torch_lock is not None:
         _install_torch(python, torch_lock, names, log, progress)
-    _step(f"installing {len(names)} locked packages", _locked_command(python, lock, log), log, progress)
+    _install_locked(folder, lock, len(names), log, progress)
     damaged = _drop_half_installed(folder)
     if damaged:
         raise RuntimeNotInstalledError(
@@ -117,14 +117,22 @@ def _build(folder: Path, kind: Kind, source: Source, progress: Progress) -> None
     progress(f"{kind} runtime: installed, {folder_bytes(folder) / 1e9:.1f} GB")
 
 
-def _locked_command(python: Path, lock: Path, log: Path) -> list[str | Path]:
-    """Installs exactly the lock, checked by hash and without resolving dependencies."""
+def _install_locked(folder: Path, lock: Path, count: int, log: Path, progress: Progress) -> None:
+    """Installs exactly the lock, checked by hash and without resolving dependencies: whoever does it, the same comes out."""
+    python = environment_python(folder)
     locked = ["--no-deps", "--require-hashes", "-r", lock]
     uv = shutil.which("uv")
     # A shim of a version manager may be on the path and still have no uv behind it.
     if uv is not None and _works(Path(uv), log, "--version"):
-        return [uv, "pip", "install", "--python", python, *_uv_places(python), *locked]
-    return [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *locked]
+        command = [uv, "pip", "install", "--python", python, *_uv_places(python), *locked]
+        try:
+            _step(f"installing {count} locked packages with uv", command, log, progress)
+            return
+        except RuntimeNotInstalledError as error:  # pip has certificates, proxies and passwords that uv doesn't know of
+            progress(f"{str(error).splitlines()[0]}: pip tries")
+            _drop_half_installed(folder)
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *locked]
+    _step(f"installing {count} locked packages", command, log, progress)
 
 
 def _install_torch(python: Path, torch_lock: Path, names: list[str], log: Path, progress: Progress) -> None:
