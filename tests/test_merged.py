@@ -345,11 +345,18 @@ async def check_server_does_not_sleep_over_requests(model, backend, groups, monk
     monkeypatch.setattr(turns, "IN_FLIGHT_DEADLINE_S", 0.3)
     body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
     server = backend._run(model).server
-    running = await seen_running(server, lambda: model.openai_client().completions.create(**body))
+    sleep, running = server.sleep, []
+
+    async def sleep_while_one_runs(level: int, *, deadline_s: float) -> None:
+        running.append(await seen_running(server, lambda: model.openai_client().completions.create(**body)))
+        await sleep(level, deadline_s=deadline_s)
+
+    monkeypatch.setattr(server, "sleep", sleep_while_one_runs)
     with pytest.raises(ServerError, match="still in flight"):
         await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
-    assert len((await running).choices[0].token_ids) == 1900
+    (request,) = running
+    assert len((await request).choices[0].token_ids) == 1900
     assert (await server.version())["asleep"] == []
 
 
