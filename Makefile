@@ -14,8 +14,8 @@ quickstart: setup-train runtime
 	@$(BIN)/lockstep quickstart
 
 # Two at a time: much of a test is a server's or a trainer's start, which keeps one core busy. A file stays on one side, for what its
-# tests share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# tests share, and files come in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: checked
 	@echo "== tests"

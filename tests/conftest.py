@@ -10,6 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers or trainers come first: two sides that take a file each then end at about the same time."""
+    starts = {item.path for item in items if {"server", "distributed"} & {mark.name for mark in item.iter_markers()}}
+    items.sort(key=lambda item: item.path not in starts)
+
+
 @pytest.fixture(scope="session")
 def runtime():
     """The isolated vLLM environment for a CPU; installed if it isn't yet."""
