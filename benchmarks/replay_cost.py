@@ -1,17 +1,20 @@
 """What expert replay costs: the trainer's step time, and the server's tokens per second, each with and without.
 
-    python benchmarks/replay_cost.py --output benchmarks/results/h200_replay_cost.json   # one GPU, Qwen3.5-35B-A3B's shape
-    python benchmarks/replay_cost.py --tiny                                              # CPU, a few minutes
+    python benchmarks/replay_cost.py --server-layers 24 --output benchmarks/results/h200_replay_cost.json   # one GPU
+    python benchmarks/replay_cost.py --part trainer --output benchmarks/results/h200_replay_cost.json       # one half of it
+    python benchmarks/replay_cost.py --tiny                                                                 # CPU, a few minutes
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`.
 
-Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. `--server-layers`
-gives them a depth of their own, with weights that vLLM makes up: the fewer layers, the more a step is vLLM's own work on
-the host, of which capture is a part. Trainer: one
-LoRA step of one packed batch; with replay it gets the very experts that its router picks, so that both ways do the same
-work. Turns alternate, after one to warm up; medians count, and the spread of the repeats is shown beside them. It fails
-(exit code 1) if either costs more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those
-figures mean nothing.)
+Server, Qwen3.5-35B-A3B's shape: two of them side by side on one GPU, one capturing routes; they take turns, while the other one
+idles. In a turn so many clients ask one after the other, of different lengths from the first on; tokens are counted by the server's own
+counter, in a window that begins when all are served. Both servers use the same choices of Triton's autotuning (its cache on disk), which
+else differ from process to process by more than what is measured. `--server-layers` gives the servers a depth of their own, with weights
+that vLLM makes up. Trainer: one LoRA step of one packed batch; with replay it gets the very experts that its router picks, so that both
+ways do the same work.
+
+Turns alternate, after one to warm up. The cost is the mean over pairs of turns, shown with its standard error; it fails (exit code 1) if
+either is more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those figures mean nothing.)
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -60,40 +64,59 @@ async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Na
         gpus=(0,) if cuda else (),
         gpu_memory_utilization=0.42,
         extra_args=(*made_up, *options.server_arg),
+        extra_env={"TRITON_CACHE_AUTOTUNING": "1"},
     )
     return await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
 
 
-async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int) -> float:
-    """Sampled tokens per second of a stream of requests with fresh prompts and replies of half to one and a half times
-    the usual length, so that they don't all begin and end together.
-    """
-    random = np.random.default_rng(turn)
-    count = options.requests * options.waves
-    prompts = random.integers(3, 300, (count, options.prompt)).tolist()
-    lengths = random.integers(options.tokens // 2, options.tokens * 3 // 2, count, endpoint=True).tolist()
-    room = asyncio.Semaphore(options.requests)
+async def counter(server: Server, name: str) -> float:
+    text = (await server.call("GET", "/metrics")).text
+    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE))
 
-    async def one(prompt: list[int], tokens: int) -> int:
+
+async def client(server: Server, options: argparse.Namespace, random: np.random.Generator) -> None:
+    """One request after the other, of half to one and a half times the usual length; of the first one only a part."""
+    part = random.random()
+    while True:
+        prompt = random.integers(3, 300, options.prompt).tolist()
+        tokens = 1 + int(part * random.integers(options.tokens // 2, options.tokens * 3 // 2))
         body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
-        async with room:
-            reply = await server.call("POST", "/v1/completions", body, deadline_s=900)
-        return len(reply.json()["choices"][0]["token_ids"])
+        await server.call("POST", "/v1/completions", body, deadline_s=900)
+        part = 1.0
 
-    start = time.perf_counter()
-    counts = await asyncio.gather(*map(one, prompts, lengths))
-    return sum(counts) / (time.perf_counter() - start)
+
+async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int, window: float) -> float:
+    """Sampled tokens per second in a window of so many seconds, while as many requests as fit are always under way."""
+    clients = [
+        asyncio.create_task(client(server, options, np.random.default_rng((turn, number))))
+        for number in range(options.requests)
+    ]
+    try:
+        await asyncio.wait(clients, timeout=options.ramp, return_when=asyncio.FIRST_EXCEPTION)
+        start, before = time.perf_counter(), await counter(server, "generation_tokens_total")
+        await asyncio.wait(clients, timeout=window, return_when=asyncio.FIRST_EXCEPTION)
+        stop, after = time.perf_counter(), await counter(server, "generation_tokens_total")
+    finally:
+        for one in clients:
+            one.cancel()
+        ends = await asyncio.gather(*clients, return_exceptions=True)
+    for end in ends:
+        if not isinstance(end, asyncio.CancelledError):
+            raise RuntimeError("a client's request failed") from end
+    while await counter(server, "num_requests_running"):
+        await asyncio.sleep(0.05)
+    return (after - before) / (stop - start)
 
 
 async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     servers: dict[str, Server] = {}
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
-        for way in WAYS:
+        for way in reversed(WAYS) if options.capture_first else WAYS:
             servers[way] = await serve(folder, scratch / way, way == "with", options)
         for turn in range(options.repeat + 1):
             for way in WAYS if turn % 2 else reversed(WAYS):
-                rate = await tokens_per_second(servers[way], options, turn)
+                rate = await tokens_per_second(servers[way], options, turn, options.window * (1 if turn else 3))
                 if turn:
                     rates[way].append(rate)
     finally:
@@ -101,10 +124,10 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace)
     return rates
 
 
-def server_model(folder: Path, scratch: Path, options: argparse.Namespace) -> Path:
+def server_model(scratch: Path, options: argparse.Namespace) -> Path:
     """What is served: the trainer's model, or one of another depth without weights."""
     if not options.server_layers:
-        return folder
+        return checkpoint(options, scratch)
     layers = {"num_hidden_layers": options.server_layers}
     if options.tiny:
         return write_tiny("qwen3_5_moe", scratch / "served", overrides=layers)
@@ -147,7 +170,8 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     for hook in hooks:
         hook.remove()
     layers, topk = len(picked), picked[0][0].shape[1]
-    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(np.uint16)
+    narrow = np.uint8 if session.config.experts <= 256 else np.uint16  # as servers send them
+    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(narrow)
     for number, rows in enumerate(picked):
         for row, picks in enumerate(rows):
             size = min(len(picks), batch.row_length)
@@ -173,12 +197,11 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> dict[str, list
     return seconds
 
 
-def line(name: str, values: dict[str, list[float]], rate: bool) -> tuple[str, float]:
-    """One line of the table, and what the second way costs as a share of the first."""
-    medians = {way: statistics.median(values[way]) for way in WAYS}
-    cost = medians["without"] / medians["with"] - 1 if rate else medians["with"] / medians["without"] - 1
-    spread = max((max(v) - min(v)) / statistics.median(v) for v in values.values())
-    return f"{name:22}{medians['without']:12.4g}{medians['with']:12.4g}{cost:9.2%}{spread:9.2%}", cost
+def cost(values: dict[str, list[float]], rate: bool) -> tuple[float, float]:
+    """(what the second way costs as a share of the first, its standard error), from pairs of turns."""
+    pairs = zip(values["without"], values["with"], strict=True)
+    shares = [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
+    return statistics.mean(shares), statistics.stdev(shares) / len(shares) ** 0.5
 
 
 def main() -> None:
@@ -188,37 +211,46 @@ def main() -> None:
     weights_option(parser)
     parser.add_argument("--server-layers", type=int, help="of the served model, with made-up weights")
     parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
-    parser.add_argument("--waves", type=int, default=3, help="times as many requests in a turn")
+    parser.add_argument("--part", choices=["server", "trainer"], help="one alone; the other's figures in --output stay")
+    parser.add_argument("--capture-first", action="store_true", help="start the capturing server first")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
-    parser.add_argument("--tokens", type=int, help="tokens sampled per request (512; tiny: 4)")
+    parser.add_argument("--tokens", type=int, help="tokens sampled per request (2048; tiny: 16)")
+    parser.add_argument("--ramp", type=float, help="seconds of a turn before its window (3; tiny: 1)")
+    parser.add_argument("--window", type=float, help="seconds of a turn that count (8; tiny: 2)")
     parser.add_argument("--samples", type=int, default=4, help="sequences of the training batch, half of each shared")
     parser.add_argument("--length", type=int, help="their tokens (4096; tiny: 48)")
-    parser.add_argument("--repeat", type=int, help="turns that count, each way (9; tiny: 2)")
+    parser.add_argument("--repeat", type=int, help="turns that count, each way (12; tiny: 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="folder to write the random checkpoint to, or to use again")
     parser.add_argument("--server-arg", action="append", default=[], help="a further argument of vLLM's command line")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (4, 512), "length": (48, 4096), "repeat": (2, 9)}
-    for name, (small, large) in sizes.items():
+    sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (16, 2048), "length": (48, 4096), "repeat": (2, 12)}
+    for name, (small, large) in (sizes | {"ramp": (1, 3), "window": (2, 8)}).items():
         setattr(options, name, getattr(options, name) or (small if options.tiny else large))
-    figures: dict[str, Any] = {"device": device(), "cost": {}}
-    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'spread':>9}", flush=True)
+    figures: dict[str, Any] = {}
+    if options.output and options.output.exists() and options.part:
+        figures = json.loads(options.output.read_text())
+    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}", flush=True)
+    costs = []
 
     def report(name: str, unit: str, values: dict[str, list[float]], rate: bool) -> None:
         """As soon as it is known: the other part takes minutes."""
-        shown, figures["cost"][name] = line(f"{name}, {unit}", values, rate)
-        figures[name] = values
-        print(shown, flush=True)
+        share, error = cost(values, rate)
+        costs.append(share)
+        medians = [statistics.median(values[way]) for way in WAYS]
+        print(f"{name + ', ' + unit:22}{medians[0]:12.4g}{medians[1]:12.4g}{share:9.2%}{error:9.2%}", flush=True)
+        figures[name] = {"device": device(), "cost": share, "standard_error": error, "unit": unit, **values}
         if options.output:
             options.output.write_text(json.dumps(figures, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint(options, Path(scratch))
-        served = server_model(folder, Path(scratch), options)
-        report("server", "tokens/s", asyncio.run(server_rates(served, Path(scratch), options)), rate=True)
-        report("trainer", "s per step", trainer_seconds(folder, options), rate=False)
-    sys.exit(0 if max(figures["cost"].values()) <= LIMIT or options.tiny else 1)
+        if options.part != "trainer":
+            served = server_model(Path(scratch), options)
+            report("server", "tokens/s", asyncio.run(server_rates(served, Path(scratch), options)), rate=True)
+        if options.part != "server":
+            report("trainer", "s per step", trainer_seconds(checkpoint(options, Path(scratch)), options), rate=False)
+    sys.exit(0 if max(costs) <= LIMIT or options.tiny else 1)
 
 
 if __name__ == "__main__":

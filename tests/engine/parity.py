@@ -28,10 +28,8 @@ from lockstep.engine.session import LoraSettings, Session, Settings, load_step, 
 from lockstep.engine.statefile import rectangles
 from lockstep.engine.step import (
     _head,
-    _routers,
     _shard,
     check_records,
-    clear_picks,
     picks_that_differ,
     prepare,
     score,
@@ -409,32 +407,31 @@ def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, flo
     found: dict[str, float] = {"picks": picks_that_differ(session)["picks_differ"]}
     for layer in session.model.decoder.layers:
         layer.recompute = True
-    clear_picks(session)
+    session.model.replayed.clear()
     run(session, replayed, slope_P)
     check_records(session, work)
     found["recomputed_picks"] = picks_that_differ(session)["picks_differ"]
-    counted = sum(int(router.picks[1]) for router in _routers(session))
-    total = torch.tensor(counted)
+    total = session.model.replayed.picks[1].clone()
     dist.all_reduce(total)
     records = replayed.routes_RSLK[0, 0].size * int(
         np.isin(np.arange(replayed.tokens_RS.size), followed(replayed)).sum()
     )
     found["counted_once"] = float(int(total) == records)
     mixture = session.model.decoder.layers[-1].mlp
-    honest, number = mixture._routes, mixture.number
+    honest = mixture._route
     plants = {
-        "layer": lambda row, tokens: (setattr(mixture, "number", number - 1), honest(row, tokens))[1],
-        "token": lambda row, tokens: tuple(x.roll(1, 0) if k == 0 else x for k, x in enumerate(honest(row, tokens))),
-        "twice": lambda row, tokens: (mixture.router.used.add_(12345), honest(row, tokens))[1],
+        "layer": lambda x, row: honest(x, replace(row, routes_SLK=row.routes_SLK.roll(1, 1))),
+        "token": lambda x, row: honest(x, replace(row, routes_SLK=row.routes_SLK.roll(1, 0))),
+        "twice": lambda x, row: (honest(x, row), honest(x, row))[1],
     }
     for name, plant in plants.items():
-        mixture._routes = plant
+        mixture._route = plant
         found[f"caught_{name}"] = 0.0
         try:
             score(session, replayed, lambda _event: None)
         except TrainerError:
             found[f"caught_{name}"] = 1.0
-        mixture._routes, mixture.number = honest, number
+        mixture._route = honest
     return found | check_records_refused(session, replayed)
 
 

@@ -28,6 +28,7 @@ from lockstep.engine.dispatch import through_ranks
 from lockstep.engine.mlp import GatedMLP
 from lockstep.engine.regions import gated_silu, wide
 from lockstep.engine.router import Router
+from lockstep.engine.routes import Replay
 from lockstep.engine.tree import Row
 
 ALIGN = 8
@@ -134,7 +135,7 @@ class MoE(MegatronModule):
 
     def forward(self, x_S1H: Tensor, row: Row) -> tuple[Tensor, None]:
         x = scatter_to_sequence_parallel_region(x_S1H, group=self.group) if self.split else x_S1H
-        weights_TK, experts_TK = self.router(x[:, 0], *self._routes(row, len(x)))
+        weights_TK, experts_TK = self._route(x[:, 0], row)
         routed_PH = through_ranks(self.experts, x[:, 0], experts_TK)
         mixed_TH = (wide(routed_PH.unflatten(0, experts_TK.shape)) * weights_TK[..., None]).sum(1)
         out = mixed_TH.to(x.dtype)[:, None]
@@ -144,13 +145,14 @@ class MoE(MegatronModule):
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
         return out, None
 
-    def _routes(self, row: Row, tokens: int) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        """This layer's replayed choices for this rank's share of the row, which of those tokens' choices matter, and the numbers that
-        the records are accounted with.
-        """
+    def _route(self, x_TH: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+        """(weights, experts) of this rank's share of the row; what was replayed is noted with the row."""
         if row.routes_SLK is None:
-            return None, None, None
-        first = self.group.rank() * tokens if self.group.size() > 1 else 0
-        here = slice(first, first + tokens)
-        routes_TK = share(row.routes_SLK[:, self.number])[here].long()
-        return routes_TK, share(row.followed_S())[here], share(row.record_keys_S())[here]
+            return self.router(x_TH, None)[:2]
+        first = self.group.rank() * len(x_TH) if self.group.size() > 1 else 0
+        here = slice(first, first + len(x_TH))
+        weights_TK, experts_TK, own_TK = self.router(x_TH, share(row.routes_SLK[:, self.number])[here].long())
+        if own_TK is not None:
+            counted_T, keys_T = share(row.followed_S())[here], share(row.record_keys_S())[here]
+            row.replays.append(Replay(self.number, experts_TK, own_TK, counted_T, keys_T))
+        return weights_TK, experts_TK

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.context import share
+from lockstep.engine.device import device
 from lockstep.engine.experts import MoE
-from lockstep.engine.routes import recompute_pass
+from lockstep.engine.routes import Replayed, recompute_pass
 from lockstep.engine.tree import Row
 from lockstep.families.config import Rope
 
@@ -77,6 +78,7 @@ class Model(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         # Not a buffer: casting the model to bf16 would round the angles.
         self._inverse_D = inverse_frequencies(rope)
+        self.replayed = Replayed(device())
 
     def angles(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), fp32 `[S, 1, D]`."""
@@ -93,7 +95,11 @@ class Model(GPTModel):
             hidden = None
             self.decoder.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
         angles = self.angles(share(row.positions_S))
-        return self.decoder(hidden_states=hidden, attention_mask=row, rotary_pos_emb=angles)  # pyright: ignore
+        row.replays.clear()
+        out = self.decoder(hidden_states=hidden, attention_mask=row, rotary_pos_emb=angles)  # pyright: ignore
+        self.replayed.add(row.replays)
+        row.replays.clear()
+        return out
 
     def head_weight(self) -> Tensor:
         """Vocabulary-parallel rows of the output layer (the embedding when tied and on this stage)."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,9 +58,9 @@ def record_keys(row: int, length: int, device: torch.device) -> Tensor:
 
 
 @cache
-def layer_key(layer: int) -> int:
-    """The number of mixture-of-experts layer `layer`, counted over the whole model."""
-    return int(mixed(torch.tensor(_LAYERS + layer)))
+def _layer_keys(layers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 `[L]`: a number for each of these mixture-of-experts layers, counted over the whole model."""
+    return mixed(torch.tensor(layers, device=device) + _LAYERS)
 
 
 @cache
@@ -70,10 +70,7 @@ def _place_keys(topk: int, device: torch.device) -> Tensor:
 
 
 def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
-    """int64 scalar: these records' part of the sum, but for their layer's number, which is a factor of all of it. keys_T: of their tokens.
-
-    `[..., K]` and `[...]` will do as well.
-    """
+    """int64 scalar: these records' part of the sum. keys_T: their token's times their layer's. `[..., K]` and `[...]` do as well."""
     places_K = _place_keys(experts_TK.shape[-1], experts_TK.device)
     return (((experts_TK + 1) * places_K).sum(-1) * keys_T).sum()
 
@@ -81,8 +78,50 @@ def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
 def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
     """int64 scalar: the sum over all of a row's records."""
     keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
-    layers_L = torch.tensor([layer_key(n) for n in range(routes_SLK.shape[1])], device=routes_SLK.device)
+    layers_L = _layer_keys(tuple(range(routes_SLK.shape[1])), routes_SLK.device)
     return account(routes_SLK.long(), keys_S[:, None] * layers_L)
+
+
+class Replay(NamedTuple):
+    """What one layer did with its share of a row's records."""
+
+    layer: int
+    experts_TK: Tensor
+    """The experts that it used."""
+    own_TK: Tensor
+    """Those that its router would have picked."""
+    counted_T: Tensor
+    """bool: tokens whose picks matter."""
+    keys_T: Tensor
+    """int64: what the tokens' records are accounted with."""
+
+
+class Replayed:
+    """Sums over all records that a stage's routers have used since it was last cleared."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.used = torch.zeros((), dtype=torch.int64, device=device)
+        """The account."""
+        self.picks = torch.zeros(2, dtype=torch.int64, device=device)
+        """Picks that the routers would not have made, and all picks."""
+
+    def clear(self) -> None:
+        self.used.zero_()
+        self.picks.zero_()
+
+    @torch.no_grad()
+    def add(self, layers: Sequence[Replay]) -> None:
+        """One row's, all layers in one go: layer by layer these few sums would be a percent of a training step."""
+        if not layers:
+            return
+        counted_T, keys_T = layers[0].counted_T, layers[0].keys_T
+        experts_LTK = torch.stack([one.experts_TK for one in layers])
+        own_LTK = torch.stack([one.own_TK for one in layers])
+        differs_LTK = (experts_LTK[..., None] != own_LTK[..., None, :]).all(-1)
+        compared = counted_T.sum() * (len(layers) * experts_LTK.shape[-1])
+        self.picks += torch.stack([(differs_LTK & counted_T[:, None]).sum(), compared])
+        keys_L = _layer_keys(tuple(one.layer for one in layers), keys_T.device)
+        self.used += account(experts_LTK, keys_L[:, None] * keys_T)
 
 
 def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -> None:

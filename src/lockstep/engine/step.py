@@ -21,7 +21,6 @@ from lockstep.config import TrainConfig
 from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
 from lockstep.engine.exchange import broadcast_json
-from lockstep.engine.experts import MoE
 from lockstep.engine.head import linear_logprob, most_likely
 from lockstep.engine.loss import (
     MISMATCH_KEYS,
@@ -34,8 +33,7 @@ from lockstep.engine.loss import (
 from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.recompute import plan as plan_recompute
-from lockstep.engine.router import Router
-from lockstep.engine.routes import account_of_row, check_routes, layer_key
+from lockstep.engine.routes import account_of_row, check_routes
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
@@ -262,7 +260,7 @@ def _update(
 
     with clock.phase("forward_backward"):
         session.optimizer.zero()
-        clear_picks(session)
+        session.model.replayed.clear()
         forward_backward(session.model, [w.row for w in work], last, _shard(session))
     check_records(session, work)
     if first and config.max_token_mismatch is not None:
@@ -296,23 +294,12 @@ def _check_tokens(session: Session, found: Sequence[Worst], limit: float) -> Non
         )
 
 
-def _routers(session: Session) -> list[Router]:
-    return [module for module in session.model.modules() if isinstance(module, Router)]
-
-
-def clear_picks(session: Session) -> None:
-    for router in _routers(session):
-        router.picks.zero_()
-        router.used.zero_()
-
-
 def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
     """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
     if not session.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
         return
     sums = torch.zeros(2, dtype=torch.int64, device=device())
-    for layer in (module for module in session.model.modules() if isinstance(module, MoE)):
-        sums[0] += layer.router.used * layer_key(layer.number)
+    sums[0] = session.model.replayed.used
     if groups.first_of_replica():
         for micro in work:
             assert micro.row.routes_SLK is not None
@@ -329,11 +316,9 @@ def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
 
 def picks_that_differ(session: Session) -> dict[str, float]:
     """`picks_differ`: share of the replayed picks that the routers here would not have made. Nothing without replay."""
-    counts = torch.zeros(2, dtype=torch.int64, device=device())
-    for router in _routers(session):
-        counts += router.picks
     if not session.config.is_moe:
         return {}
+    counts = session.model.replayed.picks.clone()
     dist.all_reduce(counts)
     differing, compared = counts.tolist()
     return {"picks_differ": differing / compared} if compared else {}
@@ -396,7 +381,7 @@ def score_and_rank(
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
     replicas, rank = groups.data().size(), groups.data().rank()
     mine = list(range(batch.rows))[rank::replicas]
-    clear_picks(session)
+    session.model.replayed.clear()
     with clock.phase("score"):
         work = prepare(session, batch, list(range(batch.rows)))
         check_routes(batch, [micro.row for micro in work], session.config)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.engine.routes import record_keys
+from lockstep.engine.routes import Replay, record_keys
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch
 
@@ -96,6 +96,8 @@ class Row:
     nodes: Nodes
     index: int
     routes_SLK: Tensor | None = None
+    replays: list[Replay] = field(default_factory=list, repr=False)
+    """What the layers did with the routes in the present pass over the row; the model adds it up and empties the list."""
     _cache: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
