@@ -175,6 +175,8 @@ async def test_errors_streams_and_other_routes_are_untouched():
         app = Echo(b"not json at all", status)
         sent = await call(ChoiceFields(app), path=path, chunks=(body,))
         assert b"".join(message.get("body", b"") for message in sent) == b"not json at all"
+    sent = await call(ChoiceFields(Echo(b"null")))  # vLLM's reply to a client that has left
+    assert b"".join(message.get("body", b"") for message in sent) == b"null"
     app = Echo(b"data: {}\n\n")
     sent = await call(ChoiceFields(app), chunks=(b'{"stream": true, "temperature": 0, "logprobs": 3}',))
     assert b"".join(message.get("body", b"") for message in sent) == b"data: {}\n\n"

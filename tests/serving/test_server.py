@@ -221,6 +221,7 @@ async def test_what_is_in_flight_is_counted_by_model(server, client):
     async with asyncio.timeout(60):  # one that was given up is not counted for ever
         while await server.in_flight() != {}:
             await asyncio.sleep(0.01)
+    assert "Exception in ASGI" not in server.child.log_path.read_text()
 
 
 async def test_a_bad_model_is_one_clear_error(runtime, tiny_qwen3, tmp_path):

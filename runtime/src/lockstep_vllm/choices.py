@@ -158,7 +158,8 @@ class _ReplyEditor:
 
     async def _finish(self, start: Message) -> None:
         reply = json.loads(self._body)
-        add_choice_fields(reply, self._request, spans.take(self._request_id))
+        if reply is not None:  # null: what vLLM answers a client that has left
+            add_choice_fields(reply, self._request, spans.take(self._request_id))
         body = json.dumps(reply, ensure_ascii=False).encode()
         await self._send(dict(start, headers=_with_length(start["headers"], len(body))))
         await self._send({"type": "http.response.body", "body": body})
