@@ -115,7 +115,8 @@ def main() -> None:
     print(f"KL with replay: {found['kl_on']:.2e}, {found['share']:.3f} of that without (limits {KL:g} and {SHARE})")
     if options.output:
         shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers, {options.weights}"
-        figures = {"device": device(), "shape": shape, "verdict": found, "report": asdict(report)}
+        details = asdict(report) | {"base_model": "random weights"}
+        figures = {"device": device(), "shape": shape, "verdict": found, "report": details}
         options.output.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(0 if found["ok"] or options.tiny else 1)
 

@@ -6,15 +6,18 @@
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`.
 
-Server, Qwen3.5-35B-A3B's shape: two of them side by side on one GPU, one capturing routes; they take turns, while the other one
-idles. In a turn so many clients ask one after the other, of different lengths from the first on; tokens are counted by the server's own
-counter, in a window that begins when all are served. Both servers use the same choices of Triton's autotuning (its cache on disk), which
-else differ from process to process by more than what is measured. `--server-layers` gives the servers a depth of their own, with weights
-that vLLM makes up. Trainer: one LoRA step of one packed batch; with replay it gets the very experts that its router picks, so that both
-ways do the same work.
+Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. A turn has two loads,
+each of so many requests at a time: `decoding`, where none begins or ends in the window that counts, which shows what capture adds to a
+step, and `stream`, where clients of different lengths ask one after the other, so that prompts are read and routes handed over as well.
+Tokens are counted by the server's own counter. Both servers use the same choices of Triton's autotuning (its cache on disk), which else
+differ from process to process by more than what is measured. `--server-shape` and `--server-layers` give the servers a model of their
+own, with weights that vLLM makes up.
+
+Trainer: one LoRA step of one packed batch, Qwen3.5-35B-A3B's shape; with replay it gets the very experts that its router picks, so that
+both ways do the same work.
 
 Turns alternate, after one to warm up. The cost is the mean over pairs of turns, shown with its standard error; it fails (exit code 1) if
-either is more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those figures mean nothing.)
+one is more than 1%. (On a CPU vLLM captures with another sampler, through an interpreter: those figures mean nothing.)
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import re
 import statistics
@@ -29,12 +33,14 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from packing import Case, batch_of, print_nothing
 from replay import checkpoint, device, weights_option
+from shapes import SHAPES
 from sync_common import write_config
 
 from lockstep.families.registry import get_model_support_spec
@@ -48,11 +54,12 @@ from lockstep.tokens.batch import PackedBatch
 LIMIT = 0.01
 RANK, ALPHA = 16, 32.0
 WAYS = ("without", "with")
+LOADS = ("decoding", "stream")
 
 
 async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Server:
     cuda = default_kind() == "cuda"
-    made_up = ("--load-format", "dummy") if options.server_layers else ()
+    made_up = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
     config = ServerConfig(
         model=folder,
         served_name="base",
@@ -74,28 +81,34 @@ async def counter(server: Server, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE))
 
 
-async def client(server: Server, options: argparse.Namespace, random: np.random.Generator) -> None:
-    """One request after the other, of half to one and a half times the usual length; of the first one only a part."""
+async def client(server: Server, options: argparse.Namespace, random: np.random.Generator, decoding: bool) -> None:
+    """One request after the other, of half to one and a half times the usual length: of the first one only a part, or (decoding) all of
+    the longest.
+    """
     part = random.random()
     while True:
         prompt = random.integers(3, 300, options.prompt).tolist()
         tokens = 1 + int(part * random.integers(options.tokens // 2, options.tokens * 3 // 2))
+        if decoding:
+            tokens = options.tokens * 3 // 2
         body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
         await server.call("POST", "/v1/completions", body, deadline_s=900)
         part = 1.0
 
 
-async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int, window: float) -> float:
-    """Sampled tokens per second in a window of so many seconds, while as many requests as fit are always under way."""
+async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int, decoding: bool) -> float:
+    """Sampled tokens per second in the window, while as many requests as fit are always under way."""
     clients = [
-        asyncio.create_task(client(server, options, np.random.default_rng((turn, number))))
+        asyncio.create_task(client(server, options, np.random.default_rng((turn, number)), decoding))
         for number in range(options.requests)
     ]
     try:
         await asyncio.wait(clients, timeout=options.ramp, return_when=asyncio.FIRST_EXCEPTION)
+        ended = await counter(server, "request_success_total")
         start, before = time.perf_counter(), await counter(server, "generation_tokens_total")
-        await asyncio.wait(clients, timeout=window, return_when=asyncio.FIRST_EXCEPTION)
+        await asyncio.wait(clients, timeout=options.window, return_when=asyncio.FIRST_EXCEPTION)
         stop, after = time.perf_counter(), await counter(server, "generation_tokens_total")
+        ended = await counter(server, "request_success_total") - ended
     finally:
         for one in clients:
             one.cancel()
@@ -103,22 +116,29 @@ async def tokens_per_second(server: Server, options: argparse.Namespace, turn: i
     for end in ends:
         if not isinstance(end, asyncio.CancelledError):
             raise RuntimeError("a client's request failed") from end
+    if decoding and ended:
+        raise RuntimeError(f"{ended:.0f} requests ended while all should decode: more --tokens or a shorter --window")
     while await counter(server, "num_requests_running"):
         await asyncio.sleep(0.05)
     return (after - before) / (stop - start)
 
 
-async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of every turn, by load and way."""
     servers: dict[str, Server] = {}
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates: dict[str, dict[str, list[float]]] = {load: {way: [] for way in WAYS} for load in LOADS}
+    started = time.monotonic()
     try:
         for way in reversed(WAYS) if options.capture_first else WAYS:
             servers[way] = await serve(folder, scratch / way, way == "with", options)
         for turn in range(options.repeat + 1):
-            for way in WAYS if turn % 2 else reversed(WAYS):
-                rate = await tokens_per_second(servers[way], options, turn, options.window * (1 if turn else 3))
+            for load, way in product(LOADS, WAYS if turn % 2 else reversed(WAYS)):
+                rate = await tokens_per_second(servers[way], options, turn, load == "decoding")
+                print(f"turn {turn}: {load}, {way} capture: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
                 if turn:
-                    rates[way].append(rate)
+                    rates[load][way].append(rate)
+            if turn > 1 and time.monotonic() - started > options.budget:
+                break
     finally:
         await asyncio.gather(*(server.close() for server in servers.values()))
     return rates
@@ -126,12 +146,12 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace)
 
 def server_model(scratch: Path, options: argparse.Namespace) -> Path:
     """What is served: the trainer's model, or one of another depth without weights."""
-    if not options.server_layers:
+    if not (options.server_layers or options.server_shape):
         return checkpoint(options, scratch)
-    layers = {"num_hidden_layers": options.server_layers}
+    layers = {"num_hidden_layers": options.server_layers} if options.server_layers else {}
     if options.tiny:
         return write_tiny("qwen3_5_moe", scratch / "served", overrides=layers)
-    return write_config("qwen3.5-35b-a3b", scratch / "served", layers)
+    return write_config(options.server_shape or "qwen3.5-35b-a3b", scratch / "served", layers)
 
 
 def open_engine(folder: Path) -> Any:
@@ -163,9 +183,11 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     for layer in (module for module in session.model.modules() if isinstance(module, MoE)):
         mine: list[np.ndarray] = []
         picked.append(mine)
-        hooks.append(
-            layer.router.register_forward_hook(lambda _module, _args, out, kept=mine: kept.append(out[1].cpu().numpy()))
-        )
+
+        def keep(_module: Any, _args: Any, out: Any, kept: list[np.ndarray] = mine) -> None:
+            kept.append(out[1].cpu().numpy())
+
+        hooks.append(layer.router.register_forward_hook(keep))
     score(session, batch, print_nothing)
     for hook in hooks:
         hook.remove()
@@ -204,29 +226,39 @@ def cost(values: dict[str, list[float]], rate: bool) -> tuple[float, float]:
     return statistics.mean(shares), statistics.stdev(shares) / len(shares) ** 0.5
 
 
+def model_name(options: argparse.Namespace, served: bool) -> str:
+    shape = (options.server_shape if served else None) or "qwen3.5-35b-a3b"
+    layers = (options.server_layers if served else None) or options.layers
+    return "tiny" if options.tiny else f"{shape}, {layers} layers"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
     parser.add_argument("--layers", type=int, default=8)
     weights_option(parser)
-    parser.add_argument("--server-layers", type=int, help="of the served model, with made-up weights")
+    parser.add_argument("--server-shape", choices=list(SHAPES), help="of the served model (qwen3.5-35b-a3b)")
+    parser.add_argument("--server-layers", type=int, help="of the served model (the trainer's)")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds for the servers, after which no turn begins"
+    )
     parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
     parser.add_argument("--part", choices=["server", "trainer"], help="one alone; the other's figures in --output stay")
     parser.add_argument("--capture-first", action="store_true", help="start the capturing server first")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
-    parser.add_argument("--tokens", type=int, help="tokens sampled per request (2048; tiny: 16)")
-    parser.add_argument("--ramp", type=float, help="seconds of a turn before its window (3; tiny: 1)")
-    parser.add_argument("--window", type=float, help="seconds of a turn that count (8; tiny: 2)")
+    parser.add_argument("--tokens", type=int, help="tokens sampled per request (2048; tiny: 640)")
+    parser.add_argument("--ramp", type=float, help="seconds of a load before its window (2; tiny: 1)")
+    parser.add_argument("--window", type=float, help="seconds of a load that count (6; tiny: 2)")
     parser.add_argument("--samples", type=int, default=4, help="sequences of the training batch, half of each shared")
     parser.add_argument("--length", type=int, help="their tokens (4096; tiny: 48)")
-    parser.add_argument("--repeat", type=int, help="turns that count, each way (12; tiny: 2)")
+    parser.add_argument("--repeat", type=int, help="turns that count, each way (20; tiny: 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="folder to write the random checkpoint to, or to use again")
     parser.add_argument("--server-arg", action="append", default=[], help="a further argument of vLLM's command line")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (16, 2048), "length": (48, 4096), "repeat": (2, 12)}
-    for name, (small, large) in (sizes | {"ramp": (1, 3), "window": (2, 8)}).items():
+    sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (640, 2048), "length": (48, 4096), "repeat": (2, 20)}
+    for name, (small, large) in (sizes | {"ramp": (1, 2), "window": (2, 6)}).items():
         setattr(options, name, getattr(options, name) or (small if options.tiny else large))
     figures: dict[str, Any] = {}
     if options.output and options.output.exists() and options.part:
@@ -234,22 +266,31 @@ def main() -> None:
     print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}", flush=True)
     costs = []
 
-    def report(name: str, unit: str, values: dict[str, list[float]], rate: bool) -> None:
+    def report(name: str, model: str, unit: str, values: dict[str, list[float]], rate: bool) -> None:
         """As soon as it is known: the other part takes minutes."""
         share, error = cost(values, rate)
         costs.append(share)
         medians = [statistics.median(values[way]) for way in WAYS]
         print(f"{name + ', ' + unit:22}{medians[0]:12.4g}{medians[1]:12.4g}{share:9.2%}{error:9.2%}", flush=True)
-        figures[name] = {"device": device(), "cost": share, "standard_error": error, "unit": unit, **values}
+        figures[f"{name}: {model}"] = {
+            "device": device(),
+            "unit": unit,
+            "cost": share,
+            "standard_error": error,
+            **values,
+        }
         if options.output:
             options.output.write_text(json.dumps(figures, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as scratch:
         if options.part != "trainer":
             served = server_model(Path(scratch), options)
-            report("server", "tokens/s", asyncio.run(server_rates(served, Path(scratch), options)), rate=True)
+            rates = asyncio.run(server_rates(served, Path(scratch), options))
+            for load, values in rates.items():
+                report(load, model_name(options, served=True), "tokens/s", values, rate=True)
         if options.part != "server":
-            report("trainer", "s per step", trainer_seconds(checkpoint(options, Path(scratch)), options), rate=False)
+            seconds = trainer_seconds(checkpoint(options, Path(scratch)), options)
+            report("trainer", model_name(options, served=False), "s per step", seconds, rate=False)
     sys.exit(0 if max(costs) <= LIMIT or options.tiny else 1)
 
 
