@@ -32,7 +32,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ LIMIT = 0.01
 RANK, ALPHA = 16, 32.0
 WAYS = ("without", "with")
 LOADS = ("decoding", "stream")
+Turns = dict[str, list[float]]
+"""A figure of each turn, by way."""
+Note = Callable[[dict[str, Turns]], None]
 
 
 async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Server:
@@ -123,10 +127,10 @@ async def tokens_per_second(server: Server, options: argparse.Namespace, turn: i
     return (after - before) / (stop - start)
 
 
-async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of every turn, by load and way."""
+async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace, note: Note) -> None:
+    """Tokens per second of every turn, by load: `note` gets those there are after each."""
     servers: dict[str, Server] = {}
-    rates: dict[str, dict[str, list[float]]] = {load: {way: [] for way in WAYS} for load in LOADS}
+    rates: dict[str, Turns] = {load: {way: [] for way in WAYS} for load in LOADS}
     started = time.monotonic()
     try:
         for way in reversed(WAYS) if options.capture_first else WAYS:
@@ -137,11 +141,12 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace)
                 print(f"turn {turn}: {load}, {way} capture: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
                 if turn:
                     rates[load][way].append(rate)
-            if turn > 1 and time.monotonic() - started > options.budget:
-                break
+            if turn > 1:
+                note(rates)
+                if time.monotonic() - started > options.budget:
+                    break
     finally:
         await asyncio.gather(*(server.close() for server in servers.values()))
-    return rates
 
 
 def server_model(scratch: Path, options: argparse.Namespace) -> Path:
@@ -201,7 +206,7 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     return routes
 
 
-def trainer_seconds(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     from lockstep.config import TrainConfig
     from lockstep.engine.step import train_step
 
@@ -209,7 +214,7 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> dict[str, list
     batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)
     batches = {"without": batch, "with": replace(batch, routes_RSLK=own_routes(session, batch))}
     config = TrainConfig(max_mismatch=None, learning_rate=1e-9)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: Turns = {way: [] for way in WAYS}
     for turn in range(options.repeat + 1):
         for way in WAYS if turn % 2 else reversed(WAYS):
             start = time.perf_counter()
@@ -219,7 +224,7 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> dict[str, list
     return seconds
 
 
-def cost(values: dict[str, list[float]], rate: bool) -> tuple[float, float]:
+def cost(values: Turns, rate: bool) -> tuple[float, float]:
     """(what the second way costs as a share of the first, its standard error), from pairs of turns."""
     pairs = zip(values["without"], values["with"], strict=True)
     shares = [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
@@ -232,19 +237,42 @@ def model_name(options: argparse.Namespace, served: bool) -> str:
     return "tiny" if options.tiny else f"{shape}, {layers} layers"
 
 
-def main() -> None:
+@dataclass
+class Figures:
+    """What was measured; on disk as soon as it is known, since all of it takes minutes."""
+
+    output: Path | None
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, name: str, unit: str, values: Turns, rate: bool) -> None:
+        share, error = cost(values, rate)
+        figures = {"device": device(), "unit": unit, "cost": share, "standard_error": error}
+        self.known[name] = figures | values
+        if self.output:
+            self.output.write_text(json.dumps(self.known, indent=1) + "\n")
+
+    def show(self, names: list[str]) -> bool:
+        """Print these; whether none of them costs too much."""
+        width = max(map(len, names)) + 12
+        print(f"{'':{width}}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}")
+        for name in names:
+            one = self.known[name]
+            medians = "".join(f"{statistics.median(one[way]):12.4g}" for way in WAYS)
+            print(f"{name + ', ' + one['unit']:{width}}{medians}{one['cost']:9.2%}{one['standard_error']:9.2%}")
+        return all(self.known[name]["cost"] <= LIMIT for name in names)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that the program runs")
     parser.add_argument("--layers", type=int, default=8)
     weights_option(parser)
+    parser.add_argument("--part", choices=["server", "trainer"], help="one alone; the other's figures in --output stay")
     parser.add_argument("--server-shape", choices=list(SHAPES), help="of the served model (qwen3.5-35b-a3b)")
     parser.add_argument("--server-layers", type=int, help="of the served model (the trainer's)")
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, help="seconds for the servers, after which no turn begins"
-    )
-    parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
-    parser.add_argument("--part", choices=["server", "trainer"], help="one alone; the other's figures in --output stay")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the servers, then no turn begins")
     parser.add_argument("--capture-first", action="store_true", help="start the capturing server first")
+    parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
     parser.add_argument("--tokens", type=int, help="tokens sampled per request (2048; tiny: 640)")
     parser.add_argument("--ramp", type=float, help="seconds of a load before its window (2; tiny: 1)")
@@ -260,38 +288,33 @@ def main() -> None:
     sizes = {"requests": (2, 64), "prompt": (16, 512), "tokens": (640, 2048), "length": (48, 4096), "repeat": (2, 20)}
     for name, (small, large) in (sizes | {"ramp": (1, 2), "window": (2, 6)}).items():
         setattr(options, name, getattr(options, name) or (small if options.tiny else large))
-    figures: dict[str, Any] = {}
-    if options.output and options.output.exists() and options.part:
-        figures = json.loads(options.output.read_text())
-    print(f"{'':22}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}", flush=True)
-    costs = []
+    if options.repeat < 2:
+        parser.error("--repeat: one pair of turns has no standard error, take 2 or more")
+    return options
 
-    def report(name: str, model: str, unit: str, values: dict[str, list[float]], rate: bool) -> None:
-        """As soon as it is known: the other part takes minutes."""
-        share, error = cost(values, rate)
-        costs.append(share)
-        medians = [statistics.median(values[way]) for way in WAYS]
-        print(f"{name + ', ' + unit:22}{medians[0]:12.4g}{medians[1]:12.4g}{share:9.2%}{error:9.2%}", flush=True)
-        figures[f"{name}: {model}"] = {
-            "device": device(),
-            "unit": unit,
-            "cost": share,
-            "standard_error": error,
-            **values,
-        }
-        if options.output:
-            options.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+def main() -> None:
+    options = parse()
+    figures = Figures(options.output)
+    if options.output and options.output.exists() and options.part:
+        figures.known = json.loads(options.output.read_text())
+    served, trained = model_name(options, served=True), f"training, {model_name(options, served=False)}"
+    names: list[str] = []
+
+    def note(rates: dict[str, Turns]) -> None:
+        for load, values in rates.items():
+            figures.note(f"{load}, {served}", "tokens/s", values, rate=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         if options.part != "trainer":
-            served = server_model(Path(scratch), options)
-            rates = asyncio.run(server_rates(served, Path(scratch), options))
-            for load, values in rates.items():
-                report(load, model_name(options, served=True), "tokens/s", values, rate=True)
+            asyncio.run(server_rates(server_model(Path(scratch), options), Path(scratch), options, note))
+            names += [f"{load}, {served}" for load in LOADS]
         if options.part != "server":
             seconds = trainer_seconds(checkpoint(options, Path(scratch)), options)
-            report("trainer", model_name(options, served=False), "s per step", seconds, rate=False)
-    sys.exit(0 if max(costs) <= LIMIT or options.tiny else 1)
+            figures.note(trained, "s per step", seconds, rate=False)
+            names.append(trained)
+    cheap = figures.show(names)
+    sys.exit(0 if cheap or options.tiny else 1)
 
 
 if __name__ == "__main__":
