@@ -9,9 +9,9 @@ On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-ar
 Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. A turn has two loads,
 each of so many requests at a time: `decoding`, where none begins or ends in the window that counts, which shows what capture adds to a
 step, and `stream`, where clients of different lengths ask one after the other, so that prompts are read and routes handed over as well.
-Tokens are counted by the server's own counter. Both servers use the same choices of Triton's autotuning (its cache on disk), which else
-differ from process to process by more than what is measured. `--server-shape` and `--server-layers` give the servers a model of their
-own, with weights that vLLM makes up.
+Tokens are counted by the server's own counter. Both servers use the same choices of Triton's autotuning (its cache on disk), where else
+each process would choose by timings of its own. `--server-shape` and `--server-layers` give the servers a model of their own, with
+weights that vLLM makes up.
 
 Trainer: one LoRA step of one packed batch, Qwen3.5-35B-A3B's shape; with replay it gets the very experts that its router picks, so that
 both ways do the same work.
