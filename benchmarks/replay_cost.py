@@ -27,7 +27,6 @@ import asyncio
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -51,6 +50,11 @@ from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.tokens.batch import PackedBatch
+from lockstep.tokens.routes import RouteShape
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from inflight import counted, sampled_tokens
 
 LIMIT = 0.01
 RANK, ALPHA = 16, 32.0
@@ -80,11 +84,6 @@ async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Na
     return await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
 
 
-async def counter(server: Server, name: str) -> float:
-    text = (await server.call("GET", "/metrics")).text
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE))
-
-
 async def client(server: Server, options: argparse.Namespace, random: np.random.Generator, decoding: bool) -> None:
     """One request after the other, of half to one and a half times the usual length: of the first one only a part, or (decoding) all of
     the longest.
@@ -108,11 +107,11 @@ async def tokens_per_second(server: Server, options: argparse.Namespace, turn: i
     ]
     try:
         await asyncio.wait(clients, timeout=options.ramp, return_when=asyncio.FIRST_EXCEPTION)
-        ended = await counter(server, "request_success_total")
-        start, before = time.perf_counter(), await counter(server, "generation_tokens_total")
+        ended = await counted(server, "request_success_total")
+        start, before = time.perf_counter(), await sampled_tokens(server)
         await asyncio.wait(clients, timeout=options.window, return_when=asyncio.FIRST_EXCEPTION)
-        stop, after = time.perf_counter(), await counter(server, "generation_tokens_total")
-        ended = await counter(server, "request_success_total") - ended
+        stop, after = time.perf_counter(), await sampled_tokens(server)
+        ended = await counted(server, "request_success_total") - ended
     finally:
         for one in clients:
             one.cancel()
@@ -122,7 +121,7 @@ async def tokens_per_second(server: Server, options: argparse.Namespace, turn: i
             raise RuntimeError("a client's request failed") from end
     if decoding and ended:
         raise RuntimeError(f"{ended:.0f} requests ended while all should decode: more --tokens or a shorter --window")
-    while await counter(server, "num_requests_running"):
+    while await counted(server, "num_requests_running"):
         await asyncio.sleep(0.05)
     return (after - before) / (stop - start)
 
@@ -133,7 +132,7 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace,
     rates: dict[str, Turns] = {load: {way: [] for way in WAYS} for load in LOADS}
     started = time.monotonic()
     try:
-        for way in reversed(WAYS) if options.capture_first else WAYS:
+        for way in WAYS:
             servers[way] = await serve(folder, scratch / way, way == "with", options)
         for turn in range(options.repeat + 1):
             for load, way in product(LOADS, WAYS if turn % 2 else reversed(WAYS)):
@@ -197,8 +196,8 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     for hook in hooks:
         hook.remove()
     layers, topk = len(picked), picked[0][0].shape[1]
-    narrow = np.uint8 if session.config.experts <= 256 else np.uint16  # as servers send them
-    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(narrow)
+    shape = RouteShape(layers, topk, session.config.experts)
+    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(shape.dtype)
     for number, rows in enumerate(picked):
         for row, picks in enumerate(rows):
             size = min(len(picks), batch.row_length)
@@ -271,7 +270,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--server-shape", choices=list(SHAPES), help="of the served model (qwen3.5-35b-a3b)")
     parser.add_argument("--server-layers", type=int, help="of the served model (the trainer's)")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the servers, then no turn begins")
-    parser.add_argument("--capture-first", action="store_true", help="start the capturing server first")
     parser.add_argument("--requests", type=int, help="sampled at a time (64; tiny: 2)")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (512; tiny: 16)")
     parser.add_argument("--tokens", type=int, help="tokens sampled per request (2048; tiny: 640)")

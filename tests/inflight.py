@@ -1,4 +1,4 @@
-"""Requests that are being served at the moment a test needs them to be."""
+"""Requests that are being served at the moment a test needs them to be, and the server's own counters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ async def seen_running(server: Any, ask: Callable[[], Awaitable[Any]], *, second
             await task  # an error of its own is one
 
 
+async def counted(server: Any, name: str) -> float:
+    """One of the server's own counters, over all of its labels."""
+    metrics = (await server.call("GET", "/metrics")).text
+    values = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
+    assert values, f"the server has no counter {name}"
+    return sum(map(float, values))
+
+
 async def sampled_tokens(server: Any) -> float:
     """How many tokens the server has sampled in its life."""
-    metrics = (await server.call("GET", "/metrics")).text
-    return float(re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)[0])
+    return await counted(server, "generation_tokens_total")
 
 
 async def seen_sampling(server: Any, before: float, tokens: int = 40, *, seconds: float = 100.0) -> None:

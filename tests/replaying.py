@@ -13,6 +13,7 @@ import random
 import numpy as np
 
 import lockstep as ls
+from inflight import counted
 from lockstep.tokens.routes import RouteShape, decode_routes, routes_digest
 
 SHAPE = RouteShape(layers=4, top_k=2, experts=8)
@@ -60,15 +61,8 @@ def prompt_tokens(trajectories) -> int:
     return sum(len(choice.prompt_token_ids) for one in trajectories for choice in one.choices)
 
 
-async def counted(server, name) -> float:
-    """One of the server's own counters."""
-    text = (await server.call("GET", "/metrics")).text
-    lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_total")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-
 async def prefix_hits(server) -> float:
-    return await counted(server, "prefix_cache_hits")
+    return await counted(server, "prefix_cache_hits_total")
 
 
 async def printable(model, messages):

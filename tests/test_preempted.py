@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from inflight import counted
 from lockstep.errors import DataError
 from lockstep.families.tiny import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.tokens.routes import decode_routes
-from replaying import SHAPE, counted
+from replaying import SHAPE
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 REQUESTS, PROMPT, SAMPLED = 6, 40, 110
@@ -55,7 +56,7 @@ async def test_routes_survive_or_are_named(runtime, tmp_path):
     server = await launch(config, runtime, tmp_path / "run")
     try:
         found = await asyncio.gather(*(sample(server, number) for number in range(REQUESTS)))
-        assert await counted(server, "num_preemptions") > 0
+        assert await counted(server, "num_preemptions_total") > 0
     finally:
         await server.close()
     from transformers import AutoModelForCausalLM

@@ -95,7 +95,6 @@ class Model(GPTModel):
             hidden = None
             self.decoder.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
         angles = self.angles(share(row.positions_S))
-        row.replays.clear()
         out = self.decoder(hidden_states=hidden, attention_mask=row, rotary_pos_emb=angles)  # pyright: ignore
         self.replayed.add(row.replays)
         row.replays.clear()

@@ -83,7 +83,7 @@ def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
 
 
 class Replay(NamedTuple):
-    """What one layer did with its share of a row's records."""
+    """What one layer did with its share of a row's records. The last two are alike in all layers of a row."""
 
     layer: int
     experts_TK: Tensor
