@@ -33,14 +33,14 @@ def words(count: int) -> dict[str, str]:
     return {"role": "user", "content": "".join(random.choice("abcdefghij ") for _ in range(count))}
 
 
-async def roll_out(model, messages, n=1, tokens=8, temperature=1.0):
+async def roll_out(model, messages, n=1, tokens=8, temperature=1.0, **settings):
     completion = await model.openai_client().chat.completions.create(
         model=model.inference_name(),
         messages=messages,
         n=n,
         max_tokens=tokens,
         temperature=temperature,
-        extra_body={"ignore_eos": True},
+        extra_body={"ignore_eos": True, **settings},
     )
     return [ls.Trajectory(messages_and_choices=[*messages, choice], reward=0.0) for choice in completion.choices]
 
@@ -84,6 +84,20 @@ async def multi_turn(model):
     return ls.Trajectory(messages_and_choices=messages[:-1], reward=0.0)
 
 
+async def stopped_by_text(model):
+    """A choice that a stop string ended, which the server's API process finds and its engine doesn't know."""
+    for seed in range(20):
+        (free,) = await roll_out(model, [words(30)], tokens=24, seed=seed)
+        text = free.choices[0].message.content or ""
+        late = [letter for letter in text if "!" <= letter <= "~" and 5 < text.index(letter) < len(text) - 1]
+        if late:
+            (stopped,) = await roll_out(model, free.messages_and_choices[:1], tokens=24, seed=seed, stop=late[0])
+            assert stopped.choices[0].finish_reason == "stop"
+            assert len(stopped.choices[0].token_ids) < 24
+            return stopped
+    raise AssertionError("no printable letter in 20 texts")
+
+
 async def served_in_every_way(model, server, block=128, long=600, chunked=(8, 900)) -> dict[str, list]:
     """Trajectories by the way they were served. block: tokens of a block of vLLM's prefix cache, which holds whole blocks only.
 
@@ -102,6 +116,7 @@ async def served_in_every_way(model, server, block=128, long=600, chunked=(8, 90
     found["longer prompt over a cached one"] = await roll_out(model, [{**text, "content": text["content"] + " abc"}])
     assert await prefix_hits(server) >= before + 2 * hits
     found["n = 4"] = await roll_out(model, [words(40)], n=4)
+    found["stop string"] = [await stopped_by_text(model)]
     found["multi-turn"] = [await multi_turn(model)]
     many = await asyncio.gather(*(roll_out(model, [words(chunked[1])], tokens=4) for _ in range(chunked[0])))
     found["chunked prefill"] = [one for part in many for one in part]
