@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from packing import Case, batch_of, print_nothing
@@ -43,14 +43,15 @@ from replay import checkpoint, device, weights_option
 from shapes import SHAPES
 from sync_common import write_config
 
-from lockstep.families.registry import get_model_support_spec
+from lockstep.backends.start import route_shape
+from lockstep.families.registry import get_model_support_spec, load_model_config
 from lockstep.families.tiny import write_tiny
 from lockstep.serving.client import Server
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.routes import RouteShape
+from lockstep.tokens.routes import RouteShape, decode_routes
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -65,7 +66,13 @@ Turns = dict[str, list[float]]
 Note = Callable[[dict[str, Turns]], None]
 
 
-async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Server:
+class Served(NamedTuple):
+    server: Server
+    routes: RouteShape | None
+    """Of what it captures."""
+
+
+async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Namespace) -> Served:
     cuda = default_kind() == "cuda"
     made_up = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
     config = ServerConfig(
@@ -81,12 +88,13 @@ async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Na
         extra_args=(*made_up, "--jit-monitor-verbose", *options.server_arg),
         extra_env={"TRITON_CACHE_AUTOTUNING": "1"},
     )
-    return await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
+    server = await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
+    return Served(server, route_shape(load_model_config(str(folder))) if capture else None)
 
 
-async def client(server: Server, options: argparse.Namespace, random: np.random.Generator, decoding: bool) -> None:
+async def client(served: Served, options: argparse.Namespace, random: np.random.Generator, decoding: bool) -> None:
     """One request after the other, of half to one and a half times the usual length: of the first one only a part, or (decoding) all of
-    the longest.
+    the longest. The routes of a reply are checked as the trainer checks them.
     """
     part = random.random()
     while True:
@@ -95,14 +103,18 @@ async def client(server: Server, options: argparse.Namespace, random: np.random.
         if decoding:
             tokens = options.tokens * 3 // 2
         body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
-        await server.call("POST", "/v1/completions", body, deadline_s=900)
+        (choice,) = (await served.server.call("POST", "/v1/completions", body, deadline_s=900)).json()["choices"]
+        if served.routes:
+            captured = choice["routed_experts"], choice["routes_digest"]
+            decode_routes(*captured, choice["prompt_token_ids"], choice["token_ids"], served.routes, "a reply")
         part = 1.0
 
 
-async def tokens_per_second(server: Server, options: argparse.Namespace, turn: int, decoding: bool) -> float:
+async def tokens_per_second(served: Served, options: argparse.Namespace, turn: int, decoding: bool) -> float:
     """Sampled tokens per second in the window, while as many requests as fit are always under way."""
+    server = served.server
     clients = [
-        asyncio.create_task(client(server, options, np.random.default_rng((turn, number)), decoding))
+        asyncio.create_task(client(served, options, np.random.default_rng((turn, number)), decoding))
         for number in range(options.requests)
     ]
     try:
@@ -134,12 +146,12 @@ def compilations(server: Server) -> int:
     return sum("compilation during inference" in line or "Triton autotuning for function" in line for line in lines)
 
 
-async def undisturbed(server: Server, options: argparse.Namespace, turn: int, decoding: bool) -> float:
+async def undisturbed(served: Served, options: argparse.Namespace, turn: int, decoding: bool) -> float:
     """`tokens_per_second` of a window in which nothing was compiled: whichever server met the shape first would pay for it."""
     while True:
-        before = compilations(server)
-        rate = await tokens_per_second(server, options, turn, decoding)
-        compiled = compilations(server) - before
+        before = compilations(served.server)
+        rate = await tokens_per_second(served, options, turn, decoding)
+        compiled = compilations(served.server) - before
         if not compiled:
             return rate
         print(f"turn {turn}: {rate:.0f} tokens/s with {compiled} kernels compiled: again", file=sys.stderr, flush=True)
@@ -147,7 +159,7 @@ async def undisturbed(server: Server, options: argparse.Namespace, turn: int, de
 
 async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace, note: Note) -> None:
     """Tokens per second of every turn, by load: `note` gets those there are after each."""
-    servers: dict[str, Server] = {}
+    servers: dict[str, Served] = {}
     rates: dict[str, Turns] = {load: {way: [] for way in WAYS} for load in LOADS}
     started = time.monotonic()
     try:
@@ -164,7 +176,7 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace,
                 if time.monotonic() - started > options.budget:
                     break
     finally:
-        await asyncio.gather(*(server.close() for server in servers.values()))
+        await asyncio.gather(*(one.server.close() for one in servers.values()))
 
 
 def server_model(scratch: Path, options: argparse.Namespace) -> Path:
