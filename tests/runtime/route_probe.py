@@ -6,6 +6,7 @@ Shape suffixes: S tokens, L layers, K experts per token.
 import json
 import random
 import sys
+import weakref
 
 import numpy as np
 from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector, AuxRequestOutput
@@ -16,7 +17,10 @@ from lockstep_vllm import route_handover
 
 
 def served(stop, end, steps):
-    """[rows or None of each step] of one request; steps: [(the first token of the worker's rows, [S, L, K], sampled tokens)]."""
+    """([rows or None of each step] of one request, how many requests are still held after its end).
+
+    steps: [(the first token of the worker's rows, [S, L, K], sampled tokens)].
+    """
     connector = AuxOutputSchedulerConnector()
     request = Request("a", steps[0][1][:, 0, 0].tolist(), SamplingParams(stop=stop), None)
     connector._sent_hash_counts["a"] = 0
@@ -30,7 +34,9 @@ def served(stop, end, steps):
         rows_SLK[:] = 0  # what is kept must be a copy
     request.status = RequestStatus.FINISHED_ABORTED
     connector.request_finished(request)
-    return given, len(getattr(connector, "lockstep_kept", ()))
+    ended = weakref.ref(request)  # with what is kept of it
+    del request
+    return given, int(ended() is not None)
 
 
 def drawn(random):

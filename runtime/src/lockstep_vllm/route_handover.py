@@ -14,8 +14,6 @@ more. A request that is ended from outside (its client left) has no routes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 
@@ -23,33 +21,21 @@ def apply() -> None:
     """Called once in each process of vLLM; only the engine's has such a connector."""
     from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector as Connector
 
-    original_init, original_take, original_end = Connector.__init__, Connector.take_output, Connector.request_finished
-
-    def init(self) -> None:
-        original_init(self)
-        self.lockstep_kept = {}
+    original = Connector.take_output
 
     def take_output(self, request, output) -> np.ndarray | None:
-        rows_SLK = original_take(self, request, output)
+        """A step's rows (S tokens, L layers, K experts) are kept with their request, which gives all of them with its last."""
+        rows_SLK = original(self, request, output)
         if request.sampling_params.stop:
             return rows_SLK
-        return _keep(self.lockstep_kept, request.request_id, rows_SLK, last=request.is_finished())
+        kept = vars(request).setdefault("lockstep_rows", bytearray())
+        if rows_SLK is not None:
+            # Copied: the rows are a view into those of every request of the step, which would stay with them.
+            kept.extend(rows_SLK.tobytes())
+        if not request.is_finished():
+            return None
+        del request.lockstep_rows
+        assert rows_SLK is not None  # vLLM's own promise for a request that ended
+        return np.frombuffer(kept, rows_SLK.dtype).reshape(-1, *rows_SLK.shape[1:])
 
-    def request_finished(self, request) -> None:
-        self.lockstep_kept.pop(request.request_id, None)
-        original_end(self, request)
-
-    Connector.__init__ = init
     Connector.take_output = take_output
-    Connector.request_finished = request_finished
-
-
-def _keep(kept: dict[str, Any], request_id: str, rows_SLK: np.ndarray | None, *, last: bool) -> np.ndarray | None:
-    """Adds a step's rows (S tokens, L layers, K experts) to those of its request; all of them with the last, else nothing."""
-    if rows_SLK is not None:
-        # Copied: the rows are a view into those of every request of the step, which would stay with them.
-        kept.setdefault(request_id, bytearray()).extend(rows_SLK.tobytes())
-    if not last:
-        return None
-    assert rows_SLK is not None  # vLLM's own promise for a request that ended
-    return np.frombuffer(kept.pop(request_id), rows_SLK.dtype).reshape(-1, *rows_SLK.shape[1:])
