@@ -242,9 +242,10 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     score(session, batch, print_nothing)
     for hook in hooks:
         hook.remove()
-    layers, topk = len(picked), picked[0][0].shape[1]
-    shape = RouteShape(layers, topk, session.config.experts)
-    routes = np.broadcast_to(np.arange(topk), (*batch.tokens_RS.shape, layers, topk)).astype(shape.dtype)
+    shape = route_shape(session.config)
+    assert shape is not None
+    sizes = (*batch.tokens_RS.shape, shape.layers, shape.top_k)
+    routes = np.broadcast_to(np.arange(shape.top_k), sizes).astype(shape.dtype)
     for number, rows in enumerate(picked):
         for row, picks in enumerate(rows):
             size = min(len(picks), batch.row_length)
