@@ -1,4 +1,10 @@
-"""Run by the server's own Python: what vLLM's connector hands over in each step, by itself and with ours. Prints JSON.
+"""Run by the server's own Python: vLLM's scheduler and its KV cache with random traffic, and a worker that computes nothing but routes.
+
+    python route_probe.py FOLDER_OF_A_MODEL SEED plain|hybrid STEPS
+
+So many steps are under way at a time (1 or 2). A row of routes says which tokens it belongs to (a hash of all up to its own) and in which
+step it was computed. Prints JSON: for each request its token ids, the length of its prompt, the rows that it was given with each of its
+tokens, and the step that computed each token first.
 
 Shape suffixes: S tokens, L layers, K experts per token.
 """
@@ -6,61 +12,159 @@ Shape suffixes: S tokens, L layers, K experts per token.
 import json
 import random
 import sys
-import weakref
+import zlib
+from collections import deque
 
 import numpy as np
-from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector, AuxRequestOutput
+import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
+from vllm.v1.core.sched import scheduler as scheduler_module
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
-from lockstep_vllm import route_handover
+from lockstep_vllm import route_capture
+from lockstep_vllm.route_pool import StepRoutes
 
-
-def served(stop, end, steps):
-    """([rows or None of each step] of one request, how many requests are still held after its end).
-
-    steps: [(the first token of the worker's rows, [S, L, K], sampled tokens)].
-    """
-    connector = AuxOutputSchedulerConnector()
-    request = Request("a", steps[0][1][:, 0, 0].tolist(), SamplingParams(stop=stop), None)
-    connector._sent_hash_counts["a"] = 0
-    given = []
-    for number, (start, rows_SLK, sampled) in enumerate(steps):
-        request.append_output_token_ids([7] * sampled)
-        if number == len(steps) - 1 and end:
-            request.status = RequestStatus.FINISHED_STOPPED
-        rows = connector.take_output(request, {"a": AuxRequestOutput(start, rows_SLK)})
-        given.append(None if rows is None else [str(rows.dtype), rows.tolist()])
-        rows_SLK[:] = 0  # what is kept must be a copy
-    request.status = RequestStatus.FINISHED_ABORTED
-    connector.request_finished(request)
-    ended = weakref.ref(request)  # with what is kept of it
-    del request
-    return given, int(ended() is not None)
+BLOCK, BLOCKS = 16, {"plain": 22, "hybrid": 38}
 
 
-def drawn(random):
-    """A prompt, then one to three tokens a step; their dtype is vLLM's for so many experts."""
-    dtype = random.choice(["uint8", "uint16"])
-    numbers = np.random.default_rng(random.randrange(1 << 30))
-    layers, topk = random.randint(1, 5), random.randint(1, 4)
-    start, steps = 0, []
-    for rows, sampled in [
-        (random.randint(1, 9), 1),
-        *((k, k) for k in random.choices([1, 2, 3], k=random.randint(0, 6))),
-    ]:
-        steps.append((start, numbers.integers(0, np.iinfo(dtype).max, (rows, layers, topk)).astype(dtype), sampled))
-        start += rows
-    return steps
+def row_of(tokens, step):
+    """[L, K]: two layers, the second with the step in which it was computed."""
+    digest = zlib.crc32(np.array(tokens, np.int32).tobytes())
+    return [[digest & 255, digest >> 8 & 255], [step & 255, step >> 8]]
 
 
-def copied(steps):
-    return [(start, rows_SLK.copy(), sampled) for start, rows_SLK, sampled in steps]
+class Worker:
+    """What the real one knows of each request: its tokens, and its blocks in the group whose places count."""
+
+    def __init__(self, cache):
+        self.cache, self.tokens, self.blocks, self.first = cache, {}, {}, {}
+        self.step = 0
+
+    def learn(self, scheduled):
+        group = self.cache.group
+        for new in scheduled.scheduled_new_reqs:
+            known = self.tokens.get(new.req_id, [])
+            self.tokens[new.req_id] = known or list(new.prompt_token_ids)
+            self.blocks[new.req_id] = list(new.block_ids[group])
+        cached = scheduled.scheduled_cached_reqs
+        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                self.blocks[name] = []
+            self.blocks[name] += blocks[group] if blocks else []
+
+    def run(self, scheduled, starts):
+        """The step's output: every row, and a random token for each request whose tokens are all computed."""
+        self.learn(scheduled)
+        self.step += 1
+        names, rows, places, sampled = list(scheduled.num_scheduled_tokens), [], [], []
+        for name in names:
+            tokens, blocks = self.tokens[name], self.blocks[name]
+            end = starts[name] + scheduled.num_scheduled_tokens[name]
+            for position in range(starts[name], end):
+                rows.append(row_of(tokens[: position + 1], self.step))
+                places.append((blocks[position // BLOCK] * BLOCK + position % BLOCK, tokens[position]))
+                self.first.setdefault((name, position), self.step)
+            sampled.append([random.randrange(1000)] if end == len(tokens) else [])
+            tokens += sampled[-1]
+        step = StepRoutes(np.array(rows, np.uint8), np.array(places).T, self.cache)
+        index = {name: number for number, name in enumerate(names)}
+        return ModelRunnerOutput(names, index, sampled, aux_output_connector_output={"step": step} if rows else None)
 
 
-cases = [drawn(random.Random()) for _ in range(30)]
-ways = [([], True), (["x"], True), ([], False)]
-vllms = [[served(*way, copied(steps))[0] for steps in cases] for way in ways]
-route_handover.apply()
-ours = [[served(*way, copied(steps)) for steps in cases] for way in ways]
-sys.stdout.write("RESULT " + json.dumps([vllms, ours]) + "\n")
+def make_scheduler(folder, kind, steps):
+    arguments = EngineArgs(
+        model=folder,
+        dtype="float32",
+        max_model_len=256,
+        block_size=BLOCK,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        enable_prefix_caching=True,
+        async_scheduling=steps > 1,
+    )
+    config = arguments.create_engine_config()
+    config.aux_output_config.enable_return_routed_experts = (
+        True  # asked for earlier, it wants the model runner that a CPU hasn't
+    )
+    config.cache_config.num_gpu_blocks, config.cache_config.block_size = BLOCKS[kind], BLOCK
+    attention = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    groups = [KVCacheGroupSpec(["attention"], attention)]
+    if kind == "hybrid":
+        config.cache_config.mamba_block_size, config.cache_config.mamba_cache_mode = BLOCK, "align"
+        config.cache_config.prefix_match_unit = 4
+        mamba = MambaSpec(block_size=BLOCK, shapes=((8, 32),), dtypes=(torch.float32,), mamba_cache_mode="align")
+        groups.insert(0, KVCacheGroupSpec(["mamba"], mamba))
+    cache_config = KVCacheConfig(num_blocks=BLOCKS[kind], kv_cache_tensors=[], kv_cache_groups=groups)
+    block_size, hash_size = resolve_kv_cache_block_sizes(cache_config, config)
+    make = AsyncScheduler if steps > 1 else Scheduler
+    scheduler = make(config, cache_config, StructuredOutputManager(config), block_size, hash_size, log_stats=True)
+    init_none_hash(sha256)
+    return scheduler, get_request_block_hasher(hash_size, sha256), route_capture.cache_of(config, cache_config)
+
+
+def traffic(count):
+    """(prompt, tokens to sample, stop strings): some begin like another one, and go on differently."""
+    prompts = []
+    for _ in range(count):
+        prompt = [random.randrange(1000) for _ in range(random.randint(1, 90))]
+        if prompts and random.random() < 0.6:
+            shared = random.choice(prompts)
+            prompt = shared[: random.randint(1, len(shared))] + prompt[:10]
+        prompts.append(prompt)
+        yield prompt, random.randint(1, 60), ["x"] if random.random() < 0.2 else []
+
+
+def main():
+    folder, seed, kind, steps = sys.argv[1:]
+    random.seed(int(seed))
+    assert scheduler_module.AuxOutputSchedulerConnector is not route_capture.SchedulerRoutes
+    route_capture.apply()
+    scheduler, hasher, cache = make_scheduler(folder, kind, int(steps))
+    worker, under_way = Worker(cache), deque()
+    waiting, requests, given, copies = list(traffic(60)), {}, {}, 0
+    while waiting or scheduler.has_requests() or under_way:
+        while waiting and random.random() < 0.5:
+            prompt, tokens, stop = waiting.pop()
+            name = f"r{len(requests)}"
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True, stop=stop, detokenize=True)
+            requests[name] = Request(name, prompt, params, None, block_hasher=hasher)
+            given[name] = []
+            scheduler.add_request(requests[name])
+        running = [name for name in given if name in scheduler.requests]
+        if running and random.random() < 0.02:
+            scheduler.finish_requests([random.choice(running)], RequestStatus.FINISHED_ABORTED)
+        scheduled = scheduler.schedule()
+        copies += len(scheduled.kv_cache_block_copies or [])
+        new = {one.req_id: one.num_computed_tokens for one in scheduled.scheduled_new_reqs}
+        cached = scheduled.scheduled_cached_reqs
+        starts = new | dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        under_way.append((scheduled, worker.run(scheduled, starts)))
+        while len(under_way) >= int(steps) or (under_way and not scheduler.has_requests()):
+            for outputs in scheduler.update_from_output(*under_way.popleft()).values():
+                for one in outputs.outputs:
+                    rows = None if one.routed_experts is None else one.routed_experts.tolist()
+                    given[one.request_id].append((len(one.new_token_ids), rows))
+    preempted = sum(request.num_preemptions for request in requests.values())
+    found = [
+        {
+            "tokens": list(request.all_token_ids),
+            "prompt": request.num_prompt_tokens,
+            "stop": bool(request.sampling_params.stop),
+            "aborted": request.status == RequestStatus.FINISHED_ABORTED,
+            "given": given[name],
+            "first": [worker.first.get((name, position)) for position in range(request.num_tokens - 1)],
+        }
+        for name, request in requests.items()
+    ]
+    sys.stdout.write("RESULT " + json.dumps({"requests": found, "copies": copies, "preempted": preempted}) + "\n")
+
+
+main()

@@ -15,7 +15,7 @@ VLLM_SERIES = "0.32."
 
 def register() -> None:
     """`vllm.general_plugins`: called in the API process, the engine core and each worker."""
-    from lockstep_vllm import lifetime, route_handover
+    from lockstep_vllm import lifetime, route_capture
 
     lifetime.die_with_parent()
     version = vllm_version()
@@ -24,7 +24,7 @@ def register() -> None:
             f"lockstep-vllm is written for vLLM {VLLM_SERIES}x and found {version}: run `lockstep runtime install`, "
             "or point LOCKSTEP_RUNTIME_PYTHON at an environment that has it"
         )
-    route_handover.apply()
+    route_capture.apply()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -1,0 +1,215 @@
+"""Expert routes from the model's routers to the reply, with next to no work per token.
+
+vLLM 0.32 keeps what its routers picked (`RoutedExpertsCapturer`, used here as it is), then puts each request's row of each step into
+buffers, keyed blocks and a store with a thread of its own, and sends it to the API process with the token. With 64 requests that is some
+0.5 ms of Python between two steps, which is lost where the GPU waits for Python, and a tenth of the API process's time for a token. A
+reply has its routes at its end only. So here a step's rows go into a pool as one array, each at the place of its token in the KV cache
+(`route_pool.py`), and a request's rows are read from it once, when it ends.
+
+A request that is preempted loses its blocks: its rows are read before, so that it keeps those it was sampled with. A request with stop
+strings gets its rows step by step, as from vLLM: the API process finds those strings, and ends the request without asking the engine for
+more. A request that is ended from outside (its client left) has no routes. A request whose rows are not all there gets those before the
+first that is missing, and whoever trains on it is told which.
+
+`tests/runtime/test_route_capture.py` compares with vLLM's own and fails when vLLM hands over once by itself, and this is no longer
+needed.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lockstep_vllm.route_pool import Cache, RoutePool, StepRoutes
+
+
+def apply() -> None:
+    """Called once in each process of vLLM. The names are looked up when a scheduler or a worker starts."""
+    from vllm.distributed.aux_output_connector import worker
+    from vllm.v1.core.sched import scheduler
+
+    worker.AuxOutputWorkerConnector = WorkerRoutes
+    scheduler.AuxOutputSchedulerConnector = SchedulerRoutes
+    vllms = scheduler.Scheduler.update_from_output
+
+    def update_from_output(self, scheduler_output, model_runner_output) -> Any:
+        """Whether or not a request of the step gets an output: a prompt's chunk, or a request that has left."""
+        if self.aux_output_connector is not None:
+            self.aux_output_connector.kv_cache_manager = self.kv_cache_manager
+            self.aux_output_connector.put(scheduler_output, model_runner_output)
+        return vllms(self, scheduler_output, model_runner_output)
+
+    scheduler.Scheduler.update_from_output = update_from_output
+
+
+@dataclass
+class Taken:
+    """Rows that a request has had from the pool so far, where that was before its end."""
+
+    rows: list[np.ndarray] = field(default_factory=list)
+    count: int = 0
+    blocks: list[int] = field(default_factory=list)
+    """Its blocks when it was preempted: a step was still under way then, and its rows come at those places."""
+
+
+class SchedulerRoutes:
+    """In the scheduler's process; the methods are those that vLLM's scheduler calls on its own connector."""
+
+    kv_cache_manager: Any = None
+
+    def __init__(self) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.preempted = RequestStatus.PREEMPTED
+        self.pool: RoutePool | None = None
+
+    def build_connector_meta(self, scheduler_output: Any, requests: Any) -> bool:
+        """For the worker: a step that is none of the server's own."""
+        return True
+
+    def put(self, scheduler_output: Any, model_runner_output: Any) -> None:
+        """A step's output, before anything else is done with it. Steps come in the order in which they ran."""
+        if self.pool and scheduler_output.kv_cache_block_copies:
+            self.pool.copy_blocks(scheduler_output.kv_cache_block_copies)
+        output = model_runner_output.aux_output_connector_output
+        if output:
+            step = output["step"]
+            self.pool = self.pool or RoutePool(step)
+            self.pool.put(step)
+
+    def take_output(self, request: Any, output: Any) -> np.ndarray | None:
+        """[S, L, K]: all that a request is given with this step's token; most steps give nothing."""
+        step_by_step = bool(request.sampling_params.stop)
+        if not (step_by_step or request.status == self.preempted or request.is_finished()):
+            return None
+        taken = taken_by(request)
+        has_blocks = request.num_computed_tokens > 0
+        self.take(request, self.blocks(request) if has_blocks else taken.blocks)
+        if not (step_by_step or request.is_finished()):
+            return None
+        rows_SLK = np.concatenate(taken.rows)
+        taken.rows = []
+        return rows_SLK
+
+    def request_finished(self, request: Any) -> None:
+        """Also called for a request that is preempted, while it has its blocks."""
+        if request.is_finished() or self.pool is None:
+            return
+        taken = taken_by(request)
+        taken.blocks = self.blocks(request)
+        if request.num_output_tokens and not request.sampling_params.stop:
+            self.take(request, taken.blocks)
+
+    def reset(self) -> None:
+        """The prefix cache is empty now: nothing to do, every block is written before it is read."""
+
+    def blocks(self, request: Any) -> list[int]:
+        assert self.pool is not None
+        return self.kv_cache_manager.get_block_ids(request.request_id)[self.pool.cache.group]
+
+    def take(self, request: Any, blocks: list[int]) -> None:
+        """Rows up to the last token but one: the last was not computed yet."""
+        assert self.pool is not None
+        taken = taken_by(request)
+        rows_SLK = self.pool.read(blocks, taken.count, request.all_token_ids[taken.count : request.num_tokens - 1])
+        taken.rows.append(rows_SLK)
+        taken.count += len(rows_SLK)
+
+
+def taken_by(request: Any) -> Taken:
+    if not hasattr(request, "lockstep_taken"):
+        first = min(request.sampling_params.routed_experts_prompt_start, request.num_prompt_tokens)
+        request.lockstep_taken = Taken(count=first)
+    return request.lockstep_taken
+
+
+@dataclass
+class PendingRoutes:
+    """A step's rows on their way to the CPU."""
+
+    rows_gpu: Any
+    places_gpu: Any
+    cache: Cache
+    step: StepRoutes | None = None
+
+    def enqueue_cpu_copy(self, num_sampled: Any, num_rejected: Any) -> None:
+        """Called on the stream for outputs; vLLM waits for it before `process_output`."""
+        rows, places = (one.to("cpu", non_blocking=True).numpy() for one in (self.rows_gpu, self.places_gpu))
+        self.step = StepRoutes(rows, places, self.cache)
+
+    def process_output(self) -> dict[str, StepRoutes]:
+        assert self.step is not None
+        return {"step": self.step}
+
+
+class WorkerRoutes:
+    """In each worker; the methods are those that vLLM's model runner calls on its own connector."""
+
+    def __init__(self, *, vllm_config: Any, model: Any, kv_cache_config: Any) -> None:
+        from vllm.distributed.parallel_state import get_tp_group
+        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+            RoutedExpertsCapturer,
+            bind_routed_experts_capturer,
+        )
+
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.capturer = RoutedExpertsCapturer(max_num_batched_tokens=tokens, vllm_config=vllm_config)
+        bind_routed_experts_capturer(model, self.capturer)
+        self.sends = get_tp_group().is_first_rank
+        self.cache = cache_of(vllm_config, kv_cache_config)
+        self.slots_GS: Any = None
+        self.captured = False
+        self.watch_slots()
+
+    def watch_slots(self) -> None:
+        """Keep where the tokens of each step go in the cache ([group, S], on the device), which vLLM computes before it runs the step."""
+        from vllm.v1.worker.gpu.block_table import BlockTables
+
+        vllms = BlockTables.compute_slot_mappings
+
+        def compute_slot_mappings(tables, *arguments: Any, **options: Any) -> Any:
+            self.slots_GS = vllms(tables, *arguments, **options)
+            return self.slots_GS
+
+        BlockTables.compute_slot_mappings = compute_slot_mappings
+
+    def begin_step(self, metadata: bool | None) -> None:
+        self.captured = metadata is not None
+
+    def prepare_output(self, input_batch: Any) -> PendingRoutes | None:
+        """Copies of what the next step writes over: rows, slots and token ids."""
+        import torch
+
+        if not (self.sends and self.captured):
+            return None
+        size = int(input_batch.query_start_loc_np[len(input_batch.req_ids)])
+        places = torch.stack((self.slots_GS[self.cache.group, :size], input_batch.input_ids[:size]))
+        return PendingRoutes(self.capturer.snapshot_routing_data(size), places, self.cache)
+
+    def close(self) -> None:
+        pass
+
+
+def cache_of(vllm_config: Any, kv_cache_config: Any) -> Cache:
+    """Raises ValueError where a token's keys have no place of their own in this server's cache."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    parallel = vllm_config.parallel_config
+    if (
+        vllm_config.kv_transfer_config
+        or parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1
+    ):
+        raise ValueError(
+            "expert routes are captured by a server whose KV cache is its own and whole: "
+            "start it without a KV transfer and without context parallelism, or without route capture (enable_expert_replay=False)"
+        )
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = getattr(group.kv_cache_spec, "first_spec", group.kv_cache_spec)
+        if isinstance(spec, FullAttentionSpec):
+            return Cache(number, kv_cache_config.num_blocks, spec.block_size)
+    raise ValueError("expert routes are captured for models with full attention in some layer, and this one has none")
