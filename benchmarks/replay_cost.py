@@ -110,6 +110,13 @@ async def client(served: Served, options: argparse.Namespace, random: np.random.
         part = 1.0
 
 
+async def reading(server: Server) -> tuple[float, float]:
+    """(the time in the middle of the question, tokens sampled so far)."""
+    asked = time.perf_counter()
+    tokens = await sampled_tokens(server)
+    return (asked + time.perf_counter()) / 2, tokens
+
+
 async def tokens_per_second(served: Served, options: argparse.Namespace, turn: int, decoding: bool) -> float:
     """Sampled tokens per second in the window, while as many requests as fit are always under way."""
     server = served.server
@@ -120,10 +127,10 @@ async def tokens_per_second(served: Served, options: argparse.Namespace, turn: i
     try:
         await asyncio.wait(clients, timeout=options.ramp, return_when=asyncio.FIRST_EXCEPTION)
         ended = await counted(server, "request_success_total")
-        start, before = time.perf_counter(), await sampled_tokens(server)
+        start, before = await reading(server)
         window = options.window if decoding else options.stream_window
         await asyncio.wait(clients, timeout=window, return_when=asyncio.FIRST_EXCEPTION)
-        stop, after = time.perf_counter(), await sampled_tokens(server)
+        stop, after = await reading(server)
         ended = await counted(server, "request_success_total") - ended
     finally:
         for one in clients:
@@ -157,6 +164,12 @@ async def undisturbed(served: Served, options: argparse.Namespace, turn: int, de
         print(f"turn {turn}: {rate:.0f} tokens/s with {compiled} kernels compiled: again", file=sys.stderr, flush=True)
 
 
+def stolen_seconds() -> float:
+    """Time that the host has kept this machine's processors waiting, all of them together, where Linux tells."""
+    path = Path("/proc/stat")
+    return int(path.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if path.exists() else 0.0
+
+
 async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace, note: Note) -> None:
     """Tokens per second of every turn, by load: `note` gets those there are after each."""
     servers: dict[str, Served] = {}
@@ -167,8 +180,12 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace,
             servers[way] = await serve(folder, scratch / way, way == "with", options)
         for turn in range(options.repeat + 1):
             for load, way in product(LOADS, WAYS if turn % 2 else reversed(WAYS)):
+                before = stolen_seconds()
                 rate = await undisturbed(servers[way], options, turn, load == "decoding")
-                print(f"turn {turn}: {load}, {way} capture: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
+                stolen = f"{stolen_seconds() - before:.2f} s stolen"
+                print(
+                    f"turn {turn}: {load}, {way} capture: {rate:.0f} tokens/s ({stolen})", file=sys.stderr, flush=True
+                )
                 if turn:
                     rates[load][way].append(rate)
             if turn > 1:
@@ -271,11 +288,16 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     return seconds
 
 
+def shares(values: Turns, rate: bool) -> list[float]:
+    """What the second way costs in each pair, as a share of the first."""
+    pairs = zip(values["without"], values["with"], strict=True)
+    return [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
+
+
 def cost(values: Turns, rate: bool) -> tuple[float, float]:
     """(what the second way costs as a share of the first, its standard error), from pairs of turns."""
-    pairs = zip(values["without"], values["with"], strict=True)
-    shares = [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
-    return statistics.mean(shares), statistics.stdev(shares) / len(shares) ** 0.5
+    each = shares(values, rate)
+    return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
 
 
 def model_name(options: argparse.Namespace, served: bool) -> str:
@@ -293,7 +315,13 @@ class Figures:
 
     def note(self, name: str, unit: str, values: Turns, rate: bool) -> None:
         share, error = cost(values, rate)
-        figures = {"device": device(), "unit": unit, "cost": share, "standard_error": error}
+        figures = {
+            "device": device(),
+            "unit": unit,
+            "cost": share,
+            "standard_error": error,
+            "median": statistics.median(shares(values, rate)),
+        }
         self.known[name] = figures | values
         if self.output:
             self.output.write_text(json.dumps(self.known, indent=1) + "\n")
@@ -301,11 +329,12 @@ class Figures:
     def show(self, names: list[str]) -> bool:
         """Print these; whether none of them costs too much."""
         width = max(map(len, names)) + 12
-        print(f"{'':{width}}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}")
+        print(f"{'':{width}}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}{'median':>9}")
         for name in names:
             one = self.known[name]
             medians = "".join(f"{statistics.median(one[way]):12.4g}" for way in WAYS)
-            print(f"{name + ', ' + one['unit']:{width}}{medians}{one['cost']:9.2%}{one['standard_error']:9.2%}")
+            shown = "".join(f"{one[figure]:9.2%}" for figure in ("cost", "standard_error", "median"))
+            print(f"{name + ', ' + one['unit']:{width}}{medians}{shown}")
         return all(self.known[name]["cost"] <= LIMIT for name in names)
 
 
