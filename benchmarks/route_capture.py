@@ -1,0 +1,43 @@
+"""Python's time between two steps for the expert routes of all requests that decode: vLLM's own way, and the pool that replaces it. No GPU.
+
+    python benchmarks/route_capture.py --requests 64 256
+
+The routes come from nowhere; what is done with them in the engine's process is the real code, vLLM's on its side. A second thread of
+vLLM's, which works beside, is not counted. Milliseconds per step: median and 99th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from lockstep.serving.environments import default_kind
+from lockstep.serving.install import find_runtime
+
+PROGRAM, MARK = Path(__file__).with_name("route_steps.py"), "RESULT "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, nargs="+", default=[64, 256], help="that decode at a time (64 256)")
+    parser.add_argument("--layers", type=int, default=48, help="with experts, of which 8 are picked (48)")
+    options = parser.parse_args()
+    runtime = find_runtime(default_kind())
+    env = os.environ | {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": "", "OMP_NUM_THREADS": "1"}
+    print(f"{'requests':>10}{'vLLM, ms':>16}{'pool, ms':>16}")
+    for requests in options.requests:
+        command = [str(runtime.python), str(PROGRAM), str(requests), str(options.layers)]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(MARK))
+        shown = f"{requests:>10}"
+        for seconds in json.loads(line.removeprefix(MARK)).values():
+            ordered = sorted(seconds)
+            shown += f"{1e3 * ordered[len(ordered) // 2]:8.3f}{1e3 * ordered[len(ordered) * 99 // 100]:8.3f}"
+        print(shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()
