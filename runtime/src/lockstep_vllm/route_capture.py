@@ -32,8 +32,14 @@ def apply() -> None:
     from vllm.distributed.aux_output_connector import worker
     from vllm.v1.core.sched import scheduler
 
-    worker.AuxOutputWorkerConnector = WorkerRoutes
-    scheduler.AuxOutputSchedulerConnector = SchedulerRoutes
+    for module, name, ours in (
+        (worker, "AuxOutputWorkerConnector", WorkerRoutes),
+        (scheduler, "AuxOutputSchedulerConnector", SchedulerRoutes),
+    ):
+        assert hasattr(module, name), (
+            f"vLLM's {module.__name__} has no {name} any more: lockstep_vllm/route_capture.py replaces it"
+        )
+        setattr(module, name, ours)
     vllms = scheduler.Scheduler.update_from_output
 
     def update_from_output(self, scheduler_output, model_runner_output) -> Any:
@@ -68,7 +74,7 @@ class SchedulerRoutes:
         self.pool: RoutePool | None = None
 
     def build_connector_meta(self, scheduler_output: Any, requests: Any) -> bool:
-        """For the worker: a step that is none of the server's own."""
+        """Tells the worker that the step is one of requests: vLLM's steps to warm up have no metadata."""
         return True
 
     def put(self, scheduler_output: Any, model_runner_output: Any) -> None:
