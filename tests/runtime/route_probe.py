@@ -1,10 +1,10 @@
 """Run by the server's own Python: vLLM's scheduler and its KV cache with random traffic, and a worker that computes nothing but routes.
 
-    python route_probe.py FOLDER_OF_A_MODEL SEED plain|hybrid STEPS
+    python route_probe.py SEED MODEL,plain|hybrid,STEPS ...
 
 So many steps are under way at a time (1 or 2). A row of routes says which tokens it belongs to (a hash of all up to its own) and in which
-step it was computed. Prints JSON: for each request its token ids, the length of its prompt, the rows that it was given with each of its
-tokens, and the step that computed each token first.
+step it was computed. Prints JSON: what vLLM itself does, then of each case for each request its token ids, the length of its prompt, the
+rows that it was given with each of its tokens, and the step that computed each token first.
 
 Shape suffixes: S tokens, L layers, K experts per token.
 """
@@ -17,11 +17,11 @@ from collections import deque
 
 import numpy as np
 import torch
+from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector, AuxRequestOutput
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
-from vllm.v1.core.sched import scheduler as scheduler_module
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
@@ -60,9 +60,12 @@ class Worker:
                 self.blocks[name] = []
             self.blocks[name] += blocks[group] if blocks else []
 
-    def run(self, scheduled, starts):
+    def run(self, scheduled):
         """The step's output: every row, and a random token for each request whose tokens are all computed."""
         self.learn(scheduled)
+        cached = scheduled.scheduled_cached_reqs
+        starts = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        starts |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         self.step += 1
         names, rows, places, sampled = list(scheduled.num_scheduled_tokens), [], [], []
         for name in names:
@@ -122,38 +125,40 @@ def traffic(count):
         yield prompt, random.randint(1, 60), ["x"] if random.random() < 0.2 else []
 
 
-def main():
-    folder, seed, kind, steps = sys.argv[1:]
-    random.seed(int(seed))
-    assert scheduler_module.AuxOutputSchedulerConnector is not route_capture.SchedulerRoutes
-    route_capture.apply()
-    scheduler, hasher, cache = make_scheduler(folder, kind, int(steps))
-    worker, under_way = Worker(cache), deque()
-    waiting, requests, given, copies = list(traffic(60)), {}, {}, 0
+def begin(scheduler, hasher, name, prompt, tokens, stop):
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, stop=stop)
+    request = Request(name, prompt, params, None, block_hasher=hasher)
+    scheduler.add_request(request)
+    return request
+
+
+def drive(scheduler, hasher, worker, steps):
+    """(requests by name, what each was given with its tokens, blocks that were copied), with so many steps under way."""
+    waiting, under_way = list(traffic(60)), deque()
+    requests, given, copies = {}, {}, 0
     while waiting or scheduler.has_requests() or under_way:
         while waiting and random.random() < 0.5:
-            prompt, tokens, stop = waiting.pop()
             name = f"r{len(requests)}"
-            params = SamplingParams(max_tokens=tokens, ignore_eos=True, stop=stop, detokenize=True)
-            requests[name] = Request(name, prompt, params, None, block_hasher=hasher)
-            given[name] = []
-            scheduler.add_request(requests[name])
+            requests[name], given[name] = begin(scheduler, hasher, name, *waiting.pop()), []
         running = [name for name in given if name in scheduler.requests]
         if running and random.random() < 0.02:
             scheduler.finish_requests([random.choice(running)], RequestStatus.FINISHED_ABORTED)
         scheduled = scheduler.schedule()
         copies += len(scheduled.kv_cache_block_copies or [])
-        new = {one.req_id: one.num_computed_tokens for one in scheduled.scheduled_new_reqs}
-        cached = scheduled.scheduled_cached_reqs
-        starts = new | dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        under_way.append((scheduled, worker.run(scheduled, starts)))
-        while len(under_way) >= int(steps) or (under_way and not scheduler.has_requests()):
+        under_way.append((scheduled, worker.run(scheduled)))
+        while len(under_way) >= steps or (under_way and not scheduler.has_requests()):
             for outputs in scheduler.update_from_output(*under_way.popleft()).values():
                 for one in outputs.outputs:
                     rows = None if one.routed_experts is None else one.routed_experts.tolist()
-                    given[one.request_id].append((len(one.new_token_ids), rows))
-    preempted = sum(request.num_preemptions for request in requests.values())
-    found = [
+                    given[one.request_id].append(rows)
+    return requests, given, copies
+
+
+def found(folder, kind, steps):
+    scheduler, hasher, cache = make_scheduler(folder, kind, steps)
+    worker = Worker(cache)
+    requests, given, copies = drive(scheduler, hasher, worker, steps)
+    reports = [
         {
             "tokens": list(request.all_token_ids),
             "prompt": request.num_prompt_tokens,
@@ -164,7 +169,26 @@ def main():
         }
         for name, request in requests.items()
     ]
-    sys.stdout.write("RESULT " + json.dumps({"requests": found, "copies": copies, "preempted": preempted}) + "\n")
+    preempted = sum(request.num_preemptions for request in requests.values())
+    return {"requests": reports, "copies": copies, "preempted": preempted}
+
+
+def vllms_own():
+    """Whether vLLM's own connector sends rows with each token of a request."""
+    connector, request, came = AuxOutputSchedulerConnector(), Request("a", [1, 2, 3], SamplingParams(), None), []
+    for start, rows in [(0, 3), (3, 1), (4, 1)]:
+        request.append_output_token_ids([7])
+        output = AuxRequestOutput(start, np.zeros((rows, 2, 2), np.uint8))
+        came.append(connector.take_output(request, {"a": output}) is not None)
+    return came
+
+
+def main():
+    random.seed(int(sys.argv[1]))
+    results = [vllms_own()]
+    route_capture.apply()
+    results += [found(folder, kind, int(steps)) for folder, kind, steps in (case.split(",") for case in sys.argv[2:])]
+    sys.stdout.write("RESULT " + json.dumps(results) + "\n")
 
 
 main()

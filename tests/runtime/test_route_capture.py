@@ -18,6 +18,8 @@ from probing import probed
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).parent
+CASES = [("qwen3_moe", "plain", 1), ("qwen3_moe", "plain", 2), ("qwen3_5_moe", "hybrid", 2)]
+"""The model whose configuration is used, the groups of its cache, steps that are under way at a time."""
 
 
 def hash_of(tokens):
@@ -27,8 +29,7 @@ def hash_of(tokens):
 
 def check(request):
     """Its rows came with its last token, or with each where stop strings are looked for elsewhere, and are its own."""
-    tokens, given = request["tokens"], request["given"]
-    came = [rows for _, rows in given]
+    tokens, came = request["tokens"], request["given"]
     if request["stop"]:
         assert None not in came
     else:
@@ -44,24 +45,28 @@ def check(request):
     assert steps[request["prompt"] :] == request["first"][request["prompt"] :]
 
 
-@pytest.mark.parametrize(
-    ("shape", "kind", "steps"), [("qwen3_moe", "plain", 1), ("qwen3_moe", "plain", 2), ("qwen3_5_moe", "hybrid", 2)]
-)
-def test_the_rows_of_its_tokens_once(runtime, tmp_path, shape, kind, steps):
-    seed = random.randrange(1 << 30)
+@pytest.fixture(scope="module")
+def found(runtime, tmp_path_factory):
+    """[what vLLM does, then of each of CASES], and the seed of it all."""
+    scratch, seed = tmp_path_factory.mktemp("routes"), random.randrange(1 << 30)
+    models = {shape: write_tiny(shape, scratch / shape) for shape in ("qwen3_moe", "qwen3_5_moe")}
+    cases = [f"{models[shape]},{kind},{steps}" for shape, kind, steps in CASES]
     env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
-    model = str(write_tiny(shape, tmp_path / "model"))
-    arguments = model, str(seed), kind, str(steps)
-    [found] = probed(runtime, HERE / "route_probe.py", *arguments, env=env, log=tmp_path / "log")
-    assert found["preempted"] > 0, seed
-    assert bool(found["copies"]) == (kind == "hybrid"), seed
-    for request in found["requests"]:
+    [results] = probed(runtime, HERE / "route_probe.py", str(seed), *cases, env=env, log=scratch / "log")
+    return results, seed
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{kind}-{steps}" for _, kind, steps in CASES])
+def test_the_rows_of_its_tokens_once(found, number):
+    results, seed = found
+    result, kind = results[1 + number], CASES[number][1]
+    assert result["preempted"] > 0, seed
+    assert bool(result["copies"]) == (kind == "hybrid"), seed
+    for request in result["requests"]:
         check(request)
-    assert sum(not request["aborted"] for request in found["requests"]) > 30
+    assert sum(not request["aborted"] for request in result["requests"]) > 30
 
 
-def test_vllm_hands_over_token_by_token(runtime, tmp_path):
-    env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
-    [came] = probed(runtime, HERE / "vllm_routes_probe.py", env=env, log=tmp_path / "log")
+def test_vllm_hands_over_token_by_token(found):
     # When this fails, vLLM keeps the rows back by itself: see whether lockstep_vllm/route_capture.py is still needed.
-    assert came == [True, True, True]
+    assert found[0][0] == [True, True, True]
