@@ -11,8 +11,8 @@ strings gets its rows step by step, as from vLLM: the API process finds those st
 more. A request that is ended from outside (its client left) has no routes. A request whose rows are not all there gets those before the
 first that is missing, and whoever trains on it is told which.
 
-`tests/runtime/test_route_capture.py` compares with vLLM's own and fails when vLLM hands over once by itself, and this is no longer
-needed.
+`tests/runtime/test_route_capture.py` drives vLLM's own scheduler with it, and fails when vLLM hands over once by itself, and this is no
+longer needed.
 """
 
 # pyright: reportMissingImports=false
@@ -127,6 +127,7 @@ class SchedulerRoutes:
 
 
 def taken_by(request: Any) -> Taken:
+    """Kept with vLLM's request, so that it ends with it."""
     if not hasattr(request, "lockstep_taken"):
         first = min(request.sampling_params.routed_experts_prompt_start, request.num_prompt_tokens)
         request.lockstep_taken = Taken(count=first)
@@ -197,7 +198,7 @@ class WorkerRoutes:
         return PendingRoutes(self.capturer.snapshot_routing_data(size), places, self.cache)
 
     def close(self) -> None:
-        pass
+        """Nothing is held open here."""
 
 
 def cache_of(vllm_config: Any, kv_cache_config: Any) -> Cache:
