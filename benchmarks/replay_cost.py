@@ -288,16 +288,12 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     return seconds
 
 
-def shares(values: Turns, rate: bool) -> list[float]:
-    """What the second way costs in each pair, as a share of the first."""
+def cost(values: Turns, rate: bool) -> dict[str, float]:
+    """What the second way costs as a share of the first, from pairs of turns."""
     pairs = zip(values["without"], values["with"], strict=True)
-    return [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
-
-
-def cost(values: Turns, rate: bool) -> tuple[float, float]:
-    """(what the second way costs as a share of the first, its standard error), from pairs of turns."""
-    each = shares(values, rate)
-    return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
+    shares = [(without / with_ if rate else with_ / without) - 1 for without, with_ in pairs]
+    error = statistics.stdev(shares) / len(shares) ** 0.5
+    return {"cost": statistics.mean(shares), "standard_error": error, "median": statistics.median(shares)}
 
 
 def model_name(options: argparse.Namespace, served: bool) -> str:
@@ -314,15 +310,7 @@ class Figures:
     known: dict[str, Any] = field(default_factory=dict)
 
     def note(self, name: str, unit: str, values: Turns, rate: bool) -> None:
-        share, error = cost(values, rate)
-        figures = {
-            "device": device(),
-            "unit": unit,
-            "cost": share,
-            "standard_error": error,
-            "median": statistics.median(shares(values, rate)),
-        }
-        self.known[name] = figures | values
+        self.known[name] = {"device": device(), "unit": unit} | cost(values, rate) | values
         if self.output:
             self.output.write_text(json.dumps(self.known, indent=1) + "\n")
 

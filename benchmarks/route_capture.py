@@ -9,15 +9,18 @@ vLLM's, which works beside, is not counted. Milliseconds per step: median and 99
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 
-PROGRAM, MARK = Path(__file__).with_name("route_steps.py"), "RESULT "
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from probing import probed
+
+PROGRAM = Path(__file__).with_name("route_steps.py")
 
 
 def main() -> None:
@@ -26,14 +29,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48, help="with experts, of which 8 are picked (48)")
     options = parser.parse_args()
     runtime = find_runtime(default_kind())
-    env = os.environ | {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": "", "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": ""}
     print(f"{'requests':>10}{'vLLM, ms':>16}{'pool, ms':>16}")
     for requests in options.requests:
-        command = [str(runtime.python), str(PROGRAM), str(requests), str(options.layers)]
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith(MARK))
+        with tempfile.TemporaryDirectory() as scratch:
+            log = Path(scratch, "log")
+            [ways] = probed(runtime, PROGRAM, str(requests), str(options.layers), env=env, log=log)
         shown = f"{requests:>10}"
-        for seconds in json.loads(line.removeprefix(MARK)).values():
+        for seconds in ways.values():
             ordered = sorted(seconds)
             shown += f"{1e3 * ordered[len(ordered) // 2]:8.3f}{1e3 * ordered[len(ordered) * 99 // 100]:8.3f}"
         print(shown, flush=True)

@@ -21,7 +21,6 @@ import torch
 from vllm.distributed.aux_output_connector import connector, worker
 from vllm.distributed.aux_output_connector.routed_experts import RoutedExpertsBuffer
 from vllm.distributed.aux_output_connector.store import BackgroundBlockObjectStore, BlockObjectStore
-from vllm.v1.request import RequestStatus
 
 from lockstep_vllm.route_capture import PendingRoutes, SchedulerRoutes
 from lockstep_vllm.route_pool import Cache
@@ -40,7 +39,6 @@ def running(requests: int) -> dict[str, SimpleNamespace]:
             num_output_tokens=length - PROMPT,
             num_tokens=length,
             num_computed_tokens=length,
-            status=RequestStatus.RUNNING,
             is_finished=lambda: False,
             sampling_params=SimpleNamespace(routed_experts_prompt_start=0, stop=[]),
             block_hashes=[os.urandom(32) for _ in range(length // BLOCK)],

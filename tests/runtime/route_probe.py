@@ -94,9 +94,8 @@ def make_scheduler(folder, kind, steps):
         async_scheduling=steps > 1,
     )
     config = arguments.create_engine_config()
-    config.aux_output_config.enable_return_routed_experts = (
-        True  # asked for earlier, it wants the model runner that a CPU hasn't
-    )
+    # Asked for earlier, it wants the model runner that a CPU hasn't.
+    config.aux_output_config.enable_return_routed_experts = True
     config.cache_config.num_gpu_blocks, config.cache_config.block_size = BLOCKS[kind], BLOCK
     attention = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     groups = [KVCacheGroupSpec(["attention"], attention)]

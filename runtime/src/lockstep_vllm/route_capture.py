@@ -28,28 +28,36 @@ from lockstep_vllm.route_pool import Cache, RoutePool, StepRoutes
 
 
 def apply() -> None:
-    """Called once in each process of vLLM. The names are looked up when a scheduler or a worker starts."""
-    from vllm.distributed.aux_output_connector import worker
+    """Called once in each process of vLLM."""
     from vllm.v1.core.sched import scheduler
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    for module, name, ours in (
-        (worker, "AuxOutputWorkerConnector", WorkerRoutes),
-        (scheduler, "AuxOutputSchedulerConnector", SchedulerRoutes),
-    ):
-        assert hasattr(module, name), (
-            f"vLLM's {module.__name__} has no {name} any more: lockstep_vllm/route_capture.py replaces it"
-        )
-        setattr(module, name, ours)
-    vllms = scheduler.Scheduler.update_from_output
+    replace(scheduler, "AuxOutputSchedulerConnector", SchedulerRoutes)
+    update, start = scheduler.Scheduler.update_from_output, WorkerWrapperBase.init_device
 
     def update_from_output(self, scheduler_output, model_runner_output) -> Any:
         """Whether or not a request of the step gets an output: a prompt's chunk, or a request that has left."""
         if self.aux_output_connector is not None:
             self.aux_output_connector.kv_cache_manager = self.kv_cache_manager
             self.aux_output_connector.put(scheduler_output, model_runner_output)
-        return vllms(self, scheduler_output, model_runner_output)
+        return update(self, scheduler_output, model_runner_output)
+
+    def init_device(self) -> None:
+        """Only here, since vLLM's module brings its kernels along, which the API process has no use for."""
+        from vllm.distributed.aux_output_connector import worker
+
+        replace(worker, "AuxOutputWorkerConnector", WorkerRoutes)
+        start(self)
 
     scheduler.Scheduler.update_from_output = update_from_output
+    WorkerWrapperBase.init_device = init_device
+
+
+def replace(module: Any, name: str, ours: type) -> None:
+    assert hasattr(module, name), (
+        f"vLLM's {module.__name__} has no {name} any more: lockstep_vllm/route_capture.py replaces it"
+    )
+    setattr(module, name, ours)
 
 
 @dataclass
@@ -68,9 +76,6 @@ class SchedulerRoutes:
     kv_cache_manager: Any = None
 
     def __init__(self) -> None:
-        from vllm.v1.request import RequestStatus
-
-        self.preempted = RequestStatus.PREEMPTED
         self.pool: RoutePool | None = None
 
     def build_connector_meta(self, scheduler_output: Any, requests: Any) -> bool:
@@ -89,13 +94,13 @@ class SchedulerRoutes:
 
     def take_output(self, request: Any, output: Any) -> np.ndarray | None:
         """[S, L, K]: all that a request is given with this step's token; most steps give nothing."""
-        step_by_step = bool(request.sampling_params.stop)
-        if not (step_by_step or request.status == self.preempted or request.is_finished()):
+        step_by_step, ended = bool(request.sampling_params.stop), request.is_finished()
+        has_blocks = request.num_computed_tokens > 0  # none while it is preempted
+        if has_blocks and not (step_by_step or ended):
             return None
         taken = taken_by(request)
-        has_blocks = request.num_computed_tokens > 0
         self.take(request, self.blocks(request) if has_blocks else taken.blocks)
-        if not (step_by_step or request.is_finished()):
+        if not (step_by_step or ended):
             return None
         rows_SLK = np.concatenate(taken.rows)
         taken.rows = []
