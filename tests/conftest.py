@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from stopping import shared_memory
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,4 +50,7 @@ async def server(runtime, tiny_qwen3, tmp_path_factory):
     )
     server = await launch(config, runtime, tmp_path_factory.mktemp("run"))
     yield server
+    shared = shared_memory(server.child.pid)
+    assert shared
     await server.close()
+    assert not any(path.exists() for path in shared)

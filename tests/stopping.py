@@ -1,4 +1,4 @@
-"""A server that stops answering at the moment a test needs it to, and goes on when the test lets it."""
+"""The processes of a server: what they hold, and how they stop answering when a test needs it, and go on when it lets them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def below(pid: int) -> list[int]:
     """Ids of all processes under `pid`."""
     children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
     return [*children, *(deeper for child in children for deeper in below(child))]
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """What the processes under `pid` share by Python's `SharedMemory`."""
+    lines = (line for one in below(pid) for line in Path(f"/proc/{one}/maps").read_text().splitlines())
+    return {Path(line.split()[-1]) for line in lines if "/dev/shm/psm_" in line}
 
 
 @contextmanager

@@ -10,6 +10,10 @@ child, so that killing direct children until there are none reaches every descen
 recycled (only the guard reaps them). The command gets SIGKILL from the kernel if the guard itself is killed.
 Elsewhere only the command's process group is killed.
 
+Nothing is left behind. The command's TMPDIR is a folder of its own that the guard removes at the end: killed processes leave
+sockets and the like there. Python's resource trackers are killed last, and seldom: a tracker removes the shared memory of
+those that were killed, which nobody else would, and then ends.
+
 Exit status: the command's own, 128 + N after signal N, 127 if it could not be started.
 """
 
@@ -22,6 +26,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 LINUX = sys.platform == "linux"
@@ -30,6 +35,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 # The pipe's end-of-file comes at once; the parent's id is looked at too, since a forked sibling may hold the pipe open.
 _PARENT_CHECK_S = 0.25
 _TICK_S = 0.02
+_TRACKER_S = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -42,15 +48,27 @@ def main(argv: list[str]) -> int:
     wakeup_fd = _signal_wakeup()
     if LINUX:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        # No other thread exists here, so a function between fork and exec is safe.
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with(os.getpid()))  # noqa: PLW1509
-    except OSError as error:
-        sys.stderr.write(f"lockstep guard: can't start {command[0]}: {error}\n")
-        return 127
-    status = _watch(child.pid, parent_pid, wakeup_fd, stop_signals)
-    _kill_all(child.pid)
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True)
+            child = _start(command, stack.enter_context(scratch))
+        except OSError as error:
+            sys.stderr.write(f"lockstep guard: can't start {command[0]}: {error}\n")
+            return 127
+        status = _watch(child.pid, parent_pid, wakeup_fd, stop_signals)
+        _kill_all(child.pid)
     return 128 + status.signal if status.signal else status.code
+
+
+def _start(command: list[str], scratch: str) -> subprocess.Popen[bytes]:
+    """No other thread exists here, so that a function between fork and exec is safe."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": scratch},
+        process_group=0,
+        preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
+    )
 
 
 class _Status:
@@ -110,8 +128,6 @@ def _reap(pid: int) -> _Status | None:
 
 def _killed(pid: int) -> _Status:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return _Status(os.waitpid(pid, 0)[1])
 
@@ -122,8 +138,11 @@ def _kill_all(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
         return
+    patience = time.monotonic() + _TRACKER_S
     while True:
         for child in _direct_children():
+            if _is_tracker(child) and time.monotonic() < patience:
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         try:
@@ -149,6 +168,15 @@ def _direct_children() -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended meanwhile
     return found
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether it is Python's own process that removes what others leave; these ignore SIGTERM for the same end."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as command_line:
+            return b"multiprocessing.resource_tracker" in command_line.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # ended meanwhile
 
 
 def _signal_wakeup() -> int:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False
     """
     prefixes = _PASSED_PREFIXES + (_INSTALL_PREFIXES if installer else ())
     kept = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(prefixes)}
-    return kept | dict(extra or {})
+    # Where torch keeps what it compiled, for the next one too: a child's own TMPDIR goes with it.
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    return {"TORCHINDUCTOR_CACHE_DIR": compiled} | kept | dict(extra or {})
 
 
 def seen_gpus() -> list[str] | None:
@@ -135,7 +138,8 @@ def spawn(
 ) -> Child:
     """Starts `command` under a guard, in a process group of its own, with exactly `env` and its output appended to `log_path`.
 
-    The tree dies when this process ends in any way, SIGKILL included. A command that can't be started ends with
+    Only TMPDIR is another one, the command's own. The tree dies when this process ends in any way, SIGKILL included, and leaves
+    nothing in TMPDIR and no shared memory. A command that can't be started ends with
     status 127 and a line in the log.
     """
     log_fd = private_log(log_path)

@@ -205,7 +205,7 @@ async def _python(*arguments: str, on_line=lambda line: None) -> None:
         code = await process.wait()
     finally:
         if process.returncode is None:
-            process.kill()
+            process.terminate()  # the guard, which ends all that is below it
             await process.wait()
     if code and last and last[-1].startswith(ERROR):
         raise ConfigError(last[-1].removeprefix(ERROR))

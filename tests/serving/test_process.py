@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,17 @@ time.sleep(600)
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
 )
+# A command whose child makes shared memory and a temporary folder with something in it, and says their names.
+MAKER = """
+import os, tempfile, time
+from multiprocessing.shared_memory import SharedMemory
+if os.fork() == 0:
+    memory = SharedMemory(create=True, size=4096)
+    folder = tempfile.mkdtemp()
+    open(os.path.join(folder, "some"), "w").close()
+    print(f"/dev/shm/{memory.name} {folder} ready", flush=True)
+time.sleep(600)
+"""
 # A parent that starts the tree under a guard, and forks a child of its own, which keeps every descriptor open.
 PARENT = """
 import os, sys, time
@@ -109,6 +121,24 @@ def test_terminate_and_the_commands_own_end_leave_nothing(tmp_path):
     os.kill(members[0], signal.SIGKILL)  # the command itself, as when vLLM's API process is killed
     assert child.wait(LONG) == 128 + signal.SIGKILL
     assert not any(map(alive, members))
+
+
+@linux_only
+@pytest.mark.parametrize("ended", ["killed", "terminated", "by itself"])
+def test_nothing_is_left_on_disk_or_in_memory(tmp_path, ended):
+    """Each of vLLM's servers makes 400 MB of shared memory, and sockets."""
+    child = spawn([sys.executable, "-c", MAKER], child_env(), tmp_path / "log", "maker")
+    assert until(lambda: child.log_tail().endswith("ready"))
+    left = [Path(word) for word in child.log_tail().split()[:2]]
+    left.append(left[1].parent)
+    assert all(path.exists() for path in left)
+    assert left[2] != Path(tempfile.gettempdir())
+    if ended == "by itself":
+        os.kill(int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text()), signal.SIGKILL)
+        child.wait(LONG)
+    else:
+        child.terminate(LONG if ended == "terminated" else 0.0)
+    assert not any(path.exists() for path in left)
 
 
 def test_a_child_has_a_group_of_its_own_in_our_session(tmp_path):

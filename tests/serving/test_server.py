@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep.errors import ServerError
 from lockstep.serving.launch import ServerConfig, launch, reserved_port
-from stopping import below
+from stopping import below, shared_memory
 
 # Shapes: S tokens of a sequence, V vocabulary.
 pytestmark = pytest.mark.server
@@ -291,6 +292,8 @@ def test_nothing_is_left_after_its_parent_was_killed(runtime, tiny_qwen3, tmp_pa
     guard, url = driver.stdout.readline().split()
     tree = below(driver.pid)
     assert int(guard) in tree
+    shared = shared_memory(driver.pid)
+    assert shared
     assert len(tree) >= 4  # guard, API process, engine core, worker
     assert Counter(stack_end(pid) for pid in tree).most_common(1)[0][1] == 3, "vLLM was imported more than once"
     driver.send_signal(signal.SIGKILL)
@@ -300,8 +303,16 @@ def test_nothing_is_left_after_its_parent_was_killed(runtime, tiny_qwen3, tmp_pa
     while remaining := [pid for pid in tree if _runs(pid)]:
         assert time.monotonic() < deadline, remaining
         time.sleep(0.05)
+    assert not any(path.exists() for path in shared)
     with pytest.raises(httpx.TransportError):
         httpx.get(url, trust_env=False)
+
+
+async def test_sockets_that_would_have_too_long_a_path_are_refused(tiny_qwen3, runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 60)
+    config = ServerConfig(model=tiny_qwen3, served_name="base")
+    with pytest.raises(ServerError, match="set TMPDIR to a folder of at most 52 bytes"):
+        await launch(config, runtime, tmp_path)
 
 
 def _runs(pid: int) -> bool:

@@ -145,9 +145,12 @@ class Server:
         if status is not None:
             raise ServerError(why_it_ended(self.child, f"ended with status {status}"))
 
-    async def close(self, grace_s: float = 10.0) -> None:
-        """Ends the server and everything it started; harmless when it has ended."""
-        await asyncio.to_thread(self.child.terminate, grace_s)
+    async def close(self) -> None:
+        """Ends the server and everything it started, at once; harmless when it has ended.
+
+        By SIGKILL: told to end, vLLM kills its engine as well, and with it what would have removed their shared memory.
+        """
+        await asyncio.to_thread(self.child.kill)
 
     async def _noticed_end(self) -> None:
         """A broken connection mostly means that the server is going down: gives the guard a moment to notice."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from lockstep.serving.serverlog import last_words, why_it_ended
 Progress = Callable[[str], None]
 
 _POLL_S = 0.25
+_LONGEST_TMPDIR = 52
+"""Bytes: vLLM's sockets lie below it, in a folder of the guard's (18), with names of 37, and Linux takes 107."""
 _REPORT_S = 2.0
 
 
@@ -103,6 +106,11 @@ async def launch(
         raise ServerError(f"{config.model} is no Hugging Face checkpoint folder: it has no config.json")
     if config.exact and runtime.kind != "cpu":
         raise ServerError(f"exact numerics need a CPU server, this one is for {runtime.kind}")
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        raise ServerError(
+            f"{tempfile.gettempdir()} is too long for the paths of vLLM's Unix sockets: "
+            f"set TMPDIR to a folder of at most {_LONGEST_TMPDIR} bytes"
+        )
     with reserved_port() as reserved:
         server = _start(config, runtime, run_dir, reserved.getsockname()[1])
         try:
