@@ -36,6 +36,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT_CHECK_S = 0.25
 _TICK_S = 0.02
 _TRACKER_S = 5.0
+"""A tracker needs milliseconds once it is alone; one that is not alone, since somebody outside the tree has its pipe, is killed then."""
 
 
 def main(argv: list[str]) -> int:

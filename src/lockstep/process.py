@@ -30,6 +30,8 @@ _PASSED = frozenset(
 )  # fmt: skip
 _PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "HUGGINGFACE_", "OMP_", "MKL_")
 _INSTALL_PREFIXES = ("PIP_", "UV_")
+LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
+"""Bytes of a Unix socket's path."""
 
 
 def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False) -> dict[str, str]:
@@ -139,8 +141,7 @@ def spawn(
     """Starts `command` under a guard, in a process group of its own, with exactly `env` and its output appended to `log_path`.
 
     Only TMPDIR is another one, the command's own. The tree dies when this process ends in any way, SIGKILL included, and leaves
-    nothing in TMPDIR and no shared memory. A command that can't be started ends with
-    status 127 and a line in the log.
+    nothing in TMPDIR and no shared memory. A command that can't be started ends with status 127 and a line in the log.
     """
     log_fd = private_log(log_path)
     try:

@@ -30,7 +30,7 @@ from lockstep.errors import (
     TrainerError,
     WeightsError,
 )
-from lockstep.process import Child, child_env, spawn, visible_gpus
+from lockstep.process import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
 
 # Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
 _USER_ERRORS: dict[str, type[LockstepError]] = {
@@ -38,8 +38,6 @@ _USER_ERRORS: dict[str, type[LockstepError]] = {
     for error in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
 }
 _LINE_LIMIT = 64 * 2**20
-_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
-"""Bytes of a Unix socket's path."""
 
 
 class Trainer:
@@ -71,7 +69,7 @@ class Trainer:
         """
         folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # 0700: only this user reaches the socket
         socket, config_path = folder / "trainer.sock", folder / "engine.json"
-        if len(os.fsencode(socket)) > _LONGEST_SOCKET:
+        if len(os.fsencode(socket)) > LONGEST_SOCKET:
             folder.rmdir()
             raise TrainerError(
                 f"{folder.parent} is too long for the path of a Unix socket: set TMPDIR to a shorter folder"

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.errors import ServerError
-from lockstep.process import child_env, spawn, visible_gpus
+from lockstep.process import LONGEST_SOCKET, child_env, spawn, visible_gpus
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.modelargs import model_arguments, needs_two_tokens
@@ -24,8 +24,8 @@ from lockstep.serving.serverlog import last_words, why_it_ended
 Progress = Callable[[str], None]
 
 _POLL_S = 0.25
-_LONGEST_TMPDIR = 52
-"""Bytes: vLLM's sockets lie below it, in a folder of the guard's (18), with names of 37, and Linux takes 107."""
+_LONGEST_TMPDIR = LONGEST_SOCKET - 18 - 37
+"""Bytes: vLLM's sockets lie below it, in a folder of the guard's, by the name of a UUID."""
 _REPORT_S = 2.0
 
 
