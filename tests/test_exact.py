@@ -23,8 +23,7 @@ CONFIG = ls.TrainConfig(learning_rate=1e-2)
 async def running(family, folder, **settings):
     """(model, backend) of a fresh random model at step 0."""
     base = write_tiny(family, folder / "base", seed=random.randrange(10_000))
-    # The tiny tokenizer has no tokens of a family's own form of tool calls.
-    backend = MegatronBackend(path=folder / "runs", max_model_len=1024, tool_call_parser="hermes", **settings)
+    backend = MegatronBackend(path=folder / "runs", max_model_len=1024, **settings)
     model = ls.TrainableModel(
         name="exact",
         project="tests",

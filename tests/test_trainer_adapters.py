@@ -27,7 +27,6 @@ async def registered(family, folder, replay, **parallel):
         parallel=ls.Parallel(**parallel),
         enable_expert_replay=replay,
         max_model_len=1024,
-        tool_call_parser="hermes",  # the tiny tokenizer has no tokens of a family's own form of tool calls
     )
     lora = ls.LoraConfig(rank=8, alpha=32)
     model = ls.TrainableModel(name="trained", project="tests", base_model=str(base), lora=lora)

@@ -57,7 +57,9 @@ class BackendSection(Config):
         description="exact: on a CPU, fp64 on both sides; every token agrees to 1e-6 nats, or the step fails",
     )
     tool_call_parser: str | None = Field(
-        default=None, description="vLLM's parser that turns the model's text into tool calls; the family's if not given"
+        default=None,
+        description="vLLM's parser that turns the model's text into tool calls; the family's if not given, where the "
+        "tokenizer serves it",
     )
     server_args: tuple[str, ...] = Field(
         default=(), description="further arguments of vLLM's command line; they win over ours"

@@ -14,6 +14,7 @@ from lockstep_vllm import spans
 from lockstep_vllm.auth import BearerAuth
 from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
 from lockstep_vllm.short_prompts import TwoTokenPrompts
+from lockstep_vllm.tools_off import ToolsOff
 
 
 class Echo:
@@ -259,3 +260,37 @@ def test_only_servers_that_would_die_look_for_short_prompts(kind, architecture, 
     names = [value for flag, value in pairwise(command) if flag == "--middleware"]
     assert ("lockstep_vllm.short_prompts.TwoTokenPrompts" in names) is placed
     assert names[-1] == "lockstep_vllm.auth.BearerAuth"  # the outermost
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "refused"),
+    [
+        ("/v1/chat/completions", {"messages": [], "tools": [TOOL]}, True),
+        ("/v1/chat/completions", {"messages": [], "tools": [TOOL], "tool_choice": "required"}, True),
+        ("/v1/responses", {"input": "", "tools": [TOOL]}, True),
+        ("/v1/chat/completions", {"messages": [], "tools": [TOOL], "tool_choice": "none"}, False),
+        ("/v1/chat/completions", {"messages": []}, False),
+        ("/v1/chat/completions", {"messages": [], "tools": []}, False),
+        ("/v1/models", {"tools": [TOOL]}, False),
+    ],
+)
+async def test_requests_with_tools_are_refused_with_the_reason(monkeypatch, path, request_, refused):
+    monkeypatch.setenv("LOCKSTEP_TOOLS_OFF", "tools are off: set tool_call_parser")
+    app = Echo()
+    sent = await call(ToolsOff(app), path=path, chunks=(json.dumps(request_).encode(),))
+    assert app.calls == (not refused)
+    if refused:
+        assert sent[0]["status"] == 400
+        assert json.loads(sent[1]["body"])["error"]["message"] == "tools are off: set tool_call_parser"
+    else:
+        assert json.loads(app.body) == request_
+
+
+def test_only_servers_without_a_parser_say_that_tools_are_off(tmp_path, tiny_qwen3):
+    runtime = Runtime("cpu", tmp_path / "python", tmp_path, None)
+    for off in (None, "why"):
+        config = ServerConfig(model=tiny_qwen3, served_name="m", tools_off=off)
+        assert ("lockstep_vllm.tools_off.ToolsOff" in _command(config, runtime, 1)) == (off is not None)

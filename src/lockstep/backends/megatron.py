@@ -22,6 +22,8 @@ from lockstep.families.config import checkpoint_dtype
 from lockstep.families.hub import checkpoint_folder, is_folder
 from lockstep.families.registry import get_model_support_spec, load_model_config
 from lockstep.serving.install import find_runtime
+from lockstep.serving.parsers import check_reasoning, resolve_tool_calls
+from lockstep.serving.tokenizer_files import read_tokenizer
 from lockstep.store import RunStore, Step
 from lockstep.tokens.pack import save_batch
 from lockstep.tokens.prepare import prepare
@@ -50,7 +52,8 @@ class MegatronBackend:
     checkpoint's. numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's
     log-probability agrees to 1e-6 nats, which each step checks (docs/numerics.md). seed: of the adapter's initial values and the server's
     sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
-    tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's. server_args: further arguments
+    tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's where the tokenizer and the chat
+    template serve it, and else refuses requests with tools. server_args: further arguments
     of vLLM's command line, such as ("--enforce-eager",); they win over ours.
 
     Raises ConfigError for a setting it can't honour.
@@ -183,6 +186,8 @@ class MegatronBackend:
         dtype = self.dtype or ("float32" if exact else checkpoint_dtype(base))
         if exact:
             check_exact(spec, config, dtype, self.rollout_weights_mode, devices)
+        tokenizer = read_tokenizer(base, self.server_args)
+        check_reasoning(tokenizer, self.server_args)
         parts = Parts(
             base=base,
             spec=spec,
@@ -197,7 +202,7 @@ class MegatronBackend:
             seed=self.seed,
             recompute=self.recompute,
             max_model_len=self.max_model_len,
-            tool_call_parser=self.tool_call_parser,
+            tools=resolve_tool_calls(self.tool_call_parser, spec.tool_call_parser, tokenizer, self.server_args),
             server_args=self.server_args,
             exact=exact,
         )

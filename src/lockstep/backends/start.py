@@ -18,6 +18,8 @@ from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
+from lockstep.serving.parsers import ToolCalls, resolve_tool_calls
+from lockstep.serving.tokenizer_files import read_tokenizer
 from lockstep.store import read_step
 from lockstep.tokens.routes import RouteShape
 
@@ -50,7 +52,8 @@ class Parts:
     seed: int
     recompute: bool | None
     max_model_len: int
-    tool_call_parser: str | None
+    tools: ToolCalls
+    """Which parser reads tool calls, or why there is none."""
     server_args: tuple[str, ...]
     """Further arguments of vLLM's command line."""
     transport: str
@@ -84,7 +87,8 @@ class Parts:
             served_name=served_name,
             dtype=self.dtype,
             lora=lora_serving(self.lora, self.spec) if self.lora and not self.merged else None,
-            tool_call_parser=self.tool_call_parser or self.spec.tool_call_parser,
+            tool_call_parser=self.tools.parser,
+            tools_off=self.tools.off,
             max_model_len=self.max_model_len,
             capture_routes=self.routes is not None,
             gpus=self.devices.inference,
@@ -183,13 +187,15 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
     devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"
+    tools = resolve_tool_calls(None, spec.tool_call_parser, read_tokenizer(base))
     config = ServerConfig(
         model=base if lora else found.path / "model",
         served_name=f"{run_path.name}@base" if lora else name,
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
         max_model_len=min(_SERVED_LENGTH, load_model_config(str(base)).max_positions),
-        tool_call_parser=spec.tool_call_parser,
+        tool_call_parser=tools.parser,
+        tools_off=tools.off,
         gpus=devices.inference,
     )
     server = await launch(config, find_runtime(devices.kind), run_path, progress)

@@ -73,8 +73,10 @@ class ServerConfig(BaseModel):
     tool_call_parser: str | None = None
     """vLLM's name of the parser that turns text into tool calls. None:
 
-    replies to requests with tools are plain text.
+    requests with tools are refused, with `tools_off` where it says why.
     """
+    tools_off: str | None = None
+    """The answer to a request with tools where there is no parser."""
     capture_routes: bool = False
     """Each choice carries the experts that its tokens used. For mixture-of-experts models.
 
@@ -151,6 +153,8 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     command += ["--middleware", "lockstep_vllm.choices.ChoiceFields"]
     if runtime.kind == "cpu" and needs_two_tokens(config.model):
         command += ["--middleware", "lockstep_vllm.short_prompts.TwoTokenPrompts"]
+    if config.tools_off is not None:
+        command += ["--middleware", "lockstep_vllm.tools_off.ToolsOff"]
     command += ["--middleware", "lockstep_vllm.auth.BearerAuth"]
     if config.tool_call_parser is not None:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
@@ -194,6 +198,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder: nothing is to be looked up
     }
+    if config.tools_off is not None:
+        extra["LOCKSTEP_TOOLS_OFF"] = config.tools_off
     if runtime.kind == "cpu":
         # Pinned threads of two servers, or of a server and a trainer, would share the first core.
         threads = str(config.threads or max(1, (os.cpu_count() or 2) // 2))

@@ -1,0 +1,101 @@
+"""What a checkpoint's tokenizer files say, read without transformers: the vocabulary and the chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import ConfigError
+
+_ARGUMENT = "--"
+
+
+def argument(server_args: Sequence[str], name: str) -> str | None:
+    """The value that vLLM's argument `--NAME` has in `server_args`, in any of its spellings; None: it is not there. The last one wins."""
+    value = None
+    for position, text in enumerate(server_args):
+        flag, equals, rest = text.partition("=")
+        if not flag.startswith(_ARGUMENT) or flag.removeprefix(_ARGUMENT).replace("_", "-") != name:
+            continue
+        value = rest if equals else next(iter(server_args[position + 1 : position + 2]), "")
+    return value
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer that a server uses.
+
+    tokens: id of each token; None where the files don't list them (a sentencepiece model alone).
+    template: the chat template that a request without tools gets; tool_template: the one with tools. None: there is none.
+    response_template: the tokenizer's configuration describes the form of its replies.
+    """
+
+    folder: Path
+    tokens: Mapping[str, int] | None
+    template: str | None
+    tool_template: str | None
+    response_template: bool = False
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes the tools that a request offers into the prompt."""
+        return self.tool_template is not None and re.search(r"\btools\b", self.tool_template) is not None
+
+
+def read_tokenizer(model: Path, server_args: Sequence[str] = ()) -> TokenizerFiles:
+    """The tokenizer files of a checkpoint folder. `--tokenizer` and `--chat-template` in `server_args` win, as they do in the server.
+
+    Raises ConfigError for a file that can't be read.
+    """
+    other = argument(server_args, "tokenizer")
+    folder = Path(other).expanduser() if other and Path(other).expanduser().is_dir() else model
+    config = _json(folder / "tokenizer_config.json") or {}
+    plain, with_tools = _templates(folder, config)
+    given = argument(server_args, "chat-template")
+    if given:
+        file = Path(given).expanduser()
+        plain = with_tools = file.read_text(encoding="utf-8") if file.is_file() else given
+    return TokenizerFiles(folder, _tokens(folder, config), plain, with_tools, "response_template" in config)
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); download the checkpoint again") from None
+
+
+def _tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
+    fast = _json(folder / "tokenizer.json")
+    if fast is not None:
+        listed = (fast.get("model") or {}).get("vocab") or {}
+        tokens = dict(listed) if isinstance(listed, dict) else {one[0]: number for number, one in enumerate(listed)}
+        tokens |= {one["content"]: one["id"] for one in fast.get("added_tokens") or ()}
+    else:
+        tokens = _json(folder / "vocab.json")
+        if tokens is None:
+            return None
+        tokens = dict(tokens) | (_json(folder / "added_tokens.json") or {})
+    added = config.get("added_tokens_decoder") or {}
+    return tokens | {one["content"]: int(number) for number, one in added.items()}
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(without tools, with tools), as transformers chooses them: the file of its own, then the configuration's text or named texts."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        named = folder / "additional_chat_templates" / "tool_use.jinja"
+        return text, named.read_text(encoding="utf-8") if named.is_file() else text
+    listed = config.get("chat_template") or (_json(folder / "chat_template.json") or {}).get("chat_template")
+    if isinstance(listed, str) or listed is None:
+        return listed, listed
+    named = {one["name"]: one["template"] for one in listed}
+    plain = named.get("default")
+    return plain, named.get("tool_use", plain)
