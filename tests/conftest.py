@@ -35,6 +35,14 @@ def tiny_qwen3(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct (bf16), brought by pip and converted once under LOCKSTEP_HOME."""
+    from lockstep.real_model import smollm2
+
+    return smollm2(print)
+
+
+@pytest.fixture(scope="session")
 async def server(runtime, tiny_qwen3, tmp_path_factory):
     """A real vLLM server on the tiny Qwen3, base model `base`, room for adapters. Shared: leave no adapter behind."""
     from lockstep.serving.launch import LoraServing, ServerConfig, launch

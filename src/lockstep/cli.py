@@ -169,6 +169,22 @@ def tiny(
     _say(f"{folder}: {family}, {size / 1e6:.1f} MB")
 
 
+@app.command("import-gguf")
+def import_gguf_command(
+    file: Annotated[Path, typer.Argument(help="a GGUF file", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="of the weights that are written: bfloat16 or float32")] = "bfloat16",
+) -> None:
+    """Turn a GGUF file of a supported architecture into a Hugging Face checkpoint, weights dequantized."""
+    from lockstep.families.gguf_import import import_gguf
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
+    import_gguf(file, folder, dtype, _say)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    _say(f"{folder}: {size / 1e6:.0f} MB, {dtype}")
+
+
 @runtime_app.command("install")
 def runtime_install(
     kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
