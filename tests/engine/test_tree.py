@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.engine.attention import attend
-from lockstep.engine.tree import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, grid
+from lockstep.engine.tree import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, padded_length
 
 
 def random_row(seed: int, nodes: int, longest: int) -> Row:
@@ -74,20 +74,12 @@ def test_block_mask(seed: int, nodes: int, longest: int) -> None:
                 assert covered[query, key] == (2 if tile.all() else 1 if tile.any() else 0)
 
 
-@given(used=st.integers(1, 300_000), unit=st.sampled_from([1, 2, 6, 128, 256, 384]))
-def test_grid(used: int, unit: int) -> None:
-    length = grid(used, unit)
+@given(used=st.integers(0, 300_000), unit=st.sampled_from([1, 2, 6, 128, 256, 384]))
+def test_padded_length(used: int, unit: int) -> None:
+    length = padded_length(used, unit)
     assert length % unit == 0
-    assert length >= max(used, 1)
-    assert length - used < max(unit, used / 8 + 1)
-    if unit & (unit - 1) == 0:
-        assert grid(length, unit) == length
-
-
-def test_grid_has_few_lengths() -> None:
-    lengths = {grid(used, 128) for used in range(1, 65_537)}
-    assert len(lengths) <= 8 * 7 + 1
-    assert {6144, 10_240, 12_288, 65_536} <= lengths
+    assert length >= max(used, 2 * unit)
+    assert length == 2 * unit or length - used < unit
 
 
 def test_conv_taps_follow_the_path() -> None:

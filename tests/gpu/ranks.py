@@ -4,7 +4,7 @@
 
 Models have 8 layers and the head sizes of the released ones, with random weights. For every family it writes: the mean |difference| of
 log-probabilities to Hugging Face fp32 of Hugging Face bf16 ("noise") and of ours unpacked and packed as trees; the same for the
-gradient of a LoRA step (ours bf16 against ours fp32); and the metrics of two training steps.
+gradient of a LoRA step (ours bf16 against ours fp32); and the metrics of training steps, some of them with rows of other lengths.
 """
 
 from __future__ import annotations
@@ -135,6 +135,12 @@ def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]
     batch = batch_of(found, True, 2048, sizes.data)
     config = TrainConfig(learning_rate=1e-3, max_mismatch=None)
     result["steps"] = [train_step(session, batch, config, None, lambda _event: None) for _ in range(3)]
+    result["steps_of_other_lengths"] = [
+        train_step(
+            session, batch_of(sequences(rng, *sizes_of), True, length, sizes.data), config, None, lambda _event: None
+        )
+        for sizes_of, length in (((2, 70, 40), 512), ((6, 500, 300), 4096), ((3, 1500, 400), 4096), ((9, 40, 90), 1024))
+    ]
     result["after"] = distance(of_sequences(batch, score(session, batch, lambda _event: None)), exact)
     result["gradient_norm_fp32"] = gradient_norm_fp32(folder, sizes, targets, batch, config)
     return result

@@ -37,4 +37,7 @@ def test_within_the_noise(tmp_path: Path, processes: int) -> None:
         norms = [step["grad_norm"] for step in result["steps"]]
         assert all(0 < norm < 1e6 for norm in norms), (name, norms)
         assert norms[0] == pytest.approx(result["gradient_norm_fp32"], rel=0.1), (name, result)
+        lengths = [(step["compilations"], step["seconds_compile"]) for step in result["steps_of_other_lengths"]]
+        assert lengths == [(0, 0)] * len(lengths), (name, "rows of another length compile again")
+        assert result["steps"][0]["compilations"] > 0, name
         assert result["after"] > 5 * result["packed"], (name, "three steps left the policy where it was")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lockstep.engine.context import repeats, to_heads, to_tokens
 from lockstep.engine.device import CUDA
 from lockstep.engine.regions import rotate, sigmoid_gate, wide
-from lockstep.engine.tree import Row
+from lockstep.engine.tree import BLOCK, Row
+from lockstep.errors import DataError
 
 Rendering = Literal["dense", "sdpa", "flex"]
 DEFAULT: Rendering = "flex" if CUDA else "sdpa"
@@ -31,7 +32,25 @@ DEFAULT: Rendering = "flex" if CUDA else "sdpa"
 def _compiled_flex() -> object:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)  # as in `regions`: a version for each row length
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
+    """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are constants of the kernels.
+
+    Rows are multiples of its blocks, which torch can't see in a symbolic length: told so, the kernels leave out
+    the bounds checks that cost a third of the backward pass.
+    """
+    if row.length % BLOCK:
+        raise DataError(f"a row of {row.length} tokens is no multiple of FlexAttention's {BLOCK}")
+    for x in (q, k, v):
+        for dim in (0, 1, 3):
+            torch._dynamo.mark_static(x, dim)
+    options = {"IS_DIVISIBLE": True}
+    grouped = q.shape[1] != k.shape[1]
+    return _compiled_flex()(  # pyright: ignore
+        q, k, v, block_mask=row.block_mask(), scale=scale, enable_gqa=grouped, kernel_options=options
+    )
 
 
 def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row, scale: float, rendering: Rendering) -> Tensor:
@@ -39,7 +58,7 @@ def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row, scale: float, 
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SND, k_SGD, v_SGD))
     grouped = q.shape[1] != k.shape[1]
     if rendering == "flex":
-        out = _compiled_flex()(q, k, v, block_mask=row.block_mask(), scale=scale, enable_gqa=grouped)  # pyright: ignore
+        out = _flex(q, k, v, row, scale)
     elif rendering == "sdpa":
         mask_SS = row.dense_mask_SS()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS, scale=scale, enable_gqa=grouped)

@@ -1,29 +1,35 @@
 """Parts of the model that a GPU runs better compiled: pure functions, written once, called plain or through torch.compile.
 
 Which regions are compiled is the family's policy (`handler.compile.regions`), switched on per process by `enable`. A region never
-contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers. Every shape gets a version
-of its own (`dynamic=False`): kernels for any length are slower, and rows come in few lengths (`tree.grid`).
+contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers.
 
-Shapes: ... any leading dims, D last dim.
+One compiled version also serves all row lengths: the first dim of each tensor, its tokens, is marked dynamic,
+and the others are constants of the kernels. A run compiles in its first step and never again. On an H100
+such kernels take the time of kernels for one length (`benchmarks/README.md`).
+
+Shapes: S tokens, ... any dims between, D last dim.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.callback import callback_handler
 
 from lockstep.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_VARIANTS = 1024
-"""Versions of one function: a few shapes (stream, heads), trained and scored, for each of the lengths of `tree.grid`."""
+_VARIANTS = 64
+"""Versions of one function: a few shapes (stream, heads), trained and scored, in each dtype."""
 _NAMES: set[str] = set()
 _ENABLED: set[str] = set()
 
@@ -39,6 +45,8 @@ def enable(names: Iterable[str]) -> None:
     torch._dynamo.config.recompile_limit = _VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = _VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Else two dims that are equal by chance in the first row would have to stay equal, or cost another version.
+    torch.fx.experimental._config.use_duck_shape = False
 
 
 def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -50,11 +58,46 @@ def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(plain)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return (compiled() if name in _ENABLED else plain)(*args, **kwargs)
+            if name not in _ENABLED:
+                return plain(*args, **kwargs)
+            for value in args:
+                if isinstance(value, Tensor) and value.ndim > 1:
+                    torch._dynamo.mark_dynamic(value, 0)
+            return compiled()(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How often torch compiled in this process, and the seconds that the process waited for it."""
+
+    count: int
+    seconds: float
+
+
+class CompileClock:
+    """Listens to torch's compiler, whichever pass asks for it."""
+
+    def __init__(self) -> None:
+        self.compiled, self._started = Compiled(0, 0.0), 0.0
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+
+    def _start(self, _what: object) -> None:
+        self._started = time.perf_counter()
+
+    def _end(self, _what: object) -> None:
+        seconds = self.compiled.seconds + time.perf_counter() - self._started
+        self.compiled = Compiled(self.compiled.count + 1, seconds)
+
+
+@functools.cache
+def compile_clock() -> CompileClock:
+    """This process's clock, which runs from the first call on."""
+    return CompileClock()
 
 
 def wide(x: Tensor) -> Tensor:

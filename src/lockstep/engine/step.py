@@ -33,9 +33,10 @@ from lockstep.engine.loss import (
 from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.recompute import plan as plan_recompute
+from lockstep.engine.regions import Compiled, compile_clock
 from lockstep.engine.routes import account_of_row, check_routes
 from lockstep.engine.session import Session, reference_weights
-from lockstep.engine.tree import BLOCK, Row, padding_row, row_of
+from lockstep.engine.tree import BLOCK, Row, padded_length, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
 from lockstep.errors import DataError, MismatchError, TrainerError
 from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
@@ -58,6 +59,8 @@ class Clock:
 
     report: Report
     seconds: dict[str, float] = field(default_factory=dict)
+    compiled: Compiled = field(default_factory=lambda: compile_clock().compiled)
+    """What torch had compiled when the clock was started."""
 
     @contextmanager
     def phase(self, name: str):
@@ -67,6 +70,14 @@ class Clock:
         if CUDA:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each phase; how often torch compiled since the start, and the seconds that took."""
+        compiled = compile_clock().compiled
+        return {f"seconds_{name}": value for name, value in self.seconds.items()} | {
+            "compilations": float(compiled.count - self.compiled.count),
+            "seconds_compile": compiled.seconds - self.compiled.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -96,13 +107,13 @@ def _unit(session: Session) -> int:
 def _micro_batch(session: Session, batch: PackedBatch, number: int) -> MicroBatch:
     if number == PADDING:
         nothing = replace(NOTHING, top_PC=None if batch.top_PC is None else batch.top_PC[:0])
-        return MicroBatch(padding_row(batch, _unit(session), device()), nothing)
+        return MicroBatch(padding_row(batch, padded_length(0, _unit(session)), device()), nothing)
     scored = scored_row(batch, number)
     if len(scored.predictor_N) and scored.predictor_N.min() < 0:
         raise DataError(
             f"row {number}: a scored token has no token before it; the first token of a sequence cannot be trained"
         )
-    return MicroBatch(row_of(batch, number, device(), _unit(session), few_lengths=CUDA), scored)
+    return MicroBatch(row_of(batch, number, device(), _unit(session)), scored)
 
 
 def _head(
@@ -359,7 +370,7 @@ def _summary(
     metrics |= {"updates": float(session.optimizer.count), "peak_memory_bytes": float(peak_memory())}
     busy = clock.seconds.get("forward_backward", 0.0)
     metrics["tokens_per_second"] = used / busy if busy else 0.0
-    return metrics | {f"seconds_{name}": value for name, value in clock.seconds.items()}
+    return metrics | clock.metrics()
 
 
 def score(session: Session, batch: PackedBatch, report: Report) -> np.ndarray:

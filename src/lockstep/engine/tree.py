@@ -28,11 +28,9 @@ BLOCK = 128
 """Tokens per FlexAttention block, both ways."""
 
 
-def grid(used: int, unit: int) -> int:
-    """The multiple of `unit` that a row of `used` tokens is filled up to, where each length costs a compilation: at most 8 lengths
-    between a power of two and the next, an eighth of padding at worst (or one unit)."""
-    step = max(1, 2 ** (max(1, used).bit_length() - 1) // 8 // unit) * unit
-    return max(step, -(-used // step) * step)
+def padded_length(used: int, unit: int) -> int:
+    """The least multiple of `unit` that holds `used` tokens, and at least two units: torch compiles length 1 apart."""
+    return max(2, -(-used // unit)) * unit
 
 
 @dataclass(frozen=True)
@@ -153,16 +151,13 @@ class Row:
         return self._cache[key]  # pyright: ignore[reportReturnType]
 
 
-def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int, few_lengths: bool = False) -> Row:
-    """Row `index` of the batch, its unused tail cut off, padded to a multiple of `unit` tokens (shards of a row, blocks).
-
-    few_lengths: to one on the grid, for compiled kernels.
-    """
+def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int) -> Row:
+    """Row `index` of the batch, its unused tail cut off, padded to a multiple of `unit` tokens (shards of a row, blocks)."""
     if index < 0:
         raise IndexError(f"row {index}")
     used_S = np.flatnonzero(batch.nodes_RS[index] >= 0)
     used = int(used_S[-1]) + 1 if len(used_S) else 0
-    length = grid(used, unit) if few_lengths else max(unit, -(-used // unit) * unit)
+    length = padded_length(used, unit)
     tokens_S, positions_S = np.zeros(length, np.int64), np.zeros(length, np.int64)
     previous_S = np.full(length, -1, np.int64)
     tokens_S[:used], positions_S[:used] = batch.tokens_RS[index, :used], batch.positions_RS[index, :used]
