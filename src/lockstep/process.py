@@ -9,7 +9,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ _PASSED = frozenset(
         "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
         "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
         "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS", "XDG_DATA_HOME",
-        "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "TILELANG_CACHE_DIR",
         "LOCKSTEP_HOME",
     }
 )  # fmt: skip
@@ -34,16 +33,32 @@ LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 """Bytes of a Unix socket's path."""
 
 
+# What compilers keep for the next process, by the environment variable that says where. Each keys its
+# entries by versions, device and source, so that trainers and servers of all runs may share them.
+_COMPILER_CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "torch",
+    "TRITON_CACHE_DIR": "triton",
+    "TILELANG_CACHE_DIR": "tilelang",
+    "VLLM_CACHE_ROOT": "vllm",
+}
+
+
+def lockstep_home() -> Path:
+    """`$LOCKSTEP_HOME`, or `~/.cache/lockstep`."""
+    configured = os.environ.get("LOCKSTEP_HOME")
+    return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "lockstep"
+
+
 def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False) -> dict[str, str]:
     """Environment of a child: an allow-list of ours, then `extra`.
 
+    Compilers keep their results below `lockstep_home()`: a child's own TMPDIR goes with it, and a second run starts warm.
     `installer=True` also passes pip's and uv's settings.
     """
     prefixes = _PASSED_PREFIXES + (_INSTALL_PREFIXES if installer else ())
     kept = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(prefixes)}
-    # Where torch keeps what it compiled, for the next one too: a child's own TMPDIR goes with it.
-    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    return {"TORCHINDUCTOR_CACHE_DIR": compiled} | kept | dict(extra or {})
+    compiled = {name: str(lockstep_home() / "compiled" / folder) for name, folder in _COMPILER_CACHES.items()}
+    return compiled | kept | dict(extra or {})
 
 
 def seen_gpus() -> list[str] | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lockstep.errors import ConfigError, RuntimeNotInstalledError
+from lockstep.process import lockstep_home
 
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
@@ -94,12 +95,6 @@ def runtime_source() -> Source:
         if (folder / "pyproject.toml").is_file() and (folder / "locks").is_dir():
             return Source(folder)
     raise RuntimeNotInstalledError(f"the lockstep-vllm sources are missing beside {package}: reinstall lockstep-rl")
-
-
-def lockstep_home() -> Path:
-    """`$LOCKSTEP_HOME`, or `~/.cache/lockstep`."""
-    configured = os.environ.get("LOCKSTEP_HOME")
-    return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "lockstep"
 
 
 def default_kind() -> Kind:
