@@ -35,7 +35,7 @@ def _compiled_flex() -> object:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
     """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are constants of the kernels.
 
     Rows are multiples of its blocks, which torch can't see in a symbolic length: told so, the kernels leave out
@@ -58,7 +58,7 @@ def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row, scale: float, 
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SND, k_SGD, v_SGD))
     grouped = q.shape[1] != k.shape[1]
     if rendering == "flex":
-        out = _flex(q, k, v, row, scale)
+        out = flex(q, k, v, row, scale)
     elif rendering == "sdpa":
         mask_SS = row.dense_mask_SS()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS, scale=scale, enable_gqa=grouped)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.callback import callback_handler
+from torch.fx.experimental import _config as shapes_config
 
 from lockstep.errors import ConfigError
 
@@ -46,7 +47,7 @@ def enable(names: Iterable[str]) -> None:
     torch._dynamo.config.accumulated_recompile_limit = _VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Else two dims that are equal by chance in the first row would have to stay equal, or cost another version.
-    torch.fx.experimental._config.use_duck_shape = False
+    shapes_config.use_duck_shape = False
 
 
 def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
