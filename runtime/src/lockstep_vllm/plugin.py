@@ -28,9 +28,11 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from lockstep_vllm import cpu_reload, exact, forking, moe_lora_cpu, plain_cpu
+        from lockstep_vllm import cpu_reload, exact, forking, lora_cpu, moe_lora_cpu, plain_cpu, waiting_cpu
 
         cpu_reload.apply()
+        lora_cpu.apply()
+        waiting_cpu.apply()
         moe_lora_cpu.apply()
         if plain_cpu.wanted():
             plain_cpu.apply()

@@ -69,7 +69,8 @@ class ServerConfig(BaseModel):
     sleeps: bool = False
     """Shared mode: the server can give its device memory away (vLLM then allocates it in a way that it can)."""
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads of a CPU server. None: half of this machine's cores."""
+    """Compute threads of a CPU server. None: `OMP_NUM_THREADS` where it is set, else all of this machine's cores, since the
+    trainer rests while the server samples."""
     tool_call_parser: str | None = None
     """vLLM's name of the parser that turns text into tool calls. None:
 
@@ -170,6 +171,9 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
         command += ["--enable-return-routed-experts", "--enable-prefix-caching"]
     if runtime.kind == "cpu":
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_bytes or 256 << 20)]
+        if not config.capture_routes and not needs_two_tokens(config.model):
+            # vLLM's own 128 reuses no prefix of a short prompt; its kernels want multiples of 32. Hybrid models choose theirs.
+            command += ["--block-size", "32"]
     else:
         command += ["--tensor-parallel-size", str(max(1, len(config.gpus)))]
         if config.kv_cache_bytes is not None:
@@ -202,7 +206,7 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         extra["LOCKSTEP_TOOLS_OFF"] = config.tools_off
     if runtime.kind == "cpu":
         # Pinned threads of two servers, or of a server and a trainer, would share the first core.
-        threads = str(config.threads or max(1, (os.cpu_count() or 2) // 2))
+        threads = str(config.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         extra |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
         # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token, for nothing here.
         extra["TORCH_COMPILE_DISABLE"] = "1"
