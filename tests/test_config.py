@@ -45,6 +45,14 @@ def refused(build, *parts: str) -> None:
             {"importance_correction": "icepop", "old_logprobs": "trainer", "importance_floor": 6.0},
             ["importance_floor = 6.0 is above importance_cap = 5.0"],
         ),
+        ({"loss": "gspo", "old_logprobs": "sampling"}, ["loss = gspo with old_logprobs = sampling clips rounding"]),
+        (
+            {"loss": "gspo", "old_logprobs": "sampling", "clip_low": 0.1},
+            ["loss = gspo with old_logprobs = sampling", "set both clip_low and clip_high"],
+        ),
+        ({"clip_dual": 3.0}, ["clip_dual has no effect with loss = cispo"]),
+        ({"loss": "ppo", "clip_dual": 1.1}, ["clip_dual = 1.1 must be above 1 + clip_high = 1.2"]),
+        ({"reward_eps": -1e-3}, ["reward_eps = -0.001"]),
         ({"over_length": "drop"}, ["over_length = drop has no effect without row_length"]),
         ({"betas": (0.9, 1.0)}, ["betas", "[0, 1)"]),
         ({"minibatches": 0}, ["minibatches = 0"]),
@@ -53,6 +61,20 @@ def refused(build, *parts: str) -> None:
 )
 def test_train_config_refuses(settings, parts):
     refused(lambda: TrainConfig(**settings), *parts)
+
+
+def test_a7_older_rollouts_need_a_correction_where_the_ratio_does_not_see_them():
+    for settings in ({"old_logprobs": "trainer"}, {"loss": "gspo"}):
+        refused(
+            lambda settings=settings: TrainConfig(max_steps_off_policy=2, **settings),
+            "max_steps_off_policy = 2 with old_logprobs = trainer",
+            f"loss = {settings.get('loss', 'cispo')}",
+            "set importance_correction, or old_logprobs = sampling",
+        )
+        for correction in ("truncated", "masked", "icepop"):
+            assert TrainConfig(max_steps_off_policy=2, importance_correction=correction, **settings)
+    assert TrainConfig(max_steps_off_policy=2).divides_by == "sampling"
+    assert TrainConfig(max_steps_off_policy=2, loss="ppo", old_logprobs="sampling").divides_by == "sampling"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,13 @@ def test_derived_settings():
         1.0,
         1.5,
     )  # 0.0 is a setting, not "unset"
+    for loss, old, weighs in (
+        ("cispo", "sampling", "token"),
+        ("ppo", "sampling", "token"),
+        ("gspo", "trainer", "sequence"),
+    ):
+        assert (TrainConfig(loss=loss).divides_by, TrainConfig(loss=loss).weighs_by) == (old, weighs)
+    assert TrainConfig(loss="ppo").dual_clip == 3.0
     assert TrainConfig().reference_step is None
     assert TrainConfig(kl_coef=0.1).reference_step == 0
     assert TrainConfig(kl_coef=0.1, kl_reference_step=4).reference_step == 4

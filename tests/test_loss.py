@@ -70,6 +70,22 @@ def test_ppo_closed_form():
     torch.testing.assert_close(gradient(lambda new: ppo_clip(new, OLD, ADVANTAGE, 0.8, 1.2)[0], NEW), expected_gradient)
 
 
+def test_dual_clip_closed_form():
+    """A < 0: no worse than `dual |A|`, and no gradient beyond; A > 0 as before. 22,026 for one token is now 3."""
+    old = torch.tensor([-12.0, -2.0, -2.0, -2.0], dtype=torch.float64)
+    new = old + torch.tensor([10.0, math.log(2.5), math.log(4.0), 5.0], dtype=torch.float64)
+    advantage = torch.tensor([-1.0, -2.0, -2.0, 1.0], dtype=torch.float64)
+    loss_P, clipped_P = ppo_clip(new, old, advantage, 0.8, 1.2, 3.0)
+    torch.testing.assert_close(loss_P, torch.tensor([3.0, 5.0, 6.0, -1.2], dtype=torch.float64))
+    assert clipped_P.tolist() == [True, False, True, True]
+    expected = torch.tensor([0.0, 5.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(gradient(lambda one: ppo_clip(one, old, advantage, 0.8, 1.2, 3.0)[0], new), expected)
+    assert float(ppo_clip(new, old, advantage, 0.8, 1.2)[0][0]) == pytest.approx(math.exp(10))
+    far = scored(new, old, advantage_Q=torch.tensor([-1.0, -1.0], dtype=torch.float64))
+    assert float(policy_loss(far, TrainConfig(loss="ppo")).loss) == pytest.approx(3.0 + 2.5 + 3.0 + 3.0)
+    assert float(policy_loss(far, TrainConfig(loss="ppo", clip_dual=50.0)).loss) == pytest.approx(50 + 2.5 + 4 + 50)
+
+
 def test_ppo_on_policy_gradient_is_the_policy_gradient():
     torch.testing.assert_close(gradient(lambda new: ppo_clip(new, OLD, ADVANTAGE, 0.8, 1.2)[0], OLD), -ADVANTAGE)
 

@@ -236,6 +236,7 @@ async def test_a_run_belongs_to_one_backend(service, tmp_path):
     [
         {"kl_coef": 0.1},
         {"old_logprobs": "trainer"},
+        {"clip_dual": 3.0, "loss": "ppo"},
         {"minibatches": 2},
         {"row_length": 512},
         {"share_prefixes": False},
@@ -245,6 +246,14 @@ async def test_a_run_belongs_to_one_backend(service, tmp_path):
 def test_settings_it_cannot_honour_are_named(setting):
     with pytest.raises(ConfigError, match=f"TinkerBackend does not support {next(iter(setting))} = "):
         check_train_config(ls.TrainConfig(**setting))
+
+
+def test_gspo_says_what_to_set():
+    with pytest.raises(
+        ConfigError, match=r"old_logprobs = .trainer..*for gspo set old_logprobs, clip_low and clip_high"
+    ):
+        check_train_config(ls.TrainConfig(loss="gspo"))
+    check_train_config(ls.TrainConfig(loss="gspo", old_logprobs="sampling", clip_low=0.1, clip_high=0.1))
 
 
 def test_what_is_adapted():
@@ -281,7 +290,8 @@ def drawn(seed: int, temperature: float = 1.0):
 def test_the_services_loss_is_ours(loss, seed):
     """What the service makes of the data, in value and gradient, off policy and clipped: the engine's loss of the batch."""
     batch = drawn(seed)
-    config = ls.TrainConfig(loss=loss, clip_low=0.1, clip_high=0.15)
+    far = {"clip_dual": 1e9} if loss == "ppo" else {}  # the service has no second clip
+    config = ls.TrainConfig(loss=loss, clip_low=0.1, clip_high=0.15, **far)
     random = np.random.default_rng(seed + 1)
     news = np.where(batch.loss_mask_RS, batch.logprobs_RS + random.normal(size=batch.tokens_RS.shape) * 0.3, -1.0)
     new_RS = torch.tensor(news, dtype=torch.float64, requires_grad=True)

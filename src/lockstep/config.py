@@ -4,22 +4,24 @@ effect.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lockstep.config_messages import describe
 from lockstep.errors import ConfigError
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """LoRA ranks that vLLM serves without padding."""
 
 _CLIP_DEFAULTS = {"cispo": (1.0, 4.0), "ppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
+_DUAL_CLIP_DEFAULTS = {"cispo": float("inf"), "ppo": 3.0, "gspo": float("inf")}
+_OLD_DEFAULTS: dict[str, Literal["sampling", "trainer"]] = {"cispo": "sampling", "ppo": "sampling", "gspo": "trainer"}
+_WEIGHT_DEFAULTS: dict[str, Literal["token", "sequence"]] = {"cispo": "token", "ppo": "token", "gspo": "sequence"}
 _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
     "truncated": (0.0, 2.0),
     "masked": (0.0, 2.0),
@@ -177,6 +179,12 @@ class TrainConfig(Config):
         ge=0,
         description="the importance ratio is clipped above 1 + clip_high; None: 4.0 (cispo), 0.2 (ppo), 4e-4 (gspo)",
     )
+    clip_dual: float | None = Field(
+        default=None,
+        gt=1,
+        description="ppo, negative advantages: the loss of a token stops growing at this ratio (arXiv 1912.09729); "
+        "None: 3.0 (ppo)",
+    )
     kl_coef: float = Field(
         default=0.0, ge=0, description="weight of the KL penalty towards the reference step; 0: none"
     )
@@ -187,19 +195,26 @@ class TrainConfig(Config):
         default="std",
         description="std: reward minus the group's mean, over the group's standard deviation; none: no division",
     )
-    token_normalization: Literal["token", "sequence"] = Field(
-        default="token", description="token: every trained token counts the same; sequence: every trajectory does"
+    reward_eps: float = Field(
+        default=1e-5,
+        ge=0,
+        lt=1,
+        description="rewards of a group that differ by at most this share of its largest |reward| are equal: no signal",
     )
-    old_logprobs: Literal["sampling", "trainer"] = Field(
-        default="sampling",
+    token_normalization: Literal["token", "sequence"] | None = Field(
+        default=None,
+        description="token: every trained token counts the same; sequence: every trajectory does; None: token "
+        "(cispo, ppo), sequence (gspo)",
+    )
+    old_logprobs: Literal["sampling", "trainer"] | None = Field(
+        default=None,
         description="what the importance ratio divides by: the server's log-probabilities, or the trainer's own "
-        "before the step",
+        "before the step; None: sampling (cispo, ppo), trainer (gspo)",
     )
     importance_correction: Literal["truncated", "masked", "icepop"] | None = Field(
         default=None,
-        description="weight trainer/server per token, for what the two compute differently: capped "
-        "(truncated), zero above "
-        "the cap (masked), or zero outside [floor, cap] (icepop). Needs old_logprobs = trainer",
+        description="weight trainer/server per token, for what the two compute differently: capped (truncated), zero "
+        "above the cap (masked), or zero outside [floor, cap] (icepop). Needs old_logprobs = trainer",
     )
     importance_cap: float | None = Field(
         default=None, gt=0, description="cap of that weight; None: 2.0 (truncated, masked), 5.0 (icepop)"
@@ -255,16 +270,44 @@ class TrainConfig(Config):
     def _no_silent_settings(self) -> TrainConfig:
         if self.kl_reference_step is not None and self.kl_coef == 0:
             raise ValueError("kl_reference_step has no effect with kl_coef = 0: set kl_coef, or leave the step out")
-        if self.clip_low is not None and self.clip_low > 1:
+        if self.over_length != "error" and self.row_length is None:
             raise ValueError(
-                f"clip_low = {self.clip_low} has no effect above 1, a ratio is never negative: use 1.0 for "
-                "no lower clip"
+                f"over_length = {self.over_length} has no effect without row_length: rows grow to the longest sequence"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _clips_that_work(self) -> TrainConfig:
+        if self.clip_low is not None and self.clip_low > 1:
+            raise ValueError(f"clip_low = {self.clip_low} has no effect above 1, ratios are never negative: use 1.0")
+        if self.clip_dual is not None:
+            if self.loss != "ppo":
+                raise ValueError(f"clip_dual has no effect with loss = {self.loss}: leave it out, or set loss = ppo")
+            if self.clip_dual <= self.clip_range[1]:
+                raise ValueError(
+                    f"clip_dual = {self.clip_dual} must be above 1 + clip_high = {self.clip_range[1]:g}: a lower one "
+                    "cuts what the clip lets through"
+                )
+        if self.loss == "gspo" and self.divides_by == "sampling" and None in (self.clip_low, self.clip_high):
+            raise ValueError(
+                "loss = gspo with old_logprobs = sampling clips rounding: server and trainer differ by more than the "
+                "default clips, 3e-4 and 4e-4. Leave old_logprobs out, or set both clip_low and clip_high"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corrections_that_work(self) -> TrainConfig:
         if self.importance_correction is None:
             for name in ("importance_cap", "importance_floor"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect without importance_correction: set it, or leave {name} out")
-        elif self.old_logprobs != "trainer":
+            if self.max_steps_off_policy > 0 and self.divides_by == "trainer":
+                raise ValueError(
+                    f"max_steps_off_policy = {self.max_steps_off_policy} with old_logprobs = trainer trains on older "
+                    f"rollouts as if they were new (loss = {self.loss}): set importance_correction, or "
+                    "old_logprobs = sampling"
+                )
+        elif self.divides_by != "trainer":
             raise ValueError(
                 "importance_correction needs old_logprobs = trainer: with sampling the ratio already divides by "
                 "the server's"
@@ -276,19 +319,29 @@ class TrainConfig(Config):
         floor, cap = self.importance_bounds
         if floor > cap:
             raise ValueError(f"importance_floor = {floor} is above importance_cap = {cap}: every token would be masked")
-        if self.over_length != "error" and self.row_length is None:
-            raise ValueError(
-                f"over_length = {self.over_length} has no effect without row_length: rows grow to the longest sequence"
-            )
         return self
+
+    @property
+    def divides_by(self) -> Literal["sampling", "trainer"]:
+        """`old_logprobs` with the loss's default filled in."""
+        return self.old_logprobs or _OLD_DEFAULTS[self.loss]
+
+    @property
+    def weighs_by(self) -> Literal["token", "sequence"]:
+        """`token_normalization` with the loss's default filled in."""
+        return self.token_normalization or _WEIGHT_DEFAULTS[self.loss]
+
+    @property
+    def dual_clip(self) -> float:
+        """`clip_dual` with the loss's default filled in; inf for a loss without one."""
+        return _DUAL_CLIP_DEFAULTS[self.loss] if self.clip_dual is None else self.clip_dual
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """(1 - clip_low, 1 + clip_high) with the loss's defaults filled in."""
         low, high = _CLIP_DEFAULTS[self.loss]
-        return 1 - (low if self.clip_low is None else self.clip_low), 1 + (
-            high if self.clip_high is None else self.clip_high
-        )
+        low = low if self.clip_low is None else self.clip_low
+        return 1 - low, 1 + (high if self.clip_high is None else self.clip_high)
 
     @property
     def importance_bounds(self) -> tuple[float, float]:
@@ -321,48 +374,6 @@ def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigEr
     "...")`.
     """
     return ConfigError(f"{backend} does not support {setting} = {value!r}: {why}")
-
-
-def unknown(key: str, known: Iterable[str], where: str) -> str:
-    """One line about a key that `where` does not have, with the closest ones it has."""
-    known = sorted(known)
-    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
-    return f"{where} has no setting {key!r}: {hint}"
-
-
-def describe(error: ValidationError, schema: type[BaseModel], where: str) -> str:
-    """The first problem of a pydantic ValidationError as one line that names the setting."""
-    errors = error.errors(include_url=False)
-    # A misspelt key also makes the right one "missing"; the misspelling is the problem to name.
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    location = [str(part) for part in first["loc"]]
-    name = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        parent = _schema_at(schema, location[:-1])
-        if parent is not None:
-            section = where if len(location) == 1 else f"{where} [{'.'.join(location[:-1])}]"
-            return unknown(location[-1], parent.model_fields, section)
-    if first["type"] == "missing":
-        return f"{where}: {name} is missing, it must be set"
-    message = first["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{where}: {message}"
-    return f"{where}: {name} = {first['input']!r}: {message[0].lower() + message[1:]}"
-
-
-def _schema_at(schema: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
-    """The model that a path of field names leads to; None if it leads elsewhere."""
-    for part in location:
-        field = schema.model_fields.get(part)
-        if field is None:
-            return None
-        candidates = [field.annotation, *get_args(field.annotation)]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not models:
-            return None
-        schema = models[0]
-    return schema
 
 
 def load_toml(path: str | Path, schema: type[Schema]) -> Schema:

@@ -24,7 +24,7 @@ def _cells(row: Row) -> list[str]:
         str(row.step),
         number(row.reward, ".3f"),
         number(row.greedy, ".3f"),
-        number(row.loss, "+.4f"),
+        number(row.loss, "+.4f") if row.signal else "no signal",
         number(row.kl, ".1e"),
         number(row.mismatch, ".1e"),
         number(row.rollout_s, ".1f"),

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step."""
+    """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step.
+
+    signal: False where no group's rewards differed, so that nothing was trained.
+    """
 
     step: int
     reward: float
@@ -37,6 +40,7 @@ class Row:
     rollout_s: float = math.nan
     train_s: float = math.nan
     sync_s: float = math.nan
+    signal: bool = True
 
 
 @dataclass
@@ -137,9 +141,10 @@ async def _one_step(
         reward=sum(rewards) / len(rewards),
         greedy=greedy,
         loss=metrics["loss"],
-        kl=metrics["kl"],
+        kl=metrics.get("kl", math.nan),
         mismatch=metrics.get("mismatch", math.nan),
         rollout_s=rollout_s,
         train_s=metrics["seconds_train"],
         sync_s=metrics["seconds_sync"],
+        signal=not metrics.get("no_signal"),
     )

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, describe, load_toml
+from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, load_toml
+from lockstep.config_messages import describe
 
 
 class ModelSection(Config):

@@ -145,7 +145,7 @@ def ready(*groups: TrajectoryGroup, step: int = 0, **settings):
 def test_prepare_gives_a_valid_batch_and_its_metrics():
     one = group(0.0, 1.0)
     one.trajectories[0].metrics["turns"] = 3
-    prepared = ready(one, group(0.5, 0.5, 0.5))
+    prepared = ready(one, group(0.5, 0.5, 0.5), kl_coef=0.1)
     validate(prepared.batch)
     assert [sequence.name for sequence in flatten(prepared.batch)] == [
         *("group 0, trajectory 0", "group 0, trajectory 1"),

@@ -19,12 +19,20 @@ from typing import TYPE_CHECKING, Any
 from lockstep.backends import chat
 from lockstep.backends.base import Endpoint, check_new
 from lockstep.backends.chat_endpoint import ChatEndpoint, RequestError
-from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs, step_metrics
+from lockstep.backends.tinker_data import (
+    Example,
+    check_lora,
+    check_train_config,
+    examples_of,
+    loss_inputs,
+    step_metrics,
+)
 from lockstep.config import TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError, StoreError, TrainerError
 from lockstep.families.hub import is_folder
 from lockstep.families.registry import get_model_support_spec
 from lockstep.store import RunStore, Step
+from lockstep.tokens.batch import has_signal
 from lockstep.tokens.prepare import prepare
 
 if TYPE_CHECKING:
@@ -175,15 +183,11 @@ class TinkerBackend:
         trainer, run.trainer = run.trainer, None  # given back when what it holds is published
         if trainer is None:
             trainer = await self._load(run.store.step(current))
-        low, high = config.clip_range
-        passed = trainer.forward_backward(
-            [_datum(example.inputs_T, loss_inputs(example, config.loss)) for example in examples],
-            config.loss,
-            loss_fn_config={"clip_low_threshold": low, "clip_high_threshold": high},
-        )
-        output = await _answer(passed, "the forward and backward pass", _CALL_S)
-        metrics = prepared.metrics | step_metrics(examples, output, config)
-        await _answer(trainer.optim_step(_adam(config)), "the optimizer step", _CALL_S)
+        # Momentum alone must not move the weights.
+        if has_signal(prepared.batch, range(prepared.batch.rows)):
+            metrics = prepared.metrics | await _one_update(trainer, examples, config)
+        else:
+            metrics = prepared.metrics | {"loss": 0.0, "tokens_scored": 0.0, "no_signal": 1.0}
         metrics["seconds_train"] = time.monotonic() - started
         started = time.monotonic()
         run.samplers[current + 1], step = await self._publish(run.store, trainer, current + 1, metrics)
@@ -239,6 +243,20 @@ class TinkerBackend:
         service, self._service = self._service, None
         if service is not None:
             await _answer(service.close("success"), "the end of the session", _CLOSE_S)
+
+
+async def _one_update(trainer: Any, examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
+    """Forward, backward, the checks of what the service computed, and the optimizer's step. Returns metrics."""
+    low, high = config.clip_range
+    passed = trainer.forward_backward(
+        [_datum(example.inputs_T, loss_inputs(example, config.loss)) for example in examples],
+        config.loss,
+        loss_fn_config={"clip_low_threshold": low, "clip_high_threshold": high},
+    )
+    output = await _answer(passed, "the forward and backward pass", _CALL_S)
+    metrics = step_metrics(examples, output, config)
+    await _answer(trainer.optim_step(_adam(config)), "the optimizer step", _CALL_S)
+    return metrics | {"no_signal": 0.0}
 
 
 def _endpoint(backend: TinkerBackend, model: TrainableModel) -> ChatEndpoint:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lockstep.config import unsupported
 from lockstep.errors import DataError, MismatchError, TrainerError
-from lockstep.tokens.batch import PackedBatch, total_weight
+from lockstep.tokens.batch import PackedBatch, total_weight, unpacked_weight
 
 if TYPE_CHECKING:
     from lockstep.config import LoraConfig, TrainConfig
@@ -64,21 +64,28 @@ def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, boo
 def check_train_config(config: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that the service can't honour."""
     refused = (
-        ("kl_coef", config.kl_coef > 0, "the service's losses have no KL penalty"),
-        ("old_logprobs", config.old_logprobs != "sampling", "the service's losses divide by the sampling policy"),
-        ("minibatches", config.minibatches > 1, "a batch is one optimizer step"),
-        ("row_length", config.row_length is not None, "the service packs the sequences itself"),
-        ("share_prefixes", not config.share_prefixes, "the service packs the sequences itself"),
-        ("seed", config.seed != 0, "nothing in the step is random here"),
+        ("kl_coef", config.kl_coef, config.kl_coef > 0, "the service's losses have no KL penalty"),
+        (
+            "old_logprobs",
+            config.divides_by,
+            config.divides_by != "sampling",
+            "the service's losses divide by the sampling policy"
+            + ("; for gspo set old_logprobs, clip_low and clip_high" if config.old_logprobs is None else ""),
+        ),
+        ("clip_dual", config.clip_dual, config.clip_dual is not None, "the service's ppo has no second clip"),
+        ("minibatches", config.minibatches, config.minibatches > 1, "a batch is one optimizer step"),
+        ("row_length", config.row_length, config.row_length is not None, "the service packs the sequences itself"),
+        ("share_prefixes", False, not config.share_prefixes, "the service packs the sequences itself"),
+        ("seed", config.seed, config.seed != 0, "nothing in the step is random here"),
     )
-    for setting, wrong, why in refused:
+    for setting, value, wrong, why in refused:
         if wrong:
-            raise unsupported(setting, getattr(config, setting), _NAME, why)
+            raise unsupported(setting, value, _NAME, why)
 
 
 def examples_of(batch: PackedBatch) -> list[Example]:
     """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a temperature other than 1."""
-    weight = total_weight(batch)
+    weight = total_weight(batch) + unpacked_weight(batch)
     found = []
     for number, name in enumerate(batch.sequence_ids):
         row, path = int(batch.row_Q[number]), batch.path_index(number)

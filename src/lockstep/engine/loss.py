@@ -8,7 +8,8 @@ batch gives.
 Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64),
 natural logs.
 
-Sources: PPO arXiv 1707.06347; CISPO arXiv 2506.13585; GSPO arXiv 2507.18071; k3 estimator: J. Schulman, "Approximating
+Sources: PPO arXiv 1707.06347, its dual clip arXiv 1912.09729 (eq. 5);
+CISPO arXiv 2506.13585; GSPO arXiv 2507.18071; k3 estimator: J. Schulman, "Approximating
 KL divergence" (2020), as a penalty in GRPO arXiv 2402.03300; truncated importance sampling: Ionides 2008 and, between
 engines, "Your efficient RL framework secretly brings you off-policy RL training" (2025); IcePop: arXiv 2510.18855.
 """
@@ -25,8 +26,19 @@ from lockstep.config import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.tokens.batch import ScoredRow
 
-MISMATCH_KEYS = ("kl", "mismatch", "mismatch_pct", "mismatch_max", "mismatch_kl", "picks_differ", "ess")
-"""Metrics that compare the server with the trainer: only those of the first optimizer step of a batch mean that."""
+COMPARED = (
+    "compared",
+    "kl",
+    "importance_raw",
+    "importance_squared",
+    "current",
+    "drift_abs",
+    "sampling_abs",
+    "drift_kl",
+)
+"""Sums that compare the server with the trainer: only those of the weights before the first update mean that."""
+TOPS = ("top_tokens", "top1", "top20")
+"""The same, of the most likely tokens, where the rollouts bring them."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +78,22 @@ def cispo(new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: f
     return -ratio_P.clamp(low, high) * advantage_P * new_P, clipped_P
 
 
-def ppo_clip(new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate: `-min(r A, clip(r, low, high) A)` with r = new/old.
+def ppo_clip(
+    new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float, dual: float = float("inf")
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate: `-min(r A, clip(r, low, high) A)` with r = new/old; where A < 0 it ends at `-dual A`.
 
-    Returns (loss per pair, bool: the clip cut the gradient).
+    Without the second clip, one token that the old policy all but excluded can outweigh a batch.
+    Returns (loss per pair, bool: a clip cut the gradient).
     """
     ratio_P = (new_P - old_P).exp()
     free_P, bound_P = ratio_P * advantage_P, ratio_P.clamp(low, high) * advantage_P
-    return -torch.minimum(free_P, bound_P), (bound_P < free_P).detach()
+    loss_P, clipped_P = -torch.minimum(free_P, bound_P), bound_P < free_P
+    if dual < float("inf"):
+        most_P = -dual * advantage_P
+        beyond_P = (advantage_P < 0) & (loss_P > most_P)
+        loss_P, clipped_P = torch.where(beyond_P, most_P, loss_P), clipped_P | beyond_P
+    return loss_P, clipped_P.detach()
 
 
 def sum_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
@@ -152,9 +172,11 @@ def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
     weight_P = scored.weight_Q[scored.sequence_P]
     if config.loss == "gspo":
         loss_P, clipped_P = gspo(new_P, old_P, scored.advantage_Q, scored.sequence_P, low, high)
+    elif config.loss == "ppo":
+        advantage_P = scored.advantage_Q[scored.sequence_P]
+        loss_P, clipped_P = ppo_clip(new_P, old_P, advantage_P, low, high, config.dual_clip)
     else:
-        function = cispo if config.loss == "cispo" else ppo_clip
-        loss_P, clipped_P = function(new_P, old_P, scored.advantage_Q[scored.sequence_P], low, high)
+        loss_P, clipped_P = cispo(new_P, old_P, scored.advantage_Q[scored.sequence_P], low, high)
     sums = _base_sums(scored, weight_P, clipped_P)
     correction_P = importance_weight_P(scored, config)
     if correction_P is not None:
@@ -173,18 +195,26 @@ def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
 
 def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str, Tensor]:
     new_N = scored.new_N.detach()
-    drift_N = new_N - scored.sampling_N
-    ratio_N = (new_N - scored.old_N).exp()
-    importance_N = drift_N.exp()
-    kl_N = kl_k3(scored.sampling_N, new_N)
-    current_N = _current(scored)
-    count = new_N.new_tensor
     sums = {
         "weight": weight_P.sum(),
-        "pairs": count(float(len(weight_P))),
-        "tokens": count(float(len(new_N))),
+        "pairs": new_N.new_tensor(float(len(weight_P))),
+        "tokens": new_N.new_tensor(float(len(new_N))),
         "clipped": clipped_P.sum().to(new_N.dtype),
-        "ratio": ratio_N.sum(),
+        "ratio": (new_N - scored.old_N).exp().sum(),
+    }
+    if scored.entropy_N is not None:
+        sums["entropy"] = scored.entropy_N.detach().sum()
+    return sums | compared_sums(scored)
+
+
+def compared_sums(scored: Scored) -> dict[str, Tensor]:
+    """How far the server's log-probabilities are from these, as the sums named in `COMPARED`."""
+    drift_N = scored.new_N.detach() - scored.sampling_N
+    importance_N = drift_N.exp()
+    kl_N = kl_k3(scored.sampling_N, scored.new_N.detach())
+    current_N = _current(scored)
+    return {
+        "compared": drift_N.new_tensor(float(len(drift_N))),
         "importance_raw": importance_N.sum(),
         "importance_squared": importance_N.square().sum(),
         "kl": kl_N.sum(),  # tokens were sampled from `sampling`: KL(sampling || new)
@@ -193,9 +223,6 @@ def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str,
         "sampling_abs": (scored.sampling_N.abs() * current_N).sum(),
         "drift_kl": (kl_N * current_N).sum(),
     }
-    if scored.entropy_N is not None:
-        sums["entropy"] = scored.entropy_N.detach().sum()
-    return sums
 
 
 def _current(scored: Scored) -> Tensor:
@@ -206,12 +233,16 @@ def _current(scored: Scored) -> Tensor:
 
 def _maxima(scored: Scored) -> dict[str, Tensor]:
     new_N = scored.new_N.detach()
+    ratio = (new_N - scored.old_N).exp().max() if len(new_N) else new_N.new_zeros(())
+    return {"ratio_max": ratio} | compared_maxima(scored)
+
+
+def compared_maxima(scored: Scored) -> dict[str, Tensor]:
+    """The largest difference between trainer and server on a token that the trained step sampled."""
+    new_N = scored.new_N.detach()
     if not len(new_N):
-        return {"ratio_max": new_N.new_zeros(()), "mismatch_max": new_N.new_zeros(())}
-    return {
-        "ratio_max": (new_N - scored.old_N).exp().max(),
-        "mismatch_max": ((new_N - scored.sampling_N).abs() * _current(scored)).max(),
-    }
+        return {"mismatch_max": new_N.new_zeros(())}
+    return {"mismatch_max": ((new_N - scored.sampling_N).abs() * _current(scored)).max()}
 
 
 def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -227,7 +258,7 @@ def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Metrics of an optimizer step from its global sums.
+    """Metrics of a step from its global sums, over all its updates.
 
     loss, loss_policy, kl_reference: means over pairs by weight. clip_fraction: share of pairs whose weight or gradient
     was clipped.
@@ -240,14 +271,14 @@ def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tens
     also the trainer's, where the rollouts bring them (`tokens/top.py`), over the same tokens as `mismatch`.
     """
     value = {name: float(total) for name, total in sums.items()}
-    weight, tokens, pairs = (value[name] or 1.0 for name in ("weight", "tokens", "pairs"))
+    weight, tokens, pairs, compared = (value[name] or 1.0 for name in ("weight", "tokens", "pairs", "compared"))
     metrics = {
         "loss": value["loss"] / weight,
         "loss_policy": value["loss_policy"] / weight,
         "clip_fraction": value["clipped"] / pairs,
         "ratio_mean": value["ratio"] / tokens,
-        "kl": value["kl"] / tokens,
-        "ess": value["importance_raw"] ** 2 / (tokens * value["importance_squared"] or 1.0),
+        "kl": value["kl"] / compared,
+        "ess": value["importance_raw"] ** 2 / (compared * value["importance_squared"] or 1.0),
         "tokens_scored": value["tokens"],
     }
     tops = {name: float(top) for name, top in maxima.items()}

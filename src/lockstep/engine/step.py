@@ -20,26 +20,33 @@ from torch import Tensor
 from lockstep.config import TrainConfig
 from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
-from lockstep.engine.exchange import broadcast_json
+from lockstep.engine.gates import (
+    Sums,
+    check_average,
+    check_records,
+    check_tokens,
+    gather_sums,
+    picks_that_differ,
+)
 from lockstep.engine.head import linear_logprob, most_likely
 from lockstep.engine.loss import (
-    MISMATCH_KEYS,
     LossSums,
+    compared_maxima,
+    compared_sums,
     finish_metrics,
     policy_loss,
-    reduce_sums,
     scored_tensors,
 )
 from lockstep.engine.optimizer import Rates
 from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.recompute import plan as plan_recompute
 from lockstep.engine.regions import Compiled, compile_clock
-from lockstep.engine.routes import account_of_row, check_routes
+from lockstep.engine.routes import check_routes
 from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padded_length, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
-from lockstep.errors import DataError, MismatchError, TrainerError
-from lockstep.tokens.batch import PackedBatch, ScoredRow, scored_row, total_weight
+from lockstep.errors import DataError
+from lockstep.tokens.batch import PackedBatch, ScoredRow, has_signal, scored_row, total_weight, unpacked_weight
 from lockstep.tokens.pack import minibatch_rows
 from lockstep.tokens.top import TOP, hits
 
@@ -190,10 +197,13 @@ def train_step(
 ) -> dict[str, float]:
     """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
 
+    A minibatch without signal (every advantage is 0, and no KL penalty) is not computed and changes nothing. If that is all of
+    them, so is the whole step.
+
     Raises TrainerError when a loss or gradient is not finite and MismatchError when server and trainer disagree by more than
-    `config.max_mismatch` on average or `config.max_token_mismatch` on one token: both before the
-    first update, with weights unchanged. After a failure in a later minibatch the weights are those of the updates before it; `load`
-    the last published step.
+    `config.max_mismatch` on average or `config.max_token_mismatch` on one token. Every token that the trained step sampled counts,
+    whatever its minibatch: both are decided before the first update, with weights unchanged. After a failure in a later minibatch
+    the weights are those of the updates before it; `load` the last published step.
     """
     clock = Clock(report)
     if batch.rows % config.minibatches:
@@ -201,19 +211,31 @@ def train_step(
             f"a batch of {batch.rows} rows was not packed for {config.minibatches} minibatches; pack it for as many"
         )
     parts = [list(minibatch_rows(batch.rows, config.minibatches, index)) for index in range(config.minibatches)]
+    trained = [number for number, part in enumerate(parts) if config.kl_coef > 0 or has_signal(batch, part)]
+    if not trained:
+        return _without_signal(session, config, clock)
     with clock.phase("prepare"):
         work = [prepare(session, batch, part) for part in parts]
         check_routes(batch, [micro.row for part in work for micro in part], session.config)
         recomputed = plan_recompute(session, max(micro.row.length for part in work for micro in part))
     references = _reference_logprobs(session, work, reference, clock)
-    olds = _old_logprobs(session, work, config, clock)
-    results = []
-    for number, micro_batches in enumerate(work):
-        weight = total_weight(batch, parts[number])
-        results.append(
-            _update(session, micro_batches, weight, config, olds[number], references[number], clock, number == 0)
-        )
-    return _summary(session, batch, results, clock) | {"layers_recomputed": float(recomputed)}
+    before = _compare(session, work, config, clock) if len(work) > 1 else None
+    updates = []
+    for number in trained:
+        weight = total_weight(batch, parts[number]) + unpacked_weight(batch) / len(parts)
+        # The first update differentiates the very policy that is the old one.
+        olds = None if before is None or number == trained[0] else before.logprobs[number]
+        updates.append(_update(session, work[number], weight, config, olds, references[number], clock, before is None))
+    skipped = len(parts) - sum(update.norm > 0 for update in updates)
+    metrics = _summary(session, batch, before, updates, clock)
+    return metrics | {"layers_recomputed": float(recomputed), "updates_skipped": float(skipped)}
+
+
+def _without_signal(session: Session, config: TrainConfig, clock: Clock) -> dict[str, float]:
+    """Metrics of a step that nothing was computed for."""
+    zeros = dict.fromkeys(("loss", "loss_policy", "grad_norm", "tokens", "tokens_scored"), 0.0)
+    zeros |= {"updates": float(session.optimizer.count), "updates_skipped": float(config.minibatches)}
+    return zeros | {"no_signal": 1.0} | {f"seconds_{name}": value for name, value in clock.seconds.items()}
 
 
 def _reference_logprobs(
@@ -225,14 +247,56 @@ def _reference_logprobs(
         return [_logprobs(session, part) for part in work]
 
 
-def _old_logprobs(
-    session: Session, work: Sequence[Sequence[MicroBatch]], config: TrainConfig, clock: Clock
-) -> list[list[Tensor] | None]:
-    """With one update the policy before it is the one being differentiated, so no pass of its own is needed."""
-    if config.old_logprobs == "sampling" or len(work) == 1:
-        return [None] * len(work)
+@dataclass(frozen=True)
+class Compared:
+    """The batch under the weights before the first update: log-probabilities of each minibatch, and how far the server's are."""
+
+    logprobs: list[list[Tensor]]
+    sums: Sums
+    maxima: Sums
+    picks: Sums
+
+
+def _compare(session: Session, work: Sequence[Sequence[MicroBatch]], config: TrainConfig, clock: Clock) -> Compared:
+    """A forward pass over all minibatches, which one update would not need: the policy before it is the one that is differentiated."""
+    every = [micro for part in work for micro in part]
+    logprobs: list[Tensor] = [torch.empty(0)] * len(every)
+    rows: list[LossSums] = []
+    worst: list[Worst] = []
+
+    def last(number: int, hidden: Tensor) -> None:
+        scored = every[number].scored
+        new_N, _ = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        logprobs[number] = new_N
+        tensors = scored_tensors(scored, new_N)
+        sums = compared_sums(tensors)
+        if scored.top_PC is not None:
+            sums |= _top_sums(session, hidden, scored)
+        rows.append(LossSums(new_N.new_zeros(()), sums, compared_maxima(tensors)))
+        if config.max_token_mismatch is not None:
+            worst.append(worst_token(scored, new_N, config.max_token_mismatch))
+
     with clock.phase("old_logprobs"):
-        return [_logprobs(session, part) for part in work]
+        session.model.replayed.clear()
+        forward_only(session.model, [micro.row for micro in every], last, _shard(session))
+    check_records(session, every)
+    if config.max_token_mismatch is not None:
+        check_tokens(session, worst, config.max_token_mismatch)
+    sums, maxima = gather_sums(session, rows, every)
+    check_average(session, sums, config.max_mismatch)
+    size = len(work[0])
+    parts = [logprobs[first : first + size] for first in range(0, len(every), size)]
+    return Compared(parts, sums, maxima, picks_that_differ(session))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came of one minibatch. norm: of its gradient; 0: the optimizer took no step."""
+
+    sums: Sums
+    maxima: Sums
+    picks: Sums
+    norm: float
 
 
 def _update(
@@ -243,8 +307,9 @@ def _update(
     olds: Sequence[Tensor] | None,
     references: Sequence[Tensor] | None,
     clock: Clock,
-    first: bool,
-) -> dict[str, float]:
+    only: bool,
+) -> Update:
+    """One optimizer step. only: of a batch that has no other, so that its forward pass is the one to compare with the server."""
     if weight <= 0:
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
@@ -253,19 +318,15 @@ def _update(
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
         new_N, entropy_N = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
-        old_N = (
-            new_N.detach()
-            if config.old_logprobs == "trainer" and olds is None
-            else None
-            if olds is None
-            else olds[number]
-        )
+        old_N = None
+        if config.divides_by == "trainer":
+            old_N = new_N.detach() if olds is None else olds[number]
         reference_N = None if references is None else references[number]
         loss = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), old_N, reference_N), config)
-        if first and scored.top_PC is not None:
+        if only and scored.top_PC is not None:
             loss.sums.update(_top_sums(session, hidden.detach(), scored))
         losses.append(loss)
-        if first and config.max_token_mismatch is not None:
+        if only and config.max_token_mismatch is not None:
             worst.append(worst_token(scored, new_N.detach(), config.max_token_mismatch))
         return loss.loss / weight
 
@@ -274,97 +335,33 @@ def _update(
         session.model.replayed.clear()
         forward_backward(session.model, [w.row for w in work], last, _shard(session))
     check_records(session, work)
-    if first and config.max_token_mismatch is not None:
-        _check_tokens(session, worst, config.max_token_mismatch)
-    metrics = _gather_metrics(session, losses, work) | picks_that_differ(session)
-    if first and config.max_mismatch is not None and metrics.get("mismatch", 0.0) > config.max_mismatch:
-        session.optimizer.zero()
-        raise MismatchError(
-            f"server and trainer disagree by {metrics['mismatch']:.4f} nats per token on average, more than max_mismatch = "
-            f"{config.max_mismatch}; weights are unchanged: check that the server holds the version the rollouts name"
-        )
+    if only and config.max_token_mismatch is not None:
+        check_tokens(session, worst, config.max_token_mismatch)
+    sums, maxima = gather_sums(session, losses, work)
+    if only:
+        check_average(session, sums, config.max_mismatch)
     with clock.phase("optimizer"):
         norm = session.optimizer.reduce()
-        session.optimizer.step(
-            Rates(config.learning_rate, config.betas, config.eps, config.weight_decay, config.max_grad_norm), norm
-        )
-    return metrics | {"grad_norm": norm}
-
-
-def _check_tokens(session: Session, found: Sequence[Worst], limit: float) -> None:
-    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the worst."""
-    mine = max(found, key=lambda one: one.excess, default=Worst())
-    everyone: list[Worst] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    worst = max(everyone, key=lambda one: one.excess)
-    if worst.excess > 0:
-        session.optimizer.zero()
-        raise MismatchError(
-            f"{worst.name}: server and trainer disagree by {worst.difference:.2e} nats on a token of log-probability "
-            f"{worst.logprob:.4f}, more than max_token_mismatch = {limit:g}; weights are unchanged"
-        )
-
-
-def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
-    """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
-    if not session.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
-        return
-    sums = torch.zeros(2, dtype=torch.int64, device=device())
-    sums[0] = session.model.replayed.used
-    if groups.first_of_replica():
-        for micro in work:
-            assert micro.row.routes_SLK is not None
-            sums[1] += account_of_row(micro.row.routes_SLK, micro.row.index)
-    dist.all_reduce(sums)
-    used, recorded = sums.tolist()
-    if used != recorded:
-        session.optimizer.zero()
-        raise TrainerError(
-            "expert replay is broken: the routers did not use every recorded choice exactly once, at its own token and layer; "
-            "weights are unchanged. Train with enable_expert_replay=False, and report this with the parallel sizes"
-        )
-
-
-def picks_that_differ(session: Session) -> dict[str, float]:
-    """`picks_differ`: share of the replayed picks that the routers here would not have made. Nothing without replay."""
-    if not session.config.is_moe:
-        return {}
-    counts = session.model.replayed.picks.clone()
-    dist.all_reduce(counts)
-    differing, compared = counts.tolist()
-    return {"picks_differ": differing / compared} if compared else {}
-
-
-def _gather_metrics(session: Session, losses: Sequence[LossSums], work: Sequence[MicroBatch]) -> dict[str, float]:
-    """The same metrics on every rank. Raises TrainerError, also everywhere, if a row's loss is not finite."""
-    message: dict[str, Any] = {}
-    if session.model.post_process:
-        sums, maxima = reduce_sums(losses)
-        group = groups.data()
-        for values, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-            names = sorted(values)
-            stacked = torch.stack([values[name].double() for name in names])
-            dist.all_reduce(stacked, operation, group=group)
-            values.update(zip(names, stacked.cpu(), strict=True))
-        if np.isfinite(float(sums["loss"])):
-            message = {"metrics": finish_metrics(sums, maxima)}
-        else:
-            bad = [w.scored.names_Q for w, part in zip(work, losses, strict=True) if not part.loss.isfinite()]
-            message = {"bad": ", ".join(bad[0][:4]) if bad else "on another data-parallel rank"}
-    message = broadcast_json(message, groups.last_stage(), groups.pipeline())
-    if "bad" in message:
-        session.optimizer.zero()
-        raise TrainerError(
-            f"the loss is not finite (sequences {message['bad']}); weights are unchanged, check rewards and logprobs"
-        )
-    return message["metrics"]
+        if norm > 0:
+            session.optimizer.step(
+                Rates(config.learning_rate, config.betas, config.eps, config.weight_decay, config.max_grad_norm), norm
+            )
+        else:  # nothing to learn from, and momentum alone must not move the weights
+            session.optimizer.zero()
+    return Update(sums | {"weight": weight}, maxima, picks_that_differ(session), norm)
 
 
 def _summary(
-    session: Session, batch: PackedBatch, results: Sequence[dict[str, float]], clock: Clock
+    session: Session, batch: PackedBatch, before: Compared | None, updates: Sequence[Update], clock: Clock
 ) -> dict[str, float]:
-    metrics = {name: float(np.mean([r[name] for r in results if name in r])) for name in results[0]}
-    metrics |= {name: results[0][name] for name in MISMATCH_KEYS if name in results[0]}
+    """Sums of all updates are added up, maxima are maxima; what compares server and trainer is of the weights before the first."""
+    sums = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
+    maxima = {name: max(update.maxima[name] for update in updates) for name in updates[0].maxima}
+    if before is not None:
+        sums, maxima = sums | before.sums, maxima | before.maxima
+    metrics = finish_metrics(sums, maxima) | (updates[0] if before is None else before).picks
+    metrics["grad_norm"] = float(np.mean([update.norm for update in updates]))
+    metrics["no_signal"] = float(not any(update.norm > 0 for update in updates))
     used = int((batch.nodes_RS >= 0).sum())
     metrics |= {"tokens": float(used), "padding_share": 1.0 - used / batch.nodes_RS.size, "rows": float(batch.rows)}
     metrics |= {"updates": float(session.optimizer.count), "peak_memory_bytes": float(peak_memory())}

@@ -53,6 +53,8 @@ class PackedBatch:
     current_RS: np.ndarray | None = None
     # int32, ids that the server held most likely in the place of each pair's token, best first, -1 where unknown; None: everywhere
     top_PC: np.ndarray | None = None
+    # float64 [1], weight of the scored tokens that were left out because they add nothing to a gradient; None: of none
+    unpacked_weight: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -134,14 +136,26 @@ def scored_row(batch: PackedBatch, row: int) -> ScoredRow:
 
 
 def total_weight(batch: PackedBatch, rows: Iterable[int] | None = None) -> float:
-    """Sum of the weights of all (sequence, scored token) pairs in `rows` (None: all): what a loss sum is divided by.
-    float64.
+    """Sum of the weights of all (sequence, scored token) pairs in `rows` (None: all), in float64.
+
+    What a loss sum is divided by is this and `unpacked_weight`, which minibatches share evenly.
     """
     counts_Q = np.diff(batch.scored_offsets_Q)
     weight_Q = batch.sequence_weight_Q.astype(np.float64) * counts_Q
     if rows is not None:
         weight_Q = weight_Q[np.isin(batch.row_Q, list(rows))]
     return float(weight_Q.sum())
+
+
+def unpacked_weight(batch: PackedBatch) -> float:
+    """Weight of the scored tokens of the batch that were left out of it. They count where a loss is normalised."""
+    return 0.0 if batch.unpacked_weight is None else float(batch.unpacked_weight[0])
+
+
+def has_signal(batch: PackedBatch, rows: Iterable[int]) -> bool:
+    """Whether a scored token in `rows` has an advantage; without, the policy loss has no gradient."""
+    carries_Q = (np.diff(batch.scored_offsets_Q) > 0) & (batch.sequence_advantage_Q * batch.sequence_weight_Q != 0)
+    return bool(carries_Q[np.isin(batch.row_Q, list(rows))].any())
 
 
 def unpack_scores(batch: PackedBatch, values_RS: np.ndarray) -> list[np.ndarray]:

@@ -303,7 +303,7 @@ def load_batch(path: str | Path) -> PackedBatch:
                     f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: pack the batch again"
                 )
             names = set(file.keys())
-            if lost := set(_ARRAYS) - names - {"routes_RSLK", "current_RS", "top_PC"}:
+            if lost := set(_ARRAYS) - names - {"routes_RSLK", "current_RS", "top_PC", "unpacked_weight"}:
                 raise DataError(f"{path} lacks {sorted(lost)[0]}: the file is damaged, pack the batch again")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in names}
     except (SafetensorError, OSError) as error:

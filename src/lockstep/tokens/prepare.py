@@ -61,7 +61,7 @@ def _select(groups: Sequence[TrajectoryGroup]) -> _Selected:
 
 def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> np.ndarray:
     """Weight of one scored token of each sequence. `owner_Q` numbers the trajectory a sequence belongs to."""
-    if config.token_normalization == "token":
+    if config.weighs_by == "token":
         return np.ones(len(scored_Q))
     return 1 / np.bincount(owner_Q, weights=scored_Q)[owner_Q]
 
@@ -90,7 +90,9 @@ def prepare(
     advantages: list[float] = []
     for number, group in selected.groups.items():
         rewards = [trajectory.reward for trajectory in group.trajectories]
-        advantages += group_advantages(rewards, config.advantage_normalization, f"group {number}").tolist()
+        advantages += group_advantages(
+            rewards, config.advantage_normalization, f"group {number}", config.reward_eps
+        ).tolist()
         for index, trajectory in enumerate(group.trajectories):
             one = tokenize(trajectory, model_name, number, index, routes)
             check_staleness(one.steps, step, config.max_steps_off_policy, f"group {number}, trajectory {index}")
@@ -99,10 +101,13 @@ def prepare(
     fitted = fit([sequence for one in tokenized for sequence in one.sequences], config.row_length, config.over_length)
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
+    advantage_Q, weight_Q = np.array(advantages)[owner_Q], _weights(config, scored_Q, owner_Q)
+    trained_Q = _trained(config, advantage_Q, np.array([sequence.group for sequence in fitted.sequences]))
+    sequences = [sequence for sequence, trained in zip(fitted.sequences, trained_Q, strict=True) if trained]
     batch = pack(
-        fitted.sequences,
-        np.array(advantages)[owner_Q],
-        _weights(config, scored_Q, owner_Q),
+        sequences,
+        advantage_Q[trained_Q],
+        weight_Q[trained_Q],
         row_length=config.row_length,
         seed=config.seed + step,
         share_prefixes=config.share_prefixes,
@@ -110,13 +115,30 @@ def prepare(
         data=data,
         multiple=multiple,
     )
-    batch = replace(batch, current_RS=_current(batch, fitted.sequences, step), top_PC=_top(fitted.sequences))
+    left_out = np.array([(weight_Q * scored_Q)[~trained_Q].sum()])
+    batch = replace(
+        batch, current_RS=_current(batch, sequences, step), top_PC=_top(sequences), unpacked_weight=left_out
+    )
     metrics = _rollout_metrics(selected, groups, tokenized, step)
     metrics |= {"sequences_truncated": float(len(fitted.truncated)), "sequences_dropped": float(len(fitted.dropped))}
     metrics |= {"groups_without_signal": _without_signal(selected, advantages)}
+    metrics |= {"sequences_not_computed": float((~trained_Q).sum())}
     if routes is not None:
-        metrics |= _route_metrics(tokenized, fitted.sequences)
+        metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch))
+
+
+def _trained(config: TrainConfig, advantage_Q: np.ndarray, group_Q: np.ndarray) -> np.ndarray:
+    """bool `[Q]`: sequences to compute. Without a KL penalty those of a group without signal add exactly nothing to the gradient.
+
+    They still count where the loss is normalised, so that leaving them out changes no update (as in TRL and verl, where they are
+    computed). All stay where too few would be left for the minibatches; the trainer then finds out which have no signal.
+    """
+    every_Q = np.ones(len(advantage_Q), dtype=bool)
+    if config.kl_coef > 0:
+        return every_Q
+    trained_Q = np.isin(group_Q, group_Q[advantage_Q != 0])
+    return trained_Q if trained_Q.sum() >= config.minibatches else every_Q
 
 
 def _current(batch: PackedBatch, sequences: list[TokenSequence], step: int) -> np.ndarray:

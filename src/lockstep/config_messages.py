@@ -1,0 +1,51 @@
+"""What is wrong with a setting, as one line that names the setting."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+def unknown(key: str, known: Iterable[str], where: str) -> str:
+    """One line about a key that `where` does not have, with the closest ones it has."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
+    return f"{where} has no setting {key!r}: {hint}"
+
+
+def describe(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    """The first problem of a pydantic ValidationError as one line that names the setting."""
+    errors = error.errors(include_url=False)
+    # A misspelt key also makes the right one "missing"; the misspelling is the problem to name.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        parent = _schema_at(schema, location[:-1])
+        if parent is not None:
+            section = where if len(location) == 1 else f"{where} [{'.'.join(location[:-1])}]"
+            return unknown(location[-1], parent.model_fields, section)
+    if first["type"] == "missing":
+        return f"{where}: {name} is missing, it must be set"
+    message = first["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{where}: {message}"
+    return f"{where}: {name} = {first['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _schema_at(schema: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
+    """The model that a path of field names leads to; None if it leads elsewhere."""
+    for part in location:
+        field = schema.model_fields.get(part)
+        if field is None:
+            return None
+        candidates = [field.annotation, *get_args(field.annotation)]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return None
+        schema = models[0]
+    return schema
