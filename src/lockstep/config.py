@@ -228,7 +228,7 @@ class TrainConfig(Config):
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.99), description="AdamW moment decays, each in [0, 1)")
     eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled weight decay")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled weight decay, of matrices only")
     row_length: int | None = Field(
         default=None,
         gt=0,

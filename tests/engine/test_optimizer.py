@@ -104,3 +104,43 @@ def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
     other = Optimizer(trainables([nn.Parameter(torch.zeros(5, 8))]), Parallel(), tied=False)
     with pytest.raises(WeightsError, match=r"hf0.*\[5, 7\].*\[5, 8\]"):
         read_state(other, tmp_path)
+
+
+def matrices(name: str) -> bool:
+    """What decays, by Hugging Face name: the weights of linear layers, routers and experts, and an LM head of its own."""
+    kept = ("norm.weight", "bias", "A_log", "conv1d.weight", "embed_tokens.weight")
+    return not name.endswith(kept)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3"])
+def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, tmp_path: Path) -> None:
+    """One step without a gradient, all weights trained: matrices shrink by lr x decay, everything else keeps every bit."""
+    from lockstep.config import Parallel
+    from lockstep.engine.optimizer import Rates
+    from lockstep.engine.optimizer_state import write_state
+    from lockstep.engine.session import Settings, open_session
+    from lockstep.families.tiny import write_tiny
+
+    overrides = {"num_hidden_layers": 4 if "3_5" in family else 2, "hidden_size": 32}
+    model = write_tiny(family, tmp_path / "model", overrides=overrides)
+    session = open_session(Settings(str(model), Parallel(), dtype="bfloat16"))
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+    write_state(session.optimizer, tmp_path / "before", session.shapes)
+    session.optimizer.step(Rates(1e-2, weight_decay=0.1), 0.0)
+    write_state(session.optimizer, tmp_path / "after", session.shapes)
+    before, after = (load_file(tmp_path / name / "optimizer.safetensors") for name in ("before", "after"))
+    names = [name for name in before if name.startswith("master/")]
+    kinds = {matrices(name) for name in names}
+    assert kinds == {True, False}
+    for name in names:
+        expected = before[name] * (1 - 1e-3) if matrices(name) else before[name]
+        torch.testing.assert_close(after[name], expected, rtol=1e-6 if matrices(name) else 0, atol=0)
+
+
+def test_a10_a_tied_head_on_another_stage_is_an_embedding() -> None:
+    from lockstep.engine.decay import decays
+
+    assert not decays("output_layer.weight", tied=True)
+    assert decays("output_layer.weight", tied=False)
+    assert decays("decoder.layers.0.self_attention.linear_qkv.adapter.lora_A.q_proj", tied=True)

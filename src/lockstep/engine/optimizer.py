@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lockstep.config import Parallel
+from lockstep.engine.decay import decays
 from lockstep.engine.device import device
 from lockstep.engine.gradients import counts_here, replica_group, sum_group, sum_over
 from lockstep.engine.trainable import Trainable
@@ -46,7 +47,7 @@ class Rates:
 
 
 class Bucket:
-    """Parameters with the same gradient sums. `low:high` is this replica's slice of the flat buffers."""
+    """Parameters with the same gradient sums, dtype and weight decay. `low:high` is this replica's slice of the flat buffers."""
 
     def __init__(
         self,
@@ -55,8 +56,10 @@ class Bucket:
         partial: ProcessGroup | None,
         counted: bool,
         master: torch.dtype | None = None,
+        decays: bool = True,
     ) -> None:
         self.trainables, self.group, self.partial, self.counted = list(trainables), group, partial, counted
+        self.decays = decays
         dtype = trainables[0].parameter.dtype
         self.offsets, total = [], 0
         for trainable in trainables:
@@ -116,7 +119,9 @@ class Bucket:
 def make_buckets(
     trainables: Sequence[Trainable], parallel: Parallel, tied: bool, master: torch.dtype | None = None
 ) -> list[Bucket]:
-    """Group parameters by what their gradients need. The order, and so every collective, is the same on all ranks of a group."""
+    """Group parameters by what their gradients need, dtype and weight decay. The order, and so every collective, is the same on all
+    ranks of a group.
+    """
     grouped: dict[tuple[object, ...], list[Trainable]] = {}
     for trainable in trainables:
         over = sum_over(trainable.name, parallel, tied)
@@ -125,12 +130,16 @@ def make_buckets(
             expert,
             over,
             trainable.domain if over == "none" else "",
-            counts_here(trainable, over),
             trainable.parameter.dtype,
+            decays(trainable.name, tied),
+            counts_here(trainable, over),
         )
         grouped.setdefault(key, []).append(trainable)
-    ordered = sorted(grouped.items(), key=lambda item: tuple(str(part) for part in item[0][:3]))
-    return [Bucket(ts, replica_group(ts[0]), sum_group(key[1]), bool(key[3]), master) for key, ts in ordered]  # pyright: ignore
+    ordered = sorted(grouped.items(), key=lambda item: tuple(str(part) for part in item[0][:5]))
+    return [
+        Bucket(ts, replica_group(ts[0]), sum_group(key[1]), bool(key[5]), master, bool(key[4]))  # pyright: ignore
+        for key, ts in ordered
+    ]
 
 
 class Optimizer:
@@ -195,7 +204,8 @@ class Optimizer:
 def _adamw(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, count: int) -> None:
     first, second = rates.betas
     master, average, square = bucket.master[piece], bucket.exp_avg[piece], bucket.exp_avg_sq[piece]
-    master.mul_(1 - rates.learning_rate * rates.weight_decay)
+    if bucket.decays:
+        master.mul_(1 - rates.learning_rate * rates.weight_decay)
     average.lerp_(gradient, 1 - first)
     square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
     root = (square.sqrt() / math.sqrt(1 - second**count)).add_(rates.eps)
@@ -204,4 +214,5 @@ def _adamw(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, count: 
 
 def _sgd(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, _count: int) -> None:
     master = bucket.master[piece]
-    master.add_(gradient.add(master, alpha=rates.weight_decay), alpha=-rates.learning_rate)
+    decay = rates.weight_decay if bucket.decays else 0.0
+    master.add_(gradient.add(master, alpha=decay), alpha=-rates.learning_rate)
