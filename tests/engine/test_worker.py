@@ -287,6 +287,46 @@ def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
     assert changed > 0.01
 
 
+@pytest.mark.usefixtures("groups")
+def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    """Anonymous memory while a step's weights are swapped in: no more than a few of its tensors, never all of them."""
+    from lockstep.config import Parallel
+    from lockstep.engine import session as sessions
+    from lockstep.engine.session import Settings, open_session, reference_weights, save_step
+
+    model = tiny(
+        "qwen3", tmp_path / "model", vocab_size=20_000, hidden_size=128, num_hidden_layers=8, intermediate_size=4096
+    )
+    session = open_session(Settings(str(model), Parallel()))
+    save_step(session, tmp_path / "s1")
+    expected = [bucket.weights.clone() for bucket in session.optimizer.buckets]
+    for bucket in session.optimizer.buckets:
+        bucket.weights.zero_()
+    total = 4 * sum(int(np.prod(shape)) for shape in session.shapes.values())
+    largest = 4 * max(int(np.prod(shape)) for shape in session.shapes.values())
+    assert total > 5 * largest
+    looked: list[int] = []
+    read, start = sessions.Masters.__getitem__, anonymous_bytes()
+
+    def watched(masters: Any, name: str) -> torch.Tensor:
+        looked.append(anonymous_bytes())
+        return read(masters, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions.Masters, "__getitem__", watched)
+        with reference_weights(session, tmp_path / "s1"):
+            looked.append(anonymous_bytes())
+            assert all(torch.equal(b.weights, e) for b, e in zip(session.optimizer.buckets, expected, strict=True))
+    assert len(looked) > 8
+    assert max(looked) - start < 2 * largest
+
+
+def anonymous_bytes() -> int:
+    """What this process holds of the host's memory that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # pyright: ignore[reportOptionalSubscript]
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "train_step": {"batch": "", "config": config(), "out": "nowhere"},
     "save": {"out": "nowhere"},

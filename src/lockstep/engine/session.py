@@ -257,14 +257,29 @@ def _write_adapter(session: Session, folder: Path, state: Path) -> None:
 def reference_weights(session: Session, folder: Path) -> Iterator[None]:
     """Another published step's weights in the model while the block runs; the present ones come back in any case."""
     try:
-        assign(session.trainables, _reference_tensors(session, folder))
+        if session.settings.lora is not None:
+            tensors, _ = read_adapter(folder / "adapter", session.sites, session.config, session.checkpoint.layout)
+            assign(session.trainables, tensors)
+        else:
+            file = StateFile(folder / "trainer" / FILE, private=True)
+            assign(session.trainables, Masters(file, session.shapes))
+            file.close()
         yield
     finally:
         session.optimizer.restore_weights()
 
 
-def _reference_tensors(session: Session, folder: Path) -> Mapping[str, Tensor]:
-    if session.settings.lora is not None:
-        tensors, _ = read_adapter(folder / "adapter", session.sites, session.config, session.checkpoint.layout)
-        return tensors
-    return dict(_masters(session, folder / "trainer"))
+class Masters(Mapping[str, Tensor]):
+    """The masters of a state file by tensor name, each a view of the file: what is read of one is not kept for the next."""
+
+    def __init__(self, file: StateFile, shapes: Mapping[str, Shape]) -> None:
+        self.file, self.shapes = file, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.file.view(f"master/{name}", self.shapes[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

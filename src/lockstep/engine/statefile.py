@@ -82,12 +82,15 @@ def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata
 
 
 class StateFile:
-    """An existing file, opened for reading, or also for writing rectangles into it."""
+    """An existing file, opened for reading, or also for writing rectangles into it.
 
-    def __init__(self, path: Path, writable: bool = False) -> None:
+    private: views can be written to, which changes this process's copy only. torch wants that of memory it looks at.
+    """
+
+    def __init__(self, path: Path, writable: bool = False, private: bool = False) -> None:
         self.path = path
         self.tensors = read_header(path)
-        self._bytes = np.memmap(path, np.uint8, mode="r+" if writable else "r")
+        self._bytes = np.memmap(path, np.uint8, mode="r+" if writable else "c" if private else "r")
 
     def metadata(self) -> dict[str, str]:
         length = int.from_bytes(self._bytes[:8].tobytes(), "little")
