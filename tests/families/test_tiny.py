@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from lockstep.errors import ConfigError
 from lockstep.families.registry import load_model_config
-from lockstep.families.tiny import parse_override, tiny_models, write_tiny
+from lockstep.families.tiny import parse_override, tiny_config, tiny_models, write_tiny
 
 KEYS = tuple(tiny_models())
 
@@ -129,3 +129,13 @@ def test_chat_template_grows_by_appending(tokenizer, tools: list | None, start: 
     tokens = tokenizer.encode(whole)
     assert tokens.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == whole.count("<|im_end|>")
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_b8_a_renamed_field_is_known_by_both_names(tmp_path):
+    """transformers 5.19 calls Qwen3-MoE's `num_experts` `num_local_experts`; a config.json and a user may say either."""
+    names = {"num_experts"} | {
+        old for pair in tiny_config("qwen3_moe", {}).attribute_map.items() for old in pair if "experts" in old
+    }
+    for name in sorted(names):
+        folder = write_tiny("qwen3_moe", tmp_path / name, overrides={name: 16, "num_hidden_layers": 2})
+        assert load_model_config(str(folder)).experts == 16

@@ -98,11 +98,13 @@ def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
     Raises ConfigError for an unknown family or field.
     """
     cls = _model_class(family).config_class
-    known = set(cls().to_dict()) | {*_ROPE, *_DERIVED, *_UNDECLARED, "dtype"}
+    # A field that transformers renamed keeps its `config.json` name as an attribute, and either may be asked for.
+    known = set(cls().to_dict()) | set(cls.attribute_map) | {*_ROPE, *_DERIVED, *_UNDECLARED, "dtype"}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} is no field of {cls.__name__}; known: {', '.join(sorted(known))}")
-    values = dict(_model(family).fields) | dict(overrides)
+    names: Mapping[str, str] = cls.attribute_map
+    values = {names.get(name, name): value for name, value in (*_model(family).fields.items(), *overrides.items())}
     rope = {name: values.pop(name) for name in _ROPE if name in values}
     values["rope_parameters"] = {"rope_type": "default", **values.get("rope_parameters", {}), **rope}
     return cls(**values)
