@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,12 +23,15 @@ from safetensors.numpy import save_file
 from lockstep.backends import start
 from lockstep.backends.trainer import Trainer
 from lockstep.chat import chat_with
+from lockstep.config import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
 from lockstep.families.registry import list_model_support_specs
 from lockstep.families.tiny import write_tiny
 from lockstep.live import LiveTable
 from lockstep.loop import Row
+from lockstep.runfile import BackendSection, TaskSection, load_run_file
 from lockstep.scoring import _sequences, read_lines
+from nothing_started import refused_at_once
 
 TASK = """
 def scenarios():
@@ -337,3 +341,60 @@ async def test_chat_reaches_its_own_server_and_a_refusal_is_one_line(server, mon
     with pytest.raises(ServerError, match="context length") as refused:
         await asyncio.to_thread(chat_with, tmp_path, "many words " * 500, None, Console(file=said))
     assert "\n" not in str(refused.value)
+
+
+def test_a_dry_run_shows_every_setting_and_starts_nothing(tmp_path, tiny_qwen3):
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="learning_rate = 3e-4", task="seed = 7")
+    result = lockstep("train", config, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    shown = {row[0]: row[1:] for row in rows if row}
+    assert shown["max_model_len"][:1] == ["4096"]
+    assert "positions" in shown["max_model_len"]
+    assert shown["dtype"][0] == "float32"
+    assert shown["tool_call_parser"][0] == "hermes"
+    assert shown["learning_rate"] == ["0.0003", "set"]
+    assert {*BackendSection.model_fields, *TaskSection.model_fields, *TrainConfig.model_fields} - {"placement"} <= {
+        *shown
+    }
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, tiny_qwen3):
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="[backend]\nparallel = { tensor = 3 }")
+    one_line(lockstep("train", config, "--dry-run", cwd=tmp_path), "tensor=3 does not divide", 2)
+    one_line(lockstep("train", config, cwd=tmp_path), "tensor=3 does not divide", 2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_tiny_model_leaves_nothing(tmp_path):
+    config = run_file(tmp_path, train='[tiny]\nfamily = "llama3"')
+    result = lockstep("train", config, "--tiny", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "llama3" in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_past_its_steps_is_refused_before_it_starts(tmp_path, tiny_qwen3):
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"')
+    for step in range(3):
+        folder = tmp_path / "runs" / "p" / "m" / "steps" / f"{step:04d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    one_line(lockstep("train", config, cwd=tmp_path), "has 2 steps already; raise [task] steps", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"task": "seed = -1"}, "task.seed = -1"),
+        ({"train": "minibatches = 65"}, "minibatches = 65 (x data = 1) is more than the 64 trajectories"),
+        (
+            {"model": 'base_model = "x"\nlora = { target_modules = "q_proj" }'},
+            "target_modules = 'q_proj': must be a list",
+        ),
+    ],
+)
+def test_what_the_file_alone_shows_is_refused_when_it_is_read(tmp_path, change, says):
+    with refused_at_once(re.escape(says)):
+        load_run_file(run_file(tmp_path, **change))

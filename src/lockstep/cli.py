@@ -59,6 +59,9 @@ def train(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="train a tiny model made here instead of the base model; needs no GPU")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show every setting with its reason, check them all, and start nothing")
+    ] = False,
 ) -> None:
     """Train a model on your own task: a TOML file and a short Python file with the rollout and the reward.
 
@@ -66,7 +69,7 @@ def train(
     """
     from lockstep.quickstart import run_file
 
-    raise SystemExit(asyncio.run(run_file(config, tiny, console)))
+    raise SystemExit(asyncio.run(run_file(config, tiny, console, dry_run)))
 
 
 @app.command()

@@ -59,8 +59,13 @@ class LoraConfig(Config):
     alpha: float = Field(default=32, gt=0, description="scale: the delta is (alpha / rank) B A")
     target_modules: tuple[str, ...] | None = Field(
         default=None,
-        description="names of the linear layers to adapt, such as q_proj; None: every linear layer of the family",
+        description="names of the linear layers to adapt, such as q_proj; None or all-linear: every linear layer of the family",
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _every_layer(cls, targets: Any) -> Any:
+        return None if targets in ("all-linear", ["all-linear"], ("all-linear",)) else targets
 
     @field_validator("rank")
     @classmethod

@@ -8,6 +8,14 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+_PLAIN_WORDS = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table of settings",
+    "model_type": "must be a table of settings",
+    "model_attributes_type": "must be a table of settings",
+}
+"""For pydantic's messages that name Python's types: what the value has to be in a file or a call."""
+
 
 def unknown(key: str, known: Iterable[str], where: str) -> str:
     """One line about a key that `where` does not have, with the closest ones it has."""
@@ -31,7 +39,7 @@ def describe(error: ValidationError, schema: type[BaseModel], where: str) -> str
             return unknown(location[-1], parent.model_fields, section)
     if first["type"] == "missing":
         return f"{where}: {name} is missing, it must be set"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _PLAIN_WORDS.get(first["type"], first["msg"]).removeprefix("Value error, ")
     if not location:
         return f"{where}: {message}"
     return f"{where}: {name} = {first['input']!r}: {message[0].lower() + message[1:]}"

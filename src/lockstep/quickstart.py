@@ -7,11 +7,12 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -22,7 +23,12 @@ from lockstep.live import LiveTable
 from lockstep.loop import Outcome, run
 from lockstep.process import guarded
 from lockstep.runfile import RunFile, load_run_file
+from lockstep.store import published_steps
 from lockstep.task import Task, load_task
+
+if TYPE_CHECKING:
+    from lockstep.backends.megatron import MegatronBackend
+    from lockstep.model import TrainableModel
 
 _RECIPE = "warmup.json"
 """In a tiny base model's folder, once it is complete: what it was made from."""
@@ -86,9 +92,45 @@ def _empty(folder: Path, keep: tuple[Path, ...]) -> None:
             child.unlink()
 
 
-async def run_file(config: Path, tiny: bool, console: Console) -> int:
-    """`lockstep train CONFIG`. Returns the exit code."""
-    return await execute(load_run_file(config), config, tiny, console)
+async def run_file(config: Path, tiny: bool, console: Console, dry_run: bool = False) -> int:
+    """`lockstep train CONFIG`. Returns the exit code. dry_run: every resolved setting is shown, and nothing is started."""
+    file = load_run_file(config)
+    return await (show_settings if dry_run else execute)(file, config, tiny, console)
+
+
+async def show_settings(file: RunFile, config: Path, tiny: bool, console: Console) -> int:
+    """Resolve and check all that `execute` would start, show it, and start nothing.
+
+    A tiny model is made for it in a temporary folder, untaught, where the run has not made its own yet.
+    """
+    from lockstep.shown_settings import show_all
+
+    task = load_task(config.parent / file.task.file)
+    with tempfile.TemporaryDirectory(prefix="lockstep-dry-run-") as scratch:
+        base_model, settings = file.model.base_model, file.train
+        if tiny:
+            folder = _tiny_folder(file)
+            if not folder.exists():
+                untaught = file.tiny.model_copy(update={"warmup_steps": 0})
+                folder = Path(scratch) / folder.name
+                await make_tiny(folder, file.model_copy(update={"tiny": untaught}), task, console)
+            base_model, settings = str(folder), file.tiny_train_config()
+            file = _as_tiny(file)
+        model, backend = _made(file, base_model)
+        show_all(console, await backend.resolve(model), file.task, settings)
+    return 0
+
+
+def _tiny_folder(file: RunFile) -> Path:
+    # Absolute: it is part of what the run is, and chat may be called from elsewhere.
+    return Path(file.backend.path).expanduser().resolve() / file.model.project / f"{file.model.name}-base"
+
+
+def _as_tiny(file: RunFile) -> RunFile:
+    """The file with what a tiny model needs: its template writes calls as JSON for every family."""
+    if file.backend.tool_call_parser is not None:
+        return file
+    return file.model_copy(update={"backend": file.backend.model_copy(update={"tool_call_parser": "hermes"})})
 
 
 async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> int:
@@ -97,12 +139,8 @@ async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> 
     task = load_task(config.parent / file.task.file)
     base_model, settings = file.model.base_model, file.train
     if tiny:
-        # Absolute: it is part of what the run is, and chat may be called from elsewhere.
-        folder = Path(file.backend.path).expanduser().resolve() / file.model.project / f"{file.model.name}-base"
-        base_model = str(await make_tiny(folder, file, task, console))
-        settings = file.tiny_train_config()
-        if file.backend.tool_call_parser is None:  # the tiny tokenizer's template writes calls as JSON for every family
-            file = file.model_copy(update={"backend": file.backend.model_copy(update={"tool_call_parser": "hermes"})})
+        base_model = str(await make_tiny(_tiny_folder(file), file, task, console))
+        settings, file = file.tiny_train_config(), _as_tiny(file)
     outcome, step_path = await _train(file, base_model, settings, task, console)
     seconds = time.monotonic() - started
     target = file.task.stop_at_reward
@@ -122,16 +160,12 @@ async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> 
 async def _train(
     file: RunFile, base_model: str, settings: TrainConfig, task: Task, console: Console
 ) -> tuple[Outcome, Path]:
-    from lockstep.backends.megatron import MegatronBackend
-    from lockstep.model import TrainableModel
+    from lockstep.shown_settings import show_short
 
-    model = TrainableModel(
-        name=file.model.name, project=file.model.project, base_model=base_model, lora=file.model.lora
-    )
-    backend = MegatronBackend(
-        **{name: getattr(file.backend, name) for name in type(file.backend).model_fields},
-        seed=file.task.seed,
-    )
+    model, backend = _made(file, base_model)
+    _check_not_past(file)
+    show_short(console, await backend.resolve(model))
+    backend.on_note = lambda note: None  # said already
     try:
         with console.status("starting") as status:
             backend.on_progress = status.update
@@ -144,6 +178,26 @@ async def _train(
         return outcome, run_path / "steps" / f"{outcome.step:04d}"
     finally:
         await backend.close()
+
+
+def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBackend]:
+    from lockstep.backends.megatron import MegatronBackend
+    from lockstep.model import TrainableModel
+
+    model = TrainableModel(
+        name=file.model.name, project=file.model.project, base_model=base_model, lora=file.model.lora
+    )
+    settings = {name: getattr(file.backend, name) for name in type(file.backend).model_fields}
+    return model, MegatronBackend(**settings, seed=file.task.seed)
+
+
+def _check_not_past(file: RunFile) -> None:
+    """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate and end."""
+    path = Path(file.backend.path).expanduser() / file.model.project / file.model.name
+    if (steps := published_steps(path)) and steps[-1] > file.task.steps:
+        raise ConfigError(
+            f"steps = {file.task.steps}: {path} has {steps[-1]} steps already; raise [task] steps to train on, or change the model's name"
+        )
 
 
 async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -> Path:

@@ -45,7 +45,11 @@ class BackendSection(Config):
     weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
         default=None, description="how weights and adapters travel: disk, or what fits the placement if not given"
     )
-    max_model_len: int = Field(default=2048, gt=0, description="longest sequence the server accepts, in tokens")
+    max_model_len: int | None = Field(
+        default=None,
+        gt=0,
+        description="longest sequence the server accepts, in tokens; the model's positions if not given, as far as memory holds",
+    )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="of the weights; the checkpoint's if not given"
     )
@@ -86,7 +90,7 @@ class TaskSection(Config):
     evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
     evaluate_scenarios: int = Field(default=64, gt=0)
     stop_at_reward: float | None = Field(default=None, description="end early when the greedy reward reaches this")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class TinySection(Config):
@@ -125,6 +129,17 @@ class RunFile(Config):
             self.tiny_train_config()
         except ValidationError as error:
             raise ValueError(describe(error, TrainConfig, "[tiny.train]")) from None
+        return self
+
+    @model_validator(mode="after")
+    def _minibatches_can_be_filled(self) -> RunFile:
+        trajectories = self.task.groups_per_step * self.task.group_size
+        for where, config in (("train", self.train), ("tiny.train", self.tiny_train_config())):
+            if config.minibatches * self.backend.parallel.data > trajectories:
+                raise ValueError(
+                    f"{where}.minibatches = {config.minibatches} (x data = {self.backend.parallel.data}) is more than the "
+                    f"{trajectories} trajectories of a step: use fewer, or larger groups_per_step or group_size"
+                )
         return self
 
     def tiny_train_config(self) -> TrainConfig:

@@ -88,6 +88,7 @@ class RunStore:
                 "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
                 "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
                 " PRIMARY KEY (step, name));"
+                "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
             )
 
     def close(self) -> None:
@@ -114,6 +115,15 @@ class RunStore:
                         "use the same setting, or another model name or path"
                     )
                 database.execute("INSERT OR IGNORE INTO identity VALUES (?, ?)", (key, text))
+
+    def keep_settings(self, settings: Mapping[str, Any]) -> None:
+        """Record what the run was started with this time; a later start may differ, and replaces it."""
+        with self._database() as database:
+            database.execute("DELETE FROM settings")
+            database.executemany(
+                "INSERT INTO settings VALUES (?, ?)",
+                [(name, json.dumps(value)) for name, value in settings.items()],
+            )
 
     def published(self) -> list[int]:
         """Numbers of the published steps, ascending."""
@@ -205,18 +215,33 @@ def published_steps(run: Path) -> list[int]:
     return sorted(int(folder.name) for folder in folders if (folder / MANIFEST).is_file())
 
 
-def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
-    """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
+def read_settings(run: Path) -> dict[str, Any]:
+    """What the run was started with last, by name; empty for a run of an older version. Takes no lock."""
+    with _read_only(run.expanduser().resolve()) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
+            return {}
+        return {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM settings")}
 
-    Raises StoreError if the folder is no run, or the step is not published or damaged.
-    """
-    run = run.expanduser().resolve()
+
+@contextmanager
+def _read_only(run: Path) -> Iterator[sqlite3.Connection]:
+    """The run's database. Raises StoreError if the folder is no run."""
     if not (run / "run.sqlite").is_file():
         raise StoreError(f"{run} is no run: give the folder PATH/PROJECT/NAME that holds run.sqlite and steps")
     with (
         _named(run / "run.sqlite") as file,
         closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=30)) as database,
     ):
+        yield database
+
+
+def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
+    """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
+
+    Raises StoreError if the folder is no run, or the step is not published or damaged.
+    """
+    run = run.expanduser().resolve()
+    with _read_only(run) as database:
         identity = {key: json.loads(value) for key, value in database.execute("SELECT key, value FROM identity")}
     steps = published_steps(run)
     if not steps:

@@ -9,11 +9,11 @@ import pytest
 from cases import tiny
 
 from lockstep.config import Parallel
-from lockstep.engine.context import check_heads
 from lockstep.engine.device import check_world
 from lockstep.engine.session import Settings
 from lockstep.errors import ConfigError
 from lockstep.families.registry import load_model_config
+from lockstep.families.sizes import check_heads
 
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 6}

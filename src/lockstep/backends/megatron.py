@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.base import Endpoint, check_new
-from lockstep.backends.exact import check_exact, exact_config
-from lockstep.backends.placement import check_processes, resolve_placement, resolve_transport
+from lockstep.backends.exact import exact_config
+from lockstep.backends.plan import Asked, Plan, make_plan
 from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.serve import back_to_published, give_up_turn, publish_and_serve, serve
-from lockstep.backends.start import Parts, route_shape, start_both
+from lockstep.backends.start import start_both
 from lockstep.backends.turns import trainers_turn
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
-from lockstep.families.config import checkpoint_dtype
-from lockstep.families.hub import checkpoint_folder, is_folder
-from lockstep.families.registry import get_model_support_spec, load_model_config
+from lockstep.families.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.serving.install import find_runtime
-from lockstep.serving.parsers import check_reasoning, resolve_tool_calls
-from lockstep.serving.tokenizer_files import read_tokenizer
 from lockstep.store import RunStore, Step
 from lockstep.tokens.pack import save_batch
 from lockstep.tokens.prepare import prepare
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from lockstep.model import TrainableModel
     from lockstep.trajectory import TrajectoryGroup
 
+_LOG = logging.getLogger(__name__)
 _KNOWN = {
     "rollout_weights_mode": ("lora", "merged"),
     "numerics": ("fast", "exact"),
@@ -43,18 +42,24 @@ _KNOWN = {
 class MegatronBackend:
     """Trains with Megatron-Core and serves with vLLM on this machine. Every argument has a default that runs on the machine at hand.
 
-    path: folder of all runs. rollout_weights_mode: how new weights reach the server. placement: GPU numbers of the trainer and the
-    server; None runs on the CPU when there is no GPU, on one GPU in turns (shared mode), and else on GPU 0 and 1. offload: in shared mode
-    the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them on the GPU, which the
-    server then has less of. weight_transport: how weights and adapters travel from the trainer's memory to the server, "disk" or what
-    fits the placement (None). parallel: how the trainer is spread over processes. enable_expert_replay: train mixture-of-experts models on
-    the experts the server used. max_model_len: longest sequence the server accepts, in tokens. dtype: of the weights; None takes the
-    checkpoint's. numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's
-    log-probability agrees to 1e-6 nats, which each step checks (docs/numerics.md). seed: of the adapter's initial values and the server's
-    sampling. recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
+    path: folder of all runs.
+    rollout_weights_mode: how new weights reach the server.
+    placement: GPU numbers of the trainer and the server; None runs on the CPU when there is no GPU, on one GPU in turns (shared mode), and
+        else on GPU 0 and 1.
+    parallel: how the trainer is spread over processes.
+    enable_expert_replay: train mixture-of-experts models on the experts the server used.
+    max_model_len: longest sequence the server accepts, in tokens; None takes the model's positions, as far as memory holds them.
+    dtype: of the weights; None takes the checkpoint's (bfloat16 for adapters on a GPU, whose kernels take nothing wider).
+    numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's log-probability
+        agrees to 1e-6 nats, which each step checks (docs/numerics.md).
+    seed: of the adapter's initial values and the server's sampling.
+    recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
     tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's where the tokenizer and the chat
-    template serve it, and else refuses requests with tools. server_args: further arguments
-    of vLLM's command line, such as ("--enforce-eager",); they win over ours.
+        template serve it, and else refuses requests with tools.
+    offload: in shared mode the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them
+        on the GPU, which the server then has less of.
+    weight_transport: how weights and adapters travel from the trainer's memory to the server, "disk" or what fits the placement (None).
+    server_args: further arguments of vLLM's command line, such as ("--enforce-eager",); they win over ours.
 
     Raises ConfigError for a setting it can't honour.
     """
@@ -66,7 +71,7 @@ class MegatronBackend:
         placement: Placement | None = None,
         parallel: Parallel | None = None,
         enable_expert_replay: bool = True,
-        max_model_len: int = 2048,
+        max_model_len: int | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         numerics: Literal["fast", "exact"] = "fast",
         seed: int = 0,
@@ -90,6 +95,7 @@ class MegatronBackend:
         self.server_args = tuple(server_args)
         self.enable_expert_replay = enable_expert_replay
         self.on_progress: Callable[[str], None] | None = None
+        self.on_note: Callable[[str], None] = _LOG.warning
         self._runs: dict[TrainableModel, Run] = {}
         self.rollout_weights_mode = rollout_weights_mode
         self._check()
@@ -102,8 +108,9 @@ class MegatronBackend:
                 raise unsupported(name, value, "MegatronBackend", f"it is one of {choices}")
         longest = Probe.make(vocab_size=1, dtype="exact").tokens  # the server scores them, and wants room for one more
         for name, least in (("max_model_len", len(longest) + 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise unsupported(name, getattr(self, name), "MegatronBackend", f"it is {least} or more")
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise unsupported(name, value, "MegatronBackend", f"it is {least} or more")
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
@@ -130,8 +137,12 @@ class MegatronBackend:
         """
         check_new(model, self._runs)
         self._say(f"preparing {model.base_model}")
-        parts, vocab_size = await self._parts(model)
-        runtime = find_runtime(parts.devices.kind)
+        plan = await self.resolve(model)
+        runtime = find_runtime(plan.parts.devices.kind)
+        for note in plan.notes:
+            self.on_note(note)
+        base = await asyncio.to_thread(checkpoint_folder, model.base_model)
+        parts = replace(plan.parts, base=base)
         store = RunStore(self.path, model.project, model.name)
         run: Run | None = None
         try:
@@ -143,8 +154,9 @@ class MegatronBackend:
                 "dtype": parts.dtype,
             }
             store.claim(identity)
+            store.keep_settings(plan.stored())
             trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
-            probe = Probe.make(vocab_size, "exact" if parts.exact else parts.dtype)
+            probe = Probe.make(plan.vocab_size, "exact" if parts.exact else parts.dtype)
             run = Run(model, store, trainer, server, probe, parts)
             await trainers_turn(run, forget_weights=parts.merged)
             step = store.latest()
@@ -164,49 +176,29 @@ class MegatronBackend:
                 store.close()
             raise
 
-    async def _parts(self, model: TrainableModel) -> tuple[Parts, int]:
-        """What the run is started from, and the size of the vocabulary. Raises ConfigError for what can't be honoured."""
-        merged = self.rollout_weights_mode == "merged"
-        if model.lora is None and not merged:
-            raise unsupported("lora", None, "MegatronBackend", "full weights need rollout_weights_mode 'merged'")
-        spec = get_model_support_spec(model.base_model)
-        base = await asyncio.to_thread(checkpoint_folder, model.base_model)
-        config, devices = load_model_config(str(base)), resolve_placement(self.placement)
-        check_processes(devices, self.parallel)
-        if self.max_model_len > config.max_positions:
-            raise unsupported(
-                "max_model_len",
-                self.max_model_len,
-                "MegatronBackend",
-                f"{model.base_model} has {config.max_positions} positions",
-            )
-        if self.offload and not devices.shared:
-            raise unsupported("offload", True, "MegatronBackend", "trainer and server don't share GPUs: leave it out")
-        exact = self.numerics == "exact"
-        dtype = self.dtype or ("float32" if exact else checkpoint_dtype(base))
-        if exact:
-            check_exact(spec, config, dtype, self.rollout_weights_mode, devices)
-        tokenizer = read_tokenizer(base, self.server_args)
-        check_reasoning(tokenizer, self.server_args)
-        parts = Parts(
-            base=base,
-            spec=spec,
-            lora=model.lora,
-            merged=merged,
-            dtype=dtype,
+    async def resolve(self, model: TrainableModel) -> Plan:
+        """Everything that registering `model` would start, with each value's reason; nothing is started and no weights are fetched.
+
+        Raises ConfigError, UnsupportedModelError or RuntimeNotInstalledError, in one line, for what could not run.
+        """
+        base = await asyncio.to_thread(described_folder, model.base_model)
+        asked = Asked(
+            path=self.path,
+            merged=self.rollout_weights_mode == "merged",
+            placement=self.placement,
             parallel=self.parallel,
-            devices=devices,
-            offload=devices.shared and self.offload is not False,
-            transport=resolve_transport(self.weight_transport, devices),
-            routes=route_shape(config) if self.enable_expert_replay else None,
+            replay=self.enable_expert_replay,
+            max_model_len=self.max_model_len,
+            dtype=self.dtype,
+            exact=self.numerics == "exact",
             seed=self.seed,
             recompute=self.recompute,
-            max_model_len=self.max_model_len,
-            tools=resolve_tool_calls(self.tool_call_parser, spec.tool_call_parser, tokenizer, self.server_args),
+            tool_call_parser=self.tool_call_parser,
+            offload=self.offload,
+            weight_transport=self.weight_transport,
             server_args=self.server_args,
-            exact=exact,
         )
-        return parts, config.vocab_size
+        return await asyncio.to_thread(make_plan, asked, model, base)
 
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None

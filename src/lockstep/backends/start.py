@@ -20,7 +20,7 @@ from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.serving.parsers import ToolCalls, resolve_tool_calls
 from lockstep.serving.tokenizer_files import read_tokenizer
-from lockstep.store import read_step
+from lockstep.store import read_settings, read_step
 from lockstep.tokens.routes import RouteShape
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _OFFLOAD_DEADLINE_S = 600.0
 _LEAST_SHARE = 0.1
 _SERVED_LENGTH = 2048
-"""Tokens of the longest conversation with a published step, where the model has as many positions."""
+"""Tokens of the longest conversation with a step of a run that did not store its own length."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Parts:
     seed: int
     recompute: bool | None
     max_model_len: int
+    max_num_seqs: int
+    """Sequences that the server takes at once."""
+    kv_cache_bytes: int | None
+    """Of a CPU server; None: what the GPU has left."""
     tools: ToolCalls
     """Which parser reads tool calls, or why there is none."""
     server_args: tuple[str, ...]
@@ -90,6 +94,8 @@ class Parts:
             tool_call_parser=self.tools.parser,
             tools_off=self.tools.off,
             max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            kv_cache_bytes=self.kv_cache_bytes,
             capture_routes=self.routes is not None,
             gpus=self.devices.inference,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -187,16 +193,22 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
     devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"
-    tools = resolve_tool_calls(None, spec.tool_call_parser, read_tokenizer(base))
+    settings = read_settings(run_path)
+    server_args = tuple(settings.get("server_args", ()))
+    parser = settings.get("tool_call_parser")  # of an older run nothing is known: the family's
+    tools = resolve_tool_calls(parser, spec.tool_call_parser, read_tokenizer(base, server_args), server_args)
     config = ServerConfig(
         model=base if lora else found.path / "model",
         served_name=f"{run_path.name}@base" if lora else name,
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
-        max_model_len=min(_SERVED_LENGTH, load_model_config(str(base)).max_positions),
+        max_model_len=settings.get("max_model_len") or min(_SERVED_LENGTH, load_model_config(str(base)).max_positions),
+        max_num_seqs=settings.get("max_num_seqs", 64),
+        kv_cache_bytes=settings.get("kv_cache_bytes") if devices.kind == "cpu" else None,
         tool_call_parser=tools.parser,
         tools_off=tools.off,
         gpus=devices.inference,
+        extra_args=server_args,
     )
     server = await launch(config, find_runtime(devices.kind), run_path, progress)
     if lora is None:

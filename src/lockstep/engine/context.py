@@ -25,26 +25,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lockstep.config import Parallel
 from lockstep.engine import groups
-from lockstep.errors import ConfigError
-from lockstep.families.config import ModelConfig
-
-
-def check_heads(config: ModelConfig, parallel: Parallel) -> None:
-    """Raise ConfigError unless every kind of head of this model can be dealt to the context ranks."""
-    if parallel.context == 1:
-        return
-    counts = {"num_attention_heads": config.heads}
-    if "linear_attention" in config.layer_types:
-        counts |= {"linear_num_key_heads": config.linear_key_heads, "linear_num_value_heads": config.linear_value_heads}
-    ranks = parallel.tensor * parallel.context
-    for name, heads in counts.items():
-        if heads % ranks:
-            raise ConfigError(
-                f"parallel.tensor x parallel.context = {ranks} does not divide {name} = {heads}, and context parallelism splits heads; "
-                "choose a smaller context size"
-            )
 
 
 def share(x_S: Tensor) -> Tensor:

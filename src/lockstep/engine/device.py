@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lockstep.config import Parallel
 from lockstep.errors import ConfigError, TrainerError
+from lockstep.machine import host_available
 
 CUDA = torch.cuda.is_available()
 
@@ -90,23 +90,7 @@ def free_memory() -> int:
 
 def host_free() -> int:
     """Bytes this rank may still allocate on the host: its share of what is available."""
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    limit = _cgroup_free()
-    return min(available, limit if limit is not None else available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _cgroup_free() -> int | None:
-    """What the control group still allows (cgroup 2), None when it sets no limit."""
-    folder = Path("/sys/fs/cgroup")
-    if not (folder / "memory.max").exists():
-        return None
-    limit = (folder / "memory.max").read_text().strip()
-    if limit == "max":
-        return None
-    counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    cache = int(counters.get("inactive_file", 0))  # the kernel gives cached file pages back when asked
-    return int(limit) - int((folder / "memory.current").read_text()) + cache
+    return host_available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def require_memory(needed: int, what: str) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from lockstep.config import Parallel
 from lockstep.engine import device, regions
 from lockstep.engine.build import DTYPES, build, sizes_here
-from lockstep.engine.context import check_heads
 from lockstep.engine.model import Model
 from lockstep.engine.optimizer import Optimizer
 from lockstep.engine.optimizer_state import FILE, OnHost, read_state, write_state
@@ -29,6 +28,7 @@ from lockstep.families.export import export_checkpoint
 from lockstep.families.handler import ModelSupportHandler
 from lockstep.families.registry import get_model_support_handler, load_model_config
 from lockstep.families.rules import stage_layers
+from lockstep.families.sizes import check_heads
 from lockstep.families.weights import load_shards
 from lockstep.sync.adapter import AdapterInfo, read_adapter, write_adapter
 

@@ -1,0 +1,129 @@
+"""What is refused before any process starts: each check is one line with the setting, its value, the reason and what helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.backends.capacity import GIB, WIDTH, Footprint
+from lockstep.errors import ConfigError, UnsupportedModelError
+from lockstep.families.sizes import check_parallel
+from lockstep.families.targets import check_targets
+from lockstep.machine import DeviceMemory, disk_free, gpu_memory
+from lockstep.process import visible_gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lockstep.backends.placement import Devices
+    from lockstep.config import LoraConfig, Parallel
+    from lockstep.families.config import ModelConfig
+    from lockstep.families.contract import Shard
+    from lockstep.families.spec import ModelSupportSpec
+    from lockstep.serving.tokenizer_files import TokenizerFiles
+
+KEPT_STEPS = 3
+"""Published steps that a run keeps; the newest of them with its optimizer's state."""
+_STATE_BYTES = 12
+"""Per trained element: an fp32 master and two fp32 moments."""
+_UTILIZATION = 0.9
+
+
+def check_tokenizer(tokenizer: TokenizerFiles, config: ModelConfig) -> None:
+    """Raise UnsupportedModelError without a chat template, or for a tokenizer with ids that the embedding has no row for."""
+    if tokenizer.template is None:
+        raise UnsupportedModelError(
+            f"{tokenizer.folder} has no chat template, and rollouts are chats: put a chat_template.jinja into the folder, or "
+            'name one: server_args = ["--chat-template", "FILE"]'
+        )
+    if not tokenizer.tokens:
+        return
+    token, largest = max(tokenizer.tokens.items(), key=lambda pair: pair[1])
+    if largest >= config.vocab_size:
+        raise UnsupportedModelError(
+            f"the tokenizer in {tokenizer.folder} is larger than the model's embedding: {token!r} has id {largest}, vocab_size is "
+            f"{config.vocab_size}; resize the embedding (resize_token_embeddings), or take the token out"
+        )
+
+
+def check_shape(config: ModelConfig, parallel: Parallel, devices: Devices) -> None:
+    """Raise ConfigError for sizes that don't divide the model, in the trainer or in the server."""
+    check_parallel(config, parallel)
+    ranks = len(devices.inference)
+    if ranks > 1 and config.heads % ranks:
+        raise ConfigError(
+            f"placement: the server can't split num_attention_heads = {config.heads} over {ranks} GPUs; give inference a number "
+            "that divides it"
+        )
+
+
+def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec, shards: Sequence[Shard]) -> None:
+    """Raise ConfigError for a layer that this model does not have."""
+    if lora is not None:
+        check_targets(spec, shards, lora.target_modules)
+
+
+def check_length(asked: int, config: ModelConfig, base_model: str, room: int | None) -> None:
+    """Raise ConfigError for a max_model_len that the model has no positions for, or that `room` tokens of KV cache don't hold."""
+    if asked > config.max_positions:
+        raise ConfigError(
+            f"max_model_len = {asked} is more than the {config.max_positions} positions of {base_model}: leave it out, or use at "
+            f"most {config.max_positions}"
+        )
+    if room is not None and asked > room:
+        raise ConfigError(
+            f"max_model_len = {asked} needs more memory than there is: the server's KV cache holds some {room} tokens; leave it "
+            "out, or give the server more or larger GPUs"
+        )
+
+
+def step_bytes(footprint: Footprint, dtype: str, lora: bool) -> tuple[int, int]:
+    """Disk of a published step: (its weights, the optimizer's state)."""
+    trained = footprint.adapter if lora else footprint.parameters
+    return trained * WIDTH[dtype], trained * _STATE_BYTES
+
+
+def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool) -> int:
+    """Disk that a run needs at most: the steps it keeps, and the next one before the oldest goes."""
+    weights, state = step_bytes(footprint, dtype, lora)
+    return (KEPT_STEPS + 1) * weights + 2 * state
+
+
+def check_disk(path: Path, run: Path, needed: int) -> None:
+    """Raise ConfigError unless `needed` bytes, less what the run's steps take already, are free where the runs are."""
+    taken = sum(file.stat().st_size for file in (run / "steps").rglob("*") if file.is_file())
+    free = disk_free(path)
+    if needed - taken > free:
+        raise ConfigError(
+            f"path = {str(path)!r}: the checkpoints that a run keeps take {(needed - taken) / GIB:.1f} GiB more, {free / GIB:.1f} "
+            "GiB are free; free some, choose another path, or a smaller rank or fewer target_modules"
+        )
+
+
+def check_gpus(devices: Devices, trainer_bytes: int, utilization: float | None) -> dict[int, DeviceMemory]:
+    """Memory of the GPUs that say so. Raise ConfigError where other programs left too little.
+
+    trainer_bytes: that each trainer GPU must hold at least. utilization: the share of its GPUs that a server with GPUs of its own takes.
+    """
+    memory = {}
+    for number in dict.fromkeys((*devices.trainer, *devices.inference)):
+        known = gpu_memory(visible_gpus((number,)))
+        if known is not None:
+            memory[number] = known
+    for number, known in memory.items():
+        has = f"GPU {number} has {known.free / GIB:.1f} of {known.total / GIB:.1f} GiB free"
+        if number in devices.trainer and trainer_bytes > known.free:
+            raise ConfigError(
+                f"placement: {has}, the trainer needs {trainer_bytes / GIB:.1f} GiB for weights and optimizer alone; end what else "
+                "runs there, or spread the trainer over more GPUs (placement, parallel)"
+            )
+        if (
+            number in devices.inference
+            and not devices.shared
+            and known.free < (utilization or _UTILIZATION) * known.total
+        ):
+            raise ConfigError(
+                f"placement: {has}, the server takes {utilization or _UTILIZATION:.0%}; end what else runs there, choose another "
+                'GPU, or set server_args = ["--gpu-memory-utilization", "0.5"]'
+            )
+    return memory

@@ -1,0 +1,257 @@
+"""What could not run is refused in one line, within 5 s and before any process starts; what is resolved says why."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lockstep as ls
+from lockstep.backends import capacity, placement, plan, preflight
+from lockstep.backends.capacity import GIB, Footprint
+from lockstep.config import Parallel
+from lockstep.errors import ConfigError, UnsupportedModelError
+from lockstep.families.config import parse_config
+from lockstep.families.registry import get_model_support_spec, load_model_config
+from lockstep.families.tiny import write_tiny
+from lockstep.machine import DeviceMemory
+from nothing_started import refused_at_once
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return write_tiny("qwen3", tmp_path_factory.mktemp("models") / "qwen", seed=random.randrange(1000))
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """A machine with GPUs of so many GiB, all free unless `free` says otherwise."""
+
+    def made(count: int, total: float = 80, free: float | None = None):
+        for number in range(count):
+            (tmp_path / f"nvidia{number}").touch()
+        monkeypatch.setattr(placement, "Path", lambda name: tmp_path if name == "/dev" else None)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        memory = DeviceMemory(int((total if free is None else free) * GIB), int(total * GIB))
+        monkeypatch.setattr(preflight, "gpu_memory", lambda name: memory)
+
+    return made
+
+
+def changed(base: Path, folder: Path, **fields) -> Path:
+    """A copy of the checkpoint with fields of its config.json replaced."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def model_of(base: Path, **settings) -> ls.TrainableModel:
+    return ls.TrainableModel(name="m", project="p", base_model=str(base), **settings)
+
+
+def value(resolved: plan.Plan, name: str):
+    return resolved.stored()[name]
+
+
+def why(resolved: plan.Plan, name: str) -> str:
+    return next(setting.why for setting in resolved.settings if setting.name == name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "says"),
+    [
+        ({"parallel": Parallel(tensor=3)}, {}, "tensor=3 does not divide num_attention_heads=4"),
+        ({"parallel": Parallel(pipeline=5)}, {}, "pipeline=5 exceeds num_hidden_layers=4"),
+        ({"parallel": Parallel(expert=2, data=2)}, {}, "qwen3 has no experts"),
+        ({"parallel": Parallel(context=3)}, {}, "= 3 does not divide num_attention_heads = 4"),
+        ({}, {"target_modules": ("q_proj", "w_proj")}, "'w_proj' is no LoRA target .* choose from .*q_proj"),
+        ({"max_model_len": 5000}, {}, "max_model_len = 5000 is more than the 4096 positions"),
+        ({"server_args": ("--max-model-len=5000",)}, {}, "max_model_len = 5000 is more than the 4096"),
+        ({"offload": True}, {}, "don't share GPUs"),
+        ({"weight_transport": "nccl"}, {}, "here it is 'gloo' or 'disk'"),
+    ],
+)
+async def test_settings_that_do_not_fit_the_model(gpus, qwen, tmp_path, settings, lora, says):
+    gpus(0)
+    with refused_at_once(says):
+        await model_of(qwen, lora=ls.LoraConfig(**lora)).register(ls.MegatronBackend(path=tmp_path, **settings))
+    assert not (tmp_path / "p").exists()
+
+
+async def test_a_model_without_a_chat_template(qwen, tmp_path):
+    folder = changed(qwen, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    with refused_at_once("no chat template.*--chat-template", UnsupportedModelError):
+        await model_of(folder).register(ls.MegatronBackend(path=tmp_path))
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
+    args = ("--chat-template", str(tmp_path / "own.jinja"))
+    await ls.MegatronBackend(path=tmp_path, server_args=args).resolve(model_of(folder))
+
+
+async def test_a_tokenizer_larger_than_the_embedding(qwen, tmp_path):
+    size = len(json.loads((qwen / "tokenizer.json").read_text())["model"]["vocab"])
+    folder = changed(qwen, tmp_path / "small", vocab_size=size - 1)
+    with refused_at_once(f"has id {size - 1}, vocab_size is {size - 1}", UnsupportedModelError):
+        await model_of(folder).register(ls.MegatronBackend(path=tmp_path))
+    await ls.MegatronBackend(path=tmp_path).resolve(model_of(changed(qwen, tmp_path / "same", vocab_size=size)))
+
+
+async def test_too_little_disk_for_the_steps_that_are_kept(qwen, tmp_path, monkeypatch):
+    model, backend = model_of(qwen), ls.MegatronBackend(path=tmp_path)
+    config = load_model_config(str(qwen))
+    sizes = {"q_proj": (128, 128), "k_proj": (128, 64), "v_proj": (128, 64), "o_proj": (128, 128)}
+    sizes |= {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}
+    elements = config.layers * 16 * sum(map(sum, sizes.values()))
+    needed = 4 * 4 * elements + 2 * 12 * elements  # four adapters in fp32, two optimizer states
+    monkeypatch.setattr(preflight, "disk_free", lambda path: needed)
+    await backend.resolve(model)
+    monkeypatch.setattr(preflight, "disk_free", lambda path: needed - 1)
+    with refused_at_once("the checkpoints that a run keeps take"):
+        await model.register(backend)
+    steps = tmp_path / "p" / "m" / "steps"
+    steps.mkdir(parents=True)
+    (steps / "adapter").write_bytes(b"x")  # what is there already needs no room
+    await backend.resolve(model)
+
+
+async def test_fp32_adapters_on_a_gpu_become_bf16_or_are_refused(gpus, qwen, tmp_path):
+    """A checkpoint's fp32 is a default and gives way; the user's own is refused; merged weights and a CPU keep it."""
+    gpus(1)
+    resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))
+    assert resolved.parts.dtype == value(resolved, "dtype") == "bfloat16"
+    assert "LoRA kernels" in why(resolved, "dtype")
+    assert any("bfloat16" in note for note in resolved.notes)
+    with refused_at_once("dtype = 'float32' can't serve adapters on a GPU"):
+        await model_of(qwen).register(ls.MegatronBackend(path=tmp_path, dtype="float32"))
+    merged = ls.MegatronBackend(path=tmp_path, rollout_weights_mode="merged")
+    assert (await merged.resolve(model_of(qwen))).parts.dtype == "float32"
+    cpu = ls.MegatronBackend(path=tmp_path, placement=ls.Placement(trainer="cpu", inference="cpu"))
+    assert (await cpu.resolve(model_of(qwen))).parts.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "says"),
+    [
+        (2, 60, "GPU 1 has 60.0 of 80.0 GiB free, the server takes 90%"),
+        (1, 0.0001, "GPU 0 has 0.0 of 80.0 GiB free, the trainer needs"),
+    ],
+)
+async def test_a_gpu_that_others_use(gpus, qwen, tmp_path, count, free, says):
+    gpus(count, free=free)
+    with refused_at_once(says):
+        await model_of(qwen).register(ls.MegatronBackend(path=tmp_path))
+    if count == 2:
+        args = ("--gpu-memory-utilization", "0.7")
+        await ls.MegatronBackend(path=tmp_path, server_args=args).resolve(model_of(qwen))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+async def test_the_quickstart_fits_every_machine(gpus, qwen, tmp_path, count):
+    """Without a GPU, with one and with two: nothing has to be set for the tiny fp32 model."""
+    gpus(count, total=24)
+    resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))
+    parts = resolved.parts
+    assert parts.dtype == ("bfloat16" if count else "float32")
+    assert parts.devices.shared == (count == 1)
+    assert parts.transport == ("gloo", "ipc", "nccl")[count]
+    assert parts.max_model_len == 4096
+    assert parts.max_num_seqs == (256 if count else 64)
+    assert (parts.kv_cache_bytes is None) == (count > 0)
+
+
+def sizes_of(spec_name: str, **fields):
+    spec = get_model_support_spec(spec_name)
+    raw = {"architectures": [spec.architectures[0]], "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    return parse_config(raw | fields, spec)
+
+
+QWEN3_8B = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+}
+
+
+def test_length_and_slots_follow_model_and_memory():
+    config = sizes_of("Qwen/Qwen3-8B", **QWEN3_8B)
+    token = capacity.bytes_per_token(config, "bfloat16", 1)
+    assert token == 2 * 36 * 8 * 128 * 2
+    weights = 2 * 8_190_735_360
+    large = capacity.on_gpu(config, "bfloat16", int(0.9 * 80 * GIB), True, 1, weights, None, None)
+    assert (large.max_model_len, large.limit) == (40960, "the model's positions")
+    assert 256 < large.slots <= 1024
+    assert large.slots == large.cache_tokens // 512 or abs(large.slots - large.cache_tokens // 512) <= 1
+    small = capacity.on_gpu(config, "bfloat16", int(0.9 * 24 * GIB), False, 1, weights, None, None)
+    assert small.max_model_len < 40960
+    assert small.max_model_len * token < 0.9 * 24 * GIB - weights
+    assert small.limit == "what the KV cache holds"
+    assert small.slots < large.slots
+    halves = capacity.on_gpu(config, "bfloat16", int(0.9 * 24 * GIB), False, 2, weights // 2, None, None)
+    assert halves.max_model_len > small.max_model_len
+    cpu = capacity.on_cpu(config, "bfloat16", 16 * GIB, None, None)
+    assert cpu.cache == 2 * GIB
+    assert 4 <= cpu.slots <= 64
+    assert cpu.max_model_len * token <= cpu.cache
+
+
+def test_a_small_model_takes_a_small_cache(qwen):
+    config = load_model_config(str(qwen))
+    found = capacity.on_cpu(config, "float32", 64 * GIB, None, None)
+    assert (found.max_model_len, found.slots) == (4096, 64)
+    token = capacity.bytes_per_token(config, "float32", 1)
+    assert 4096 * token <= found.cache <= 64 * 4608 * token
+
+
+async def test_more_context_than_a_gpu_holds_is_refused(gpus, tmp_path, qwen):
+    folder = changed(qwen, tmp_path / "long", max_position_embeddings=10**9)
+    gpus(2, total=24)
+    resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(folder))
+    assert why(resolved, "max_model_len") == "what the KV cache holds"
+    assert 4096 < resolved.parts.max_model_len < 10**9
+    with refused_at_once("needs more memory than there is"):
+        await model_of(folder).register(ls.MegatronBackend(path=tmp_path, max_model_len=10**9))
+
+
+async def test_config_fields_that_nobody_reads_are_reported(qwen, tmp_path, caplog):
+    resolved = await ls.MegatronBackend(path=tmp_path).resolve(
+        model_of(changed(qwen, tmp_path / "odd", logit_scale=0.5))
+    )
+    assert any("logit_scale" in note for note in resolved.notes)
+    assert not (await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))).notes
+
+
+def test_what_a_footprint_counts(qwen):
+    """Against the checkpoint's own tensors, and PEFT's count of an adapter's parameters."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    from lockstep.families.contract import Layout
+    from lockstep.families.registry import get_model_support_handler_for_spec
+
+    spec, config = get_model_support_spec(str(qwen)), load_model_config(str(qwen))
+    rank, targets = random.choice((8, 16)), random.choice((("q_proj", "v_proj"), spec.default_target_modules))
+    shards = get_model_support_handler_for_spec(spec).whole(config, Layout())
+    found = Footprint.of(shards, targets, rank)
+    tensors = load_file(qwen / "model.safetensors")
+    assert found.parameters == sum(int(np.prod(one.shape)) for one in tensors.values())
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(qwen), LoraConfig(r=rank, target_modules=list(targets))
+    )
+    assert found.adapter == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+
+
+def test_all_linear_is_every_layer_of_the_family():
+    assert ls.LoraConfig(target_modules="all-linear").target_modules is None
+    with pytest.raises(ConfigError, match=r"target_modules = 'q_proj': .*list"):
+        ls.LoraConfig(target_modules="q_proj")
