@@ -22,14 +22,15 @@ def expect(request_id: str) -> None:
 
 
 def record(engine_request_id: str, index: int, spans: list[Span]) -> None:
-    """Keeps the spans of one finished sequence, if its request was announced.
+    """Keeps the spans of one finished sequence, if its request was announced. Never raises: an error here ends the server.
 
-    engine_request_id: `chatcmpl-ID` or `cmpl-ID-PROMPT`, as vLLM builds it.
+    engine_request_id: `chatcmpl-ID` or `cmpl-ID-PROMPT`, as vLLM builds it. A beam of a beam search has a name
+    of its own; its tokens are no sample of the policy, and their versions stay unknown.
     """
     for prefix in _PREFIXES:
         if engine_request_id.startswith(prefix):
             request_id, _, prompt = engine_request_id.removeprefix(prefix).partition("-")
-            if request_id in _collected:
+            if request_id in _collected and (not prompt or prompt.isdecimal()):
                 _collected[request_id][int(prompt or 0), index] = spans
 
 
