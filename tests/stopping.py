@@ -40,3 +40,21 @@ def stopped_at(monkeypatch: Any, run: Any, verb: str) -> Iterator[None]:
         finally:
             for pid in processes:
                 os.kill(pid, signal.SIGCONT)
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1 and ::1 as /proc/net writes them."""
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses, as /proc/net writes them, on which a process has TCP sockets that listen."""
+    inodes = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(os.readlink(file))
+        except FileNotFoundError:  # the descriptor that lists the others
+            continue
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]

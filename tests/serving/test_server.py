@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep.errors import ServerError
 from lockstep.serving.launch import ServerConfig, launch, reserved_port
-from stopping import below, shared_memory
+from stopping import LOOPBACK, below, listening, shared_memory
 
 # Shapes: S tokens of a sequence, V vocabulary.
 pytestmark = pytest.mark.server
@@ -321,3 +321,25 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+async def test_c2_a_beam_search_does_not_end_the_server(server, client):
+    """A beam's name once raised inside vLLM's output handler, which ended the server. Its choices have no versions."""
+    extra = {"use_beam_search": True, "return_token_ids": True}
+    reply = await client.completions.create(model="base", prompt="a", max_tokens=3, n=2, extra_body=extra)
+    assert len(reply.choices) == 2
+    assert all(choice.weight_versions is None for choice in reply.choices)
+    after = await client.completions.create(model="base", prompt="a", max_tokens=3)
+    assert after.choices[0].weight_versions
+    assert server.child.poll() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets are read from /proc")
+async def test_h2_the_server_listens_on_loopback_only(server):
+    """Gloo takes the address of the host's name, which may be the network's, unless told otherwise."""
+    processes = below(server.child.pid)
+    sockets = [address for pid in processes for address in listening(pid)]
+    assert sockets
+    assert set(sockets) <= LOOPBACK, sockets
+    told = [Path(f"/proc/{pid}/environ").read_bytes() for pid in processes]
+    assert sum(b"\0GLOO_SOCKET_IFNAME=lo\0" in b"\0" + environ for environ in told) >= 2

@@ -202,6 +202,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder: nothing is to be looked up
     }
+    if Path("/sys/class/net/lo").exists():
+        extra["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name points to
     if config.tools_off is not None:
         extra["LOCKSTEP_TOOLS_OFF"] = config.tools_off
     if runtime.kind == "cpu":
