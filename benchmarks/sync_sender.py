@@ -1,6 +1,6 @@
 """One sending rank of `weight_sync.py`: random weights of a shape, split as a trainer of that layout holds them.
 
-    python -m torch.distributed.run --nproc-per-node N sync_sender.py JOB.json
+    python -m lockstep.engine.ranks N sync_sender.py JOB.json
 
 No Megatron: shares and plan come from the weight contract, tensors are random, so that only the way to the server is measured. With
 `merge_rank` each matrix is merged with a random pair of that rank on its way, as in `rollout_weights_mode="merged"`.
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine.merge import merge
+from lockstep.engine.ranks import group_settings
 from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Layout, Sizes
 from lockstep.families.registry import get_model_support_handler, load_model_config
@@ -71,7 +72,7 @@ def main() -> None:
     device = torch.device("cpu") if not job["gpus"] else torch.device("cuda", job["gpus"][rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", **group_settings())
     store = dist.PrefixStore("crew", dist.distributed_c10d._get_default_store())
     crew = StoreCrew(store, rank, world)
     handler, config = get_model_support_handler(job["model"]), load_model_config(job["model"])

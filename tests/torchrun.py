@@ -6,6 +6,5 @@ import sys
 
 
 def torchrun(processes: int, *program: str) -> list[str]:
-    """program: a script and its arguments, or `-m`, a module and its arguments. The port is the machine's choice."""
-    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [*start, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *program]
+    """program: a script and its arguments, or `-m`, a module and its arguments. The launcher is the trainer's own."""
+    return [sys.executable, "-W", "ignore", "-m", "lockstep.engine.ranks", str(processes), *program]

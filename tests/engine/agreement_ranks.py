@@ -1,4 +1,4 @@
-"""Two ranks of which one fails while the other waits inside a collective. Run by test_agreement.py under torch.distributed.run."""
+"""Two ranks of which one fails while the other waits inside a collective. Run by test_agreement.py under the trainer's launcher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from lockstep.engine import agreement
 from lockstep.engine.agreement import Agreement
+from lockstep.engine.ranks import group_settings
 
 
 def main() -> None:
     case, out = sys.argv[1], Path(sys.argv[2])
     agreement.GRACE_S, agreement.POLL_S = 2.0, 0.1
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", **group_settings())
     agreed = Agreement()
 
     def give_up(why: str) -> None:

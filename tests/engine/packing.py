@@ -1,6 +1,6 @@
 """The loss and every gradient of one batch, packed as trees or as plain rows, from the real engine at whatever sizes are up.
 
-Run as a program under torch.distributed.run it answers a parent that draws the problems (`pool.Pool`).
+Run as a program under the trainer's launcher it answers a parent that draws the problems (`pool.Pool`).
 
 Shapes: N scored tokens of a row.
 """

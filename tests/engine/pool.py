@@ -16,7 +16,7 @@ ANSWER_S = 120
 
 
 class Pool:
-    """`program FOLDER SOCKET` in `processes` ranks under torch.distributed.run; each connects, then answers JSON lines."""
+    """`program FOLDER SOCKET` in `processes` ranks under the trainer's launcher; each connects, then answers JSON lines."""
 
     def __init__(self, program: str, folder: Path, processes: int = 2) -> None:
         place, self.log = folder / "socket", folder / "pool.log"

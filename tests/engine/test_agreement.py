@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.engine.worker import endpoint_of, share
 from torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
@@ -36,3 +37,24 @@ def test_one_fails_while_the_other_is_stuck(tmp_path: Path) -> None:
     assert status != 0
     assert "rank 1 met a bad row" in files["gave-up-0"]
     assert "settled-0" not in files
+
+
+def test_c1_a_request_reaches_other_ranks_without_its_secret() -> None:
+    """Rank 0 alone is given the server's token, whatever it publishes to the others."""
+    published: list[dict[str, object]] = []
+
+    class Recorder:
+        def publish(self, number: int, request: dict[str, object]) -> None:
+            published.append(request)
+
+    request = {
+        "id": 1,
+        "verb": "sync_adapter",
+        "args": {"root_url": "http://127.0.0.1:1"},
+        "secret": {"api_key": "s3cret"},
+    }
+    share(1, request, Recorder())  # pyright: ignore[reportArgumentType]
+    assert published == [{"id": 1, "verb": "sync_adapter", "args": {"root_url": "http://127.0.0.1:1"}}]
+    assert "s3cret" not in str(published)
+    assert endpoint_of(request["args"] | request["secret"]).api_key == "s3cret"  # pyright: ignore
+    assert "s3cret" not in repr(endpoint_of(request["args"] | request["secret"]))  # pyright: ignore

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from stopping import LOOPBACK
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="sockets are read from /proc")
 
 TALK = """
@@ -17,29 +19,17 @@ import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from lockstep.engine.agreement import Agreement
+from lockstep.engine.ranks import group_settings
+from stopping import listening
 
-def listening(pid):
-    inodes = set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes.add(os.readlink(file))
-        except FileNotFoundError:  # the descriptor that lists the others
-            pass
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                found.append(fields[1].split(":")[0])
-    return found
-
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", **group_settings())
 value = torch.ones(1)
 dist.all_reduce(value)
 agreement = Agreement()
 dist.barrier()
-sockets = listening(os.getpid()) + (listening(os.getppid()) if dist.get_rank() == 0 else [])
-Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps({"sum": value.item(), "sockets": sockets}))
+launcher = listening(os.getppid())
+answer = {"sum": value.item(), "sockets": listening(os.getpid()), "launcher": launcher}
+Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(answer))
 agreement.store.add("done", 1)
 dist.barrier()
 dist.destroy_process_group()
@@ -61,7 +51,8 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = folder / "rank.py"
     path.write_text(script)
     command = [sys.executable, "-m", "lockstep.engine.ranks", "2", str(path), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    helpers = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=helpers)
 
 
 @linux_only
@@ -71,9 +62,55 @@ def test_ranks_meet_and_every_socket_is_on_loopback(tmp_path):
     answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [answer["sum"] for answer in answers] == [2.0, 2.0]
     sockets = answers[0]["sockets"] + answers[1]["sockets"]
-    assert len(sockets) >= 3  # the launcher's store, the agreement's, and gloo's
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-    assert set(sockets) <= loopback, sockets
+    assert sockets  # gloo's
+    assert answers[0]["launcher"] == []
+    assert set(sockets) <= LOOPBACK, sockets
+
+
+MEET = """
+import json, os, stat, sys
+from pathlib import Path
+import torch.distributed as dist
+from lockstep.engine.agreement import Agreement
+from lockstep.engine.ranks import FOLDER_VARIABLE, group_settings
+
+dist.init_process_group("gloo", **group_settings())
+agreement = Agreement()
+if agreement.rank == 0:
+    agreement.publish(1, {"id": 1, "verb": "memory"})
+request = agreement.await_request(1)
+folder = Path(os.environ[FOLDER_VARIABLE])
+owned = [stat.S_IMODE(folder.stat().st_mode), folder.stat().st_uid == os.getuid()]
+child = os.fork()
+if child == 0:
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        next(folder.iterdir()).write_text("shutdown")
+        os._exit(1)
+    except PermissionError:
+        os._exit(0)
+    os._exit(2)
+refused = os.waitpid(child, 0)[1] == 0
+tcp = [type(store).__name__ for store in (agreement.store, dist.distributed_c10d._get_default_store())]
+dist.barrier()
+answer = {"request": request, "owned": owned, "refused": refused or os.getuid() != 0, "stores": tcp}
+Path(sys.argv[1], f"{agreement.rank}.json").write_text(json.dumps(answer))
+dist.destroy_process_group()
+"""
+
+
+@linux_only
+def test_c1_no_other_user_reaches_the_ranks_stores(tmp_path):
+    """The audit's attack read requests from a TCPStore and wrote `shutdown` into it. Ranks meet in a private folder now."""
+    done = run(MEET, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        answer = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert answer["request"] == {"id": 1, "verb": "memory"}
+        assert answer["owned"] == [0o700, True]
+        assert answer["refused"]
+        assert not any("TCP" in name for name in answer["stores"]), answer["stores"]
 
 
 def test_a_rank_that_fails_ends_the_others_and_gives_its_status(tmp_path):

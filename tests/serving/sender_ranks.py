@@ -1,4 +1,4 @@
-"""One rank of a trainer that sends its weights: `torch.distributed.run --nproc-per-node 2 sender_ranks.py JOB.json`.
+"""One rank of a trainer that sends its weights: `lockstep.engine.ranks 2 sender_ranks.py JOB.json`.
 
 Ten random steps; after each, rank 0 scores the tokens on the server. Writes the scores and what the last sync reported.
 """

@@ -189,13 +189,13 @@ async def _send(run: Run, number: int) -> dict[str, float]:
     transport, name = run.parts.transport, run.name(number)
     arguments = {
         "root_url": run.server.root_url,
-        "api_key": run.server.api_key,
         "version": name,
         "transport": f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
         "deadline_s": deadlines.SYNC_DEADLINE_S,
     }
     verb = "sync" if run.parts.merged else "sync_adapter"
-    reply = await run.trainer.call(verb, arguments, deadline_s=STEP_DEADLINE_S)
+    secret = {"api_key": run.server.api_key}
+    reply = await run.trainer.call(verb, arguments, deadline_s=STEP_DEADLINE_S, secret=secret)
     if run.parts.merged:
         run.server.served_name = name
     return {

@@ -129,17 +129,19 @@ class Trainer:
         args: Mapping[str, Any],
         *,
         deadline_s: float,
+        secret: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Ask for `verb` and wait for its result. `deadline_s` bounds the silence between two messages, heartbeats included.
 
+        secret: arguments for rank 0 alone, which it passes to no other rank.
         Raises the worker's own error if it is the user's to fix, else TrainerError.
         """
         async with self._lock:
             if self._writer is None:
                 raise TrainerError(f"trainer is closed, it can't {verb}")
             self._requests += 1
-            request = {"id": self._requests, "verb": verb, "args": dict(args)}
+            request = {"id": self._requests, "verb": verb, "args": dict(args), "secret": dict(secret or {})}
             self._writer.write(json.dumps(request).encode() + b"\n")
             return await self._answer(self._requests, verb, deadline_s, on_event)
 

@@ -1,4 +1,7 @@
-"""How ranks learn of requests and of each other's failures: keys in a TCP store, never a collective that could hang.
+"""How ranks learn of requests and of each other's failures: keys in a store, never a collective that could hang.
+
+The store is a file in a folder that only this user can enter (`ranks.py`): nobody else reads a request or
+commands a rank.
 
 A rank that fails while others wait inside a collective cannot wake them. So each rank posts its outcome, a watchdog thread on each
 rank sees a failure, and if the rank itself does not come back within a grace period its process ends, loudly.
@@ -12,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from lockstep.engine.exchange import broadcast_json
-from lockstep.engine.ranks import LOOPBACK, loopback_store
+from lockstep.engine.ranks import rank_store
+from lockstep.errors import ConfigError
+from lockstep.sync.crew import missing_keys
 
 GRACE_S = 15.0
 """How long a rank may stay inside a verb after another one failed in it."""
@@ -33,24 +36,18 @@ class Agreement:
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), 0
-        if self.rank == 0:
-            local = host == LOOPBACK
-            self.store = loopback_store() if local else dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            port = self.store.port
-        group = dist.group.WORLD
-        assert group is not None
-        address = broadcast_json({"port": port}, 0, group)
-        if self.rank:
-            self.store = dist.TCPStore(host, address["port"], is_master=False, wait_for_workers=False)
+        store, watch = rank_store("requests"), rank_store("requests")
+        if store is None or watch is None:
+            raise ConfigError("ranks agree in a private folder: start them with `python -m lockstep.engine.ranks`")
+        self.store = store
         # A blocked wait holds its client, so the watchdog has one of its own.
-        self.watch = dist.TCPStore(host, address["port"], is_master=False, wait_for_workers=False)
+        self.watch = watch
 
     def publish(self, number: int, request: dict[str, Any]) -> None:
         self.store.set(f"request/{number}", json.dumps(request))
 
     def await_request(self, number: int) -> dict[str, Any]:
-        """The next request, however long it takes. Raises torch's DistError when rank 0 is gone."""
+        """The next request, however long it takes; the launcher ends this rank when rank 0 is gone."""
         while not self.store.check([f"request/{number}"]):
             time.sleep(0.02)
         return json.loads(self.store.get(f"request/{number}"))
@@ -62,10 +59,8 @@ class Agreement:
         self.store.set(f"outcome/{number}/{self.rank}", json.dumps(error))
         keys = [f"outcome/{number}/{rank}" for rank in range(self.world)]
         wait_s = GRACE_S if error is not None else timeout_s
-        try:
-            self.store.wait(keys, timedelta(seconds=wait_s))
-        except dist.DistStoreError:
-            late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        if missing := missing_keys(self.store, keys, wait_s):
+            late = [keys.index(key) for key in missing]
             message = f"ranks {late} did not finish within {wait_s:.0f} s"
             cause = f" after rank {self.rank} failed: {error['message']}" if error else ""
             return {

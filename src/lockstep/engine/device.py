@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.config import Parallel
+from lockstep.engine.ranks import group_settings
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.machine import host_available
 
@@ -57,7 +58,8 @@ def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timeout, **group_settings())
     rebuild_groups(parallel, seed)
 
 

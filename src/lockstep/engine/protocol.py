@@ -1,8 +1,9 @@
 """Messages between the parent and the trainer: JSON lines over a Unix socket. Imports the standard library only: both sides use it.
 
-Request `{"id": 1, "verb": "train_step", "args": {...}}`; replies `{"id": 1, "event": {...}}`, and at the end of a verb
-`{"id": 1, "result": {...}}` or `{"id": 1, "error": {"type", "message", "traceback"}}`. The worker's first line is
-`{"token": "..."}` and its second `{"id": 0, "result": {...}}` (ready) or `{"id": 0, "error": {...}}`.
+Request `{"id": 1, "verb": "train_step", "args": {...}, "secret": {...}}`; the secret stays in rank 0. Replies
+`{"id": 1, "event": {...}}`, and at the end of a verb `{"id": 1, "result": {...}}` or
+`{"id": 1, "error": {"type", "message", "traceback"}}`. The worker's first line is `{"token": "..."}` and its
+second `{"id": 0, "result": {...}}` (ready) or `{"id": 0, "error": {...}}`.
 """
 
 from __future__ import annotations

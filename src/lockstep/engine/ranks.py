@@ -1,15 +1,18 @@
-"""`python -m torch.distributed.run` for the trainer's ranks on this machine, with every socket on loopback.
+"""`python -m torch.distributed.run` for the trainer's ranks on this machine, out of other users' reach.
 
-`python -m lockstep.engine.ranks N ARGUMENTS...` runs Python with these arguments N times. The rendezvous stores that torch.distributed.run
-brings listen on every interface; it takes one of ours instead, and gloo is told to stay on loopback.
+`python -m lockstep.engine.ranks N ARGUMENTS...` runs Python with these arguments N times. The stores that
+torch.distributed.run brings listen on TCP ports, where every local user could read and write them. The
+launcher's store stays in its memory here, and the ranks meet in files of a folder that only this user can
+enter. Gloo's own sockets carry tensors; they are told to stay on loopback.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import run
@@ -21,39 +24,48 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 LOOPBACK = "127.0.0.1"
-BACKEND = "lockstep-loopback"
+BACKEND = "lockstep-private"
+FOLDER_VARIABLE = "LOCKSTEP_RANKS_FOLDER"
+"""Environment variable of a rank: the folder in which the ranks of this launcher meet."""
 
 
-def loopback_store(**settings: object) -> dist.TCPStore:
-    """A TCPStore server on a free port of the loopback interface; `settings` are TCPStore's own."""
-    listener = socket.create_server((LOOPBACK, 0))
-    return dist.TCPStore(
-        LOOPBACK,
-        listener.getsockname()[1],
-        is_master=True,
-        wait_for_workers=False,
-        use_libuv=False,  # libuv's server can't take a socket over
-        master_listen_fd=listener.detach(),  # else it would listen on every interface
-        **settings,  # type: ignore[arg-type]
-    )
+def rank_store(name: str) -> dist.Store | None:
+    """The store `name` that all ranks of this launcher share, in its private folder; None without such a launcher.
+
+    A single rank keeps it in memory.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        return None
+    if os.environ.get("WORLD_SIZE") == "1":
+        return dist.HashStore()
+    return dist.FileStore(str(Path(folder) / name))
 
 
-class LoopbackRendezvous(RendezvousHandler):
-    """One launcher that meets nobody; its ranks use its store."""
+def group_settings() -> dict[str, Any]:
+    """What `init_process_group` is to be told: the ranks' own store, or nothing where another launcher's environment says it."""
+    store = rank_store("groups")
+    if store is None:
+        return {}
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
+class PrivateRendezvous(RendezvousHandler):
+    """One launcher that meets nobody."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self._store = loopback_store()
+        self._store = dist.HashStore()
 
     def get_backend(self) -> str:
         return BACKEND
 
     @property
     def use_agent_store(self) -> bool:
-        return True
+        return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        here = RendezvousStoreInfo(LOOPBACK, self._store.port)
+        here = RendezvousStoreInfo(LOOPBACK, 0)  # a port that nobody listens on: ranks meet in `rank_store`
         return RendezvousInfo(dist.PrefixStore(self._run_id, self._store), 0, 1, here)
 
     def is_closed(self) -> bool:
@@ -76,8 +88,10 @@ def main(arguments: list[str]) -> None:
     """Raises SystemExit or torch's ChildFailedError, with each failed rank's status, when a rank fails; the others are ended."""
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    rendezvous_handler_registry.register(BACKEND, lambda settings: LoopbackRendezvous(settings.run_id))
-    run.main(["--nproc-per-node", arguments[0], "--rdzv-backend", BACKEND, *arguments[1:]])
+    rendezvous_handler_registry.register(BACKEND, lambda settings: PrivateRendezvous(settings.run_id))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:  # 0700
+        os.environ[FOLDER_VARIABLE] = folder
+        run.main(["--nproc-per-node", arguments[0], "--rdzv-backend", BACKEND, *arguments[1:]])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
                                                  with replayed routes also picks_differ: the share that is not the live router's
   load       {step_dir}                       -> {"updates": n}
   save       {out}                            -> {"files": [...]}
-  sync       {root_url, api_key, version, transport, deadline_s}
+  sync       {root_url, version, transport, deadline_s}, secret {api_key}
                                               -> the fields of a SyncReport (`sync/push.py`)   the server holds the
                                                  (merged) weights as `version`, or, after an error, what it held before
   sync_adapter                                   the same arguments; the server has the adapter, from memory, as model `version` beside
@@ -136,16 +136,14 @@ class Worker:
         if self.weights_out is None:
             crew = StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world)
             self.weights_out = WeightsOut(self.session, crew)
-        endpoint = Endpoint(args["root_url"], args["api_key"])
-        return self.weights_out.push(endpoint, args["version"], args["transport"], float(args["deadline_s"]))
+        return self.weights_out.push(endpoint_of(args), args["version"], args["transport"], float(args["deadline_s"]))
 
     def sync_adapter(self, args: Json, report: Callable[[Json], None]) -> Json:
         report({"kind": "phase", "phase": "sync"})
         if self.adapters_out is None:
             crew = StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world, "adapters")
             self.adapters_out = AdaptersOut(self.session, crew, float(args["deadline_s"]))
-        endpoint = Endpoint(args["root_url"], args["api_key"])
-        return self.adapters_out.push(endpoint, args["version"], args["transport"], float(args["deadline_s"]))
+        return self.adapters_out.push(endpoint_of(args), args["version"], args["transport"], float(args["deadline_s"]))
 
     def offload(self, args: Json, report: Callable[[Json], None]) -> Json:
         return {"nbytes": self._offload().out(keep_weights=bool(args.get("keep_weights")))}
@@ -213,7 +211,7 @@ class Worker:
             os._exit(LOST)
 
     def run(self, request: Json, report: Callable[[Json], None]) -> Json:
-        verb, args = request.get("verb"), request.get("args") or {}
+        verb, args = request.get("verb"), (request.get("args") or {}) | (request.get("secret") or {})
         verbs = self.verbs()
         if verb not in verbs:
             raise ConfigError(f"unknown verb {verb!r}; known: {', '.join([*verbs, 'shutdown'])}")
@@ -227,6 +225,16 @@ class Worker:
             )
         self._check_here(str(verb))
         return verbs[verb](args, report)
+
+
+def share(number: int, request: Json, agreement: Agreement) -> None:
+    """Publish a request to the other ranks, without what is for rank 0 alone."""
+    agreement.publish(number, {name: value for name, value in request.items() if name != "secret"})
+
+
+def endpoint_of(args: Json) -> Endpoint:
+    """The server. Only rank 0 speaks to it, and only rank 0 is given the server's token."""
+    return Endpoint(args["root_url"], args.get("api_key", ""))
 
 
 def check_finite(metrics: Mapping[str, float]) -> None:
@@ -329,7 +337,7 @@ def main() -> None:
             request = worker.channel.receive()
         except protocol.ChannelClosed:
             request = {"id": -1, "verb": "shutdown"}
-        worker.agreement.publish(number, request)
+        share(number, request, worker.agreement)
         return request
 
     try:

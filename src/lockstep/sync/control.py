@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -20,7 +20,7 @@ class Endpoint:
     """Where the server is and the token that opens it."""
 
     root_url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 class Control:
