@@ -29,7 +29,7 @@ from lockstep.families.handler import ModelSupportHandler
 from lockstep.families.registry import get_model_support_handler, load_model_config
 from lockstep.families.rules import stage_layers
 from lockstep.families.sizes import check_heads
-from lockstep.families.weights import load_shards
+from lockstep.families.weights import kept_dtype, load_shards
 from lockstep.sync.adapter import AdapterInfo, read_adapter, write_adapter
 
 Shape = tuple[int, ...]
@@ -132,7 +132,7 @@ def open_session(settings: Settings) -> Session:
     compiled = device.CUDA if settings.compile is None else settings.compile
     regions.enable(handler.compile.regions if compiled else ())
     model = build(config, settings.parallel, DTYPES[settings.dtype], layers, bool(settings.recompute))
-    _load(model, checkpoint, shards)
+    _load(model, checkpoint, shards, DTYPES[settings.dtype])
     if settings.lora is None and not settings.trains:
         shapes, trainables = {}, []
     elif settings.lora is None:
@@ -188,16 +188,20 @@ def _preflight(shards: Sequence[Shard], settings: Settings) -> None:
 
 
 @torch.no_grad()
-def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
+def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+    """Fill the model's parameters, of `dtype` but for those that keep the checkpoint's fp32."""
     parameters = dict(model.named_parameters())
     missing = set(parameters) - {s.megatron for s in shards}
     if missing:
         raise WeightsError(f"the weight contract has nothing for {sorted(missing)[0]} ({len(missing)} parameters)")
+    kept = {shard.megatron: kept_dtype(checkpoint, shard, dtype) for shard in shards}
     for name, tensor in load_shards(checkpoint, shards, device=device.device()):
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise WeightsError(
                 f"the weight contract gives {name} {list(tensor.shape)}, which the model does not have in that shape"
             )
+        if kept[name] != dtype:
+            parameters[name].data = torch.empty_like(tensor, dtype=kept[name])
         parameters[name].copy_(tensor)
 
 

@@ -235,7 +235,7 @@ def _without_signal(session: Session, config: TrainConfig, clock: Clock) -> dict
     """Metrics of a step that nothing was computed for."""
     zeros = dict.fromkeys(("loss", "loss_policy", "grad_norm", "tokens", "tokens_scored"), 0.0)
     zeros |= {"updates": float(session.optimizer.count), "updates_skipped": float(config.minibatches)}
-    return zeros | {"no_signal": 1.0} | {f"seconds_{name}": value for name, value in clock.seconds.items()}
+    return zeros | {"no_signal": 1.0} | clock.metrics()
 
 
 def _reference_logprobs(

@@ -25,6 +25,7 @@ from lockstep.families.checkpoint import expected_tensors
 from lockstep.families.contract import Shard, Sizes
 from lockstep.families.rules import stage_layers
 from lockstep.families.shares import share_out
+from lockstep.families.weights import kept_dtype
 from lockstep.sync.crew import Crew
 from lockstep.sync.plan import SyncPlan, plan_sources
 from lockstep.sync.push import Endpoint, WeightPusher
@@ -43,7 +44,16 @@ class WeightsOut:
         self.parameters: dict[str, Tensor] = dict(session.model.named_parameters())
         shapes = expected_tensors(session.handler, session.config, session.checkpoint.layout)
         shares = share_out(_everyones_shards(session), shapes)
-        described = [[one for share in mine for one in share_sources(share, shapes, session.dtype)] for mine in shares]
+        described = [
+            [
+                described
+                for share in mine
+                for described in share_sources(
+                    share, shapes, kept_dtype(session.checkpoint, share.shard, session.dtype)
+                )
+            ]
+            for mine in shares
+        ]
         bucket_bytes = BUCKET_BYTES[device.CUDA]
         self.plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
         self.supplies = [(source.key, supply) for source, supply in described[crew.rank]]

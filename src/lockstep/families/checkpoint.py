@@ -80,6 +80,12 @@ class Checkpoint:
     def names(self) -> set[str]:
         return set(self.tensors)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether its embedding is narrower than fp32, so that what it stores in fp32 is so on purpose."""
+        embedding = self.tensors.get(f"{self.layout.prefix}embed_tokens.weight")
+        return embedding is not None and embedding.dtype != "F32"
+
     def release(self) -> None:
         self._open.clear()
 

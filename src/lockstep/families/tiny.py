@@ -68,7 +68,13 @@ def write_tiny(family: str, folder: Path | str, *, seed: int = 0, overrides: Map
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_random(name, parameter, neutral, config.tie_word_embeddings, generator))
-    model.to(config.dtype or torch.float32).save_pretrained(folder)
+    exact = {
+        name: parameter.data for name, parameter in model.named_parameters() if name.endswith(_model(family).float32)
+    }
+    model.to(config.dtype or torch.float32)
+    for name, values in exact.items():
+        model.get_parameter(name).data = values.to(torch.promote_types(values.dtype, config.dtype or torch.float32))
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     _write_generation_config(folder, config)
     return folder

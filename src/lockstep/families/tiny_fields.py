@@ -9,10 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A tiny model is named like its family's spec. `fields` uses the names of `config.json`."""
+    """A tiny model is named like its family's spec. `fields` uses the names of `config.json`.
+
+    float32: ends of the names of tensors that the family's releases store in fp32, whatever the others' dtype.
+    """
 
     architecture: str
     fields: Mapping[str, Any]
+    float32: tuple[str, ...] = ()
 
 
 COMMON: Mapping[str, Any] = {

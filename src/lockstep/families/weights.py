@@ -31,6 +31,18 @@ def load_shards(
     checkpoint.release()
 
 
+def kept_dtype(checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in a model that computes in `dtype`: fp32 for a vector that a narrower checkpoint stores in fp32.
+
+    Released Qwen3.5 keep `A_log` and the gated norm's weight so, beside bf16 matrices. Vectors are computed with in fp32 anyway; a
+    matrix takes the dtype of its products.
+    """
+    names = [piece.name for piece in shard.pieces if piece.name is not None]
+    if dtype != torch.bfloat16 or len(shard.shape) != 1 or not names or not checkpoint.mixed:
+        return dtype
+    return torch.float32 if all(checkpoint.tensors[name].dtype == "F32" for name in names) else dtype
+
+
 def _load_one(checkpoint: Checkpoint, shard: Shard, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
     parts = {piece: checkpoint.read(piece) for piece in shard.pieces[:1] if piece.name is not None}
     kept = dtype or (next(iter(parts.values())).dtype if parts else _any_dtype(checkpoint, shard))

@@ -14,9 +14,11 @@ _LINEAR = {
     "dtype": "bfloat16",
 }
 
+_FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")
+
 TINY = {
-    "qwen3_5": TinyModel("Qwen3_5ForCausalLM", {**COMMON, **_LINEAR}),
+    "qwen3_5": TinyModel("Qwen3_5ForCausalLM", {**COMMON, **_LINEAR}, _FLOAT32),
     "qwen3_5_moe": TinyModel(
-        "Qwen3_5MoeForCausalLM", {**COMMON, **_LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}
+        "Qwen3_5MoeForCausalLM", {**COMMON, **_LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}, _FLOAT32
     ),
 }
