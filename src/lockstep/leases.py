@@ -37,6 +37,8 @@ class RolloutScope:
         self._pinned: dict[Leases, int] = {}
         self._taken: set[tuple[Leases, int]] = set()
         self.open = True
+        self.served = False
+        """A request of this rollout has had its place in the server: its next ones go before those of rollouts that have not begun."""
 
     def pin(self, leases: Leases, current: int) -> int:
         """The step this scope uses of that model: the current one at the first call, the same ever after."""

@@ -37,15 +37,25 @@ def _check_segment(kind: str, value: str) -> str:
 
 
 def open_client(endpoint: Endpoint) -> AsyncOpenAI:
-    """A client of a run's own server. The caller closes it."""
+    """A client of a run's own server. The caller closes it.
+
+    It sends what the server has places for (`slots.py`); a deadline counts from then.
+    """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+
+    from lockstep.slots import Slots, SlotSending
+
+    class Client(SlotSending, DefaultAsyncHttpxClient):
+        slots = None if endpoint.slots is None else Slots(endpoint.slots)
+        default_s = _REQUEST_SECONDS
+        longest = endpoint.max_model_len or 0
 
     return AsyncOpenAI(
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS),
         max_retries=_RETRIES,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),  # a proxy must not catch the run's own server
+        http_client=Client(trust_env=False),  # a proxy must not catch the run's own server
     )
 
 
@@ -120,7 +130,8 @@ class TrainableModel:
     def openai_client(self) -> AsyncOpenAI:
         """A plain AsyncOpenAI on the run's server, reused between calls.
 
-        Lost connections and overload are retried; a request may take 600 s.
+        Requests beyond what the server takes at once wait here, those of rollouts under way first. Lost connections and overload are
+        retried; a request may take 600 s and a second for each token it may sample, counted from when the server takes it.
         """
         endpoint = self._registered().endpoint(self)
         try:

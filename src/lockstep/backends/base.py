@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served: an OpenAI-compatible base URL (it ends in `/v1`) and the run's bearer token."""
+    """Where a model is served: an OpenAI-compatible base URL (it ends in `/v1`) and the run's bearer token.
+
+    slots: sequences that the server takes at once; None: it does not say. max_model_len: tokens of its longest sequence; None likewise.
+    """
 
     base_url: str
     api_key: str = field(repr=False)
+    slots: int | None = None
+    max_model_len: int | None = None
 
 
 class Backend(Protocol):

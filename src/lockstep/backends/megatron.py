@@ -117,8 +117,8 @@ class MegatronBackend:
         return self._run(model).store.path
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
-        server = self._run(model).server
-        return Endpoint(server.base_url, server.api_key)
+        run = self._run(model)
+        return Endpoint(run.server.base_url, run.server.api_key, run.parts.max_num_seqs, run.parts.max_model_len)
 
     def _run(self, model: TrainableModel) -> Run:
         run = self._runs.get(model)

@@ -1,0 +1,130 @@
+"""As many requests at a server as it serves at once: the others wait here, where no deadline runs.
+
+vLLM takes every request and lets it queue, while the client's deadline goes on: a request that is given up there begins again, and what
+was computed for it is lost. So a request leaves this process when there is a place for it, and its deadline counts from then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import json
+from typing import Any
+
+from lockstep.leases import current_scope
+
+_SAMPLING = ("/completions", "/responses", "/messages")
+"""Ends of the paths of requests that take a place."""
+
+
+class Slots:
+    """The places of one server, for one event loop. Requests of rollouts under way go first, then in order."""
+
+    def __init__(self, count: int):
+        self.count = self._free = count
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._order = itertools.count()
+
+    async def take(self, places: int, *, under_way: bool) -> int:
+        """Wait until `places` are free and take them; returns how many: never more than there are."""
+        places = min(places, self.count)
+        granted = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (not under_way, next(self._order), places, granted))
+        self._grant()
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.give_back(places)
+            else:
+                self._grant()  # whoever stood behind it
+            raise
+        return places
+
+    def give_back(self, places: int) -> None:
+        self._free += places
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and (self._waiting[0][3].done() or self._waiting[0][2] <= self._free):
+            _, _, places, granted = heapq.heappop(self._waiting)
+            if not granted.done():
+                self._free -= places
+                granted.set_result(None)
+
+
+class SlotSending:
+    """Mixed into an HTTP client of openai's, whose `send` it holds back: requests that sample leave when there is a place for them.
+
+    The end of the reply gives the place back.
+    """
+
+    slots: Slots | None = None
+    default_s: float = 0.0
+    """The client's own read deadline, in seconds. A request that came with no other gets a second more for each token it may sample."""
+    longest: int = 0
+    """Tokens of a request that does not say how many."""
+
+    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        send = super().send  # pyright: ignore[reportAttributeAccessIssue]
+        if request.method != "POST" or not request.url.path.endswith(_SAMPLING):
+            return await send(request, stream=stream, **options)
+        body = _parsed(await request.aread())
+        limits = request.extensions.get("timeout", {})
+        if limits.get("read") == self.default_s:
+            request.extensions["timeout"] = {**limits, "read": self.default_s + self._tokens(body)}
+        if self.slots is None:
+            return await send(request, stream=stream, **options)
+        places = await self._place(self.slots, body)
+        give_back = _Once(self.slots, places)
+        try:
+            response = await send(request, stream=stream, **options)
+        except BaseException:
+            give_back()
+            raise
+        if not stream:
+            give_back()
+            return response
+        close = response.aclose
+
+        async def closed() -> None:
+            try:
+                await close()
+            finally:
+                give_back()
+
+        response.aclose = closed
+        return response
+
+    async def _place(self, slots: Slots, body: dict[str, Any]) -> int:
+        scope, choices = current_scope(), body.get("n")
+        count = choices if isinstance(choices, int) and choices > 0 else 1
+        places = await slots.take(count, under_way=scope is not None and scope.served)
+        if scope is not None:
+            scope.served = True
+        return places
+
+    def _tokens(self, body: dict[str, Any]) -> int:
+        asked = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
+        return next((value for value in asked if isinstance(value, int) and value > 0), self.longest)
+
+
+class _Once:
+    """Gives places back at the first call."""
+
+    def __init__(self, slots: Slots, places: int):
+        self._slots, self._places = slots, places
+
+    def __call__(self) -> None:
+        places, self._places = self._places, 0
+        if places:
+            self._slots.give_back(places)
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return {}
+    return request if isinstance(request, dict) else {}
