@@ -1,17 +1,21 @@
-# Two commands do everything, each from a fresh clone:
+# Three commands do everything, each from a fresh clone:
 #   make quickstart   set up, then train a tiny model end to end
+#   make real         set up, then teach a small real model arithmetic
 #   make test         set up, then check and test
-# Both make the virtual environment .venv here and the server's own environment under ~/.cache/lockstep.
+# All make the virtual environment .venv here and the server's own environment under ~/.cache/lockstep.
 
 PYTHON ?= python3
 # The CPU build where the package index offers one; set TORCH to choose another build.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all checked check setup-train setup-dev runtime clean
+.PHONY: quickstart real test test-all checked check setup-train setup-real setup-dev runtime clean
 
 quickstart: setup-train runtime
 	@$(BIN)/lockstep quickstart
+
+real: setup-real runtime
+	@$(BIN)/lockstep quickstart --real
 
 # Two at a time: much of a test is a server's or a trainer's start, which keeps one core busy. A file stays on one side, for what its
 # tests share, and files come in the order of tests/conftest.py.
@@ -47,12 +51,18 @@ check: setup-dev
 	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train]"
 	@touch $@
 
+.venv/made-real: .venv/made pyproject.toml
+	@echo "== installing Lockstep, what the trainer needs, and what reads GGUF files (about 200 MB)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train,gguf,examples]"
+	@touch .venv/made-train $@
+
 .venv/made-dev: .venv/made-train
 	@echo "== installing the development tools (about 100 MB)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train,dev]"
 	@touch $@
 
 setup-train: .venv/made-train
+setup-real: .venv/made-real
 setup-dev: .venv/made-dev
 
 runtime: setup-train

@@ -72,6 +72,10 @@ def run_file(folder: Path, model="", task="", train="", task_code=TASK) -> Path:
         ({"task_code": "def scenarios():\n    return [1]\n"}, "async def rollout"),
         ({"task_code": TASK.replace("scenario, temperature", "scenario")}, "async def rollout(model, scenario"),
         ({"task_code": TASK.replace('return ["hi"]', "print()")}, "scenarios() returned NoneType"),
+        (
+            {"task_code": TASK + "\n\ndef evaluation_scenarios():\n    return []\n"},
+            "evaluation_scenarios() returned an empty",
+        ),
         ({"train": "[tiny.train]\nlearning_rat = 1e-3"}, "did you mean learning_rate"),
         ({"train": '[tiny]\nfamily = "qwen9"'}, "must be one of llama3, qwen3"),
     ],

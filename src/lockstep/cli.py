@@ -43,14 +43,20 @@ _TRAIN_EXTRA = ("torch", "transformers", "megatron", "einops", "jinja2", "huggin
 
 @app.command()
 def quickstart(
-    path: Annotated[Path, typer.Option(help="folder for the tiny model and the run")] = Path("runs/quickstart"),
+    path: Annotated[Path, typer.Option(help="folder for the run and its tiny model")] = Path("runs/quickstart"),
     seed: Annotated[int, typer.Option(help="seed of the model, the data order and the sampling")] = 0,
     fresh: Annotated[bool, typer.Option(help="delete what an earlier quickstart left in the folder")] = True,
+    real: Annotated[
+        bool, typer.Option("--real", help="SmolLM2-135M-Instruct learns arithmetic instead; a download of 93 MB")
+    ] = False,
 ) -> None:
-    """Make a tiny Qwen3 and train it with GRPO until its answers earn 0.9. Needs no GPU and no download; about a minute."""
+    """Make a tiny Qwen3 and train it with GRPO until its answers earn 0.9. Needs no GPU and no download; about a minute.
+
+    With --real: a real model, until its greedy reward on 64 held-out questions has risen by 0.15; some minutes.
+    """
     from lockstep.quickstart import run_quickstart
 
-    raise SystemExit(asyncio.run(run_quickstart(path, seed, fresh, console)))
+    raise SystemExit(asyncio.run(run_quickstart(path, seed, fresh, console, real)))
 
 
 @app.command()

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lockstep.task import Task
 
 
+_ROUNDING = 1e-9
+"""A difference of two means is the rise that was asked for up to this."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step.
@@ -50,6 +54,8 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     step: int = 0
     reached: bool = False
+    first: float = math.nan
+    """The first greedy reward that was measured."""
 
     @property
     def greedy(self) -> float:
@@ -57,11 +63,11 @@ class Outcome:
 
 
 async def greedy_reward(model: TrainableModel, task: Task, limit: int, max_exceptions: int | float = 0) -> float:
-    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` scenarios), without those that failed; NaN if
-    all did, which `max_exceptions` has to tolerate.
+    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` of the task's evaluation scenarios, of its
+    scenarios if it has none), without those that failed; NaN if all did, which `max_exceptions` has to tolerate.
     """
     groups = await gather_trajectory_groups(
-        [[task.rollout(model, scenario, 0.0)] for scenario in task.scenarios[:limit]],
+        [[task.rollout(model, scenario, 0.0)] for scenario in (task.evaluation_scenarios or task.scenarios)[:limit]],
         max_exceptions=max_exceptions,
         progress=False,
     )
@@ -90,8 +96,11 @@ async def run(
     config: TrainConfig,
     run_path: Path,
     on_row: Callable[[Row], None],
+    rise: float | None = None,
 ) -> Outcome:
     """Train until the greedy reward reaches `stop_at_reward` or the run has `steps` steps.
+
+    rise: the greedy reward also suffices once it is this much above the first one measured here.
 
     The model must be registered. Trajectories of every step are on disk before it is trained, those of a failed gather too.
     """
@@ -103,7 +112,9 @@ async def run(
         if last or step % section.evaluate_every == 0:
             greedy = await greedy_reward(model, task, section.evaluate_scenarios, section.max_exceptions)
         outcome.step = step
-        outcome.reached = section.stop_at_reward is not None and greedy >= section.stop_at_reward
+        if math.isnan(outcome.first):
+            outcome.first = greedy
+        outcome.reached = any(greedy >= target for target in _targets(section, outcome.first, rise))
         if outcome.reached or last:
             row = Row(step=step, reward=math.nan, greedy=greedy)
             outcome.rows.append(row)
@@ -112,6 +123,11 @@ async def run(
         row = await _one_step(model, backend, task, section, config, run_path, greedy)
         outcome.rows.append(row)
         on_row(row)
+
+
+def _targets(section: TaskSection, first: float, rise: float | None) -> list[float]:
+    risen = None if rise is None else first + rise - _ROUNDING
+    return [target for target in (section.stop_at_reward, risen) if target is not None]
 
 
 async def _one_step(

@@ -43,11 +43,15 @@ def examples_folder() -> Path:
     raise ConfigError(f"the examples are missing beside {package}: install lockstep-rl again, or use a source checkout")
 
 
-async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console) -> int:
+async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
     """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward reached its target.
 
-    fresh: whatever an earlier quickstart left in the folder is deleted first.
+    fresh: whatever an earlier quickstart left in the folder is deleted first. real: arithmetic on SmolLM2 instead.
     """
+    from lockstep.real_quickstart import train_real
+
+    if real and not fresh:
+        raise ConfigError("--real measures the rise from its own start: leave out --no-fresh")
     path = path.expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file: choose another --path")
@@ -61,15 +65,16 @@ async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console) -
             mark.touch()
         if fresh:
             _empty(path, keep=(mark, lock))
+        if real:
+            return await train_real(path, seed, console)
         config = examples_folder() / "yes_no_maybe" / "config.toml"
-        file = load_run_file(config)
-        file = file.model_copy(
-            update={
-                "backend": file.backend.model_copy(update={"path": str(path)}),
-                "task": file.task.model_copy(update={"seed": seed}),
-            }
-        )
-        return await execute(file, config, tiny=True, console=console)
+        return await execute(placed(load_run_file(config), path, seed), config, tiny=True, console=console)
+
+
+def placed(file: RunFile, path: Path, seed: int) -> RunFile:
+    """The run in another folder and with another seed."""
+    backend, task = file.backend.model_copy(update={"path": str(path)}), file.task.model_copy(update={"seed": seed})
+    return file.model_copy(update={"backend": backend, "task": task})
 
 
 @contextmanager
@@ -133,18 +138,25 @@ def _as_tiny(file: RunFile) -> RunFile:
     return file.model_copy(update={"backend": file.backend.model_copy(update={"tool_call_parser": "hermes"})})
 
 
-async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> int:
-    """Prepare the model, start the backend, run the loop, and say where the result is."""
+async def execute(
+    file: RunFile, config: Path, tiny: bool, console: Console, task: Task | None = None, rise: float | None = None
+) -> int:
+    """Prepare the model, start the backend, run the loop, and say where the result is.
+
+    task: None loads the one that the file names. rise: see `loop.run`.
+    """
     started = time.monotonic()
-    task = load_task(config.parent / file.task.file)
+    task = task or load_task(config.parent / file.task.file)
     base_model, settings = file.model.base_model, file.train
     if tiny:
         base_model = str(await make_tiny(_tiny_folder(file), file, task, console))
         settings, file = file.tiny_train_config(), _as_tiny(file)
-    outcome, step_path = await _train(file, base_model, settings, task, console)
+    outcome, step_path = await _train(file, base_model, settings, task, console, rise)
     seconds = time.monotonic() - started
     target = file.task.stop_at_reward
-    if target is None:
+    if rise is not None:
+        verdict = f"greedy reward {outcome.first:.3f} before, {outcome.greedy:.3f} after {outcome.step} steps"
+    elif target is None:
         verdict = f"finished with greedy reward {outcome.greedy:.3f}"
     elif outcome.reached:
         verdict = f"greedy reward {outcome.greedy:.3f} reached {target} at step {outcome.step}"
@@ -154,11 +166,11 @@ async def execute(file: RunFile, config: Path, tiny: bool, console: Console) -> 
     trained = step_path / ("adapter" if file.model.lora else "model")
     console.print(f"checkpoint  {trained}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"chat        lockstep chat {step_path.parents[1]}", markup=False, highlight=False, soft_wrap=True)
-    return 0 if target is None or outcome.reached else 3
+    return 0 if (target is None and rise is None) or outcome.reached else 3
 
 
 async def _train(
-    file: RunFile, base_model: str, settings: TrainConfig, task: Task, console: Console
+    file: RunFile, base_model: str, settings: TrainConfig, task: Task, console: Console, rise: float | None
 ) -> tuple[Outcome, Path]:
     from lockstep.shown_settings import show_short
 
@@ -174,7 +186,7 @@ async def _train(
         run_path = backend.run_path(model)
         console.print(f"run         {run_path}", markup=False, highlight=False, soft_wrap=True)
         with LiveTable(console, f"{file.model.name} on {base_model}") as table:
-            outcome = await run(model, backend, task, file.task, settings, run_path, table)
+            outcome = await run(model, backend, task, file.task, settings, run_path, table, rise)
         return outcome, run_path / "steps" / f"{outcome.step:04d}"
     finally:
         await backend.close()

@@ -4,6 +4,7 @@ A task is an ordinary Python file, which may import modules beside it, with thes
 
     def scenarios() -> list                                            required; anything the rollout understands
     async def rollout(model, scenario, temperature) -> Trajectory      required; the same function trains and evaluates
+    def evaluation_scenarios() -> list                                 optional; held out: evaluated, never trained on
     def demonstrations(rng) -> list[dict]                              optional; what `--tiny` learns first: {"messages", "tools"}
 """
 
@@ -14,7 +15,7 @@ import inspect
 import random
 import sys
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ class Task:
     scenarios: list[Any]
     rollout: Callable[[TrainableModel, Any, float], Awaitable[Trajectory]]
     demonstrations: Callable[[random.Random], list[dict[str, Any]]] | None
+    evaluation_scenarios: list[Any] = field(default_factory=list)
+    """Empty: the training scenarios are evaluated."""
 
     def draw(self, count: int, seed: int, step: int) -> list[Any]:
         """The scenarios of one step, from epochs of a shuffled list: a function of (seed, step) alone, so a resumed run keeps the order."""
@@ -62,16 +65,23 @@ def load_task(path: Path) -> Task:
     rollout = getattr(module, "rollout", None)
     if not inspect.iscoroutinefunction(rollout) or not _takes(rollout, 3):
         raise ConfigError(f"{path} must define `async def rollout(model, scenario, temperature) -> Trajectory`")
-    make_scenarios: Any = getattr(module, "scenarios", None)
-    if not inspect.isfunction(make_scenarios) or not _takes(make_scenarios, 0):
-        raise ConfigError(f"{path} must define `def scenarios() -> list`")
-    made = make_scenarios()
+    scenarios = _listed(path, "scenarios", getattr(module, "scenarios", None))
+    held_out: Any = getattr(module, "evaluation_scenarios", None)
+    evaluated = [] if held_out is None else _listed(path, "evaluation_scenarios", held_out)
+    return Task(path, scenarios, rollout, getattr(module, "demonstrations", None), evaluated)
+
+
+def _listed(path: Path, name: str, make: Any) -> list[Any]:
+    """What a task file's function of that name returns, as a list that isn't empty."""
+    if not inspect.isfunction(make) or not _takes(make, 0):
+        raise ConfigError(f"{path} must define `def {name}() -> list`")
+    made: Any = make()
     if not isinstance(made, Iterable):
-        raise ConfigError(f"{path}: scenarios() returned {type(made).__name__}, not a list")
-    scenarios: list[Any] = list(made)
+        raise ConfigError(f"{path}: {name}() returned {type(made).__name__}, not a list")
+    scenarios = list(made)
     if not scenarios:
-        raise ConfigError(f"{path}: scenarios() returned an empty list, there is nothing to roll out")
-    return Task(path, scenarios, rollout, getattr(module, "demonstrations", None))
+        raise ConfigError(f"{path}: {name}() returned an empty list, there is nothing to roll out")
+    return scenarios
 
 
 def _takes(function: Callable[..., Any], arguments: int) -> bool:

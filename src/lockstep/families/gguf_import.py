@@ -76,18 +76,18 @@ def _write_weights(named, folder: Path, dtype: str) -> None:
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    pending: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        save_file(held, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
-        files.append(list(held))
-        held.clear()
+        save_file(pending, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(pending))
+        pending.clear()
 
     for name, array in named:
-        held[name] = torch.from_numpy(array.copy()).to(getattr(torch, dtype)).contiguous()
-        if sum(tensor.nbytes for tensor in held.values()) >= _SHARD_BYTES:
+        pending[name] = torch.from_numpy(array.copy()).to(getattr(torch, dtype)).contiguous()
+        if sum(tensor.nbytes for tensor in pending.values()) >= _SHARD_BYTES:
             flush()
-    if held:
+    if pending:
         flush()
     if len(files) == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")

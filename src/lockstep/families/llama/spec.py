@@ -15,6 +15,7 @@ SPECS = (
             *(f"meta-llama/Llama-3.1-{size}{kind}" for size in ("8B", "70B") for kind in ("", "-Instruct")),
             *(f"meta-llama/Llama-3.2-{size}{kind}" for size in ("1B", "3B") for kind in ("", "-Instruct")),
             "meta-llama/Llama-3.3-70B-Instruct",
+            *(f"HuggingFaceTB/SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")),
         ),
         architectures=("LlamaForCausalLM",),
         model_types=("llama",),

@@ -1,0 +1,86 @@
+"""`lockstep quickstart --real`: a real model learns arithmetic, and shows what it says before and after."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.errors import ConfigError
+from lockstep.real_model import smollm2
+from lockstep.runfile import RunFile, load_run_file
+from lockstep.serving.environments import default_kind
+from lockstep.task import Task, load_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lockstep.model import TrainableModel
+    from lockstep.trajectory import Trajectory
+
+RISE = 0.15
+"""How much the greedy reward on held-out questions has to rise."""
+_SHOWN = 5
+
+
+@dataclass
+class Replies:
+    """What the model answered to each evaluation scenario: step -> scenario -> (reply, reward)."""
+
+    by_step: dict[int, dict[Any, tuple[str, float]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def listening(self, task: Task) -> Task:
+        """The same task, whose greedy replies are kept here."""
+
+        async def rollout(model: TrainableModel, scenario: Any, temperature: float) -> Trajectory:
+            trajectory = await task.rollout(model, scenario, temperature)
+            if temperature == 0:
+                text = trajectory.choices[-1].message.content or ""
+                self.by_step[model.step][scenario] = (text, trajectory.reward)
+            return trajectory
+
+        return replace(task, rollout=rollout)
+
+    def changed(self) -> list[tuple[Any, str, str]]:
+        """(scenario, first reply, last reply), those that were learned first."""
+        if not self.by_step:
+            return []
+        first, last = self.by_step[min(self.by_step)], self.by_step[max(self.by_step)]
+        both = sorted(first.keys() & last.keys(), key=lambda scenario: first[scenario][1] - last[scenario][1])
+        return [(scenario, first[scenario][0], last[scenario][0]) for scenario in both]
+
+
+async def train_real(path: Path, seed: int, console: Console) -> int:
+    """Fetch the model, train it until the reward has risen by RISE, and print replies. Returns the exit code."""
+    from lockstep.quickstart import examples_folder, execute, placed
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    config = examples_folder() / "arithmetic" / "config.toml"
+    file = placed(load_run_file(config), path, seed)
+    task = load_task(config.parent / file.task.file)  # before the download: it may lack a package
+    _check_packages()
+    base = await asyncio.to_thread(smollm2, say)
+    replies = Replies()
+    code = await execute(_on_this_machine(file, base), config, False, console, replies.listening(task), RISE)
+    say("")
+    for scenario, before, after in replies.changed()[:_SHOWN]:
+        say(f"{scenario.text}\n  before  {' '.join(before.split())}\n  after   {' '.join(after.split())}")
+    return code
+
+
+def _check_packages() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("the real model needs the package gguf: pip install lockstep-rl[gguf]")
+
+
+def _on_this_machine(file: RunFile, base: Path) -> RunFile:
+    """The base model is the folder; on a CPU in fp32, which its cores multiply faster than bf16."""
+    model = file.model.model_copy(update={"base_model": str(base)})
+    dtype = "float32" if default_kind() == "cpu" else None
+    return file.model_copy(update={"model": model, "backend": file.backend.model_copy(update={"dtype": dtype})})
