@@ -255,3 +255,39 @@ def test_all_linear_is_every_layer_of_the_family():
     assert ls.LoraConfig(target_modules="all-linear").target_modules is None
     with pytest.raises(ConfigError, match=r"target_modules = 'q_proj': .*list"):
         ls.LoraConfig(target_modules="q_proj")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path, monkeypatch, kept):
+    """The parser, the context and vLLM's arguments of the run; those of a run that stored none follow from the model."""
+    from lockstep.backends import start
+    from lockstep.store import RunStore
+
+    backend = ls.MegatronBackend(
+        path=tmp_path, max_model_len=777, tool_call_parser="pythonic", server_args=("--max-num-seqs", "3")
+    )
+    resolved = await backend.resolve(model_of(qwen))
+    store = RunStore(tmp_path, "p", "m")
+    store.claim({"backend": "megatron", "base_model": str(qwen), "lora": {"rank": 8, "alpha": 8}, "dtype": "float32"})
+    if kept:
+        store.keep_settings(resolved.stored())
+    store.publish(0, store.stage(0), {})
+    store.close()
+    asked = []
+
+    class Served:
+        async def load_adapter(self, name, path):
+            asked.append(name)
+
+    async def launch(config, runtime, folder, progress):
+        asked.append(config)
+        return Served()
+
+    monkeypatch.setattr(start, "launch", launch)
+    monkeypatch.setattr(start, "find_runtime", lambda kind: kind)
+    monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "no-devices")
+    await start.serve_step(store.path, None, print)
+    config, name = asked
+    assert name == "m@0"
+    found = (config.max_model_len, config.max_num_seqs, config.tool_call_parser, config.extra_args)
+    assert found == ((777, 3, "pythonic", ("--max-num-seqs", "3")) if kept else (2048, 64, "hermes", ()))
