@@ -30,7 +30,7 @@ def logprobs_of(model, ids):
 
 
 async def test_scores_of_real_conversations_are_hugging_faces(smollm2, reference):
-    """fp32: within 1e-5 nats per token on average in each of 20 conversations, packed into prefix trees or not."""
+    """fp32: within 1e-5 nats per token on average in each of 20 conversations, packed into prefix trees."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     lines = [
         Line(id=str(number), tokens=tokenizer.apply_chat_template(messages, return_dict=False))
