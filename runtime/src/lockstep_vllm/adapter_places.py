@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lockstep_vllm.direct import DirectPlan, make_plan
+from lockstep_vllm.identity import Identity, described
 from lockstep_vllm.incoming_plan import Plan
 
 _ROOM = ("lora_{}_stacked",)
@@ -28,10 +29,19 @@ class _Slot:
     """The copies into one slot; what they leave out and has to be zero; all its Bs; switches that say that a layer is adapted."""
 
     copies: DirectPlan
+    identity: Identity
     empty: list[torch.Tensor]
     scaled: list[torch.Tensor]
     switches: list[torch.Tensor]
     on: list[bool]
+
+    def strays(self) -> int:
+        """Elements that are not zero where nothing was copied to."""
+        if not self.empty:
+            return 0
+        places = {_address(one) for one in self.empty}
+        copied = (p.target for pieces in self.copies.pieces for p in pieces if _address(p.target) in places)
+        return sum(map(_filled, self.empty)) - sum(map(_filled, copied))
 
 
 class Places:
@@ -45,7 +55,7 @@ class Places:
         Raises DirectUnavailableError where a matrix gets there otherwise than by copies.
         """
         self._scaling = scaling
-        self._slots = [_slot(manager, plan, index, load) for index in range(manager.lora_slots)]
+        self._slots = [_slot(manager, plan, index, scaling, load) for index in range(manager.lora_slots)]
 
     @torch.no_grad()
     def fill(self, index: int, buffers: Sequence[torch.Tensor]) -> None:
@@ -60,8 +70,30 @@ class Places:
         for switch, on in zip(slot.switches, slot.on, strict=True):
             switch.fill_(on)
 
+    def expected(self, buffers: Sequence[torch.Tensor]) -> list[str]:
+        """The digests of what every slot that holds these buffers' adapter has to hold."""
+        expected = self._slots[0].identity.expect()
+        for number, bytes_N in enumerate(buffers):
+            expected.add(number, bytes_N)
+        return expected.read()
 
-def _slot(manager: Any, plan: Plan, index: int, load: Callable[[dict[str, torch.Tensor]], Any]) -> _Slot:
+    @torch.no_grad()
+    def refusal(self, index: int, expected: Sequence[str], version: str, worker: int) -> str:
+        """What a slot holds otherwise than `expected` says; "" when nothing is."""
+        slot = self._slots[index]
+        differences = slot.identity.differing(expected)
+        if differences:
+            return described(version, worker, differences)
+        strays = slot.strays()
+        if strays:
+            return f"worker {worker} holds {strays} elements in {version}'s slot that belong to no weight of it"
+        off = [i for i, (switch, on) in enumerate(zip(slot.switches, slot.on, strict=True)) if bool(switch) != on]
+        return f"worker {worker} has {len(off)} layers of {version} switched the wrong way" if off else ""
+
+
+def _slot(
+    manager: Any, plan: Plan, index: int, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
+) -> _Slot:
     room: dict[str, torch.Tensor] = {}
     bs, switches = [], {}
     for name, module in manager.modules.items():
@@ -90,7 +122,12 @@ def _slot(manager: Any, plan: Plan, index: int, load: Callable[[dict[str, torch.
     written = copies.written()
     empty = [one[index] for one in room.values() if written.get(_address(one), 0) != one[index].numel()]
     on = [name in adapted for name in switches]
-    return _Slot(copies, empty, bs, [switch[index] for switch in switches.values()], on)
+    identity = Identity(copies, next(iter(room.values())).device, {_address(one) for one in bs}, scaling)
+    return _Slot(copies, identity, empty, bs, [switch[index] for switch in switches.values()], on)
+
+
+def _filled(tensor: torch.Tensor) -> int:
+    return int(torch.count_nonzero(tensor))
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -14,8 +14,9 @@ written the same.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lockstep_vllm.incoming_plan import Box, Bucket, Meta
 
+_EXPERT = re.compile(r"\.experts\.\d+\..*")
 _CONSTANTS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
 
@@ -33,13 +35,18 @@ class DirectUnavailableError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Where to, and where from in a bucket of bytes: element sizes and strides, offset in bytes."""
+    """Where to, and where from in a bucket of bytes: element sizes and strides, offset in bytes.
+
+    owner: name of the live parameter. name: of the weight; experts that come one by one count as one, their layer's.
+    """
 
     target: torch.Tensor
     dtype: torch.dtype
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    owner: str = ""
+    name: str = ""
 
     def start(self, typed_N: torch.Tensor) -> int:
         """Where it begins in the storage of a bucket, which is seen here as elements of its dtype."""
@@ -51,10 +58,12 @@ class DirectPlan:
 
     def __init__(self, pieces: Sequence[Sequence[Piece]], keep_views: bool = True) -> None:
         """keep_views: the buffers come back from sync to sync; views of them are kept, and so is their memory."""
-        self._pieces, self._keep_views = pieces, keep_views
+        self.pieces = tuple(tuple(_joined(one, apart=True)) for one in pieces)
+        """Those of each bucket, as few as they can be with one weight's name for each: `identity.py` names what differs."""
+        self._pieces, self._keep_views = [_joined(one) for one in pieces], keep_views
         self._views: dict[tuple[int, int], list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
         # Apart, since one strided copy slows a whole list down.
-        parts = [[[p for p in one if (p.strides == (1,)) == flat] for flat in (True, False)] for one in pieces]
+        parts = [[[p for p in one if (p.strides == (1,)) == flat] for flat in (True, False)] for one in self._pieces]
         self._groups = [[(part, [piece.target for piece in part]) for part in one if part] for one in parts]
 
     def __len__(self) -> int:
@@ -134,7 +143,7 @@ def make_plan(
             piece = found.meet(slot.box, slot.offset, slot.meta)
             if piece is not None:
                 pieces[number].append(piece)
-    return DirectPlan([_joined(one) for one in pieces], keep_views)
+    return DirectPlan(pieces, keep_views)
 
 
 class _Ghost(torch.Tensor):
@@ -250,6 +259,8 @@ class _Box:
     box: Box
     dims: tuple[int, ...]
     target: torch.Tensor
+    owner: str
+    name: str
 
     @staticmethod
     def of(copy: _Copy) -> _Box:
@@ -273,7 +284,7 @@ class _Box:
         target = copy.target.squeeze()
         if tuple(target.shape) != tuple(size for size in view.shape if size > 1):
             raise DirectUnavailableError(f"{copy.owner!r} reshapes {copy.name!r}: use the load_weights path")
-        return _Box(tuple(ranges), tuple(dims), target)
+        return _Box(tuple(ranges), tuple(dims), target, copy.owner, _EXPERT.sub(".experts", copy.name))
 
     def meet(self, shipped: Box, offset: int, meta: Meta) -> Piece | None:
         """The part of this copy that lies in a shipped box, whose bytes start at `offset`; None when they don't meet."""
@@ -289,7 +300,8 @@ class _Box:
             target = target.narrow(i, low - self.box[dim][0], high - low)
         sizes = tuple(common[dim][1] - common[dim][0] for dim in self.dims)
         byte = offset + start * meta.dtype.itemsize
-        return _flat(Piece(target, meta.dtype, byte, sizes, tuple(strides[dim] for dim in self.dims)))
+        strides = [strides[dim] for dim in self.dims]
+        return _flat(Piece(target, meta.dtype, byte, sizes, tuple(strides), self.owner, self.name))
 
 
 def _flat(piece: Piece) -> Piece:
@@ -300,18 +312,18 @@ def _flat(piece: Piece) -> Piece:
         count *= size
     kept = [(s, want) for s, size, want in zip(piece.strides, piece.sizes, reversed(expected), strict=True) if size > 1]
     if all(stride == want for stride, want in kept) and piece.target.is_contiguous():
-        return Piece(piece.target.view(-1), piece.dtype, piece.offset, (count,), (1,))
+        return replace(piece, target=piece.target.view(-1), sizes=(count,), strides=(1,))
     return piece
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours on both sides as one."""
+def _joined(pieces: Sequence[Piece], apart: bool = False) -> list[Piece]:
+    """Neighbours on both sides as one. apart: only where they belong to the same weight."""
     done: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.offset):
         last = done[-1] if done else None
-        if last is not None and _follows(last, piece):
+        if last is not None and _follows(last, piece) and (not apart or last.name == piece.name):
             target = last.target.as_strided((last.sizes[0] + piece.sizes[0],), (1,), last.target.storage_offset())
-            done[-1] = Piece(target, last.dtype, last.offset, tuple(target.shape), (1,))
+            done[-1] = replace(last, target=target, sizes=tuple(target.shape))
         else:
             done.append(piece)
     return done

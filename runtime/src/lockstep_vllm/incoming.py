@@ -33,13 +33,17 @@ class Incoming:
         buffers: Sequence[torch.Tensor],
         device: torch.device,
         land: Land | None = None,
+        seen: Land | None = None,
     ) -> None:
-        """buffers: bucket i is received into number i modulo their count. land: on the device's stream, before a buffer is used again."""
+        """buffers: bucket i is received into number i modulo their count. land: on the device's stream, before a buffer is used again.
+
+        seen: looks at a bucket before it lands; it may read, and leaves everything as it is.
+        """
         self.version, self.streamed = version, land is not None
         self.waiting_for, self.failure = "", ""
         self.digests: list[list[str]] = []
         self._plan, self._transports, self._buffers, self._land = plan, transports, buffers, land
-        self._device = device
+        self._device, self._seen = device, seen
         self._arrivals: list[torch.cuda.Event] = []
         self._before: torch.cuda.Event | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="lockstep-sync")
@@ -98,6 +102,8 @@ class Incoming:
             waits[number]()
             bytes_N = self._buffer(number)
             totals.add(number, bytes_N, seed=bucket.index)
+            if self._seen is not None:
+                self._seen(number, bytes_N)
             if self._land is not None:
                 self._land(number, bytes_N)
             if self._device.type == "cuda":

@@ -38,13 +38,15 @@ _STACKED = re.compile(r"\.mlp\.experts\.(gate_proj|up_proj|down_proj|gate_up_pro
 class Staged:
     """An adapter as it was received. config: the fields of adapter_config.json. places: None where only vLLM's own way is left.
 
-    lora_ids: under which vLLM's manager loaded it, if it did.
+    expected: the digests of what its slot has to hold, of the bytes as they arrived; None where there are no places. lora_ids: under
+    which vLLM's manager loaded it, if it did.
     """
 
     config: dict[str, Any]
     plan: Plan
     buffers: Sequence[torch.Tensor]
     places: Places | None
+    expected: list[str] | None
     lora_ids: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,19 @@ def forget(path: str, manager: Any) -> None:
     held = staged.pop(path, None)
     for lora_id in held.lora_ids if held is not None else ():
         manager.remove_adapter(lora_id)
+
+
+def refusal(path: str, lora_id: int, version: str, worker: int, manager: Any) -> tuple[str, bool]:
+    """(What the live slot of a staged adapter holds otherwise than it was sent, "" when nothing is; whether it could be compared.)
+
+    lora_id: of the adapter that requests for `version` use. manager: vLLM's WorkerLoRAManager.
+    """
+    held, ids = staged[path], manager._adapter_manager.lora_index_to_id
+    if lora_id not in held.lora_ids or lora_id not in ids:
+        return f"worker {worker} has no slot with {version}: requests for it would use another adapter", True
+    if held.places is None or held.expected is None:
+        return "", False
+    return held.places.refusal(ids.index(lora_id), held.expected, version, worker), True
 
 
 def check_config(config: dict[str, Any], lora_config: Any) -> None:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lockstep_vllm import coverage, memory_adapters
+from lockstep_vllm import coverage, folder_adapters, memory_adapters
 from lockstep_vllm.direct import DirectPlan, DirectUnavailableError, make_plan
+from lockstep_vllm.identity import Expected, Identity, described
 from lockstep_vllm.incoming import Incoming
 from lockstep_vllm.incoming_plan import Plan, assemble, parse
 from lockstep_vllm.names import UnknownWeightError, resolve
@@ -46,6 +47,9 @@ class _State:
     places: memory_adapters.Places | None = None
     proven: bool = False
     """The direct path wrote what `load_weights` wrote, in this server, once."""
+    identity: Identity | None = None
+    """Of the pieces of the direct path, also where weights go through `load_weights`."""
+    expected: Expected | None = None
     staging: list[torch.Tensor] = field(default_factory=list)
     turning: list[torch.Tensor] = field(default_factory=list)
     incoming: Incoming | None = None
@@ -114,6 +118,7 @@ class Receiver:
                 state.names = _resolved(model, shapes)
                 _check_coverage(model, shapes, Path(self.vllm_config.model_config.model))
                 state.direct = self._lockstep_sync_direct(plan)
+                state.identity = None if state.direct is None else Identity(state.direct, self.device)
         except (UnknownWeightError, ValueError) as error:
             return _refused("weights", str(error))
         state.plan, state.adapter = plan, raw.get("adapter")
@@ -156,14 +161,16 @@ class Receiver:
             state.turning = state.turning or [self._lockstep_sync_buffer(plan.largest) for _ in range(2)]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            state.incoming = Incoming(version, plan, state.transports, state.turning, self.device, direct.copy)
+            seen = self._lockstep_sync_expect(state)
+            state.incoming = Incoming(version, plan, state.transports, state.turning, self.device, direct.copy, seen)
         else:
             if state.adapter is not None:
                 # An adapter's tensors stay where they are received, so every one gets memory of its own, all of it at once.
                 state.staging = self._lockstep_sync_buffers(plan)
             elif not state.staging:
                 state.staging = [self._lockstep_sync_buffer(bucket.nbytes) for bucket in plan.buckets]
-            state.incoming = Incoming(version, plan, state.transports, state.staging, self.device)
+            seen = self._lockstep_sync_expect(state)
+            state.incoming = Incoming(version, plan, state.transports, state.staging, self.device, seen=seen)
         state.incoming.start()
         return {}
 
@@ -178,21 +185,28 @@ class Receiver:
         return {"done": done, "digests": incoming.digests if done else [], "waiting_for": incoming.waiting_for}
 
     def lockstep_sync_apply(self) -> dict[str, Any]:
-        """Puts what was staged into the model. Only while generation is paused. Says by which path."""
+        """Puts what was staged into the model and reads it back. Only while generation is paused.
+
+        Says by which path, and whether what is live could be compared with what was sent. A mismatch is refused too late to keep the
+        weights of before.
+        """
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
         assert incoming is not None
         assert incoming.done
-        if incoming.streamed or (state.direct is not None and state.proven):
+        direct = incoming.streamed or (state.direct is not None and state.proven)
+        if direct:
             self._lockstep_sync_copy(state, streamed=incoming.streamed)
-            return {"path": "direct"}
-        assert state.plan is not None
-        weights = ((state.names[name], tensor) for name, tensor in assemble(state.plan, state.staging))
-        self.reload_weights(weights_iterator=weights)
-        self._lockstep_sync_prove(state)
+        else:
+            assert state.plan is not None
+            weights = ((state.names[name], tensor) for name, tensor in assemble(state.plan, state.staging))
+            self.reload_weights(weights_iterator=weights)
+        refused = self._lockstep_sync_differing(state, incoming.version, direct)
         if state.direct is None:
             state.staging = []
-        return {"path": "load_weights"}
+        if refused:
+            return _refused("mismatch", refused)
+        return {"path": "direct" if direct else "load_weights", "compared": state.identity is not None}
 
     def lockstep_sync_stage_adapter(self, path: str) -> dict[str, Any]:
         """Keeps what was received as the adapter `path`, ready for vLLM to load."""
@@ -201,9 +215,26 @@ class Receiver:
         assert incoming is not None
         assert state.plan is not None
         assert state.adapter is not None
-        memory_adapters.staged[path] = memory_adapters.Staged(state.adapter, state.plan, state.staging, state.places)
+        expected = None if state.places is None else state.places.expected(state.staging)
+        memory_adapters.staged[path] = memory_adapters.Staged(
+            state.adapter, state.plan, state.staging, state.places, expected
+        )
         state.staging = []
         return {}
+
+    def lockstep_sync_verify_adapter(self, path: str, lora_id: int, version: str) -> dict[str, Any]:
+        """Reads the slot of a staged adapter back; `compared`: whether it could be compared with what was sent."""
+        refused, compared = memory_adapters.refusal(path, lora_id, version, self.rank, self.model_runner.lora_manager)
+        return _refused("mismatch", refused) if refused else {"compared": compared}
+
+    def lockstep_sync_verify_folder(self, folder: str, lora_id: int, version: str) -> dict[str, Any]:
+        """The same for an adapter that vLLM loaded from a folder."""
+        try:
+            manager = self.model_runner.lora_manager
+            refused, compared = folder_adapters.refusal(Path(folder), lora_id, version, self.rank, manager)
+        except ValueError as error:
+            return _refused("weights", str(error))
+        return _refused("mismatch", refused) if refused else {"compared": compared}
 
     def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
         """Frees a staged adapter that no request uses; harmless when there is none."""
@@ -229,7 +260,7 @@ class Receiver:
         """Frees the buffers and forgets the plan, which holds addresses of parameters: before weights are moved or put to sleep."""
         state = self._lockstep_sync_state()
         state.plan, state.adapter, state.direct, state.proven = None, None, None, False
-        state.places = None
+        state.places, state.identity, state.expected = None, None, None
         state.staging, state.turning, state.incoming = [], [], None
         return {}
 
@@ -262,14 +293,32 @@ class Receiver:
         self.model_runner.reset_encoder_cache()
         self.model_runner.reset_mm_cache()
 
-    def _lockstep_sync_prove(self, state: _State) -> None:
-        """After a load by vLLM's own path: the direct path is used from now on if it would have written just the same."""
-        if state.direct is None:
-            return
-        state.proven = all(state.direct.matches(number, bytes_N) for number, bytes_N in enumerate(state.staging))
-        if not state.proven:
-            logger.info("no direct path for weights: the model keeps them in another form than it loads them in")
+    def _lockstep_sync_expect(self, state: _State) -> Callable[[int, torch.Tensor], None] | None:
+        state.expected = None if state.identity is None else state.identity.expect()
+        return None if state.expected is None else state.expected.add
+
+    def _lockstep_sync_differing(self, state: _State, version: str, direct: bool) -> str:
+        """What the live weights hold otherwise than they were sent; "" when nothing is.
+
+        Weights that vLLM loaded itself may lie there in another order, for its kernels: then the direct path, which copies them as they
+        come, is closed.
+        """
+        if state.identity is None or state.expected is None:
+            return ""
+        differences = state.identity.differing(state.expected.read())
+        if direct:
+            return described(version, self.rank, differences) if differences else ""
+        live = dict(self.model_runner.get_model().named_parameters())
+        owners = {one.owner for one in differences}
+        moved = {one for one in owners if state.identity.rearranged(one, live[one].detach(), state.staging)}
+        differences = [one for one in differences if one.owner not in moved]
+        if differences:
+            return described(version, self.rank, differences)
+        state.proven = not moved
+        if moved and state.direct is not None:
+            logger.info("no direct path for weights: %s, say, is kept in another order than it is loaded", min(moved))
             state.direct = None
+        return ""
 
     def _lockstep_sync_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -101,12 +101,12 @@ class WeightSync:
                 # Requests in flight are kept: their cached keys and values go, and are computed again under the new
                 # weights.
                 await self._engine.pause_generation(mode="keep", clear_cache=True)
-            path = await self._swap(version)
+            path, compared = await self._swap(version)
             if served_name is not None:
                 rename_base(self._state, served_name)
             pause_s = await self._resume()
             phases = {"receive": received - asked, "swap": time.monotonic() - received}
-            return {"version": version, "pause_s": pause_s, "path": path, "phases": phases}
+            return {"version": version, "pause_s": pause_s, "path": path, "compared": compared, "phases": phases}
 
     async def abort(self) -> dict[str, Any]:
         """Forgets what was received. `lost`: live weights may have been overwritten, so the server was ended. `waiting_for`: what had
@@ -140,12 +140,38 @@ class WeightSync:
             if not isinstance(answer, str):
                 await self.call("lockstep_sync_forget_adapter", path)
                 raise SyncRefusedError("weights", answer.error.message)
+            loaded = time.monotonic()
+            compared = await self._verified("lockstep_sync_verify_adapter", name, path)
             if name in self._adapters:  # one of before, unloaded by vLLM's own route
                 self._unloaded[self._adapters[name]] = name
             self._adapters[name] = path
-            load_s = time.monotonic() - received
-            phases = {"receive": received - asked, "load": load_s}
-            return {"version": name, "pause_s": load_s, "path": "adapter", "phases": phases}
+            ended = time.monotonic()
+            phases = {"receive": received - asked, "load": loaded - received, "verify": ended - loaded}
+            reply = {"version": name, "pause_s": ended - received, "path": "adapter"}
+            return reply | {"compared": compared, "phases": phases}
+
+    async def verify_folder(self, name: str, path: str) -> dict[str, Any]:
+        """Compares the slot of an adapter that vLLM loaded from a folder with the folder; one that differs is taken away again."""
+        async with self._lock:
+            return {"compared": await self._verified("lockstep_sync_verify_folder", name, path)}
+
+    async def _verified(self, method: str, name: str, path: str) -> bool:
+        """The slot that requests for `name` use holds what is at `path`; else the adapter is taken away again.
+
+        Returns whether every worker could compare.
+        """
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        models = self._state.openai_serving_models
+        if name not in models.lora_requests:
+            raise SyncRefusedError("server", f"adapter {name!r} is not served")
+        try:
+            answers = await self.call(method, path, models.lora_requests[name].lora_int_id, name)
+        except BaseException:
+            await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+            await self.call("lockstep_sync_forget_adapter", path)
+            raise
+        return all(answer["compared"] for answer in answers)
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
         """Frees the tensors of an adapter that is not served any more, once no request uses them; harmless for one from a folder."""
@@ -187,14 +213,18 @@ class WeightSync:
                         "mismatch", f"bucket {bucket} of sender {sender} came to worker {worker} other than it was sent"
                     )
 
-    async def _swap(self, version: str) -> str:
-        """From the first changed parameter on there is no way back: a failure ends the server. Returns the path the weights took."""
+    async def _swap(self, version: str) -> tuple[str, bool]:
+        """From the first changed parameter on there is no way back: a failure ends the server, and so do weights that differ from those
+        sent.
+
+        Returns the path that the weights took, and whether they could be compared.
+        """
         try:
             answers = await self.call("lockstep_sync_apply")
             if not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("the prefix cache was not emptied")
             await self._engine.update_weight_version(version)
-            return answers[0]["path"]
+            return answers[0]["path"], all(answer["compared"] for answer in answers)
         except BaseException as error:
             logger.exception("the swap to version %s failed half-way", version)
             self._end(version)
@@ -261,6 +291,10 @@ def add_routes(app: FastAPI) -> None:
     @app.post("/lockstep/sync/forget_adapter")
     async def forget_adapter(name: Annotated[str, Body(embed=True)]) -> Any:
         return await _answer(sync().forget_adapter(name))
+
+    @app.post("/lockstep/sync/verify_folder")
+    async def verify_folder(name: Annotated[str, Body()], path: Annotated[str, Body()]) -> Any:
+        return await _answer(sync().verify_folder(name, path))
 
     @app.post("/lockstep/sync/abort")
     async def abort() -> Any:

@@ -102,6 +102,8 @@ class Parts:
             sleeps=self.shared,
             seed=self.seed,
             exact=self.exact,
+            # Packed, they could not be read back, and so not be verified.
+            plain_weights=self.merged and not self.devices.inference,
             extra_args=self.server_args,
         )
 

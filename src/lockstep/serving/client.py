@@ -31,12 +31,15 @@ class Server:
         self.served_name = served_name
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Serves the PEFT folder `path` as model `name`. One name and one unchanging folder per version.
+        """Serves the PEFT folder `path` as model `name`, once its slot was read back and holds what the folder does. One name and one
+        unchanging folder per version.
 
-        Raises ServerError if the name is taken or the folder is not an adapter for this model.
+        Raises ServerError if the name is taken, the folder is not an adapter for this model, or the slot holds anything else.
         """
         body = {"lora_name": name, "lora_path": str(path.resolve()), **adapter_fields(path)}
         await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=_ADAPTER_DEADLINE_S)
+        body = {"name": name, "path": str(path.resolve())}
+        await self.call("POST", "/lockstep/sync/verify_folder", body, deadline_s=_ADAPTER_DEADLINE_S)
 
     async def unload_adapter(self, name: str) -> None:
         """Stops serving an adapter. Raises ServerError if it isn't served."""
@@ -61,13 +64,22 @@ class Server:
 
         top: also the most likely ids in each token's place, for `most_likely`; the server gives at most 20.
         """
-        if len(tokens) < 2:
-            raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
-        body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top, "temperature": 1.0}
+        choice = (await self.score_choices(model, [tokens], top))[0]
+        return logprobs_of(choice, tokens), choice
+
+    async def score_choices(self, model: str, sequences: list[list[int]], top: int = 0) -> list[dict[str, Any]]:
+        """`score_choice` of several sequences in one request: the choices, in order, for `logprobs_of` and `most_likely`."""
+        for tokens in sequences:
+            if len(tokens) < 2:
+                raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
+        body = {"model": model, "prompt": sequences, "max_tokens": 1, "prompt_logprobs": top, "temperature": 1.0}
         reply = (await self.call("POST", "/v1/completions", body, deadline_s=_ADAPTER_DEADLINE_S)).json()
-        choice = reply["choices"][0]
-        entries = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
-        return [float(entry[str(token)]["logprob"]) for token, entry in entries], choice
+        return sorted(reply["choices"], key=lambda choice: choice["index"])
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Ids of a plain text, by the model's own tokenizer."""
+        body = {"model": self.served_name, "prompt": text, "add_special_tokens": True}
+        return (await self.call("POST", "/tokenize", body)).json()["tokens"]
 
     async def rename(self, name: str) -> None:
         """Serves the base model as `name` from now on, and no longer under its old name."""
@@ -157,6 +169,12 @@ class Server:
         for _ in range(20):
             self.check_alive()
             await asyncio.sleep(0.1)
+
+
+def logprobs_of(choice: dict[str, Any], tokens: list[int]) -> list[float]:
+    """Log-probability of each token after the first of a prompt that was scored."""
+    entries = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
+    return [float(entry[str(token)]["logprob"]) for token, entry in entries]
 
 
 def most_likely(choice: dict[str, Any], count: int) -> list[list[int]]:

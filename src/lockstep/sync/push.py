@@ -34,8 +34,10 @@ class SyncReport:
     """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure.
 
     phases: where the seconds went, in turn: on this side "prepare" (the server lets its workers begin), "send" (buckets are filled and
-    queued), "flush" (the last has left, digests are read); in the server "receive" (waiting for the last bucket) and "load" or "swap".
+    queued), "flush" (the last has left, digests are read); in the server "receive" (waiting for the last bucket) and "load" and "verify"
+    (reading the slot back), or "swap" (with reading the weights back).
     policy: "staged" or "streamed". path: how the weights got into the model: "direct" (planned copies), "load_weights", or "adapter".
+    compared: whether the server could compare the live weights with those sent; they were the same, or there is no report.
     """
 
     version: str
@@ -45,6 +47,7 @@ class SyncReport:
     pause_s: float
     policy: str
     path: str
+    compared: bool
     phases: dict[str, float]
 
 
@@ -139,6 +142,7 @@ class _Pusher:
             pause_s=reply["pause_s"],
             policy=policy,
             path=reply["path"],
+            compared=reply["compared"],
             phases={
                 "prepare": prepared - asked,
                 "send": self._queued_at - prepared,
@@ -201,8 +205,8 @@ class WeightPusher(_Pusher):
 
         tensors: (key, tensor) of this sender's sources, in the plan's order. served_name: the base model's name from now on.
         Raises WeightsError (the stream is not the plan's), ServerError (a side stalled or refused) or MismatchError
-        (the bytes that came are not those that left); after each of them the server serves what it served before. Raises
-        ServerLostError when it can't, and has to be restarted.
+        (the bytes that came, or those that an adapter's slot then holds, are not those that left); after each of them the server
+        serves what it served before. Raises ServerLostError when it can't, and has to be restarted.
         """
         return self._sync(tensors, version, "/lockstep/sync/commit", {"served_name": served_name})
 
