@@ -31,6 +31,7 @@ from lockstep.errors import (
     ServerError,
     StaleRolloutError,
     StoreError,
+    TrainerError,
 )
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import greedy_reward, roll_out
@@ -209,7 +210,7 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
     assert model.step == before + 4
 
 
-async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatch):
+async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monkeypatch):
     """Planted fault: the server keeps serving the step before under the new name."""
     model, backend = running
     run = backend._run(model)
@@ -219,7 +220,7 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
         if verb != "sync_adapter":
             return await call(verb, args, **kwargs)
         await run.server.load_adapter(args["version"], run.store.step(model.step).adapter)
-        return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0}
+        return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0, "compared": False}
 
     monkeypatch.setattr(run.trainer, "call", stale)
     groups = await roll_out(model, task, section, model.step)
@@ -235,6 +236,26 @@ async def test_the_proof_sees_a_stale_adapter(running, task, section, monkeypatc
     run.store.step(step + 1)  # trained and published, so not lost
     await serve(run, step + 1)
     model._advance(step + 1)
+
+
+async def test_a2_a_step_that_computes_nothing_finite_is_never_served(running, task, section):
+    """The newcomer's case: a good step, then learning_rate 1e30, whose adapter is finite and whose logits are not."""
+    model, backend = running
+    run = backend._run(model)
+    good = await backend.train(model, await roll_out(model, task, section, model.step), CONFIG)
+    served, tokens = await run.server.models(), run.probe.tokens[0]
+    scored = await run.server.score(f"loop@{good.step}", tokens)
+    groups = await roll_out(model, task, section, model.step)
+    refused = rf"loop@{good.step + 1} computes .* not finite, and is not served: the weights are unchanged, lower learning_rate"
+    with pytest.raises(TrainerError, match=refused):
+        await backend.train(model, groups, ls.TrainConfig(learning_rate=1e30))
+    assert model.step == run.store.published()[-1] == good.step
+    assert await run.server.models() == served
+    assert await run.server.score(f"loop@{good.step}", tokens) == scored
+    result = await backend.train(model, groups, CONFIG)
+    assert result.step == good.step + 1
+    assert result.metrics["verified_identity"] == 1.0
+    assert result.metrics["verification_power"] > 1.0  # in fp32 any step is far from the one before
 
 
 async def test_kl_penalty_changes_the_gradient(running, task, section):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.backends.base import Endpoint, check_new
 from lockstep.backends.exact import exact_config
 from lockstep.backends.plan import Asked, Plan, make_plan
-from lockstep.backends.probe import Probe
 from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.serve import back_to_published, give_up_turn, publish_and_serve, serve
 from lockstep.backends.start import start_both
 from lockstep.backends.turns import trainers_turn
+from lockstep.backends.verify import LEAST_CONTEXT, BeforeStep, measure_noise
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.families.hub import checkpoint_folder, described_folder, is_folder
@@ -106,8 +106,7 @@ class MegatronBackend:
             if (value := getattr(self, name)) not in known:
                 choices = ", ".join(repr(one) for one in known if one is not None)
                 raise unsupported(name, value, "MegatronBackend", f"it is one of {choices}")
-        longest = Probe.make(vocab_size=1, dtype="exact").tokens  # the server scores them, and wants room for one more
-        for name, least in (("max_model_len", len(longest) + 1), ("seed", 0)):
+        for name, least in (("max_model_len", LEAST_CONTEXT), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise unsupported(name, value, "MegatronBackend", f"it is {least} or more")
@@ -131,9 +130,9 @@ class MegatronBackend:
             self.on_progress(text)
 
     async def register(self, model: TrainableModel) -> int:
-        """Start (or resume) the model's run: trainer and server, the last published step in both, and the proof.
+        """Start (or resume) the model's run: trainer and server, the last published step in both, and its verification.
 
-        Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError, TrainerError or ServerError.
+        Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError, TrainerError, ServerError or MismatchError.
         """
         check_new(model, self._runs)
         self._say(f"preparing {model.base_model}")
@@ -156,9 +155,8 @@ class MegatronBackend:
             store.claim(identity)
             store.keep_settings(plan.stored())
             trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
-            probe = Probe.make(plan.vocab_size, "exact" if parts.exact else parts.dtype)
-            run = Run(model, store, trainer, server, probe, parts)
-            await trainers_turn(run, forget_weights=parts.merged)
+            run = Run(model, store, trainer, server, parts)
+            await measure_noise(run)
             step = store.latest()
             if step is not None:
                 await trainer.call("load", {"step_dir": str(step.path)}, deadline_s=STEP_DEADLINE_S)
@@ -203,7 +201,7 @@ class MegatronBackend:
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
     ) -> TrainResult:
-        """One step on `groups`: pack, train, publish step N + 1, serve it, prove it. The model's step advances when all of it is done.
+        """One step on `groups`: pack, train, publish step N + 1, serve it, verify it. The model's step advances when all of it is done.
 
         Calls for one model take turns. Raises DataError or StaleRolloutError for groups that can't be trained on, before anything
         changes; TrainerError or MismatchError leave step N published and served. After a step that failed or was cancelled before it
@@ -243,14 +241,17 @@ class MegatronBackend:
             run.trainer_ahead = True
             # An adapter leaves before its folder is written.
             arguments["out"] = str(staged) if run.parts.merged else None
+            before = await BeforeStep.score(run, prepared.sequences)
             reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
+            scores, power = await before.after(run, current + 1)
         except BaseException as error:
             await give_up_turn(run, error)
             raise
-        metrics |= reply["metrics"]
+        run.probe = before.probe
+        metrics |= reply["metrics"] | {"verification_power": power}
         metrics["seconds_train"] = time.monotonic() - started
         self._say(f"loading {run.name(current + 1)}")
-        step, synced = await publish_and_serve(run, current + 1, staged, metrics)
+        step, synced = await publish_and_serve(run, current + 1, staged, metrics, scores)
         model._advance(step.number)
         run.store.record(step.number, synced)
         batch_path.unlink()

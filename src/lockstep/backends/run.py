@@ -1,4 +1,4 @@
-"""What a registered model owns while it runs: its folder, its trainer, its server, and what the proof compares."""
+"""What a registered model owns while it runs: its folder, its trainer, its server, and what the verification compares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
-from lockstep.backends.probe import Probe
+from lockstep.backends.probe import Noise, Probe
 from lockstep.backends.start import Parts
 from lockstep.backends.trainer import Trainer
 from lockstep.errors import StoreError
@@ -28,8 +28,11 @@ class Run:
     store: RunStore
     trainer: Trainer
     server: Server
-    probe: Probe
     parts: Parts
+    probe: Probe | None = None
+    """The text that verifies a step: of the newest rollouts, and a fixed text before there are any."""
+    noise: Noise | None = None
+    """How far server and trainer differ on the base weights; measured while the model is registered."""
     served: set[int] = field(default_factory=set)
     """Steps that the server answers to: by their adapters or, merged, by name only."""
     trainer_ahead: bool = False
@@ -44,6 +47,11 @@ class Run:
     def kept(self, current: int) -> set[int]:
         """Steps that rollouts may still ask for when `current` is served: it, the one before it, and what running rollouts hold."""
         return {current, current - 1} | self.model.leased_steps()
+
+    @property
+    def numerics(self) -> str:
+        """What both sides compute in: the weights' dtype, or "exact"."""
+        return "exact" if self.parts.exact else self.parts.dtype
 
     def check_in_step(self) -> None:
         """Raise StoreError if a step was published that never got served: the trainer is ahead of the rollouts then."""

@@ -1,21 +1,16 @@
-"""Brings a step into the server and proves that it is there.
-
-Shape suffixes: S tokens, L layers, K experts per token.
-"""
+"""Brings a step into the server and verifies that it is there."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from safetensors.numpy import load_file
+from typing import TYPE_CHECKING
 
 from lockstep.backends import run as deadlines
-from lockstep.backends.probe import ProbeScores
+from lockstep.backends.probe import ProbeScores, check_finite
 from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn, trainers_turn
+from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn
+from lockstep.backends.verify import trained_scores, verify
 from lockstep.errors import (
     LockstepError,
     MismatchError,
@@ -23,14 +18,8 @@ from lockstep.errors import (
     ServerLostError,
     WeightsError,
 )
-from lockstep.serving.client import most_likely
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import launch
-from lockstep.tokens.batch import unpack_scores
-from lockstep.tokens.pack import pack, save_batch
-from lockstep.tokens.routes import decode_routes
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import scoring_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,41 +29,41 @@ if TYPE_CHECKING:
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:
-    """Bring step `number`, which the trainer holds, into the server, prove that it is there, and retire what no rollout uses.
+    """Bring step `number`, which the trainer holds, into the server, verify that it is there, and retire what no rollout uses.
 
-    In shared mode the trainer has the device before and the server has it after, also after a failed proof; after any other error that
-    left it asleep it is ended. Returns what the sync took and what the probe found (`Probe.compare`).
+    In shared mode the trainer has the device before and the server has it after, also after a verification that failed; after any other
+    error that left it asleep it is ended. Returns what the sync took and what the verification saw (`probe.compare`).
     """
     async with never_left_asleep(run):
-        return await _serve(run, number)
-
-
-async def _serve(run: Run, number: int) -> dict[str, float]:
-    trained, figures = await _into_server(run, number)
-    return figures | await _prove(run, number, trained)
+        trained = await _scores_before_it_leaves(run, number)
+        figures = await _into_server(run, number)
+        return figures | await _verify(run, number, trained)
 
 
 async def publish_and_serve(
-    run: Run, number: int, staged: Path, metrics: Mapping[str, float]
+    run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None
 ) -> tuple[Step, dict[str, float]]:
     """`serve` for a step that was just trained, and its folder: (the published step, what `serve` returns).
 
     Merged weights take the place of what is served, so the step is published before. An adapter is served beside the others: it leaves the
-    trainer's memory at once, and its folder is written and published while the server is proved. Whatever the sync or the proof raises,
-    the step was trained, and is published.
+    trainer's memory at once, and its folder is written and published while the server is verified. Whatever the sync or the verification
+    raises, the step was trained, and is published. trained: the trainer's scores of the run's probe.
     """
     async with never_left_asleep(run):
+        if run.parts.routes is not None:
+            trained = None  # they were scored on other experts than the server will use
         if run.parts.merged:
             step, seconds = await _publish(run, number, staged, metrics)
-            return step, await _serve(run, number) | {"seconds_publish": seconds}
+            figures = await _into_server(run, number)
+            return step, figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
-            trained, figures = await _into_server(run, number)
+            figures = await _into_server(run, number)
         except BaseException:
             await _publish(run, number, staged, metrics)
             raise
         publishing = asyncio.create_task(_publish(run, number, staged, metrics))
         try:
-            figures |= await _prove(run, number, trained)
+            figures |= await _verify(run, number, trained)
         finally:
             step, seconds = await publishing
         return step, figures | {"seconds_publish": seconds}
@@ -90,12 +79,23 @@ async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, fl
     return step, time.monotonic() - started
 
 
-async def _into_server(run: Run, number: int) -> tuple[ProbeScores | None, dict[str, float]]:
-    """The server, awake, holds the step: (the trainer's scores of the probe where they had to come first, what the sync took)."""
+async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
+    """The trainer's scores of the probe, before anything reaches the server. With replay they wait for the server's routes.
+
+    Raises TrainerError for a step that computes anything that is not finite.
+    """
+    if run.parts.routes is not None:
+        return None
+    assert run.probe is not None
+    trained = await trained_scores(run, run.probe)
+    remedy = f"delete {run.store.step(number).path} and register again, to go on from the step before"
+    check_finite(run.name(number), trained, remedy)
+    return trained
+
+
+async def _into_server(run: Run, number: int) -> dict[str, float]:
+    """The server, awake, holds the step. Returns what the sync took."""
     started = time.monotonic()
-    # Before the trainer's memory leaves the device; with replay its score has to wait for the server's routes.
-    early = run.parts.shared and not run.parts.routes
-    trained = await _score(run, list(run.probe.tokens), None) if early else None
     if run.parts.merged:
         # Rollouts that are under way go on under the name they began with; each token says which weights made it.
         await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
@@ -103,24 +103,18 @@ async def _into_server(run: Run, number: int) -> tuple[ProbeScores | None, dict[
     figures = await _sync(run, number)
     await servers_turn(run)
     run.served.add(number)
-    return trained, figures | {"seconds_sync": time.monotonic() - started}
+    return figures | {"seconds_sync": time.monotonic() - started}
 
 
-async def _prove(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
+async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
     """The server computes what the trainer does; older steps that no rollout uses are retired. trained: the trainer's scores, if known."""
-    tokens = list(run.probe.tokens)
-    logprobs, choice = await run.server.score_choice(run.name(number), tokens, TOP)
-    if trained is None:
-        await trainers_turn(run, forget_weights=False)
-        trained = await _score(run, tokens, _probe_routes(run, choice))
-        await servers_turn(run)
-    served = ProbeScores(logprobs, np.array(most_likely(choice, TOP)))
-    found = run.probe.compare(run.name(number), served, trained, run.server.child.log_path)
+    started = time.monotonic()
+    seen = await verify(run, number, trained)
     for old in sorted(run.served - run.kept(number)):
         if not run.parts.merged:
             await run.server.unload_adapter(run.name(old))
         run.served.discard(old)
-    return found
+    return seen | {"seconds_verify": time.monotonic() - started}
 
 
 async def back_to_published(run: Run, step: int) -> None:
@@ -202,6 +196,7 @@ async def _send(run: Run, number: int) -> dict[str, float]:
         "sync_bytes": float(reply["nbytes"]),
         "seconds_sync_transfer": reply["transfer_s"],
         "seconds_sync_pause": reply["pause_s"],
+        "verified_identity": float(reply["compared"]),
     }
 
 
@@ -219,24 +214,3 @@ async def _start_server_again(run: Run, number: int) -> None:
     for old in sorted(older):
         await run.server.load_adapter(run.name(old), run.store.step(old).adapter)
         run.served.add(old)
-
-
-async def _score(run: Run, tokens: list[int], routes_SLK: np.ndarray | None) -> ProbeScores:
-    """What the trainer computes for these tokens, on the experts that the server used."""
-    batch_path, out = (run.store.path / "batches" / name for name in ("probe.safetensors", "probe-scores.safetensors"))
-    sequence = scoring_sequence("probe", tokens, routes_SLK)
-    batch = pack([sequence], np.zeros(1), np.ones(1), data=run.parts.parallel.data)
-    await asyncio.to_thread(save_batch, batch, batch_path)
-    arguments = {"batch": str(batch_path), "out": str(out), "top": TOP}
-    await run.trainer.call("score", arguments, deadline_s=STEP_DEADLINE_S)
-    scores = await asyncio.to_thread(load_file, out)
-    logprobs, top_TV = (unpack_scores(batch, scores[name])[0] for name in ("logprobs_RS", "top_RSC"))
-    return ProbeScores([float(value) for value in logprobs], top_TV)
-
-
-def _probe_routes(run: Run, choice: dict[str, Any]) -> np.ndarray | None:
-    """The experts the server used for the probe; None where none are captured."""
-    if run.parts.routes is None:
-        return None
-    given = (choice.get("routed_experts"), choice.get("routes_digest"))
-    return decode_routes(*given, choice["prompt_token_ids"], choice["token_ids"], run.parts.routes, "the probe")

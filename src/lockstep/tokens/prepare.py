@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch ready for the engine, and metrics of the rollouts and of packing."""
+    """A batch ready for the engine, metrics of the rollouts and of packing, and the sequences that were packed."""
 
     batch: PackedBatch
     metrics: dict[str, float]
+    sequences: list[TokenSequence]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def prepare(
     metrics |= {"sequences_not_computed": float((~trained_Q).sum())}
     if routes is not None:
         metrics |= _route_metrics(tokenized, sequences)
-    return Prepared(batch, metrics | packing_metrics(batch))
+    return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
 
 
 def _trained(config: TrainConfig, advantage_Q: np.ndarray, group_Q: np.ndarray) -> np.ndarray:
