@@ -194,7 +194,7 @@ async def test_a4_a_merged_tensor_left_at_the_version_before_is_refused_by_name(
         fault = {"weight": shown} if path == "direct" else {"loaded": name, "folder": str(folder)}
         with plot.planted(**fault), pytest.raises(ServerLostError, match=f"does not hold policy@9: '{shown}'"):
             await push(new, 9)
-        assert server.child.wait(30.0) is not None
+        await asyncio.to_thread(server.child.wait, 60.0)
     finally:
         pusher.close()
         await server.close()

@@ -13,7 +13,7 @@ import torch
 
 # Odd, so that multiplying by it loses nothing modulo 2**64; the bits of the golden ratio.
 _STEP = -7046029254386353131
-_CHUNK_WORDS = 1 << 22
+_CHUNK_WORDS = 1 << 15  # what belongs to more would not stay in a CPU's cache
 _BLOCK_WORDS = 4096
 
 
