@@ -287,7 +287,7 @@ async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
     work = run.trainer.call
 
     async def worked(verb, args, **kwargs):
-        if verb == "score":
+        if verb == "offload":
             raise TrainerError("planted")
         return await work(verb, args, **kwargs)
 
@@ -301,7 +301,7 @@ async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
 
 # Who does what in a step of shared mode with merged weights and nothing to replay.
 ORDER = [
-    *("POST /lockstep/sleep", "onload", "train_step", "score", "POST /lockstep/kept_names"),
+    *("POST /lockstep/sleep", "onload", "score", "train_step", "score", "POST /lockstep/kept_names"),
     *(
         "offload, weights stay",
         "POST /lockstep/wake weights",
