@@ -52,14 +52,15 @@ class Probe:
     sequences: tuple[TokenSequence, ...]
 
     @classmethod
-    def of_text(cls, tokens: Sequence[int], longest: int) -> Probe:
-        """A text's first tokens, in sequences of at most `longest`."""
-        cuts = [tokens[start : start + longest] for start in range(0, min(TOKENS, len(tokens)), longest)]
+    def of_text(cls, tokens: Sequence[int], longest: int, enough: int = TOKENS) -> Probe:
+        """A text's first `enough` tokens, in sequences of at most `longest`."""
+        tokens = tokens[:enough]
+        cuts = [tokens[start : start + longest] for start in range(0, len(tokens), longest)]
         return cls(tuple(scoring_sequence(f"probe {i}", cut) for i, cut in enumerate(cuts) if len(cut) > 1))
 
     @classmethod
-    def of_rollouts(cls, sequences: Sequence[TokenSequence], longest: int) -> Probe:
-        """One rollout of each group, then another of each, until there is enough; of long ones `longest` tokens.
+    def of_rollouts(cls, sequences: Sequence[TokenSequence], longest: int, enough: int = TOKENS) -> Probe:
+        """One rollout of each group, then another of each, until there are `enough` tokens; of long ones `longest` tokens.
 
         A rollout without routes may begin shortly before its first reply, since any text can be scored; routes hold from the beginning
         only.
@@ -70,13 +71,13 @@ class Probe:
             turn_of[sequence.group] = turn_of.get(sequence.group, -1) + 1
             turns.append((turn_of[sequence.group], sequence.group))
         chosen: list[TokenSequence] = []
-        room = ROW
+        room = ROW - TOKENS + enough
         for i in sorted(range(len(sequences)), key=turns.__getitem__):
             cut = _part(sequences[i], min(longest, room))
             if len(cut) > 1:
                 chosen.append(_to_score(cut, f"probe {len(chosen)}"))
                 room -= len(cut)
-            if room <= ROW - TOKENS:
+            if room <= ROW - TOKENS:  # what is left is for the last one not to be cut short
                 break
         return cls(tuple(chosen))
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lockstep.backends import probe as probing
-from lockstep.backends.probe import ROW, Probe, ProbeScores
+from lockstep.backends.probe import ROW, TOKENS, Probe, ProbeScores
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.turns import servers_turn, trainers_turn
 from lockstep.serving.client import logprobs_of, most_likely
@@ -59,12 +59,18 @@ excellent.
 
 async def first_probe(run: Run) -> Probe:
     """A fixed English text in the model's own tokens: there are no rollouts yet."""
-    return Probe.of_text(await run.server.tokenize(_TEXT), longest(run))
+    return Probe.of_text(await run.server.tokenize(_TEXT), longest(run), enough(run))
 
 
 def longest(run: Run) -> int:
     """Tokens of the longest sequence to score: the server wants room for one more."""
     return min(run.parts.max_model_len - 1, ROW)
+
+
+def enough(run: Run) -> int:
+    """Tokens of a probe. Where a CPU's server needs Triton's interpreter, 512 would take longer than many a step."""
+    interpreted = run.parts.devices.kind == "cpu" and (run.parts.routes is not None or run.parts.exact)
+    return TOKENS // 4 if interpreted else TOKENS
 
 
 async def measure_noise(run: Run) -> None:
@@ -128,7 +134,7 @@ class BeforeStep:
 
     @classmethod
     async def score(cls, run: Run, sequences: Sequence[TokenSequence]) -> BeforeStep:
-        probe = Probe.of_rollouts(sequences, longest(run))
+        probe = Probe.of_rollouts(sequences, longest(run), enough(run))
         return cls(probe, await trained_scores(run, probe))
 
     async def after(self, run: Run, number: int) -> tuple[ProbeScores, float]:
