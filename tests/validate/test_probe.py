@@ -79,7 +79,7 @@ def test_a4_the_limit_follows_the_measured_noise():
     assert noise.mean == pytest.approx(0.087, rel=0.3)
     assert compare("m@3", off_by(one, random, 0.087), one, noise, "bfloat16", LOG)["probe_noise"] == noise.mean
     quiet = base_noise(off_by(one, random, 0.01), one, "bfloat16", LOG)
-    with pytest.raises(MismatchError, match=r"allowed 5\.\de-02.* on the base weights"):
+    with pytest.raises(MismatchError, match=r"allowed [45]\.\de-02.* on the base weights"):
         compare("m@3", off_by(one, random, 0.087), one, quiet, "bfloat16", LOG)
     # fp32's own limits hold however quiet the base was, and exact ones however loud.
     assert compare("m@3", off_by(one, random, 1e-5), one, NONE, "float32", LOG)
