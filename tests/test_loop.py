@@ -246,6 +246,9 @@ async def test_a2_a_step_that_computes_nothing_finite_is_never_served(running, t
     served, tokens = await run.server.models(), run.probe.tokens[0]
     scored = await run.server.score(f"loop@{good.step}", tokens)
     groups = await roll_out(model, task, section, model.step)
+    for one in groups:
+        for number, rolled in enumerate(one.trajectories):
+            rolled.reward = float(number)  # a step without signal would change nothing
     refused = rf"loop@{good.step + 1} computes .* not finite, and is not served: the weights are unchanged, lower learning_rate"
     with pytest.raises(TrainerError, match=refused):
         await backend.train(model, groups, ls.TrainConfig(learning_rate=1e30))
