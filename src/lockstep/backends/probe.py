@@ -25,7 +25,7 @@ ROW = 640
 """Tokens of the one row that holds every probe: a shape that never changes is compiled once."""
 
 MULTIPLE = 5.0
-"""What a step's mean and 99th percentile may be, in units of the noise on the base weights. Right servers were measured at up to 2.2 of
+"""What a step's mean and 99th percentile may be, in units of the noise on the base weights. Right servers were measured at up to 2.5 of
 it (docs/numerics.md): other text, a trained policy and an adapter's own rounding move the noise too.
 """
 # Nats that are always allowed: mean, 99th percentile. fp32: 1e-6 to 1e-5 between vLLM and Megatron-Core.
