@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 RISE = 0.15
 """How much the greedy reward on held-out questions has to rise."""
 _SHOWN = 5
+ON_A_CPU: dict[str, dict[str, Any]] = {
+    "backend": {"dtype": "float32"},  # which its cores multiply faster than bf16
+    "task": {
+        "groups_per_step": 16,
+        "temperature": 0.7,
+        "evaluate_every": 3,
+        "evaluate_scenarios": 64,
+    },
+    "train": {"learning_rate": 5e-4, "row_length": 512},  # short rows: attention there reads a mask of S x S
+}
+"""Where the run file asks for more than two cores can do in ten minutes: fewer and likelier replies, larger steps."""
 
 
 @dataclass
@@ -80,7 +91,9 @@ def _check_packages() -> None:
 
 
 def _on_this_machine(file: RunFile, base: Path) -> RunFile:
-    """The base model is the folder; on a CPU in fp32, which its cores multiply faster than bf16."""
-    model = file.model.model_copy(update={"base_model": str(base)})
-    dtype = "float32" if default_kind() == "cpu" else None
-    return file.model_copy(update={"model": model, "backend": file.backend.model_copy(update={"dtype": dtype})})
+    """The base model is the folder. A CPU gets settings that it can pay for (`ON_A_CPU`)."""
+    file = file.model_copy(update={"model": file.model.model_copy(update={"base_model": str(base)})})
+    if default_kind() != "cpu":
+        return file
+    sections = {name: getattr(file, name).model_copy(update=changes) for name, changes in ON_A_CPU.items()}
+    return file.model_copy(update=sections)
