@@ -321,3 +321,30 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(OSError, match=r"can't be written: .*No such file"):
         save_batch(packed([scoring_sequence("one", [1, 2, 3])]), tmp_path / "nowhere" / "batch")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_b1_minibatches_never_lack_rows():
+    """Lognormal replies, as of a model that rarely answers at length, with one that reaches the limit."""
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        groups, minibatches, data = (4, 4, 1) if seed % 2 else (8, 8, 2)
+        lengths = np.minimum(random.lognormal(np.log(90), 1, size=(groups, 8)).astype(int) + 1, 2000)
+        lengths[0, 0] = 2000
+        sequences = []
+        for group in range(groups):
+            prompt = random.integers(0, 50_000, 100).tolist()
+            for reply in lengths[group]:
+                sampled_ids = random.integers(0, 50_000, reply).tolist()
+                sequences.append(sampled(f"{len(sequences)}", prompt, sampled_ids))
+        batch = packed(sequences, seed, minibatches=minibatches, data=data)
+        validate(batch)
+        used_R = (batch.nodes_RS >= 0).any(axis=1).reshape(minibatches, -1)
+        assert used_R.all() if batch.rows == minibatches * data else used_R.any(axis=1).all()
+        assert [len(batch.path_index(q)) for q in range(len(sequences))] == [len(one) for one in sequences]
+
+
+def test_b1_equal_sequences_spread_over_minibatches():
+    sequences = [sampled(f"{number}", list(range(20)), [1, 2]) for number in range(4)]
+    batch = packed(sequences, minibatches=4)
+    validate(batch)
+    assert sorted(batch.row_Q) == [0, 1, 2, 3]

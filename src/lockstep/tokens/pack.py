@@ -17,7 +17,7 @@ import numpy as np
 
 from lockstep.errors import DataError
 from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.rows import Layout, lay_out, partition
+from lockstep.tokens.rows import Layout, lay_out, partition_into
 from lockstep.tokens.tree import Flat, TokenSequence, build, end_to_end, spread
 
 SCHEMA = "lockstep.packed/1"
@@ -81,10 +81,11 @@ def pack(
 
     row_length: tokens per row; None: the longest sequence, or up to 4096 if there are that many tokens. `multiple`:
     lengths chosen here, and the given one, are rounded up to it. The number of rows is a multiple of `minibatches` x
-    `data`: rows of padding go to the end of each minibatch. Equal input and seed give equal bytes.
+    `data`: trees are cut further until there are so many, and where too few sequences exist, rows of padding go to the
+    end of each minibatch. Equal input and seed give equal bytes.
 
     Raises DataError: nothing to pack, a sequence longer than a row (see `fit`) or that can't be packed (see `end_to_end`), fewer
-    rows than minibatches.
+    sequences than minibatches.
     """
     if not len(sequences):
         raise DataError("the batch is empty: there is no sequence to pack")
@@ -102,11 +103,13 @@ def pack(
     elif longest > row_length:
         fit(sequences, row_length, "error")
     row_length = -(-row_length // multiple) * multiple
-    rows, copies = partition(tree, row_length, order_Q)
+    rows, copies = partition_into(tree, row_length, order_Q, minibatches * data)
+    if len(rows) < minibatches <= len(sequences):  # equal sequences end at one node
+        tree = build(flat, share=False)
+        rows, copies = partition_into(tree, row_length, order_Q, minibatches * data)
     if len(rows) < minibatches:
         raise DataError(
-            f"the batch fills {len(rows)} rows of {row_length} tokens, too few for minibatches = {minibatches}: "
-            "lower minibatches or row_length"
+            f"the batch has {len(sequences)} sequences, too few for minibatches = {minibatches}: lower minibatches"
         )
     rows = [rows[i] for i in random.permutation(len(rows))]
     dealt = _deal(rows, minibatches, data)

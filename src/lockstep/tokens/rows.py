@@ -54,15 +54,25 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def partition_into(tree: Tree, row_length: int, order_Q: np.ndarray, wanted: int) -> tuple[list[list[int]], Copies]:
+    """As `partition`, with trees cut further, as little as needed, until there are `wanted` rows or nothing is left to cut."""
+    rows, copies = partition(tree, row_length, order_Q)
+    limit = min(row_length, -(-int(tree.size_N.sum()) // wanted))
+    while len(rows) < wanted and limit:
+        rows, copies = partition(tree, limit, order_Q)
+        limit = limit * 4 // 5
+    return rows, copies
+
+
 def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[list[int]], Copies]:
     """Rows of at most `row_length` tokens, as lists of parts, and copies. Part n is node n with all below it, or, if there are
-    only N nodes, `copies[n - N]`. No path from the root may be longer than a row.
+    only N nodes, `copies[n - N]`. A path from the root that is longer than `row_length` gets a row of its own.
 
     `order_Q` ranks the sequences; only ties depend on it.
     """
     nodes = len(tree.start_N)
     total_N, rank_N = _below(tree, order_Q)
-    cut_N = total_N > row_length - tree.above_N
+    cut_N = (total_N > row_length - tree.above_N) & (tree.count_N > 1)  # a leaf can't be cut
     whole = np.flatnonzero(~cut_N & ((tree.parent_N < 0) | cut_N[tree.parent_N]))
     key_N = rank_N - total_N * len(order_Q)  # large ones first, then by rank
     whole = whole[np.argsort(key_N[whole])]
@@ -75,8 +85,9 @@ def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[li
 
     def fill(parts: list[int], capacity: int) -> list[list[int]]:
         parts.sort(key=keys.__getitem__)
-        bins = best_fit([sizes[part] for part in parts], capacity)
-        return [[parts[index] for index in members] for members in bins]
+        alone = [[part] for part in parts if sizes[part] > capacity]
+        rest = parts[len(alone) :]  # sizes descend
+        return alone + [[rest[i] for i in members] for members in best_fit([sizes[part] for part in rest], capacity)]
 
     for node in np.flatnonzero(cut_N)[::-1].tolist():
         own = int(tree.size_N[node])
