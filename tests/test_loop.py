@@ -91,12 +91,20 @@ def hugging_face_logprobs(base_model, adapter, ids_S, temperature=1.0):
     return logprobs[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].numpy()
 
 
+def with_signal(groups):
+    """The same rollouts with rewards that differ: a policy that is right every time gives a step that changes nothing."""
+    for group in groups:
+        for number, rolled in enumerate(group.trajectories):
+            rolled.reward = float(number)
+    return groups
+
+
 async def test_what_was_sampled_is_what_is_trained(running, task, section, base_model):
     """fp32: trainer, server and PEFT agree to 1e-5 on a rollout's tokens, at the first step and with a trained adapter."""
     model, backend = running
     section = section.model_copy(update={"temperature": 0.8})
     for step in range(3):
-        groups = await roll_out(model, task, section, step)
+        groups = with_signal(await roll_out(model, task, section, step))
         result = await backend.train(model, groups, CONFIG)
         assert result.metrics["mismatch_max"] < 1e-5
         adapter = backend.run_path(model) / "steps" / f"{step:04d}" / "adapter"
@@ -176,7 +184,7 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
 
     monkeypatch.setattr(run.trainer, "call", saving)
     monkeypatch.setattr(run.server, "load_adapter", never)
-    result = await backend.train(model, await roll_out(model, task, section, model.step), CONFIG)
+    result = await backend.train(model, with_signal(await roll_out(model, task, section, model.step)), CONFIG)
     monkeypatch.undo()
     assert await check_served(run.server, name, base_model, result.checkpoint_path / "adapter") == early[0]
     weights = load_file(result.checkpoint_path / "adapter" / "adapter_model.safetensors")
@@ -192,7 +200,7 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
 
     async def slow(scenario):
         pinned = model.inference_name()
-        groups = await roll_out(model, task, section, model.step)
+        groups = with_signal(await roll_out(model, task, section, model.step))
         for _ in range(3):
             await backend.train(model, groups, ls.TrainConfig(learning_rate=1e-6, max_steps_off_policy=5))
         assert model.inference_name() == pinned
@@ -201,7 +209,7 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
 
     before = model.step
     await ls.gather_trajectory_groups([[slow(task.scenarios[0])]], progress=False)
-    groups = await roll_out(model, task, section, model.step)
+    groups = with_signal(await roll_out(model, task, section, model.step))
     result = await backend.train(model, groups, CONFIG)
     served = {name for name in await server.models() if not name.endswith("@base")}
     assert served == {f"loop@{model.step}", f"loop@{model.step - 1}"}
@@ -223,7 +231,7 @@ async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monk
         return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0, "compared": False}
 
     monkeypatch.setattr(run.trainer, "call", stale)
-    groups = await roll_out(model, task, section, model.step)
+    groups = with_signal(await roll_out(model, task, section, model.step))
     step = model.step
     with pytest.raises(MismatchError, match=f"does not hold loop@{step + 1}") as caught:
         await backend.train(model, groups, CONFIG)
@@ -242,13 +250,10 @@ async def test_a2_a_step_that_computes_nothing_finite_is_never_served(running, t
     """The newcomer's case: a good step, then learning_rate 1e30, whose adapter is finite and whose logits are not."""
     model, backend = running
     run = backend._run(model)
-    good = await backend.train(model, await roll_out(model, task, section, model.step), CONFIG)
+    good = await backend.train(model, with_signal(await roll_out(model, task, section, model.step)), CONFIG)
     served, tokens = await run.server.models(), run.probe.tokens[0]
     scored = await run.server.score(f"loop@{good.step}", tokens)
-    groups = await roll_out(model, task, section, model.step)
-    for one in groups:
-        for number, rolled in enumerate(one.trajectories):
-            rolled.reward = float(number)  # a step without signal would change nothing
+    groups = with_signal(await roll_out(model, task, section, model.step))
     refused = rf"loop@{good.step + 1} computes .* not finite, and is not served: the weights are unchanged, lower learning_rate"
     with pytest.raises(TrainerError, match=refused):
         await backend.train(model, groups, ls.TrainConfig(learning_rate=1e30))
@@ -264,7 +269,7 @@ async def test_a2_a_step_that_computes_nothing_finite_is_never_served(running, t
 async def test_kl_penalty_changes_the_gradient(running, task, section):
     """The same rollouts with and without it; the penalty is positive once the policy has moved from its reference."""
     model, backend = running
-    groups = await roll_out(model, task, section, model.step)
+    groups = with_signal(await roll_out(model, task, section, model.step))
     still = ls.TrainConfig(learning_rate=1e-9, max_steps_off_policy=1)
     plain = await backend.train(model, groups, still)
     pulled = await backend.train(model, groups, still.model_copy(update={"kl_coef": 10.0, "kl_reference_step": 0}))
@@ -277,7 +282,7 @@ async def test_a_step_that_was_not_published_is_not_built_upon(running, task, se
     """The same rollouts again: the trainer, which had moved on, holds the weights that sampled them."""
     model, backend = running
     run, step = backend._run(model), model.step
-    groups = await roll_out(model, task, section, step)
+    groups = with_signal(await roll_out(model, task, section, step))
     ask = run.trainer.call
 
     def full(*_arguments):
@@ -304,7 +309,7 @@ async def test_a_step_that_was_not_published_is_not_built_upon(running, task, se
 
 async def test_calls_of_train_take_turns(running, task, section):
     model, backend = running
-    step, groups = model.step, await roll_out(model, task, section, model.step)
+    step, groups = model.step, with_signal(await roll_out(model, task, section, model.step))
     later = CONFIG.model_copy(update={"max_steps_off_policy": 1})
     results = await asyncio.gather(*(backend.train(model, groups, later) for _ in range(2)))
     assert [result.step for result in results] == [step + 1, step + 2]
@@ -426,7 +431,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
     The optimizer's moments and the adapter come back byte for byte.
     """
     model, backend = running
-    await check_torn_sync(model, backend, await roll_out(model, task, section, model.step), monkeypatch)
+    await check_torn_sync(model, backend, with_signal(await roll_out(model, task, section, model.step)), monkeypatch)
     path, step = backend.path, model.step + 1
     published = backend.run_path(model) / "steps" / f"{step:04d}"
     trainer_state = (published / "trainer" / "optimizer.safetensors").read_bytes()
@@ -443,7 +448,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         out = path / "saved"
         await resumed._run(again).trainer.call("save", {"out": str(out)}, deadline_s=60)
         assert (out / "trainer" / "optimizer.safetensors").read_bytes() == trainer_state
-        result = await resumed.train(again, await roll_out(again, task, section, step), CONFIG)
+        result = await resumed.train(again, with_signal(await roll_out(again, task, section, step)), CONFIG)
         assert result.step == step + 1
         assert result.metrics["mismatch_max"] < 1e-5
     finally:
