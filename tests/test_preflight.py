@@ -291,3 +291,20 @@ async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path,
     assert name == "m@0"
     found = (config.max_model_len, config.max_num_seqs, config.tool_call_parser, config.extra_args)
     assert found == ((777, 3, "pythonic", ("--max-num-seqs", "3")) if kept else (2048, 64, "hermes", ()))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--logprobs-mode", "raw_logprobs"),
+        ('--override-generation-config={"top_p": 0.8}',),
+        ("--enforce-eager", "--generation_config", "auto"),
+        ("--host", "0.0.0.0"),
+        ("--speculative-config", "{}"),
+    ],
+)
+def test_server_args_that_would_change_what_is_trained_on_are_refused(tmp_path, args):
+    """The audit's case: choices went on saying how they were sampled, and only max_mismatch noticed by luck."""
+    with pytest.raises(ConfigError, match=r"server_args can't have --(logprobs|override|generation|host|spec)"):
+        ls.MegatronBackend(path=tmp_path, server_args=args)
+    ls.MegatronBackend(path=tmp_path, server_args=("--enforce-eager", "--max-num-seqs=8"))

@@ -22,6 +22,7 @@ from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsup
 from lockstep.errors import ConfigError
 from lockstep.families.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.serving.install import find_runtime
+from lockstep.serving.tokenizer_files import check_server_args
 from lockstep.store import RunStore, Step
 from lockstep.tokens.pack import save_batch
 from lockstep.tokens.prepare import prepare
@@ -59,7 +60,8 @@ class MegatronBackend:
     offload: in shared mode the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them
         on the GPU, which the server then has less of.
     weight_transport: how weights and adapters travel from the trainer's memory to the server, "disk" or what fits the placement (None).
-    server_args: further arguments of vLLM's command line, such as ("--enforce-eager",); they win over ours.
+    server_args: further arguments of vLLM's command line, such as ("--enforce-eager",); they win over ours, but
+        for those that the run decides itself, which are refused.
 
     Raises ConfigError for a setting it can't honour.
     """
@@ -110,6 +112,7 @@ class MegatronBackend:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise unsupported(name, value, "MegatronBackend", f"it is {least} or more")
+        check_server_args(self.server_args)
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""

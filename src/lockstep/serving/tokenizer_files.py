@@ -25,6 +25,28 @@ def argument(server_args: Sequence[str], name: str) -> str | None:
     return value
 
 
+OURS = {
+    "host": "the server listens on loopback",
+    "port": "the port is chosen at the start",
+    "api-key": "every server has a token of its own",
+    "served-model-name": "versions are served under names that the run gives",
+    "generation-config": "log-probabilities must be those of what was sampled",
+    "override-generation-config": "log-probabilities must be those of what was sampled; give sampling settings in the request",
+    "logprobs-mode": "log-probabilities must be those of what was sampled",
+    "tool-strict-level": "a grammar on tool calls changes what is sampled",
+    "speculative-config": "a draft model's acceptance may change what is sampled",
+    "seed": "set seed of the backend",
+}
+"""Arguments of vLLM that a run decides itself, and why: changed behind its back, training would be silently wrong."""
+
+
+def check_server_args(server_args: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that the run decides itself."""
+    for name, why in OURS.items():
+        if argument(server_args, name) is not None:
+            raise ConfigError(f"server_args can't have --{name}: {why}")
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """The tokenizer that a server uses.
