@@ -130,12 +130,13 @@ async def test_requests_and_replies_in_pieces():
     ("setting", "says"),
     [
         ({}, {}),
-        ({"parallel_tool_calls": False}, {"single_tool_call": True}),
-        ({"parallel_tool_calls": False, "tool_choice": "none"}, {}),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, {"strict_tools": True}),
+        ({"parallel_tool_calls": False}, {}),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, {}),
+        ({"tool_choice": "required"}, {"tool_choice": "required"}),
     ],
 )
-def test_a_grammar_for_tool_calls_is_a_constraint(setting, says):
+def test_b4_only_a_forced_tool_call_is_a_constraint(setting, says):
+    """Strict tools and single calls set no grammar in our servers (`launch._environment`): agents that ask for them can be trained."""
     request = {"tools": [{"type": "function", "function": {"name": "f"}}]} | setting
     sampling = sampling_of(request)
     assert {name: value for name, value in sampling.items() if name not in SAMPLING_DEFAULTS} == says

@@ -127,12 +127,6 @@ def sampling_of(request: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: _or(request.get(name), default) for name, default in SAMPLING_DEFAULTS.items()}
     asked = {name: request[name] for name in CONSTRAINTS if request.get(name)}
     asked = {name: value for name, value in asked.items() if value not in _NEUTRAL.get(name, ())}
-    if request.get("tools") and request.get("tool_choice") != "none":  # vLLM then holds the calls to a grammar
-        functions = [tool.get("function") for tool in request["tools"] if isinstance(tool, dict)]
-        if any(isinstance(function, dict) and function.get("strict") for function in functions):
-            asked["strict_tools"] = True
-        if request.get("parallel_tool_calls") is False:
-            asked["single_tool_call"] = True
     return numbers | asked
 
 

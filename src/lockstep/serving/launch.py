@@ -201,6 +201,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder: nothing is to be looked up
+        # Frameworks mark tools as strict. vLLM would hold the calls to a grammar, and the tokens be no sample of the policy.
+        "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",
     }
     if Path("/sys/class/net/lo").exists():
         extra["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name points to
