@@ -221,3 +221,10 @@ def test_a_metric_that_is_no_number_is_named(value):
         prepare([group], model_name="m", step=0, config=TrainConfig())
     good.metrics["length"], bad.metrics["length"] = 1, np.float32(2)
     assert prepare([group], model_name="m", step=0, config=TrainConfig()).metrics["rollout/length"] == 1.5
+
+
+def test_temperatures_that_vllm_raises_are_refused():
+    """vLLM samples with 0.01 and says 0.002: the trainer would divide by another number than the server did."""
+    with pytest.raises(DataError, match=r"temperature = 0.002, which vLLM raises to 0.01"):
+        tokenize(trajectory(choice([1], [2], sampling={"temperature": 0.002})), "m", 0, 0)
+    assert tokenize(trajectory(choice([1], [2], sampling={"temperature": 0.01})), "m", 0, 0).sequences

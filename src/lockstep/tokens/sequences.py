@@ -76,6 +76,10 @@ def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
     return values
 
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM samples with this where a request asks for less (and more than 0), and reports what was asked for."""
+
+
 def _temperature(sampling: object, name: str) -> float:
     """The choice's temperature; raises DataError if the trainer can't compute the distribution it was sampled from."""
     if not isinstance(sampling, dict) or "temperature" not in sampling:
@@ -92,6 +96,10 @@ def _temperature(sampling: object, name: str) -> float:
     if not (temperature > 0 and math.isfinite(temperature)):
         raise DataError(
             f"{name} was sampled with temperature = {temperature}, which can't be trained on: use one above 0"
+        )
+    if temperature < LEAST_TEMPERATURE:
+        raise DataError(
+            f"{name} was sampled with temperature = {temperature}, which vLLM raises to {LEAST_TEMPERATURE}: use that or more"
         )
     return temperature
 
