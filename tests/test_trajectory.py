@@ -326,3 +326,20 @@ def test_the_clients_objects_inside_messages_are_kept_and_others_named(tmp_path)
     ):
         write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[]), TrajectoryGroup(trajectories=[one])], 0)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_b7_numpy_scalars_are_numbers(tmp_path):
+    """Environments compute with NumPy: a metric of its types once ended a run after all rollouts of the step."""
+    one = trajectory(choice([1], [2]), reward=np.float32(0.5))
+    one.metrics |= {"share": np.float32(0.25), "count": np.int64(3)}
+    one.metadata["seed"] = np.uint8(7)
+    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[one], metadata={"level": np.int32(2)})], 0)
+    (group,) = read_parquet(tmp_path / "a")
+    (kept,) = group.trajectories
+    assert kept.reward == 0.5
+    assert kept.metrics == {"share": 0.25, "count": 3}
+    assert kept.metadata == {"seed": 7}
+    assert group.metadata == {"level": 2}
+    one.metadata["bad"] = {1}
+    with pytest.raises(DataError, match="metadata can't be written to Parquet: set is not JSON"):
+        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[one])], 0)

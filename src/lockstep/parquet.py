@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from lockstep.errors import DataError, StoreError
@@ -105,6 +106,8 @@ def _json(value: Any, where: str) -> str:
 def _plain(value: object) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, np.generic):
+        return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
@@ -154,7 +157,9 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
             for group in groups
         ],
     }
-    table = pa.Table.from_pylist(rows, schema=_columns().with_metadata({_KEY: json.dumps(about)}))
+    table = pa.Table.from_pylist(
+        rows, schema=_columns().with_metadata({_KEY: _json(about, "what is said of the groups")})
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         pq.write_table(table, temporary, compression="zstd")

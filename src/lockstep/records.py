@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_serializer, field_validator
 
 from lockstep.errors import DataError
 
@@ -41,6 +41,19 @@ def _as_item(value: object) -> Any:
     return dict(value)
 
 
+def _without_numpy(value: object) -> Any:
+    """The same value with NumPy's scalars as Python's, wherever they lie in it."""
+    numpy = sys.modules.get("numpy")  # no scalar of its exists before it was imported
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {name: _without_numpy(one) for name, one in value.items()}
+    return [_without_numpy(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_without_numpy)]
+
+
 class Trajectory(BaseModel):
     """One attempt at a task.
 
@@ -61,7 +74,7 @@ class Trajectory(BaseModel):
     tools: list[dict[str, Any]] | None = None
     reward: float
     metrics: dict[str, float] = Field(default_factory=dict)
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
 
     @field_validator("messages_and_choices")
     @classmethod
@@ -112,4 +125,4 @@ class TrajectoryGroup(BaseModel):
 
     trajectories: list[Trajectory]
     exceptions: list[RolloutFailure] = Field(default_factory=list)
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
