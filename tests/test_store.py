@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lockstep.backends.start import sampling_seed
 from lockstep.errors import StoreError
 from lockstep.store import RunStore, published_steps, read_step
 
@@ -141,3 +142,18 @@ def test_the_manifest_is_plain_json(store):
     manifest = json.loads((step.path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"adapter/adapter_model.safetensors"}
     assert manifest["step"] == 0
+
+
+def test_a8_each_server_of_a_run_samples_other_noise(tmp_path):
+    """A resumed run once sampled the replies of its first steps again: every server began with the same seed."""
+    starts = []
+    for _ in range(3):
+        store = RunStore(tmp_path, "project", "name")
+        starts += [store.next_server_start(), store.next_server_start()]
+        store.close()
+    assert starts == list(range(6))
+    seeds = [sampling_seed(7, start) for start in starts]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert seeds == [sampling_seed(7, start) for start in starts]

@@ -89,6 +89,7 @@ class RunStore:
                 "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
                 " PRIMARY KEY (step, name));"
                 "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
+                "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
             )
 
     def close(self) -> None:
@@ -124,6 +125,13 @@ class RunStore:
                 "INSERT INTO settings VALUES (?, ?)",
                 [(name, json.dumps(value)) for name, value in settings.items()],
             )
+
+    def next_server_start(self) -> int:
+        """Count one more start of the run's server; how many there were before, in all processes that worked on the run."""
+        with self._database() as database:
+            (before,) = database.execute("SELECT COUNT(*) FROM server_starts").fetchone()
+            database.execute("INSERT INTO server_starts VALUES (?)", (before,))
+        return before
 
     def published(self) -> list[int]:
         """Numbers of the published steps, ascending."""

@@ -157,6 +157,7 @@ class MegatronBackend:
             }
             store.claim(identity)
             store.keep_settings(plan.stored())
+            parts = replace(parts, server_start=store.next_server_start())
             trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
             run = Run(model, store, trainer, server, parts)
             await measure_noise(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lockstep.backends import run as deadlines
@@ -208,6 +209,7 @@ async def _start_server_again(run: Run, number: int) -> None:
     older = () if run.parts.merged else run.kept(number) & run.served
     await run.server.close()
     await run.model._disconnect()
+    run.parts = replace(run.parts, server_start=run.store.next_server_start())
     config = run.parts.server_config(f"{run.model.name}@base")
     run.server = await launch(config, find_runtime(run.parts.devices.kind), run.store.path)
     run.served.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Parts:
     """How weights and adapters travel from the trainer's memory to the server."""
     exact: bool
     """Trainer and server compute the fp32 weights in fp64."""
+    server_start: int = 0
+    """How many servers this run had before."""
 
     @property
     def shared(self) -> bool:
@@ -100,12 +103,19 @@ class Parts:
             gpus=self.devices.inference,
             gpu_memory_utilization=gpu_memory_utilization,
             sleeps=self.shared,
-            seed=self.seed,
+            seed=sampling_seed(self.seed, self.server_start),
             exact=self.exact,
             # Packed, they could not be read back, and so not be verified.
             plain_weights=self.merged and not self.devices.inference,
             extra_args=self.server_args,
         )
+
+
+def sampling_seed(seed: int, server_start: int) -> int:
+    """The seed of a server's sampling. Each server of a run draws other noise: one that begins anew with the seed of the one before
+    samples the same replies again, and what ended that server ends the next one, too.
+    """
+    return seed if server_start == 0 else zlib.crc32(f"{seed} {server_start}".encode()) >> 1  # vLLM takes 31 bits
 
 
 def lora_serving(lora: LoraConfig, spec: ModelSupportSpec) -> LoraServing:
