@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_serializer, field_validator
 
@@ -45,7 +45,7 @@ def _without_numpy(value: object) -> Any:
     """The same value with NumPy's scalars as Python's, wherever they lie in it."""
     numpy = sys.modules.get("numpy")  # no scalar of its exists before it was imported
     if numpy is not None and isinstance(value, numpy.generic):
-        return value.item()
+        return cast(Any, value).item()
     if isinstance(value, Mapping):
         return {name: _without_numpy(one) for name, one in value.items()}
     return [_without_numpy(one) for one in value] if isinstance(value, (list, tuple)) else value
