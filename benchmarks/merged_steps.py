@@ -32,7 +32,7 @@ from real_steps import conclude, keep_logs, measured, model_options, rollouts, s
 import lockstep as ls
 from lockstep.backends.run import Run
 from lockstep.errors import ServerError
-from lockstep.leases import rollout_scope
+from lockstep.rollouts.leases import rollout_scope
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

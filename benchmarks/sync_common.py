@@ -13,7 +13,7 @@ from shapes import SHAPES
 
 from lockstep.families.tiny import write_tiny
 from lockstep.families.tiny_tokenizer import save_tokenizer
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 
 DEADLINE_S = 900.0
 

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
-from lockstep.records import Trajectory
+from lockstep.rollouts.trajectory import Trajectory
 from lockstep.tokens.tree import TokenSequence
 
 

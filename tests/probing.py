@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 
 MARK = "RESULT "
 

@@ -35,8 +35,8 @@ from lockstep.errors import (
 )
 from lockstep.families.tiny import write_tiny
 from lockstep.loop import greedy_reward, roll_out
-from lockstep.parquet import read_parquet
 from lockstep.quickstart import examples_folder
+from lockstep.rollouts.parquet import read_parquet
 from lockstep.runfile import load_run_file
 from lockstep.store import published_steps
 from lockstep.task import Task, load_task

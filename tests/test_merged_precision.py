@@ -12,9 +12,9 @@ import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.families.tiny import write_tiny
 from lockstep.quickstart import examples_folder
+from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.runfile import load_run_file
 from lockstep.task import load_task
-from lockstep.trajectory import gather_trajectory_groups
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

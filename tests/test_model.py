@@ -10,9 +10,9 @@ from drawing import choice, trajectory
 from lockstep.backends.base import Endpoint
 from lockstep.config import LoraConfig
 from lockstep.errors import ConfigError, RolloutError
-from lockstep.leases import rollout_scope
 from lockstep.model import TrainableModel
-from lockstep.trajectory import gather_trajectory_groups
+from lockstep.rollouts.gather import gather_trajectory_groups
+from lockstep.rollouts.leases import rollout_scope
 
 
 class Desk:

@@ -9,7 +9,7 @@ from lockstep.backends import placement
 from lockstep.backends.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.backends.start import memory_share
 from lockstep.errors import ConfigError
-from lockstep.process import visible_gpus
+from lockstep.process.child import visible_gpus
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.families.config import parse_config
 from lockstep.families.registry import get_model_support_spec, load_model_config
 from lockstep.families.tiny import write_tiny
-from lockstep.machine import DeviceMemory
+from lockstep.process.free_memory import DeviceMemory
 from nothing_started import refused_at_once
 
 

@@ -10,9 +10,9 @@ import pytest
 import lockstep as ls
 from lockstep import model as model_module
 from lockstep.backends.base import Endpoint
-from lockstep.leases import rollout_scope
 from lockstep.model import open_client
-from lockstep.slots import Slots
+from lockstep.rollouts.leases import rollout_scope
+from lockstep.rollouts.slots import Slots
 
 REPLY = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
 CHOICE = {"index": 0, "text": "x", "finish_reason": "stop", "logprobs": None}

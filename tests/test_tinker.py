@@ -25,9 +25,9 @@ from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.errors import ConfigError, DataError, MismatchError, StaleRolloutError, StoreError, TrainerError
 from lockstep.families.registry import get_model_support_spec
 from lockstep.families.tiny import write_tiny
+from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 from lockstep.tokens.batch import scored_row, total_weight
 from lockstep.tokens.pack import pack
-from lockstep.trajectory import Trajectory, TrajectoryGroup
 
 BASE, KEY = "Qwen/Qwen3-8B", "tml-a-secret-key"
 TRAIN = ls.TrainConfig(learning_rate=5e-3)

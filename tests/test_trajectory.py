@@ -14,16 +14,11 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from drawing import choice, trajectory
-from lockstep import gather
 from lockstep.errors import ConfigError, DataError, RolloutError, StoreError
-from lockstep.trajectory import (
-    RolloutFailure,
-    Trajectory,
-    TrajectoryGroup,
-    gather_trajectory_groups,
-    read_parquet,
-    write_parquet,
-)
+from lockstep.rollouts import gather
+from lockstep.rollouts.gather import gather_trajectory_groups
+from lockstep.rollouts.parquet import read_parquet, write_parquet
+from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
 
 def test_choices_keep_the_servers_extra_fields():

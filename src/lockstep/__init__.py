@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lockstep.config import LoraConfig, Parallel, Placement, TrainConfig, TrainResult
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import Trajectory, TrajectoryGroup, gather_trajectory_groups
+    from lockstep.rollouts.gather import gather_trajectory_groups
+    from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 
 __version__ = "0.1.0"
 
@@ -32,9 +33,9 @@ _HOME = {
     "TrainConfig": "lockstep.config",
     "TrainResult": "lockstep.config",
     "TrainableModel": "lockstep.model",
-    "Trajectory": "lockstep.trajectory",
-    "TrajectoryGroup": "lockstep.trajectory",
-    "gather_trajectory_groups": "lockstep.trajectory",
+    "Trajectory": "lockstep.rollouts.trajectory",
+    "TrajectoryGroup": "lockstep.rollouts.trajectory",
+    "gather_trajectory_groups": "lockstep.rollouts.gather",
 }
 
 __all__ = [

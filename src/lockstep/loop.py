@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.errors import RolloutError
-from lockstep.trajectory import TrajectoryGroup, gather_trajectory_groups, write_parquet
+from lockstep.rollouts.gather import gather_trajectory_groups
+from lockstep.rollouts.parquet import write_parquet
+from lockstep.rollouts.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.config import LoraConfig
 from lockstep.errors import ConfigError
-from lockstep.leases import Leases, current_scope
+from lockstep.rollouts.leases import Leases, current_scope
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -43,7 +43,7 @@ def open_client(endpoint: Endpoint) -> AsyncOpenAI:
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-    from lockstep.slots import Slots, SlotSending
+    from lockstep.rollouts.slots import Slots, SlotSending
 
     class Client(SlotSending, DefaultAsyncHttpxClient):
         slots = None if endpoint.slots is None else Slots(endpoint.slots)

@@ -21,7 +21,7 @@ from lockstep.config import TrainConfig
 from lockstep.errors import ERROR, ConfigError, LockstepError, StoreError
 from lockstep.live import LiveTable
 from lockstep.loop import Outcome, run
-from lockstep.process import guarded
+from lockstep.process.child import guarded
 from lockstep.runfile import RunFile, load_run_file
 from lockstep.store import published_steps
 from lockstep.task import Task, load_task

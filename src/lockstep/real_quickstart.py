@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import Trajectory
+    from lockstep.rollouts.trajectory import Trajectory
 
 RISE = 0.15
 """How much the greedy reward on held-out questions has to rise."""

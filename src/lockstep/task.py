@@ -23,7 +23,7 @@ from lockstep.errors import ConfigError
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import Trajectory
+    from lockstep.rollouts.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

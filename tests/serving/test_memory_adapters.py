@@ -17,7 +17,7 @@ from sync_driver import flip_one_bit, hf_logprobs, load
 from inflight import seen_running
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.families.tiny import write_tiny
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 
 # A command with a child that left its session, whose own child left it again; all write their ids to a file.
 TREE = """
@@ -46,7 +46,7 @@ time.sleep(600)
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 child = spawn([sys.executable, "-c", sys.argv[1], sys.argv[2]], child_env(), Path(sys.argv[3]), "tree")
 sibling = os.fork()
 if sibling:

@@ -20,7 +20,7 @@ from openai.types.chat.chat_completion import Choice
 from drawing import choice, seeds, trajectory
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError
-from lockstep.records import TrajectoryGroup
+from lockstep.rollouts.trajectory import TrajectoryGroup
 from lockstep.tokens.pack import flatten, pack
 from lockstep.tokens.prepare import prepare
 from lockstep.tokens.routes import RouteShape, routes_digest

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from drawing import choice, seeds, trajectory
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, StaleRolloutError
-from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup
+from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 from lockstep.tokens.pack import flatten
 from lockstep.tokens.prepare import prepare
 from lockstep.tokens.sequences import tokenize

@@ -14,7 +14,7 @@ import torch
 from drawing import choice, trajectory
 from lockstep.config import TrainConfig
 from lockstep.engine.loss import policy_loss, scored_tensors
-from lockstep.records import TrajectoryGroup
+from lockstep.rollouts.trajectory import TrajectoryGroup
 from lockstep.tokens.advantages import group_advantages
 from lockstep.tokens.batch import PackedBatch, has_signal, scored_row, total_weight, unpacked_weight
 from lockstep.tokens.pack import load_batch, minibatch_rows, save_batch

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from drawing import choice, seeds, trajectory
 from lockstep.config import TrainConfig
 from lockstep.engine.loss import finish_metrics, policy_loss, reduce_sums, scored_tensors
-from lockstep.records import TrajectoryGroup
+from lockstep.rollouts.trajectory import TrajectoryGroup
 from lockstep.tokens.batch import scored_row
 from lockstep.tokens.pack import load_batch, save_batch
 from lockstep.tokens.prepare import prepare

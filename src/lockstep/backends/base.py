@@ -11,7 +11,7 @@ from lockstep.errors import ConfigError
 if TYPE_CHECKING:
     from lockstep.config import TrainConfig, TrainResult
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import TrajectoryGroup
+    from lockstep.rollouts.trajectory import TrajectoryGroup
 
 
 @dataclass(frozen=True)

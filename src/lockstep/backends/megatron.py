@@ -29,7 +29,7 @@ from lockstep.tokens.prepare import prepare
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import TrajectoryGroup
+    from lockstep.rollouts.trajectory import TrajectoryGroup
 
 _LOG = logging.getLogger(__name__)
 _KNOWN = {

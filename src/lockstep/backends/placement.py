@@ -8,7 +8,7 @@ from typing import Literal
 
 from lockstep.config import Parallel, Placement, unsupported
 from lockstep.errors import ConfigError
-from lockstep.process import seen_gpus
+from lockstep.process.child import seen_gpus
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lockstep.errors import ConfigError
 from lockstep.families.config import ModelConfig, checkpoint_dtype, parse_config, read_json
 from lockstep.families.contract import Layout
 from lockstep.families.registry import get_model_support_handler_for_spec, get_model_support_spec
-from lockstep.machine import host_available
+from lockstep.process.free_memory import host_available
 from lockstep.serving.launch import LoraServing
 from lockstep.serving.parsers import check_reasoning, resolve_tool_calls
 from lockstep.serving.tokenizer_files import argument, read_tokenizer

@@ -9,8 +9,8 @@ from lockstep.backends.capacity import GIB, WIDTH, Footprint
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.families.sizes import check_parallel
 from lockstep.families.targets import check_targets
-from lockstep.machine import DeviceMemory, disk_free, gpu_memory
-from lockstep.process import visible_gpus
+from lockstep.process.child import visible_gpus
+from lockstep.process.free_memory import DeviceMemory, disk_free, gpu_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -38,7 +38,7 @@ from lockstep.tokens.prepare import prepare
 if TYPE_CHECKING:
     from lockstep.families.spec import ModelSupportSpec
     from lockstep.model import TrainableModel
-    from lockstep.trajectory import TrajectoryGroup
+    from lockstep.rollouts.trajectory import TrajectoryGroup
 
 _CALL_S = 3600.0
 """Longest wait for one answer of the service, which queues requests while it has no room."""

@@ -30,7 +30,7 @@ from lockstep.errors import (
     TrainerError,
     WeightsError,
 )
-from lockstep.process import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
+from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
 
 # Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
 _USER_ERRORS: dict[str, type[LockstepError]] = {

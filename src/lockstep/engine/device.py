@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lockstep.config import Parallel
 from lockstep.engine.ranks import group_settings
 from lockstep.errors import ConfigError, TrainerError
-from lockstep.machine import host_available
+from lockstep.process.free_memory import host_available
 
 CUDA = torch.cuda.is_available()
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from lockstep.errors import ServerError
-from lockstep.process import Child
+from lockstep.process.child import Child
 from lockstep.serving.modelargs import adapter_fields
 from lockstep.serving.serverlog import why_it_ended
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lockstep.errors import ConfigError, RuntimeNotInstalledError
-from lockstep.process import lockstep_home
+from lockstep.process.child import lockstep_home
 
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")

@@ -25,7 +25,7 @@ import filelock
 import httpx
 
 from lockstep.errors import RuntimeNotInstalledError
-from lockstep.process import child_env, spawn
+from lockstep.process.child import child_env, spawn
 from lockstep.serving.environments import (
     MARKER,
     PYTHON_VARIABLE,

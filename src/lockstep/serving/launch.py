@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.errors import ServerError
-from lockstep.process import LONGEST_SOCKET, child_env, spawn, visible_gpus
+from lockstep.process.child import LONGEST_SOCKET, child_env, spawn, visible_gpus
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.modelargs import model_arguments, needs_two_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lockstep.process import Child
+from lockstep.process.child import Child
 
 # "(EngineCore pid=7) ERROR 11-21 01:02:03 [core.py:1] " before the text itself.
 _PREFIX = re.compile(r"^(?:\([\w ]+pid=\d+\) )?(?:(?:ERROR|WARNING|INFO|DEBUG) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")

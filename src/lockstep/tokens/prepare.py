@@ -24,7 +24,7 @@ from lockstep.tokens.tree import TokenSequence
 
 if TYPE_CHECKING:
     from lockstep.config import TrainConfig
-    from lockstep.records import TrajectoryGroup
+    from lockstep.rollouts.trajectory import TrajectoryGroup
 
 
 @dataclass(frozen=True)

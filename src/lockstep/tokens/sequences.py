@@ -25,7 +25,7 @@ from lockstep.tokens.tree import TokenSequence
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice
 
-    from lockstep.records import Trajectory
+    from lockstep.rollouts.trajectory import Trajectory
 
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "top_p": (1.0,),

@@ -1,4 +1,4 @@
-"""Child processes that can't outlive this one: each runs under `lockstep.guard`, in a process group of its own.
+"""Child processes that can't outlive this one: each runs under `lockstep.process.guard`, in a process group of its own.
 
 Works from any thread and under asyncio: nothing here depends on the thread that started the child.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lockstep import guard
+from lockstep.process import guard
 
 # What a child may see of our environment. PYTHONPATH, PYTHONHOME, VIRTUAL_ENV and the like are not here on purpose:
 # they would pull modules of this environment into another one.

@@ -12,7 +12,7 @@ import itertools
 import json
 from typing import Any
 
-from lockstep.leases import current_scope
+from lockstep.rollouts.leases import current_scope
 
 _SAMPLING = ("/completions", "/responses", "/messages")
 """Ends of the paths of requests that take a place."""

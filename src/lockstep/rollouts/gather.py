@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lockstep.errors import ConfigError, DataError, RolloutError
-from lockstep.leases import rollout_scope
-from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup
+from lockstep.rollouts.leases import rollout_scope
+from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
 AfterEach = Callable[[TrajectoryGroup], Any]

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from lockstep.errors import DataError, StoreError
-from lockstep.records import RolloutFailure, Trajectory, TrajectoryGroup, is_choice
+from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup, is_choice
 
 if TYPE_CHECKING:
     import pyarrow

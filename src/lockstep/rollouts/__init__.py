@@ -1,0 +1,1 @@
+"""Rollouts: trajectories, groups of them, gathering them, and keeping them in Parquet files."""
