@@ -26,10 +26,10 @@ import torch
 from lockstep.engine.adapters_out import BUCKET_BYTES, adapter_source
 from lockstep.engine.lora import ExpertAdapter, LocalAdapter
 from lockstep.engine.trainable import Trainable, adapter_parts, describe_adapter
-from lockstep.families.contract import Layout, Sizes
-from lockstep.families.registry import get_model_support_handler, load_model_config
+from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, write_adapter
+from lockstep.models.contract import Layout, Sizes
+from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.serving.modelargs import adapter_fields
-from lockstep.sync.adapter import AdapterInfo, adapter_config, write_adapter
 from lockstep.sync.plan import plan_sources
 from lockstep.sync.push import AdapterPusher, Endpoint
 from lockstep.sync.transports import make_transport

@@ -167,7 +167,7 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     from lockstep.engine import device
     from lockstep.engine.session import LoraSettings, Settings, open_session
     from lockstep.engine.step import train_step
-    from lockstep.families.registry import default_target_modules_for_model
+    from lockstep.models.registry import default_target_modules_for_model
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -221,7 +221,7 @@ def hugging_face(folder: Path, options: argparse.Namespace) -> Run:
     from torch.utils.checkpoint import checkpoint
     from transformers import AutoModelForCausalLM
 
-    from lockstep.families.registry import default_target_modules_for_model
+    from lockstep.models.registry import default_target_modules_for_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -346,7 +346,7 @@ def checkpoint_folder(shape: str, options: argparse.Namespace, scratch: Path) ->
         return folder
     overrides = {"num_hidden_layers": options.layers} if options.layers else {}
     if shape == "tiny":
-        from lockstep.families.tiny import write_tiny
+        from lockstep.models.tiny.write import write_tiny
 
         return write_tiny(options.family, folder, overrides=overrides)
     return write_random(shape, folder, overrides)

@@ -19,8 +19,8 @@ from shapes import DECIDED, SHAPES, write_random
 
 import lockstep as ls
 from lockstep.config import SERVED_RANKS
-from lockstep.families.tiny import write_tiny
-from lockstep.families.tiny_tokenizer import save_tokenizer
+from lockstep.models.tiny.tokenizer import save_tokenizer
+from lockstep.models.tiny.write import write_tiny
 
 STARTED = time.monotonic()
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from shapes import DECIDED, ROUTED, write_random
 
-from lockstep.families.tiny import write_tiny
-from lockstep.families.tiny_tokenizer import save_tokenizer
+from lockstep.models.tiny.tokenizer import save_tokenizer
+from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.stage import Report, Request, Row
 from lockstep.validate.train_inf_mismatch import run
 

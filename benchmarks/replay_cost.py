@@ -44,8 +44,8 @@ from shapes import SHAPES
 from sync_common import write_config
 
 from lockstep.backends.start import route_shape
-from lockstep.families.registry import get_model_support_spec, load_model_config
-from lockstep.families.tiny import write_tiny
+from lockstep.models.registry import get_model_support_spec, load_model_config
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.client import Server
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
@@ -229,7 +229,7 @@ def open_engine(folder: Path) -> Any:
     from lockstep.config import Parallel
     from lockstep.engine import device as engine_device
     from lockstep.engine.session import LoraSettings, Settings, open_session
-    from lockstep.families.registry import default_target_modules_for_model
+    from lockstep.models.registry import default_target_modules_for_model
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -59,9 +59,9 @@ def write_random(
     import transformers
     from safetensors.torch import save_file
 
-    from lockstep.families.checkpoint import expected_tensors
-    from lockstep.families.contract import Layout
-    from lockstep.families.registry import get_model_support_handler, load_model_config
+    from lockstep.models.checkpoint.read import expected_tensors
+    from lockstep.models.contract import Layout
+    from lockstep.models.registry import get_model_support_handler, load_model_config
 
     if (folder / "model.safetensors.index.json").is_file():
         return folder

@@ -11,8 +11,8 @@ from typing import Any
 
 from shapes import SHAPES
 
-from lockstep.families.tiny import write_tiny
-from lockstep.families.tiny_tokenizer import save_tokenizer
+from lockstep.models.tiny.tokenizer import save_tokenizer
+from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 
 DEADLINE_S = 900.0

@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from lockstep.engine.merge import merge
 from lockstep.engine.ranks import group_settings
-from lockstep.families.checkpoint import expected_tensors
-from lockstep.families.contract import Layout, Sizes
-from lockstep.families.registry import get_model_support_handler, load_model_config
-from lockstep.families.shares import share_out
+from lockstep.models.checkpoint.read import expected_tensors
+from lockstep.models.checkpoint.shares import share_out
+from lockstep.models.contract import Layout, Sizes
+from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.sync.crew import StoreCrew
 from lockstep.sync.plan import SyncPlan, plan_sources
 from lockstep.sync.push import Endpoint, WeightPusher

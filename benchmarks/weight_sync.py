@@ -30,9 +30,9 @@ from typing import Any
 from shapes import SHAPES
 from sync_common import DEADLINE_S, machine, numbers, place, run_child, run_options, write_config
 
-from lockstep.families.checkpoint import expected_tensors
-from lockstep.families.contract import Layout
-from lockstep.families.registry import get_model_support_handler, load_model_config
+from lockstep.models.checkpoint.read import expected_tensors
+from lockstep.models.contract import Layout
+from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.install import find_runtime

@@ -29,7 +29,7 @@ def runtime():
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory):
     """A tiny Qwen3 checkpoint (fp32, tied head)."""
-    from lockstep.families.tiny import write_tiny
+    from lockstep.models.tiny.write import write_tiny
 
     return write_tiny("qwen3", tmp_path_factory.mktemp("models") / "qwen3", seed=11)
 

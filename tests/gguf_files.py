@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from lockstep.families.gguf_model import _EXPERTS, _LAYER, _OUTER
+from lockstep.models.gguf.weights import _EXPERTS, _LAYER, _OUTER
 
 _NAMES = {theirs: ours for ours, theirs in _LAYER.items()}
 

@@ -25,10 +25,10 @@ from lockstep.backends.trainer import Trainer
 from lockstep.chat import chat_with
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
-from lockstep.families.registry import list_model_support_specs
-from lockstep.families.tiny import write_tiny
 from lockstep.live import LiveTable
 from lockstep.loop import Row
+from lockstep.models.registry import list_model_support_specs
+from lockstep.models.tiny.write import write_tiny
 from lockstep.runfile import BackendSection, TaskSection, load_run_file
 from lockstep.scoring import _sequences, read_lines
 from nothing_started import refused_at_once

@@ -13,7 +13,7 @@ import pytest
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.errors import ConfigError, MismatchError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from replaying import group, multi_turn, prefix_hits, roll_out, words
 
 pytestmark = pytest.mark.server

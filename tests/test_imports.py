@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "megatron", "vllm", "ray", "peft", "accelerate", "jinja2", "einops"}
-LIGHT = ("registry", "discovery", "contract", "spec", "config", "targets", "rules")
+LIGHT = ("registry", "discovery", "contract", "spec", "config", "targets", "layout_rules")
 SLOW = {"openai", "pydantic", "pyarrow", "rich", "typer", "httpx", "numpy", "safetensors"}
 
 PROGRAM = """
@@ -70,7 +70,7 @@ def test_tokens_need_only_numpy():
     assert not set(imported(*modules("tokens/*.py"))["modules"]) & (HEAVY | SLOW - {"numpy"})
 
 
-@pytest.mark.parametrize("pattern", [*(f"families/{name}.py" for name in LIGHT), "families/*/spec.py"])
+@pytest.mark.parametrize("pattern", [*(f"models/{name}.py" for name in LIGHT), "models/*/spec.py"])
 def test_facts_about_families_load_nothing_heavy(pattern):
     assert not set(imported(*modules(pattern))["modules"]) & (HEAVY | {"openai", "pydantic", "httpx"})
 

@@ -33,8 +33,8 @@ from lockstep.errors import (
     StoreError,
     TrainerError,
 )
-from lockstep.families.tiny import write_tiny
 from lockstep.loop import greedy_reward, roll_out
+from lockstep.models.tiny.write import write_tiny
 from lockstep.quickstart import examples_folder
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runfile import load_run_file

@@ -20,8 +20,8 @@ from lockstep.backends.megatron import MegatronBackend
 from lockstep.backends.serve import serve
 from lockstep.backends.start import serve_step
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
-from lockstep.families.tiny import write_tiny
 from lockstep.loop import roll_out
+from lockstep.models.tiny.write import write_tiny
 from lockstep.quickstart import examples_folder
 from lockstep.runfile import load_run_file
 from lockstep.task import load_task

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.quickstart import examples_folder
 from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.runfile import load_run_file

@@ -15,7 +15,7 @@ import torch
 
 from inflight import counted
 from lockstep.errors import DataError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.tokens.routes import decode_routes
 from replaying import SHAPE

@@ -15,9 +15,9 @@ from lockstep.backends import capacity, placement, plan, preflight
 from lockstep.backends.capacity import GIB, Footprint
 from lockstep.config import Parallel
 from lockstep.errors import ConfigError, UnsupportedModelError
-from lockstep.families.config import parse_config
-from lockstep.families.registry import get_model_support_spec, load_model_config
-from lockstep.families.tiny import write_tiny
+from lockstep.models.config import parse_config
+from lockstep.models.registry import get_model_support_spec, load_model_config
+from lockstep.models.tiny.write import write_tiny
 from lockstep.process.free_memory import DeviceMemory
 from nothing_started import refused_at_once
 
@@ -236,8 +236,8 @@ def test_what_a_footprint_counts(qwen):
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
-    from lockstep.families.contract import Layout
-    from lockstep.families.registry import get_model_support_handler_for_spec
+    from lockstep.models.contract import Layout
+    from lockstep.models.registry import get_model_support_handler_for_spec
 
     spec, config = get_model_support_spec(str(qwen)), load_model_config(str(qwen))
     rank, targets = random.choice((8, 16)), random.choice((("q_proj", "v_proj"), spec.default_target_modules))

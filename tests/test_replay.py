@@ -17,7 +17,7 @@ import torch
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.errors import DataError, MismatchError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from replaying import (
     FAULTS,
     SHAPE,

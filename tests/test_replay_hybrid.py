@@ -17,7 +17,7 @@ import torch
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
 from lockstep.errors import DataError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.tokens.prepare import prepare
 from replaying import (
     FAULTS,

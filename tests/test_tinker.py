@@ -23,8 +23,8 @@ from lockstep.backends.start import serve_step
 from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs
 from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.errors import ConfigError, DataError, MismatchError, StaleRolloutError, StoreError, TrainerError
-from lockstep.families.registry import get_model_support_spec
-from lockstep.families.tiny import write_tiny
+from lockstep.models.registry import get_model_support_spec
+from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 from lockstep.tokens.batch import scored_row, total_weight
 from lockstep.tokens.pack import pack
@@ -406,7 +406,7 @@ sys.meta_path.insert(0, Blocked())
 import asyncio
 import lockstep as ls
 from lockstep import TinkerBackend
-from lockstep.families.registry import default_target_modules_for_model, get_model_config, list_model_support_specs
+from lockstep.models.registry import default_target_modules_for_model, get_model_config, list_model_support_specs
 for spec in list_model_support_specs():
     found = get_model_config(spec.model_names[0])
     assert found.target_modules == tuple(default_target_modules_for_model(spec.model_names[0])) != ()

@@ -11,7 +11,7 @@ import torch
 
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from replaying import group, roll_out, words
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

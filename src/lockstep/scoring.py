@@ -25,9 +25,9 @@ from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Config, Parallel
 from lockstep.errors import ConfigError, DataError, TrainerError
-from lockstep.families.config import ModelConfig, checkpoint_dtype
-from lockstep.families.hub import checkpoint_folder
-from lockstep.families.registry import load_model_config
+from lockstep.models.checkpoint.hub import checkpoint_folder
+from lockstep.models.config import ModelConfig, checkpoint_dtype
+from lockstep.models.registry import load_model_config
 from lockstep.tokens.batch import unpack_scores
 from lockstep.tokens.pack import pack, save_batch
 from lockstep.tokens.routes import check_ids

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.pack import pack
 from lockstep.tokens.tree import TokenSequence

@@ -28,8 +28,8 @@ from lockstep.engine.session import LoraSettings, Session, Settings, open_sessio
 from lockstep.engine.statefile import rectangles
 from lockstep.engine.step import _head, _shard, prepare
 from lockstep.engine.trainable import assign
-from lockstep.families.registry import default_target_modules_for_model
-from lockstep.families.tiny import write_tiny
+from lockstep.models.registry import default_target_modules_for_model
+from lockstep.models.tiny.write import write_tiny
 from lockstep.tokens.batch import PackedBatch, total_weight
 from lockstep.tokens.pack import pack
 from lockstep.tokens.tree import TokenSequence

@@ -38,8 +38,8 @@ from lockstep.engine.step import (
 )
 from lockstep.engine.trainable import assign
 from lockstep.errors import DataError, TrainerError
-from lockstep.families.config import ModelConfig
-from lockstep.families.registry import get_model_support_handler
+from lockstep.models.config import ModelConfig
+from lockstep.models.registry import get_model_support_handler
 from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.top import TOP
 

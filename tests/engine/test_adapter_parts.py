@@ -6,7 +6,7 @@ import itertools
 import random
 
 from lockstep.engine.adapters_out import _joined
-from lockstep.families.contract import Piece
+from lockstep.models.contract import Piece
 
 
 def test_rows_that_follow_each_other_are_one_piece():

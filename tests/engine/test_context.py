@@ -12,8 +12,8 @@ from lockstep.config import Parallel
 from lockstep.engine.device import check_world
 from lockstep.engine.session import Settings
 from lockstep.errors import ConfigError
-from lockstep.families.registry import load_model_config
-from lockstep.families.sizes import check_heads
+from lockstep.models.parallel_sizes import check_heads
+from lockstep.models.registry import load_model_config
 
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 6}

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("groups")
 
 def trainables(parameters: list[nn.Parameter]):
     from lockstep.engine.trainable import Trainable
-    from lockstep.families.contract import Piece
+    from lockstep.models.contract import Piece
 
     return [
         Trainable(f"p{i}.weight", p, (Piece(f"hf{i}", 0, p.shape[0]),), "replicated", {f"hf{i}": tuple(p.shape)})
@@ -119,7 +119,7 @@ def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, 
     from lockstep.engine.optimizer import Rates
     from lockstep.engine.optimizer_state import write_state
     from lockstep.engine.session import Settings, open_session
-    from lockstep.families.tiny import write_tiny
+    from lockstep.models.tiny.write import write_tiny
 
     overrides = {"num_hidden_layers": 4 if "3_5" in family else 2, "hidden_size": 32}
     model = write_tiny(family, tmp_path / "model", overrides=overrides)

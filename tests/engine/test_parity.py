@@ -74,7 +74,7 @@ def draw_seed() -> int:
 @pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
-    from lockstep.families.tiny import tiny_models
+    from lockstep.models.tiny.write import tiny_models
 
     if family not in tiny_models():
         pytest.skip(f"no tiny {family}")

@@ -16,7 +16,7 @@ from lockstep.engine import device  # noqa: F401 (first: prepares torch for Mega
 from lockstep.engine.routes import account_of_row, check_routes, first_invalid
 from lockstep.engine.tree import row_of
 from lockstep.errors import DataError
-from lockstep.families.registry import load_model_config
+from lockstep.models.registry import load_model_config
 
 
 def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from whole import hf_tensors
 
 from lockstep.errors import WeightsError
-from lockstep.families.checkpoint import expected_tensors, open_checkpoint
-from lockstep.families.contract import Shard
-from lockstep.families.export import export_checkpoint
-from lockstep.families.registry import get_model_support_handler, load_model_config
-from lockstep.families.targets import available_targets, lora_sites
-from lockstep.families.tiny import write_tiny
-from lockstep.families.weights import load_shards
-from lockstep.sync.adapter import AdapterInfo, identity_adapter, read_adapter, write_adapter
+from lockstep.models.checkpoint.export import export_checkpoint
+from lockstep.models.checkpoint.load import load_shards
+from lockstep.models.checkpoint.peft import AdapterInfo, identity_adapter, read_adapter, write_adapter
+from lockstep.models.checkpoint.read import expected_tensors, open_checkpoint
+from lockstep.models.contract import Shard
+from lockstep.models.registry import get_model_support_handler, load_model_config
+from lockstep.models.targets import available_targets, lora_sites
+from lockstep.models.tiny.write import write_tiny
 
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 RANK, ALPHA = 3, 7.0

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from whole import hf_tensors
 
 from lockstep.errors import ConfigError
-from lockstep.families.checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from lockstep.families.config import ModelConfig, parse_config, read_json
-from lockstep.families.contract import Piece, Shard, Sizes
-from lockstep.families.export import export_checkpoint
-from lockstep.families.handler import ModelSupportHandler
-from lockstep.families.registry import get_model_support_handler_for_spec, get_model_support_spec
-from lockstep.families.rules import padded_vocab, stage_layers
-from lockstep.families.shares import share_out
-from lockstep.families.weights import load_shards
+from lockstep.models.checkpoint.export import export_checkpoint
+from lockstep.models.checkpoint.load import load_shards
+from lockstep.models.checkpoint.read import Checkpoint, expected_tensors, open_checkpoint
+from lockstep.models.checkpoint.shares import share_out
+from lockstep.models.config import ModelConfig, parse_config, read_json
+from lockstep.models.contract import Piece, Shard, Sizes
+from lockstep.models.handler import ModelSupportHandler
+from lockstep.models.layout_rules import padded_vocab, stage_layers
+from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.sync.export import BucketFiller
 from lockstep.sync.plan import SyncPlan, plan_sources
 from lockstep.sync.sources import share_sources

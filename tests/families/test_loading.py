@@ -15,10 +15,10 @@ from test_contract import load
 from whole import hf_tensors
 
 from lockstep.errors import WeightsError
-from lockstep.families.checkpoint import expected_tensors
-from lockstep.families.contract import Sizes
-from lockstep.families.export import export_checkpoint
-from lockstep.families.weights import load_shards
+from lockstep.models.checkpoint.export import export_checkpoint
+from lockstep.models.checkpoint.load import load_shards
+from lockstep.models.checkpoint.read import expected_tensors
+from lockstep.models.contract import Sizes
 
 FIELDS = {
     "vocab_size": 11,
@@ -166,10 +166,10 @@ def test_changed_weights_are_rounded_once_into_the_stored_type(tmp_path: Path) -
 PEAK = """
 import sys
 from pathlib import Path
-from lockstep.families.checkpoint import open_checkpoint
-from lockstep.families.contract import Sizes
-from lockstep.families.registry import get_model_support_handler, load_model_config
-from lockstep.families.weights import load_shards
+from lockstep.models.checkpoint.read import open_checkpoint
+from lockstep.models.contract import Sizes
+from lockstep.models.registry import get_model_support_handler, load_model_config
+from lockstep.models.checkpoint.load import load_shards
 def peak_kilobytes():  # of this program alone: getrusage would count what the parent held when it forked
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
 folder = sys.argv[1]

@@ -10,8 +10,8 @@ import transformers
 from checkpoints import TEXT, Recipe, config_json
 
 from lockstep.errors import UnsupportedModelError
-from lockstep.families.config import ModelConfig, parse_config
-from lockstep.families.registry import get_model_support_spec_by_key
+from lockstep.models.config import ModelConfig, parse_config
+from lockstep.models.registry import get_model_support_spec_by_key
 
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import Recipe, config_json
 
 from lockstep.errors import ConfigError, UnsupportedModelError
-from lockstep.families.contract import Layout
-from lockstep.families.discovery import inspect_architecture
-from lockstep.families.registry import (
+from lockstep.models.contract import Layout
+from lockstep.models.discovery import inspect_architecture
+from lockstep.models.registry import (
     check_dependency_floors,
     default_target_modules_for_model,
     get_model_config,
@@ -27,9 +27,9 @@ from lockstep.families.registry import (
     model_is_moe,
     native_vllm_lora_status_for_model,
 )
-from lockstep.families.spec import DependencyFloor
-from lockstep.families.targets import available_targets, check_targets
-from lockstep.families.tiny import tiny_models, write_tiny
+from lockstep.models.spec import DependencyFloor
+from lockstep.models.targets import available_targets, check_targets
+from lockstep.models.tiny.write import tiny_models, write_tiny
 
 SPECS = list_model_support_specs()
 

@@ -13,7 +13,7 @@ import torch
 from checkpoints import release
 from test_adapter import Model, hugging_face, random_adapter, released
 
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch

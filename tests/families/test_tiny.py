@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lockstep.errors import ConfigError
-from lockstep.families.registry import load_model_config
-from lockstep.families.tiny import parse_override, tiny_config, tiny_models, write_tiny
+from lockstep.models.registry import load_model_config
+from lockstep.models.tiny.write import parse_override, tiny_config, tiny_models, write_tiny
 
 KEYS = tuple(tiny_models())
 

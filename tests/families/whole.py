@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from lockstep.families.contract import Shard
-from lockstep.families.shares import box, share_out
-from lockstep.families.weights import flat_rows
+from lockstep.models.checkpoint.load import flat_rows
+from lockstep.models.checkpoint.shares import box, share_out
+from lockstep.models.contract import Shard
 
 
 def hf_tensors(

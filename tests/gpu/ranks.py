@@ -26,8 +26,8 @@ from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
 from lockstep.engine.session import LoraSettings, Settings, open_session
 from lockstep.engine.step import score, train_step
-from lockstep.families.registry import get_model_support_handler
-from lockstep.families.tiny import write_tiny
+from lockstep.models.registry import get_model_support_handler
+from lockstep.models.tiny.write import write_tiny
 from lockstep.tokens.batch import PackedBatch
 from lockstep.tokens.pack import pack
 from lockstep.tokens.tree import TokenSequence

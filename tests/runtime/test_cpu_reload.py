@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from probing import probed
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

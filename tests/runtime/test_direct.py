@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep_vllm.direct import DirectUnavailableError, make_plan
 from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
 from probing import probed

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from probing import probed
 
 pytestmark = pytest.mark.server

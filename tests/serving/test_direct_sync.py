@@ -10,7 +10,7 @@ import torch
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources, whole_source
 from lockstep.sync.push import Endpoint, WeightPusher

@@ -16,7 +16,7 @@ from sync_driver import flip_one_bit, hf_logprobs, load
 
 from inflight import seen_running
 from lockstep.errors import MismatchError, ServerError, WeightsError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.sync.export import describe

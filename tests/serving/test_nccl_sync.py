@@ -10,7 +10,7 @@ import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import ServerError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.export import describe

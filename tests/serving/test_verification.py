@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from lockstep.errors import MismatchError, ServerLostError
-from lockstep.families.registry import load_model_config
-from lockstep.families.tiny import write_tiny
+from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config
+from lockstep.models.registry import load_model_config
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.sync.adapter import AdapterInfo, adapter_config
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
 from lockstep.sync.push import AdapterPusher, Endpoint, WeightPusher

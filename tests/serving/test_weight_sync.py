@@ -18,7 +18,7 @@ from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, l
 
 from inflight import sampled_tokens, seen_sampling
 from lockstep.errors import MismatchError, ServerError, WeightsError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.export import describe

@@ -18,8 +18,8 @@ import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on_experts
 
 from lockstep.backends.start import route_shape
-from lockstep.families.registry import load_model_config
-from lockstep.families.tiny import write_tiny
+from lockstep.models.registry import load_model_config
+from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
 from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lockstep.errors import ConfigError
-from lockstep.families.tiny import write_tiny
+from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.command import validate_model
 from lockstep.validate.report import table, write_json
 from lockstep.validate.stage import STAGES, Report, Row, check_names

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lockstep.families.handler import tensor_shapes
+from lockstep.models.handler import tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lockstep.families.config import ModelConfig
-    from lockstep.families.contract import Shard
+    from lockstep.models.config import ModelConfig
+    from lockstep.models.contract import Shard
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float64": 8}

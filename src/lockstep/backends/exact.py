@@ -8,8 +8,8 @@ from lockstep.config import TrainConfig, unsupported
 
 if TYPE_CHECKING:
     from lockstep.backends.placement import Devices
-    from lockstep.families.config import ModelConfig
-    from lockstep.families.spec import ModelSupportSpec
+    from lockstep.models.config import ModelConfig
+    from lockstep.models.spec import ModelSupportSpec
 
 EXACT_TOLERANCE = 1e-6
 """Nats per token between trainer and server. Both compute fp32 weights in fp64 and differ by the rounding of the server's reported

@@ -20,7 +20,7 @@ from lockstep.backends.turns import trainers_turn
 from lockstep.backends.verify import LEAST_CONTEXT, BeforeStep, measure_noise
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
-from lockstep.families.hub import checkpoint_folder, described_folder, is_folder
+from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.serving.install import find_runtime
 from lockstep.serving.tokenizer_files import check_server_args
 from lockstep.store import RunStore, Step

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lockstep.backends.capacity import GIB, WIDTH, Footprint
 from lockstep.errors import ConfigError, UnsupportedModelError
-from lockstep.families.sizes import check_parallel
-from lockstep.families.targets import check_targets
+from lockstep.models.parallel_sizes import check_parallel
+from lockstep.models.targets import check_targets
 from lockstep.process.child import visible_gpus
 from lockstep.process.free_memory import DeviceMemory, disk_free, gpu_memory
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from lockstep.backends.placement import Devices
     from lockstep.config import LoraConfig, Parallel
-    from lockstep.families.config import ModelConfig
-    from lockstep.families.contract import Shard
-    from lockstep.families.spec import ModelSupportSpec
+    from lockstep.models.config import ModelConfig
+    from lockstep.models.contract import Shard
+    from lockstep.models.spec import ModelSupportSpec
     from lockstep.serving.tokenizer_files import TokenizerFiles
 
 KEPT_STEPS = 3

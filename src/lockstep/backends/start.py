@@ -13,8 +13,8 @@ from lockstep.backends.placement import Devices, resolve_placement
 from lockstep.backends.trainer import Trainer
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError
-from lockstep.families.hub import checkpoint_folder
-from lockstep.families.registry import get_model_support_spec, load_model_config
+from lockstep.models.checkpoint.hub import checkpoint_folder
+from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.serving.client import Server
 from lockstep.serving.environments import Runtime
 from lockstep.serving.install import find_runtime
@@ -25,8 +25,8 @@ from lockstep.store import read_settings, read_step
 from lockstep.tokens.routes import RouteShape
 
 if TYPE_CHECKING:
-    from lockstep.families.config import ModelConfig
-    from lockstep.families.spec import ModelSupportSpec
+    from lockstep.models.config import ModelConfig
+    from lockstep.models.spec import ModelSupportSpec
 
 _OFFLOAD_DEADLINE_S = 600.0
 _LEAST_SHARE = 0.1

@@ -29,15 +29,15 @@ from lockstep.backends.tinker_data import (
 )
 from lockstep.config import TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError, StoreError, TrainerError
-from lockstep.families.hub import is_folder
-from lockstep.families.registry import get_model_support_spec
+from lockstep.models.checkpoint.hub import is_folder
+from lockstep.models.registry import get_model_support_spec
 from lockstep.store import RunStore, Step
 from lockstep.tokens.batch import has_signal
 from lockstep.tokens.prepare import prepare
 
 if TYPE_CHECKING:
-    from lockstep.families.spec import ModelSupportSpec
     from lockstep.model import TrainableModel
+    from lockstep.models.spec import ModelSupportSpec
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
 _CALL_S = 3600.0

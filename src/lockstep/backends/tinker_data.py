@@ -20,7 +20,7 @@ from lockstep.tokens.batch import PackedBatch, total_weight, unpacked_weight
 
 if TYPE_CHECKING:
     from lockstep.config import LoraConfig, TrainConfig
-    from lockstep.families.spec import ModelSupportSpec
+    from lockstep.models.spec import ModelSupportSpec
 
 _NAME = "TinkerBackend"
 _MLP_TARGETS = {"gate_proj", "up_proj", "down_proj", "experts"}

@@ -20,10 +20,10 @@ from lockstep.engine import device
 from lockstep.engine.session import Session
 from lockstep.engine.trainable import Trainable
 from lockstep.errors import ConfigError
-from lockstep.families.config import ModelConfig
-from lockstep.families.contract import Layout, Piece
-from lockstep.families.shares import box
-from lockstep.sync.adapter import AdapterInfo, adapter_config, peft_name
+from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_name
+from lockstep.models.checkpoint.shares import box
+from lockstep.models.config import ModelConfig
+from lockstep.models.contract import Layout, Piece
 from lockstep.sync.crew import Crew
 from lockstep.sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources
 from lockstep.sync.push import AdapterPusher, Endpoint

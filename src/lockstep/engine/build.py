@@ -25,8 +25,8 @@ from lockstep.engine.linear import ColumnLinear, RowLinear
 from lockstep.engine.mlp import GatedMLP
 from lockstep.engine.model import Layer, Model
 from lockstep.engine.norm import RMSNorm
-from lockstep.families.config import ModelConfig
-from lockstep.families.contract import Sizes
+from lockstep.models.config import ModelConfig
+from lockstep.models.contract import Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -29,7 +29,7 @@ from lockstep.engine.lora import LocalAdapter, Part
 from lockstep.engine.norm import GatedRMSNorm
 from lockstep.engine.regions import wide
 from lockstep.engine.tree import Row
-from lockstep.families.config import ModelConfig
+from lockstep.models.config import ModelConfig
 
 
 class LocalLinear(nn.Module):

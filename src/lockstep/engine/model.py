@@ -24,7 +24,7 @@ from lockstep.engine.device import device
 from lockstep.engine.experts import MoE
 from lockstep.engine.routes import Replayed, recompute_pass
 from lockstep.engine.tree import Row
-from lockstep.families.config import Rope
+from lockstep.models.config import Rope
 
 
 def inverse_frequencies(rope: Rope) -> Tensor:

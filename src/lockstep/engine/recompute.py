@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lockstep.engine.device import CUDA, device
 from lockstep.engine.head import CHUNK_BYTES
 from lockstep.engine.session import Session
-from lockstep.families.config import ModelConfig
+from lockstep.models.config import ModelConfig
 
 MARGIN = 1.4
 """Estimates are multiplied by this: temporaries, and memory the allocator can't use."""

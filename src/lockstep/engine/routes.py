@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.errors import DataError
-from lockstep.families.config import ModelConfig
+from lockstep.models.config import ModelConfig
 from lockstep.tokens.batch import PackedBatch
 
 if TYPE_CHECKING:

@@ -21,16 +21,16 @@ from lockstep.engine.optimizer_state import FILE, OnHost, read_state, write_stat
 from lockstep.engine.statefile import StateFile
 from lockstep.engine.trainable import Trainable, assign, attach_adapters, base_trainables
 from lockstep.errors import ConfigError, StoreError, WeightsError
-from lockstep.families.checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from lockstep.families.config import ModelConfig
-from lockstep.families.contract import LoraSite, Shard
-from lockstep.families.export import export_checkpoint
-from lockstep.families.handler import ModelSupportHandler
-from lockstep.families.registry import get_model_support_handler, load_model_config
-from lockstep.families.rules import stage_layers
-from lockstep.families.sizes import check_heads
-from lockstep.families.weights import kept_dtype, load_shards
-from lockstep.sync.adapter import AdapterInfo, read_adapter, write_adapter
+from lockstep.models.checkpoint.export import export_checkpoint
+from lockstep.models.checkpoint.load import kept_dtype, load_shards
+from lockstep.models.checkpoint.peft import AdapterInfo, read_adapter, write_adapter
+from lockstep.models.checkpoint.read import Checkpoint, expected_tensors, open_checkpoint
+from lockstep.models.config import ModelConfig
+from lockstep.models.contract import LoraSite, Shard
+from lockstep.models.handler import ModelSupportHandler
+from lockstep.models.layout_rules import stage_layers
+from lockstep.models.parallel_sizes import check_heads
+from lockstep.models.registry import get_model_support_handler, load_model_config
 
 Shape = tuple[int, ...]
 

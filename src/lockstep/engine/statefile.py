@@ -18,8 +18,8 @@ import numpy as np
 
 from lockstep.engine.trainable import Trainable
 from lockstep.errors import WeightsError
-from lockstep.families.checkpoint import read_header
-from lockstep.families.contract import Piece
+from lockstep.models.checkpoint.read import read_header
+from lockstep.models.contract import Piece
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 

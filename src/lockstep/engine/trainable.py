@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lockstep.engine.lora import ExpertAdapter, Part
 from lockstep.errors import ConfigError, WeightsError
-from lockstep.families.contract import LoraSite, Piece, Shard
-from lockstep.sync.adapter import initial_a
+from lockstep.models.checkpoint.peft import initial_a
+from lockstep.models.contract import LoraSite, Piece, Shard
 
 Shape = tuple[int, ...]
 

@@ -21,11 +21,11 @@ from lockstep.engine import device
 from lockstep.engine.build import sizes_here
 from lockstep.engine.merge import merge
 from lockstep.engine.session import Session
-from lockstep.families.checkpoint import expected_tensors
-from lockstep.families.contract import Shard, Sizes
-from lockstep.families.rules import stage_layers
-from lockstep.families.shares import share_out
-from lockstep.families.weights import kept_dtype
+from lockstep.models.checkpoint.load import kept_dtype
+from lockstep.models.checkpoint.read import expected_tensors
+from lockstep.models.checkpoint.shares import share_out
+from lockstep.models.contract import Shard, Sizes
+from lockstep.models.layout_rules import stage_layers
 from lockstep.sync.crew import Crew
 from lockstep.sync.plan import SyncPlan, plan_sources
 from lockstep.sync.push import Endpoint, WeightPusher

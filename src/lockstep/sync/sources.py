@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.families.shares import Share, box
+from lockstep.models.checkpoint.shares import Share, box
 from lockstep.sync.plan import Part, Source, TensorMeta
 
 MERGED_ELEMENTS = 1 << 26

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lockstep.families.checkpoint import open_checkpoint
-from lockstep.families.registry import get_model_support_handler, get_model_support_spec, load_model_config
-from lockstep.families.targets import check_targets, lora_sites
-from lockstep.sync.adapter import AdapterInfo, identity_adapter, write_adapter
+from lockstep.models.checkpoint.peft import AdapterInfo, identity_adapter, write_adapter
+from lockstep.models.checkpoint.read import open_checkpoint
+from lockstep.models.registry import get_model_support_handler, get_model_support_spec, load_model_config
+from lockstep.models.targets import check_targets, lora_sites
 
 RANK, ALPHA = 8, 16.0
 _STRENGTH = 0.1

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
 from lockstep.config import Parallel
-from lockstep.families.config import checkpoint_dtype
-from lockstep.families.hub import checkpoint_folder
-from lockstep.families.registry import get_model_support_spec, load_model_config
+from lockstep.models.checkpoint.hub import checkpoint_folder
+from lockstep.models.config import checkpoint_dtype
+from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.serving.client import Server, most_likely
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime

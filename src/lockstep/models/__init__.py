@@ -1,0 +1,1 @@
+"""Model support: which models, their weight contract, and their checkpoints. One folder per family."""

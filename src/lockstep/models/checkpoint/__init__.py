@@ -1,0 +1,1 @@
+"""Hugging Face and PEFT folders: read, loaded into Megatron's parameters, and written."""

@@ -1,0 +1,1 @@
+"""Small random checkpoints of every family, for tests and first steps."""
