@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.tokens.pack import pack, packing_metrics
-from lockstep.tokens.tree import TokenSequence
+from lockstep.batching.pack import pack, packing_metrics
+from lockstep.batching.prefix_tree import TokenSequence
 
 VOCABULARY = 150_000
 Drawn = tuple[np.ndarray, int, np.ndarray]  # token ids end to end, tokens of prompt in each sequence, lengths

@@ -38,9 +38,9 @@ from typing import Any
 import numpy as np
 from shapes import SHAPES, write_random
 
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.pack import pack, packing_metrics
-from lockstep.tokens.tree import TokenSequence
+from lockstep.batching.pack import pack, packing_metrics
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import TokenSequence
 
 CONTENDERS = ("packed", "hf", "ideal", "unpacked")
 RANK, ALPHA = 16, 32.0

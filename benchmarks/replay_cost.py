@@ -44,14 +44,14 @@ from shapes import SHAPES
 from sync_common import write_config
 
 from lockstep.backends.start import route_shape
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.client import Server
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.routes import RouteShape, decode_routes
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

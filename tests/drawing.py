@@ -12,8 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.rollouts.trajectory import Trajectory
-from lockstep.tokens.tree import TokenSequence
 
 
 def random_sequences(

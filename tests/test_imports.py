@@ -55,7 +55,7 @@ def test_import_lockstep_loads_nothing_and_changes_nothing():
     [
         *("config.py", "rollouts/*.py", "model.py", "store.py"),
         *("task.py", "loop.py", "runfile.py", "cli.py", "process/*.py"),
-        *("tokens/*.py", "backends/*.py", "serving/**/*.py"),
+        *("batching/*.py", "backends/*.py", "serving/**/*.py"),
     ],
 )
 def test_the_users_side_never_loads_a_framework(pattern):
@@ -67,7 +67,7 @@ def test_the_users_side_never_loads_a_framework(pattern):
 
 
 def test_tokens_need_only_numpy():
-    assert not set(imported(*modules("tokens/*.py"))["modules"]) & (HEAVY | SLOW - {"numpy"})
+    assert not set(imported(*modules("batching/*.py"))["modules"]) & (HEAVY | SLOW - {"numpy"})
 
 
 @pytest.mark.parametrize("pattern", [*(f"models/{name}.py" for name in LIGHT), "models/*/spec.py"])

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawing import random_sequences, seeds
+from lockstep.batching.pack import minibatch_rows, pack
+from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight
 from lockstep.config import TrainConfig
 from lockstep.engine.loss import (
     Scored,
@@ -30,8 +32,6 @@ from lockstep.engine.loss import (
     truncated,
 )
 from lockstep.errors import ConfigError
-from lockstep.tokens.batch import PackedBatch, scored_row, total_weight
-from lockstep.tokens.pack import minibatch_rows, pack
 
 
 def gradient(function, new_P: torch.Tensor) -> torch.Tensor:

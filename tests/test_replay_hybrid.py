@@ -16,9 +16,9 @@ import torch
 
 import lockstep as ls
 from lockstep.backends.megatron import MegatronBackend
+from lockstep.batching.prepare import prepare
 from lockstep.errors import DataError
 from lockstep.models.tiny.write import write_tiny
-from lockstep.tokens.prepare import prepare
 from replaying import (
     FAULTS,
     SHAPE,

@@ -23,15 +23,15 @@ from safetensors.numpy import load_file
 
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
+from lockstep.batching.pack import pack, save_batch
+from lockstep.batching.packed_batch import unpack_scores
+from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
+from lockstep.batching.routed_experts import check_ids
 from lockstep.config import Config, Parallel
 from lockstep.errors import ConfigError, DataError, TrainerError
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import ModelConfig, checkpoint_dtype
 from lockstep.models.registry import load_model_config
-from lockstep.tokens.batch import unpack_scores
-from lockstep.tokens.pack import pack, save_batch
-from lockstep.tokens.routes import check_ids
-from lockstep.tokens.tree import TokenSequence, scoring_sequence
 
 _DEADLINE_S = 600.0
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lockstep.batching.pack import pack
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.models.tiny.write import write_tiny
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.pack import pack
-from lockstep.tokens.tree import TokenSequence
 
 VOCABULARY = 200
 

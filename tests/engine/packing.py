@@ -20,6 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lockstep.batching.pack import pack
+from lockstep.batching.packed_batch import PackedBatch, total_weight
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
 from lockstep.engine.loss import policy_loss, scored_tensors
@@ -30,9 +33,6 @@ from lockstep.engine.step import _head, _shard, prepare
 from lockstep.engine.trainable import assign
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
-from lockstep.tokens.batch import PackedBatch, total_weight
-from lockstep.tokens.pack import pack
-from lockstep.tokens.tree import TokenSequence
 
 from drawing import random_sequences  # isort: skip
 from parity import FLOOR, compare_tensors  # isort: skip

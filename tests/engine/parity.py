@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.top_logprobs import TOP
 from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
 from lockstep.engine.optimizer import Rates
@@ -40,8 +42,6 @@ from lockstep.engine.trainable import assign
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.top import TOP
 
 from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
 

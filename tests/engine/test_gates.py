@@ -15,10 +15,10 @@ import pytest
 import torch
 from cases import VOCABULARY, sequence
 
+from lockstep.batching.pack import minibatch_rows, pack
+from lockstep.batching.packed_batch import PackedBatch, scored_row
 from lockstep.config import Parallel, TrainConfig
 from lockstep.errors import MismatchError
-from lockstep.tokens.batch import PackedBatch, scored_row
-from lockstep.tokens.pack import minibatch_rows, pack
 
 pytestmark = pytest.mark.usefixtures("groups")
 

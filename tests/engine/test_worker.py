@@ -15,9 +15,9 @@ from cases import batch_of, hugging_face, reference_logprobs, sequence, tiny, tr
 from parent import Parent
 from safetensors.numpy import load_file
 
+from lockstep.batching.pack import save_batch
+from lockstep.batching.packed_batch import PackedBatch, scored_row
 from lockstep.config import TrainConfig
-from lockstep.tokens.batch import PackedBatch, scored_row
-from lockstep.tokens.pack import save_batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lockstep.batching.pack import pack
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config import Parallel, TrainConfig
 from lockstep.engine import device  # first: prepares torch for Megatron
 from lockstep.engine.session import LoraSettings, Settings, open_session
 from lockstep.engine.step import score, train_step
 from lockstep.models.registry import get_model_support_handler
 from lockstep.models.tiny.write import write_tiny
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.pack import pack
-from lockstep.tokens.tree import TokenSequence
 
 LINEAR = {
     "head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32,

@@ -18,6 +18,7 @@ import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on_experts
 
 from lockstep.backends.start import route_shape
+from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
@@ -25,7 +26,6 @@ from lockstep.sync.export import describe
 from lockstep.sync.plan import make_plan
 from lockstep.sync.push import Endpoint, WeightPusher
 from lockstep.sync.transports import GlooTransport
-from lockstep.tokens.routes import RouteShape, decode_routes
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

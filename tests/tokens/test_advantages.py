@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.batching.advantages import group_advantages
 from lockstep.errors import DataError
-from lockstep.tokens.advantages import group_advantages
 
 rewards = st.floats(-1e30, 1e30)
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawing import random_sequences, seeds
+from lockstep.batching.bin_packing import best_fit
+from lockstep.batching.check import validate
+from lockstep.batching.pack import fit, flatten, load_batch, minibatch_rows, pack, packing_metrics, save_batch
+from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight, unpack_scores
+from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
 from lockstep.errors import DataError
-from lockstep.tokens.batch import PackedBatch, scored_row, total_weight, unpack_scores
-from lockstep.tokens.pack import fit, flatten, load_batch, minibatch_rows, pack, packing_metrics, save_batch
-from lockstep.tokens.rows import best_fit
-from lockstep.tokens.tree import TokenSequence, scoring_sequence
-from lockstep.tokens.validate import validate
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -99,7 +99,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path):
     program = (
         "import sys, numpy as np\n"
         "from drawing import random_sequences\n"
-        "from lockstep.tokens.pack import pack, save_batch\n"
+        "from lockstep.batching.pack import pack, save_batch\n"
         "s = random_sequences(np.random.default_rng(5), 12)\n"
         "save_batch(pack(s, np.arange(12.0), np.ones(12), seed=3, row_length=64), sys.argv[1])\n"
     )

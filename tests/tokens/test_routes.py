@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
 from drawing import choice, seeds, trajectory
+from lockstep.batching.check import validate
+from lockstep.batching.pack import flatten, pack
+from lockstep.batching.prefix_tree import scoring_sequence
+from lockstep.batching.prepare import prepare
+from lockstep.batching.routed_experts import RouteShape, routes_digest
+from lockstep.batching.tokenize import tokenize
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError
 from lockstep.rollouts.trajectory import TrajectoryGroup
-from lockstep.tokens.pack import flatten, pack
-from lockstep.tokens.prepare import prepare
-from lockstep.tokens.routes import RouteShape, routes_digest
-from lockstep.tokens.sequences import tokenize
-from lockstep.tokens.tree import scoring_sequence
-from lockstep.tokens.validate import validate
 
 SHAPE = RouteShape(layers=3, top_k=2, experts=8)
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawing import choice, seeds, trajectory
+from lockstep.batching.check import validate
+from lockstep.batching.pack import flatten
+from lockstep.batching.prepare import prepare
+from lockstep.batching.tokenize import tokenize
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
-from lockstep.tokens.pack import flatten
-from lockstep.tokens.prepare import prepare
-from lockstep.tokens.sequences import tokenize
-from lockstep.tokens.validate import validate
 
 
 def test_turns_that_continue_each_other_are_one_sequence():

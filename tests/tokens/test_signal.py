@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from drawing import choice, trajectory
+from lockstep.batching.advantages import group_advantages
+from lockstep.batching.pack import load_batch, minibatch_rows, save_batch
+from lockstep.batching.packed_batch import PackedBatch, has_signal, scored_row, total_weight, unpacked_weight
+from lockstep.batching.prepare import prepare
 from lockstep.config import TrainConfig
 from lockstep.engine.loss import policy_loss, scored_tensors
 from lockstep.rollouts.trajectory import TrajectoryGroup
-from lockstep.tokens.advantages import group_advantages
-from lockstep.tokens.batch import PackedBatch, has_signal, scored_row, total_weight, unpacked_weight
-from lockstep.tokens.pack import load_batch, minibatch_rows, save_batch
-from lockstep.tokens.prepare import prepare
 
 VOCABULARY = 50
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawing import choice, seeds, trajectory
+from lockstep.batching.check import validate
+from lockstep.batching.pack import load_batch, save_batch
+from lockstep.batching.packed_batch import scored_row
+from lockstep.batching.prepare import prepare
+from lockstep.batching.top_logprobs import TOP, hits, top_ids
 from lockstep.config import TrainConfig
 from lockstep.rollouts.trajectory import TrajectoryGroup
-from lockstep.tokens.batch import scored_row
-from lockstep.tokens.pack import load_batch, save_batch
-from lockstep.tokens.prepare import prepare
-from lockstep.tokens.top import TOP, hits, top_ids
-from lockstep.tokens.validate import validate
 
 VOCABULARY = 60
 

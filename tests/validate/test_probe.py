@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.backends.probe import ROW, TOKENS, Noise, Probe, ProbeScores, base_noise, check_finite, compare, power
+from lockstep.batching.prefix_tree import TokenSequence
+from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import MismatchError, TrainerError
 from lockstep.serving.client import most_likely
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import TokenSequence
 
 LOG = Path("server.log")
 SCORED = 500

@@ -1,6 +1,6 @@
 """A digest that binds the routed experts of a choice to its token ids, so that a lost, moved or swapped row is seen.
 
-The trainer's side has the same function (`lockstep.tokens.routes.routes_digest`); a test holds the two together.
+The trainer's side has the same function (`lockstep.batching.routed_experts.routes_digest`); a test holds the two together.
 """
 
 from __future__ import annotations

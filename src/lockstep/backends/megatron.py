@@ -18,14 +18,14 @@ from lockstep.backends.serve import back_to_published, give_up_turn, publish_and
 from lockstep.backends.start import start_both
 from lockstep.backends.turns import trainers_turn
 from lockstep.backends.verify import LEAST_CONTEXT, BeforeStep, measure_noise
+from lockstep.batching.pack import save_batch
+from lockstep.batching.prepare import prepare
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.serving.install import find_runtime
 from lockstep.serving.tokenizer_files import check_server_args
 from lockstep.store import RunStore, Step
-from lockstep.tokens.pack import save_batch
-from lockstep.tokens.prepare import prepare
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
+from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import MismatchError, TrainerError
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import TokenSequence, scoring_sequence
 from lockstep.validate.mismatch import top_overlap
 
 TOKENS = 512

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.placement import Devices, resolve_placement
 from lockstep.backends.trainer import Trainer
+from lockstep.batching.routed_experts import RouteShape
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError
 from lockstep.models.checkpoint.hub import checkpoint_folder
@@ -22,7 +23,6 @@ from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.serving.parsers import ToolCalls, resolve_tool_calls
 from lockstep.serving.tokenizer_files import read_tokenizer
 from lockstep.store import read_settings, read_step
-from lockstep.tokens.routes import RouteShape
 
 if TYPE_CHECKING:
     from lockstep.models.config import ModelConfig

@@ -27,13 +27,13 @@ from lockstep.backends.tinker_data import (
     loss_inputs,
     step_metrics,
 )
+from lockstep.batching.packed_batch import has_signal
+from lockstep.batching.prepare import prepare
 from lockstep.config import TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError, StoreError, TrainerError
 from lockstep.models.checkpoint.hub import is_folder
 from lockstep.models.registry import get_model_support_spec
 from lockstep.store import RunStore, Step
-from lockstep.tokens.batch import has_signal
-from lockstep.tokens.prepare import prepare
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel

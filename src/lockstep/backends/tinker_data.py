@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.batching.packed_batch import PackedBatch, total_weight, unpacked_weight
 from lockstep.config import unsupported
 from lockstep.errors import DataError, MismatchError, TrainerError
-from lockstep.tokens.batch import PackedBatch, total_weight, unpacked_weight
 
 if TYPE_CHECKING:
     from lockstep.config import LoraConfig, TrainConfig

@@ -16,12 +16,12 @@ from lockstep.backends import probe as probing
 from lockstep.backends.probe import ROW, TOKENS, Probe, ProbeScores
 from lockstep.backends.run import STEP_DEADLINE_S, Run
 from lockstep.backends.turns import servers_turn, trainers_turn
+from lockstep.batching.pack import pack, save_batch
+from lockstep.batching.packed_batch import unpack_scores
+from lockstep.batching.prefix_tree import TokenSequence
+from lockstep.batching.routed_experts import decode_routes
+from lockstep.batching.top_logprobs import TOP
 from lockstep.serving.client import logprobs_of, most_likely
-from lockstep.tokens.batch import unpack_scores
-from lockstep.tokens.pack import pack, save_batch
-from lockstep.tokens.routes import decode_routes
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import TokenSequence
 
 LEAST_CONTEXT = 49
 """Tokens; a shorter probe says little."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lockstep.batching.packed_batch import ScoredRow
 from lockstep.config import TrainConfig
 from lockstep.errors import ConfigError
-from lockstep.tokens.batch import ScoredRow
 
 COMPARED = (
     "compared",
@@ -268,7 +268,7 @@ def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tens
     in percent; mismatch_max: the largest; mismatch_kl: `kl` over the same tokens. ess: effective
     sample size of the importance weights trainer/server, as a share of the tokens (1: on-policy). entropy: nats per
     token. ratio_mean, ratio_max: new/old. rollout_top1_overlap, rollout_top20_overlap: share of the server's most likely tokens that are
-    also the trainer's, where the rollouts bring them (`tokens/top.py`), over the same tokens as `mismatch`.
+    also the trainer's, where the rollouts bring them (`batching/top_logprobs.py`), over the same tokens as `mismatch`.
     """
     value = {name: float(total) for name, total in sums.items()}
     weight, tokens, pairs, compared = (value[name] or 1.0 for name in ("weight", "tokens", "pairs", "compared"))

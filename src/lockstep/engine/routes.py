@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.batching.packed_batch import PackedBatch
 from lockstep.errors import DataError
 from lockstep.models.config import ModelConfig
-from lockstep.tokens.batch import PackedBatch
 
 if TYPE_CHECKING:
     from lockstep.engine.tree import Row

@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.batching.pack import minibatch_rows
+from lockstep.batching.packed_batch import PackedBatch, ScoredRow, has_signal, scored_row, total_weight, unpacked_weight
+from lockstep.batching.top_logprobs import TOP, hits
 from lockstep.config import TrainConfig
 from lockstep.engine import context, groups
 from lockstep.engine.device import CUDA, device, peak_memory
@@ -46,9 +49,6 @@ from lockstep.engine.session import Session, reference_weights
 from lockstep.engine.tree import BLOCK, Row, padded_length, padding_row, row_of
 from lockstep.engine.worst import Worst, worst_token
 from lockstep.errors import DataError
-from lockstep.tokens.batch import PackedBatch, ScoredRow, has_signal, scored_row, total_weight, unpacked_weight
-from lockstep.tokens.pack import minibatch_rows
-from lockstep.tokens.top import TOP, hits
 
 PADDING = -1
 """Row number of a micro-batch that only keeps a rank in step with the others."""

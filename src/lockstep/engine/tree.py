@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.batching.packed_batch import PackedBatch
 from lockstep.engine.routes import Replay, record_keys
 from lockstep.errors import DataError
-from lockstep.tokens.batch import PackedBatch
 
 BLOCK = 128
 """Tokens per FlexAttention block, both ways."""

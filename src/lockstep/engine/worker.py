@@ -99,8 +99,8 @@ class Worker:
         }
 
     def train_step(self, args: Json, report: Callable[[Json], None]) -> Json:
+        from lockstep.batching.pack import load_batch
         from lockstep.config import TrainConfig
-        from lockstep.tokens.pack import load_batch
 
         config = TrainConfig(**args["config"])
         reference = Path(args["reference"]) if args.get("reference") else None
@@ -113,7 +113,7 @@ class Worker:
     def score(self, args: Json, report: Callable[[Json], None]) -> Json:
         from safetensors.numpy import save_file
 
-        from lockstep.tokens.pack import load_batch
+        from lockstep.batching.pack import load_batch
 
         count = int(args.get("top") or 0)
         values_RS, top_RSC = score_and_rank(self.session, load_batch(Path(args["batch"])), report, count)

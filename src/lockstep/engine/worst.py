@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from lockstep.tokens.batch import ScoredRow
+from lockstep.batching.packed_batch import ScoredRow
 
 HALF_ULP = 2.0**-24
 """Largest relative error of a number that was rounded to fp32, as the server's log-probabilities are."""

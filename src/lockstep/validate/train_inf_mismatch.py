@@ -18,6 +18,11 @@ from safetensors.numpy import load_file
 
 from lockstep.backends.start import route_shape
 from lockstep.backends.trainer import Trainer
+from lockstep.batching.pack import pack, save_batch
+from lockstep.batching.packed_batch import PackedBatch, unpack_scores
+from lockstep.batching.prefix_tree import scoring_sequence
+from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.batching.top_logprobs import TOP
 from lockstep.config import Parallel
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import checkpoint_dtype
@@ -26,11 +31,6 @@ from lockstep.serving.client import Server, most_likely
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.tokens.batch import PackedBatch, unpack_scores
-from lockstep.tokens.pack import pack, save_batch
-from lockstep.tokens.routes import RouteShape, decode_routes
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import scoring_sequence
 from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row
 

@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from lockstep.batching.bin_packing import Layout, lay_out, partition_into
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import Flat, TokenSequence, build, end_to_end, spread
 from lockstep.errors import DataError
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.rows import Layout, lay_out, partition_into
-from lockstep.tokens.tree import Flat, TokenSequence, build, end_to_end, spread
 
 SCHEMA = "lockstep.packed/1"
 AUTO_ROW_LENGTH = 4096

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.errors import DataError
-from lockstep.tokens.tree import TokenSequence
 
 _PREFIX = b"lockstep.routes/1\0"
 

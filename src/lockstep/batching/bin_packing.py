@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.tokens.tree import Tree, spread
+from lockstep.batching.prefix_tree import Tree, spread
 
 Copies = list[tuple[int, list[int]]]
 """Copies of cut nodes, each with some of the parts below. Sequences that end at a node end at the first copy of it."""

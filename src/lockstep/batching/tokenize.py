@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.batching.prefix_tree import TokenSequence
+from lockstep.batching.routed_experts import RouteShape, align, decode_routes
+from lockstep.batching.top_logprobs import TOP, top_ids
 from lockstep.errors import DataError, StaleRolloutError
-from lockstep.tokens.routes import RouteShape, align, decode_routes
-from lockstep.tokens.top import TOP, top_ids
-from lockstep.tokens.tree import TokenSequence
 
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lockstep.batching.advantages import group_advantages
+from lockstep.batching.pack import fit, pack, packing_metrics
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import TokenSequence
+from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
+from lockstep.batching.tokenize import Tokenized, check_staleness, tokenize
+from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import DataError
-from lockstep.tokens.advantages import group_advantages
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.pack import fit, pack, packing_metrics
-from lockstep.tokens.routes import RouteShape, prefix_disagreement
-from lockstep.tokens.sequences import Tokenized, check_staleness, tokenize
-from lockstep.tokens.top import TOP
-from lockstep.tokens.tree import TokenSequence
 
 if TYPE_CHECKING:
     from lockstep.config import TrainConfig

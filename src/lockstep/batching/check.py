@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lockstep.batching.pack import loss_fields
+from lockstep.batching.packed_batch import PackedBatch
 from lockstep.errors import DataError
-from lockstep.tokens.batch import PackedBatch
-from lockstep.tokens.pack import loss_fields
 
 _TYPES = {
     "tokens_RS": np.int32,
