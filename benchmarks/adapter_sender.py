@@ -30,9 +30,9 @@ from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, write_a
 from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.serving.modelargs import adapter_fields
-from lockstep.sync.plan import plan_sources
-from lockstep.sync.push import AdapterPusher, Endpoint
-from lockstep.sync.transports import make_transport
+from lockstep.weight_sync.plan import plan_sources
+from lockstep.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.weight_sync.transports import make_transport
 
 
 class Adapter:

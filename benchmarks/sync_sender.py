@@ -25,11 +25,11 @@ from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config
-from lockstep.sync.crew import StoreCrew
-from lockstep.sync.plan import SyncPlan, plan_sources
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.sources import share_sources
-from lockstep.sync.transports import make_transport
+from lockstep.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.sender_group import StoreCrew
+from lockstep.weight_sync.sources import share_sources
+from lockstep.weight_sync.transports import make_transport
 
 
 class Weights:

@@ -22,7 +22,7 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
     from lockstep.engine.session import Settings, open_session, save_step
     from lockstep.engine.step import train_step
     from lockstep.engine.weights_out import WeightsOut
-    from lockstep.sync.crew import Alone
+    from lockstep.weight_sync.sender_group import Alone
 
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     model = tiny(family, tmp_path / "model", seed=int(rng.integers(1000)), num_hidden_layers=4)

@@ -28,9 +28,9 @@ from lockstep.models.contract import Piece, Shard, Sizes
 from lockstep.models.handler import ModelSupportHandler
 from lockstep.models.layout_rules import padded_vocab, stage_layers
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
-from lockstep.sync.export import BucketFiller
-from lockstep.sync.plan import SyncPlan, plan_sources
-from lockstep.sync.sources import share_sources
+from lockstep.weight_sync.buckets import BucketFiller
+from lockstep.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.weight_sync.sources import share_sources
 from plugin_modules import plugin_module
 
 Ranks = list[tuple[list[Shard], dict[str, torch.Tensor]]]
@@ -146,7 +146,7 @@ def test_round_trip_is_exact_in_bytes(key: str, data: st.DataObject) -> None:
         assert filecmp.cmpfiles(source, target, names, shallow=False) == (names, [], [])
         replicas = data.draw(st.integers(1, 2), label="replicas") * ranks
         at_once = data.draw(st.sampled_from((1, 200, 1 << 26)), label="elements of a stack merged at once")
-        with mock.patch("lockstep.sync.sources.MERGED_ELEMENTS", at_once):
+        with mock.patch("lockstep.weight_sync.sources.MERGED_ELEMENTS", at_once):
             check_sync(replicas, shapes, recipe.dtype, data.draw(st.integers(100, 3000), label="bytes of a bucket"))
 
 

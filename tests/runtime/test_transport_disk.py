@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lockstep.errors import ServerError
-from lockstep.sync.transport_disk import DiskTransport
+from lockstep.weight_sync.transport_disk import DiskTransport
 from lockstep_vllm import transport_disk as receiving
 
 CPU = torch.device("cpu")

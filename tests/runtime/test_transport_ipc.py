@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lockstep.errors import ConfigError, ServerError
-from lockstep.sync import transport_ipc
+from lockstep.weight_sync import transport_ipc
 from lockstep_vllm import transport_ipc as receiving
 
 WORKERS, BUCKETS, SIZE = 2, 7, 1000

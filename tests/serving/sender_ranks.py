@@ -20,8 +20,8 @@ from lockstep.engine.session import Settings, open_session
 from lockstep.engine.trainable import assign
 from lockstep.engine.weights_out import WeightsOut
 from lockstep.serving.client import Server
-from lockstep.sync.crew import StoreCrew
-from lockstep.sync.push import Endpoint
+from lockstep.weight_sync.sender import Endpoint
+from lockstep.weight_sync.sender_group import StoreCrew
 
 SCALE = 2.0
 RANK = 4

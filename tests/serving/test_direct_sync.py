@@ -12,9 +12,9 @@ from sync_driver import change, checkpoint_weights, hf_logprobs, load
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
-from lockstep.sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources, whole_source
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.transports import GlooTransport
+from lockstep.weight_sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources, whole_source
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.transports import GlooTransport
 
 pytestmark = pytest.mark.server
 

@@ -19,10 +19,10 @@ from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.sync.export import describe
-from lockstep.sync.plan import make_plan
-from lockstep.sync.push import AdapterPusher, Endpoint
-from lockstep.sync.transports import GlooTransport
+from lockstep.weight_sync.buckets import describe
+from lockstep.weight_sync.plan import make_plan
+from lockstep.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.weight_sync.transports import GlooTransport
 from torchrun import torchrun
 
 pytestmark = pytest.mark.server

@@ -13,10 +13,10 @@ from lockstep.errors import ServerError
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import ServerConfig, launch
-from lockstep.sync.export import describe
-from lockstep.sync.plan import make_plan
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.transports import make_transport
+from lockstep.weight_sync.buckets import describe
+from lockstep.weight_sync.plan import make_plan
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.transports import make_transport
 
 pytestmark = [
     pytest.mark.gpu,

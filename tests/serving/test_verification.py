@@ -18,10 +18,10 @@ from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.sync.export import describe
-from lockstep.sync.plan import make_plan
-from lockstep.sync.push import AdapterPusher, Endpoint, WeightPusher
-from lockstep.sync.transports import GlooTransport
+from lockstep.weight_sync.buckets import describe
+from lockstep.weight_sync.plan import make_plan
+from lockstep.weight_sync.sender import AdapterPusher, Endpoint, WeightPusher
+from lockstep.weight_sync.transports import GlooTransport
 from planting import EXTENSION, Plot
 
 pytestmark = pytest.mark.server

@@ -22,10 +22,10 @@ from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.serving.launch import ServerConfig, launch
-from lockstep.sync.export import describe
-from lockstep.sync.plan import make_plan
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.transports import GlooTransport
+from lockstep.weight_sync.buckets import describe
+from lockstep.weight_sync.plan import make_plan
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.transports import GlooTransport
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -11,10 +11,10 @@ from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import MismatchError, ServerError
 from lockstep.serving.launch import ServerConfig, launch
-from lockstep.sync.export import describe
-from lockstep.sync.plan import make_plan
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.transport_disk import DiskTransport
+from lockstep.weight_sync.buckets import describe
+from lockstep.weight_sync.plan import make_plan
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.transport_disk import DiskTransport
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 TOKENS = torch.randint(3, 320, (48,), generator=torch.Generator().manual_seed(6)).tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.errors import ServerError, TrainerError, WeightsError
-from lockstep.sync.crew import StoreCrew, together
+from lockstep.weight_sync.sender_group import StoreCrew, together
 
 
 def both(*steps, deadline_s=30.0):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.errors import WeightsError
-from lockstep.sync.digest import digest
-from lockstep.sync.export import BucketFiller, describe
-from lockstep.sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
+from lockstep.weight_sync.buckets import BucketFiller, describe
+from lockstep.weight_sync.digest import digest
+from lockstep.weight_sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
 from plugin_modules import plugin_module
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])
@@ -144,12 +144,12 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
 
 def test_both_sides_have_the_same_kernel():
     root = Path(__file__).resolve().parents[2]
-    files = ["src/lockstep/sync/digest_kernel.py", "runtime/src/lockstep_vllm/digest_kernel.py"]
+    files = ["src/lockstep/weight_sync/digest_kernel.py", "runtime/src/lockstep_vllm/digest_kernel.py"]
     assert len({(root / file).read_text() for file in files}) == 1
 
 
 def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):
     bytes_N = torch.randint(0, 256, (1003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole = digest(bytes_N, 5)
-    monkeypatch.setattr("lockstep.sync.digest._CHUNK_WORDS", 7)
+    monkeypatch.setattr("lockstep.weight_sync.digest._CHUNK_WORDS", 7)
     assert digest(bytes_N, 5) == whole

@@ -1,4 +1,4 @@
-"""Buckets as files in a folder that trainer and server both see: the receiving side of `lockstep.sync.transport_disk`."""
+"""Buckets as files in a folder that trainer and server both see: the receiving side of `lockstep.weight_sync.transport_disk`."""
 
 # pyright: reportMissingImports=false
 

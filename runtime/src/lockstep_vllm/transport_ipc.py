@@ -1,4 +1,4 @@
-"""Maps the trainer's buffers by CUDA IPC and copies from them: the receiving side of `lockstep.sync.transport_ipc`.
+"""Maps the trainer's buffers by CUDA IPC and copies from them: the receiving side of `lockstep.weight_sync.transport_ipc`.
 
 Unproven on a GPU.
 """

@@ -1,4 +1,4 @@
-"""The receiving side of `lockstep.sync.transport_nccl`: broadcasts through a NCCL communicator of one sender and all workers."""
+"""The receiving side of `lockstep.weight_sync.transport_nccl`: broadcasts through a NCCL communicator of one sender and all workers."""
 
 # pyright: reportMissingImports=false
 

@@ -1,4 +1,4 @@
-"""How a worker gets buckets from one sender: the receiving side of `lockstep.sync.transports`."""
+"""How a worker gets buckets from one sender: the receiving side of `lockstep.weight_sync.transports`."""
 
 # pyright: reportMissingImports=false
 

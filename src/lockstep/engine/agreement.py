@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lockstep.engine.ranks import rank_store
 from lockstep.errors import ConfigError
-from lockstep.sync.crew import missing_keys
+from lockstep.weight_sync.sender_group import missing_keys
 
 GRACE_S = 15.0
 """How long a rank may stay inside a verb after another one failed in it."""

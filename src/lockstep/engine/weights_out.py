@@ -26,11 +26,11 @@ from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Shard, Sizes
 from lockstep.models.layout_rules import stage_layers
-from lockstep.sync.crew import Crew
-from lockstep.sync.plan import SyncPlan, plan_sources
-from lockstep.sync.push import Endpoint, WeightPusher
-from lockstep.sync.sources import Supply, share_sources
-from lockstep.sync.transports import make_transport
+from lockstep.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.sender_group import Crew
+from lockstep.weight_sync.sources import Supply, share_sources
+from lockstep.weight_sync.transports import make_transport
 
 BUCKET_BYTES = {True: 128 << 20, False: 16 << 20}
 """On a GPU, else: large enough for the link, small enough that the first and the last one, which nothing overlaps, cost little."""

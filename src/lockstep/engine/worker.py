@@ -9,7 +9,7 @@ Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs a
   load       {step_dir}                       -> {"updates": n}
   save       {out}                            -> {"files": [...]}
   sync       {root_url, version, transport, deadline_s}, secret {api_key}
-                                              -> the fields of a SyncReport (`sync/push.py`)   the server holds the
+                                              -> the fields of a SyncReport (`weight_sync/sender.py`)   the server holds the
                                                  (merged) weights as `version`, or, after an error, what it held before
   sync_adapter                                   the same arguments; the server has the adapter, from memory, as model `version` beside
                                                  those it serves; -> the fields of a SyncReport
@@ -49,8 +49,8 @@ from lockstep.engine.session import Session, Settings, load_step, open_session, 
 from lockstep.engine.step import picks_that_differ, score_and_rank, train_step
 from lockstep.engine.weights_out import WeightsOut
 from lockstep.errors import ConfigError, LockstepError, TrainerError
-from lockstep.sync.control import Endpoint
-from lockstep.sync.crew import StoreCrew
+from lockstep.weight_sync.control import Endpoint
+from lockstep.weight_sync.sender_group import StoreCrew
 
 HEARTBEAT_S = 5.0
 SHUTDOWN_S = 10.0

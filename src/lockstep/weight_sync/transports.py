@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from lockstep.errors import ConfigError, ServerError
-from lockstep.sync.rendezvous import listen
-from lockstep.sync.transport_disk import DiskTransport
-from lockstep.sync.transport_ipc import IpcTransport
-from lockstep.sync.transport_nccl import NcclTransport
+from lockstep.weight_sync.rendezvous import listen
+from lockstep.weight_sync.transport_disk import DiskTransport
+from lockstep.weight_sync.transport_ipc import IpcTransport
+from lockstep.weight_sync.transport_nccl import NcclTransport
 
 
 class Transport(Protocol):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.errors import ConfigError, ServerError
-from lockstep.sync.rendezvous import listen
+from lockstep.weight_sync.rendezvous import listen
 
 HANDLE_PARTS = 8
 """Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to wait for the event."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from lockstep.errors import ConfigError, ServerError
-from lockstep.sync.rendezvous import listen
+from lockstep.weight_sync.rendezvous import listen
 
 _POLL_S = 0.0002
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"

@@ -16,12 +16,12 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from lockstep.errors import LockstepError, ServerLostError
-from lockstep.sync.control import Control, Endpoint
-from lockstep.sync.crew import Alone, Crew, together
-from lockstep.sync.digest import Digests
-from lockstep.sync.export import BucketFiller
-from lockstep.sync.plan import Plan, SyncPlan
-from lockstep.sync.transports import Transport
+from lockstep.weight_sync.buckets import BucketFiller
+from lockstep.weight_sync.control import Control, Endpoint
+from lockstep.weight_sync.digest import Digests
+from lockstep.weight_sync.plan import Plan, SyncPlan
+from lockstep.weight_sync.sender_group import Alone, Crew, together
+from lockstep.weight_sync.transports import Transport
 
 __all__ = ["AdapterPusher", "Endpoint", "SyncReport", "WeightPusher"]
 
