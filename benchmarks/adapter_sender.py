@@ -23,9 +23,9 @@ from typing import Any
 import httpx
 import torch
 
-from lockstep.engine.adapters_out import BUCKET_BYTES, adapter_source
-from lockstep.engine.lora import ExpertAdapter, LocalAdapter
-from lockstep.engine.trainable import Trainable, adapter_parts, describe_adapter
+from lockstep.engine.export.adapters import BUCKET_BYTES, adapter_source
+from lockstep.engine.layers.lora import ExpertAdapter, LocalAdapter
+from lockstep.engine.optim.trainable import Trainable, adapter_parts, describe_adapter
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, write_adapter
 from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.engine import device  # isort: skip  (first: prepares torch for Megatron)
-from lockstep.engine import attention, regions
-from lockstep.engine.tree import Nodes, Row
+from lockstep.engine.parallel import device  # isort: skip  (first: prepares torch for Megatron)
+from lockstep.engine.layers import attention, compiled_ops
+from lockstep.engine.microbatch import Nodes, Row
 
 SHAPES = {"qwen3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
 GROUPS = ((1152, 128, 16, 64), (10_240, 2048, 1024, 8), (4096, 1024, 380, 8), (20_480, 4096, 2048, 8), (256, 20, 10, 8))
@@ -75,10 +75,10 @@ def measure(
         out = attend(q, k, v, row, dim**-0.5)[0].transpose(0, 1)
         return [out.detach(), *(torch.autograd.grad(out, inputs, slope) if device.CUDA else ())]
 
-    before = regions.compile_clock().compiled
+    before = compiled_ops.compile_clock().compiled
     results = run()
     synchronise()
-    after = regions.compile_clock().compiled
+    after = compiled_ops.compile_clock().compiled
     figures = {"compilations": after.count - before.count, "seconds_compile": after.seconds - before.seconds}
     return results, figures | {"milliseconds": 1e3 * timed(run, repeat)}
 
@@ -102,7 +102,7 @@ def main() -> None:
     for shape, heads in ({"tiny": (4, 2, 16)} if options.tiny else SHAPES).items():
         for length, *group in cases:
             row, results = group_row(length, *group), {}
-            regions.enable(())  # torch's limits on versions
+            compiled_ops.enable(())  # torch's limits on versions
             for name, attend in (("per_length", per_length), ("once", attention.flex)):
                 results[name], figures = measure(attend, row, heads, options.repeat)
                 report.setdefault(shape, {}).setdefault(name, {})[length] = figures

@@ -164,9 +164,9 @@ def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
 def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     """Our engine in this process. Device start-up as in `lockstep.engine.worker`."""
     from lockstep.config import Parallel, TrainConfig
-    from lockstep.engine import device
-    from lockstep.engine.session import LoraSettings, Settings, open_session
-    from lockstep.engine.step import train_step
+    from lockstep.engine.parallel import device
+    from lockstep.engine.state import LoraSettings, Settings, open_session
+    from lockstep.engine.train_step import train_step
     from lockstep.models.registry import default_target_modules_for_model
 
     with socket.socket() as probe:

@@ -25,7 +25,7 @@ from cases import hugging_face_fp64, tiny  # noqa: E402
 from test_parity import FAMILIES, random_fields  # noqa: E402
 
 from lockstep.config import Parallel  # noqa: E402
-from lockstep.engine import device  # noqa: E402  (first: prepares torch for Megatron)
+from lockstep.engine.parallel import device  # noqa: E402  (first: prepares torch for Megatron)
 
 
 def theirs(found: Any, expected: Any) -> dict[str, float]:

@@ -227,8 +227,8 @@ def open_engine(folder: Path) -> Any:
     import socket
 
     from lockstep.config import Parallel
-    from lockstep.engine import device as engine_device
-    from lockstep.engine.session import LoraSettings, Settings, open_session
+    from lockstep.engine.parallel import device as engine_device
+    from lockstep.engine.state import LoraSettings, Settings, open_session
     from lockstep.models.registry import default_target_modules_for_model
 
     with socket.socket() as probe:
@@ -243,8 +243,8 @@ def open_engine(folder: Path) -> Any:
 
 def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
     """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
-    from lockstep.engine.experts import MoE
-    from lockstep.engine.step import score
+    from lockstep.engine.layers.moe import MoE
+    from lockstep.engine.train_step import score
 
     picked: list[list[np.ndarray]] = []
     hooks = []
@@ -272,7 +272,7 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
 
 def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     from lockstep.config import TrainConfig
-    from lockstep.engine.step import train_step
+    from lockstep.engine.train_step import train_step
 
     session = open_engine(folder)
     batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)

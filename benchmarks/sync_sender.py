@@ -1,6 +1,6 @@
 """One sending rank of `weight_sync.py`: random weights of a shape, split as a trainer of that layout holds them.
 
-    python -m lockstep.engine.ranks N sync_sender.py JOB.json
+    python -m lockstep.engine.parallel.launch N sync_sender.py JOB.json
 
 No Megatron: shares and plan come from the weight contract, tensors are random, so that only the way to the server is measured. With
 `merge_rank` each matrix is merged with a random pair of that rank on its way, as in `rollout_weights_mode="merged"`.
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.merge import merge
-from lockstep.engine.ranks import group_settings
+from lockstep.engine.export.merge import merge
+from lockstep.engine.parallel.launch import group_settings
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Layout, Sizes

@@ -21,7 +21,6 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from lockstep.backends import start
-from lockstep.backends.trainer import Trainer
 from lockstep.chat import chat_with
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
@@ -31,6 +30,7 @@ from lockstep.models.registry import list_model_support_specs
 from lockstep.models.tiny.write import write_tiny
 from lockstep.runfile import BackendSection, TaskSection, load_run_file
 from lockstep.scoring import _sequences, read_lines
+from lockstep.trainer.client import Trainer
 from nothing_started import refused_at_once
 
 TASK = """

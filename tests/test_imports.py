@@ -62,7 +62,7 @@ def test_the_users_side_never_loads_a_framework(pattern):
     state = imported(*modules(pattern))
     assert not set(state["modules"]) & HEAVY
     inner = {name for name in state["all"] if name.startswith(("lockstep.engine.", "lockstep.weight_sync."))}
-    assert inner <= {"lockstep.engine.protocol"}  # names of the messages to the worker, nothing else
+    assert inner <= {"lockstep.trainer.protocol"}  # names of the messages to the worker, nothing else
     assert state["changed"] == []
 
 

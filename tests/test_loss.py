@@ -18,7 +18,7 @@ from drawing import random_sequences, seeds
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight
 from lockstep.config import TrainConfig
-from lockstep.engine.loss import (
+from lockstep.engine.losses.policy import (
     Scored,
     cispo,
     finish_metrics,

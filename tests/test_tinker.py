@@ -23,7 +23,7 @@ from lockstep.backends.start import serve_step
 from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs
 from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import scored_row, total_weight
-from lockstep.engine.loss import policy_loss, scored_tensors
+from lockstep.engine.losses.policy import policy_loss, scored_tensors
 from lockstep.errors import ConfigError, DataError, MismatchError, StaleRolloutError, StoreError, TrainerError
 from lockstep.models.registry import get_model_support_spec
 from lockstep.models.tiny.write import write_tiny

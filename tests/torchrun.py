@@ -7,4 +7,4 @@ import sys
 
 def torchrun(processes: int, *program: str) -> list[str]:
     """program: a script and its arguments, or `-m`, a module and its arguments. The launcher is the trainer's own."""
-    return [sys.executable, "-W", "ignore", "-m", "lockstep.engine.ranks", str(processes), *program]
+    return [sys.executable, "-W", "ignore", "-m", "lockstep.engine.parallel.launch", str(processes), *program]

@@ -22,7 +22,6 @@ from pydantic import Field
 from safetensors.numpy import load_file
 
 from lockstep.backends.start import route_shape
-from lockstep.backends.trainer import Trainer
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
@@ -32,6 +31,7 @@ from lockstep.errors import ConfigError, DataError, TrainerError
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import ModelConfig, checkpoint_dtype
 from lockstep.models.registry import load_model_config
+from lockstep.trainer.client import Trainer
 
 _DEADLINE_S = 600.0
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lockstep.engine import agreement
-from lockstep.engine.agreement import Agreement
-from lockstep.engine.ranks import group_settings
+from lockstep.engine.parallel import coordination
+from lockstep.engine.parallel.coordination import Agreement
+from lockstep.engine.parallel.launch import group_settings
 
 
 def main() -> None:
     case, out = sys.argv[1], Path(sys.argv[2])
-    agreement.GRACE_S, agreement.POLL_S = 2.0, 0.1
+    coordination.GRACE_S, coordination.POLL_S = 2.0, 0.1
     dist.init_process_group("gloo", **group_settings())
     agreed = Agreement()
 

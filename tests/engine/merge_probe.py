@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lockstep.engine.merge import fused_merge, merge
+from lockstep.engine.export.merge import fused_merge, merge
 
 DTYPES = (torch.float32, torch.bfloat16)
 seed = int(sys.argv[1])

@@ -24,13 +24,13 @@ from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import PackedBatch, total_weight
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config import Parallel, TrainConfig
-from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.loss import policy_loss, scored_tensors
-from lockstep.engine.pipeline import forward_backward
-from lockstep.engine.session import LoraSettings, Session, Settings, open_session
-from lockstep.engine.statefile import rectangles
-from lockstep.engine.step import _head, _shard, prepare
-from lockstep.engine.trainable import assign
+from lockstep.engine.losses.policy import policy_loss, scored_tensors
+from lockstep.engine.optim.state_file import rectangles
+from lockstep.engine.optim.trainable import assign
+from lockstep.engine.parallel import device  # first: prepares torch for Megatron
+from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.state import LoraSettings, Session, Settings, open_session
+from lockstep.engine.train_step import _head, _shard, prepare
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
 

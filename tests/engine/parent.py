@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lockstep.engine import protocol
+from lockstep.trainer import protocol
 from torchrun import torchrun
 
 

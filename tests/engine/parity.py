@@ -23,12 +23,13 @@ from torch import Tensor
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import Parallel, TrainConfig
-from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.optimizer import Rates
-from lockstep.engine.pipeline import forward_backward
-from lockstep.engine.session import LoraSettings, Session, Settings, load_step, open_session, save_step
-from lockstep.engine.statefile import rectangles
-from lockstep.engine.step import (
+from lockstep.engine.optim.optimizer import Rates
+from lockstep.engine.optim.state_file import rectangles
+from lockstep.engine.optim.trainable import assign
+from lockstep.engine.parallel import device  # first: prepares torch for Megatron
+from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.state import LoraSettings, Session, Settings, load_step, open_session, save_step
+from lockstep.engine.train_step import (
     _head,
     _shard,
     check_records,
@@ -38,7 +39,6 @@ from lockstep.engine.step import (
     score_and_rank,
     train_step,
 )
-from lockstep.engine.trainable import assign
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler

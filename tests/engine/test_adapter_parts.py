@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from lockstep.engine.adapters_out import _joined
+from lockstep.engine.export.adapters import _joined
 from lockstep.models.contract import Piece
 
 

@@ -9,8 +9,8 @@ import pytest
 from cases import tiny
 
 from lockstep.config import Parallel
-from lockstep.engine.device import check_world
-from lockstep.engine.session import Settings
+from lockstep.engine.parallel.device import check_world
+from lockstep.engine.state import Settings
 from lockstep.errors import ConfigError
 from lockstep.models.parallel_sizes import check_heads
 from lockstep.models.registry import load_model_config

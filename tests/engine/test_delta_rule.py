@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import random_row
 
-from lockstep.engine.delta_rule import chunked, over_tree, rule_for
+from lockstep.engine.layers.delta_rule import chunked, over_tree, rule_for
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("groups")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 30), experts=st.integers(1, 9), topk=st.integers(1, 3))
 def test_layout_gives_every_pair_its_own_aligned_row(seed: int, tokens: int, experts: int, topk: int) -> None:
-    from lockstep.engine.experts import ALIGN, layout
+    from lockstep.engine.layers.moe import ALIGN, layout
 
     generator = torch.Generator().manual_seed(seed)
     expert_P = torch.randint(0, experts, (tokens * topk,), generator=generator)
@@ -32,7 +32,7 @@ def test_layout_gives_every_pair_its_own_aligned_row(seed: int, tokens: int, exp
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), experts=st.integers(1, 5), sizes=st.lists(st.integers(0, 3), min_size=5, max_size=5))
 def test_grouped_product_is_the_loop(seed: int, experts: int, sizes: list[int]) -> None:
-    from lockstep.engine.experts import grouped, grouped_reference
+    from lockstep.engine.layers.moe import grouped, grouped_reference
 
     torch.manual_seed(seed)
     counts = torch.tensor(sizes[:experts]) * 8
@@ -54,7 +54,7 @@ def test_grouped_product_is_the_loop(seed: int, experts: int, sizes: list[int]) 
 def test_router_replays_choices_with_live_probabilities(normalise: bool) -> None:
     from types import SimpleNamespace
 
-    from lockstep.engine.router import Router
+    from lockstep.engine.layers.router import Router
 
     torch.manual_seed(0)
     config = SimpleNamespace(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine import head
+from lockstep.engine.layers import lm_head
 
 
 def dense(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, vocab: int):
@@ -34,14 +34,14 @@ def test_matches_dense(seed: int, tokens: int, vocab: int, padding: int, chunk: 
     predictor = torch.randint(0, 50, (tokens,))
     target = torch.randint(0, vocab, (tokens,))
     temperature = torch.rand(tokens, dtype=torch.float64) + 0.3
-    before, head.CHUNK_BYTES = head.CHUNK_BYTES, chunk * vocab * 8
+    before, lm_head.CHUNK_BYTES = lm_head.CHUNK_BYTES, chunk * vocab * 8
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        found = head.linear_logprob(hidden, weight, predictor, target, temperature, vocab, group, False)
+        found = lm_head.linear_logprob(hidden, weight, predictor, target, temperature, vocab, group, False)
         slope = torch.randn(2, tokens, dtype=torch.float64)
         gradients = torch.autograd.grad((found[0] * slope[0] + found[1] * slope[1]).sum(), (hidden, weight))
     finally:
-        head.CHUNK_BYTES = before
+        lm_head.CHUNK_BYTES = before
     expected = dense(hidden[predictor, 0], weight, target, temperature, vocab)
     wanted = torch.autograd.grad((expected[0] * slope[0] + expected[1] * slope[1]).sum(), (hidden, weight))
     for a, b in zip((*found, *gradients), (*expected, *wanted), strict=True):
@@ -55,7 +55,7 @@ def test_no_scored_token_still_has_a_gradient() -> None:
     hidden = torch.randn(5, 1, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
     group = parallel_state.get_tensor_model_parallel_group()
-    logprob, entropy = head.linear_logprob(hidden, torch.randn(7, 4), none, none, torch.zeros(0), 7, group, False)
+    logprob, entropy = lm_head.linear_logprob(hidden, torch.randn(7, 4), none, none, torch.zeros(0), 7, group, False)
     assert logprob.shape == entropy.shape == (0,)
     logprob.sum().backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # pyright: ignore[reportArgumentType]
@@ -69,7 +69,7 @@ def test_extreme_logits_stay_finite() -> None:
     weight = torch.tensor([[300.0, 0.0], [0.0, 300.0], [0.0, 0.0]])
     one = torch.tensor([0, 0]), torch.tensor([0, 1])
     group = parallel_state.get_tensor_model_parallel_group()
-    logprob, entropy = head.linear_logprob(hidden, weight, *one, torch.ones(2), 3, group, False)
+    logprob, entropy = lm_head.linear_logprob(hidden, weight, *one, torch.ones(2), 3, group, False)
     assert logprob.tolist() == [0.0, -180000.0]
     assert entropy.tolist() == [0.0, 0.0]
     (logprob + entropy).sum().backward()
@@ -92,12 +92,12 @@ def test_most_likely_tokens_match_dense(seed: int, tokens: int, vocab: int, coun
     torch.manual_seed(seed)
     hidden, weight = torch.randn(50, 1, 12, dtype=torch.float64), torch.randn(vocab + 3, 12, dtype=torch.float64)
     predictor = torch.randint(0, 50, (tokens,))
-    before, head.CHUNK_BYTES = head.CHUNK_BYTES, chunk * vocab * 8
+    before, lm_head.CHUNK_BYTES = lm_head.CHUNK_BYTES, chunk * vocab * 8
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        found = head.most_likely(hidden, weight, predictor, count, vocab, group, False)
+        found = lm_head.most_likely(hidden, weight, predictor, count, vocab, group, False)
     finally:
-        head.CHUNK_BYTES = before
+        lm_head.CHUNK_BYTES = before
     assert found.shape == (tokens, count)
     expected = (hidden[predictor, 0] @ weight[:vocab].T).topk(min(count, vocab), dim=1).indices
     assert torch.equal(found[:, : expected.shape[1]], expected)
@@ -113,8 +113,8 @@ def test_the_best_of_shards_are_the_best_of_all(seed: int, widths: list[int], co
     vocab = sum(widths)
     logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     starts = [sum(widths[:number]) for number in range(len(widths))]
-    parts = [head.best_of_shard(z, start, count) for z, start in zip(logits.split(widths, 1), starts, strict=True)]
-    found = head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
+    parts = [lm_head.best_of_shard(z, start, count) for z, start in zip(logits.split(widths, 1), starts, strict=True)]
+    found = lm_head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
     ranked = logits.argsort(1, descending=True)[:, :count]
     assert torch.equal(found[:, : ranked.shape[1]], ranked)
     assert (found[:, ranked.shape[1] :] == -1).all()

@@ -16,7 +16,7 @@ CYCLES = 50
 
 def opened(family: str, folder: Path, lora: bool) -> Any:
     from lockstep.config import Parallel
-    from lockstep.engine.session import LoraSettings, Settings, open_session
+    from lockstep.engine.state import LoraSettings, Settings, open_session
 
     targets = LoraSettings(8, 16, ("q_proj", "o_proj", *(["experts"] if "moe" in family else []))) if lora else None
     model = str(tiny(family, folder, seed=int(np.random.default_rng().integers(1000))))
@@ -35,8 +35,8 @@ def everything(session: Any) -> dict[str, torch.Tensor]:
 def stepped(session: Any, batch: Any, folder: Path) -> dict[str, bytes]:
     """One optimizer step; the bytes of what it leaves on disk."""
     from lockstep.config import TrainConfig
-    from lockstep.engine.session import save_step
-    from lockstep.engine.step import train_step
+    from lockstep.engine.state import save_step
+    from lockstep.engine.train_step import train_step
 
     config = TrainConfig(learning_rate=1e-2, max_mismatch=None)
     train_step(session, batch, config, None, lambda event: None)
@@ -50,9 +50,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("family", "lora"), [("qwen3", False), ("qwen3_moe", True)])
 def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: Path) -> None:
-    from lockstep.engine.offload import Offload
-    from lockstep.engine.session import load_step, save_step
-    from lockstep.engine.step import score
+    from lockstep.engine.memory.offload import Offload
+    from lockstep.engine.state import load_step, save_step
+    from lockstep.engine.train_step import score
 
     rng = np.random.default_rng()
     session = opened(family, tmp_path / "model", lora)
@@ -109,7 +109,7 @@ def _gradient_bytes(session: Any) -> int:
 
 
 def test_no_room_on_the_host_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.engine import offload
+    from lockstep.engine.memory import offload
     from lockstep.errors import TrainerError
 
     session = opened("qwen3", tmp_path / "model", lora=True)

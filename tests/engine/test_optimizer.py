@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("groups")
 
 
 def trainables(parameters: list[nn.Parameter]):
-    from lockstep.engine.trainable import Trainable
+    from lockstep.engine.optim.trainable import Trainable
     from lockstep.models.contract import Piece
 
     return [
@@ -33,7 +33,7 @@ def trainables(parameters: list[nn.Parameter]):
 )
 def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[int, int]]) -> None:
     from lockstep.config import Parallel
-    from lockstep.engine.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.optimizer import Optimizer, Rates
 
     torch.manual_seed(seed)
     ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
@@ -58,7 +58,7 @@ def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[i
 def test_masters_keep_what_bf16_would_lose() -> None:
     """1,000 updates far below bf16's resolution add up."""
     from lockstep.config import Parallel
-    from lockstep.engine.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.optimizer import Optimizer, Rates
 
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = Optimizer(trainables([weight]), Parallel(), tied=False)
@@ -70,7 +70,7 @@ def test_masters_keep_what_bf16_would_lose() -> None:
 
 def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
     from lockstep.config import Parallel
-    from lockstep.engine.optimizer import Optimizer
+    from lockstep.engine.optim.optimizer import Optimizer
     from lockstep.errors import TrainerError
 
     good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
@@ -83,8 +83,8 @@ def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
 
 def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
     from lockstep.config import Parallel
-    from lockstep.engine.optimizer import Optimizer, Rates
-    from lockstep.engine.optimizer_state import read_state, write_state
+    from lockstep.engine.optim.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.state import read_state, write_state
     from lockstep.errors import WeightsError
 
     torch.manual_seed(0)
@@ -116,9 +116,9 @@ def matrices(name: str) -> bool:
 def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, tmp_path: Path) -> None:
     """One step without a gradient, all weights trained: matrices shrink by lr x decay, everything else keeps every bit."""
     from lockstep.config import Parallel
-    from lockstep.engine.optimizer import Rates
-    from lockstep.engine.optimizer_state import write_state
-    from lockstep.engine.session import Settings, open_session
+    from lockstep.engine.optim.optimizer import Rates
+    from lockstep.engine.optim.state import write_state
+    from lockstep.engine.state import Settings, open_session
     from lockstep.models.tiny.write import write_tiny
 
     overrides = {"num_hidden_layers": 4 if "3_5" in family else 2, "hidden_size": 32}
@@ -139,7 +139,7 @@ def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, 
 
 
 def test_a10_a_tied_head_on_another_stage_is_an_embedding() -> None:
-    from lockstep.engine.decay import decays
+    from lockstep.engine.optim.weight_decay import decays
 
     assert not decays("output_layer.weight", tied=True)
     assert decays("output_layer.weight", tied=False)

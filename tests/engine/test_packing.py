@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from drawing import seeds
 from lockstep.config import Parallel
-from lockstep.engine.session import Session
+from lockstep.engine.state import Session
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 SIZES: dict[str, dict[str, Any]] = {

@@ -93,7 +93,7 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("groups")
 def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
     from lockstep.config import Parallel
-    from lockstep.engine.session import LoraSettings, Settings, open_session
+    from lockstep.engine.state import LoraSettings, Settings, open_session
     from lockstep.errors import ConfigError
 
     folder = tiny("qwen3", tmp_path / "model", dtype="float32")

@@ -18,8 +18,8 @@ TALK = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from lockstep.engine.agreement import Agreement
-from lockstep.engine.ranks import group_settings
+from lockstep.engine.parallel.coordination import Agreement
+from lockstep.engine.parallel.launch import group_settings
 from stopping import listening
 
 dist.init_process_group("gloo", **group_settings())
@@ -50,7 +50,7 @@ time.sleep(600)
 def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = folder / "rank.py"
     path.write_text(script)
-    command = [sys.executable, "-m", "lockstep.engine.ranks", "2", str(path), str(folder)]
+    command = [sys.executable, "-m", "lockstep.engine.parallel.launch", "2", str(path), str(folder)]
     helpers = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=helpers)
 
@@ -71,8 +71,8 @@ MEET = """
 import json, os, stat, sys
 from pathlib import Path
 import torch.distributed as dist
-from lockstep.engine.agreement import Agreement
-from lockstep.engine.ranks import FOLDER_VARIABLE, group_settings
+from lockstep.engine.parallel.coordination import Agreement
+from lockstep.engine.parallel.launch import FOLDER_VARIABLE, group_settings
 
 dist.init_process_group("gloo", **group_settings())
 agreement = Agreement()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lockstep.engine import regions
+from lockstep.engine.layers import compiled_ops
 from lockstep.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("groups")
@@ -18,26 +18,26 @@ pytestmark = pytest.mark.usefixtures("groups")
 )
 def test_compiled_is_plain() -> None:
     cases = {
-        "rms_norm": (regions.rms_norm, (torch.randn(5, 1, 16), torch.randn(16)), (1e-6, True)),
+        "rms_norm": (compiled_ops.rms_norm, (torch.randn(5, 1, 16), torch.randn(16)), (1e-6, True)),
         "gated_rms_norm": (
-            regions.gated_rms_norm,
+            compiled_ops.gated_rms_norm,
             (torch.randn(5, 3, 16), torch.randn(16), torch.randn(5, 3, 16)),
             (1e-6,),
         ),
-        "rotate": (regions.rotate, (torch.randn(5, 3, 16),), (torch.randn(5, 1, 8), torch.randn(5, 1, 8))),
-        "sigmoid_gate": (regions.sigmoid_gate, (torch.randn(5, 3, 16), torch.randn(5, 3, 16)), ()),
-        "gated_silu": (regions.gated_silu, (torch.randn(5, 1, 16),), ()),
+        "rotate": (compiled_ops.rotate, (torch.randn(5, 3, 16),), (torch.randn(5, 1, 8), torch.randn(5, 1, 8))),
+        "sigmoid_gate": (compiled_ops.sigmoid_gate, (torch.randn(5, 3, 16), torch.randn(5, 3, 16)), ()),
+        "gated_silu": (compiled_ops.gated_silu, (torch.randn(5, 1, 16),), ()),
     }
     for name, (function, tensors, rest) in cases.items():
         inputs = [t.requires_grad_() for t in tensors]
         results = []
         for chosen in ((), ("norm", "attention", "mlp")):
-            regions.enable(chosen)
+            compiled_ops.enable(chosen)
             try:
                 out = function(*inputs, *rest)
                 results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
             finally:
-                regions.enable(())
+                compiled_ops.enable(())
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -48,20 +48,20 @@ def test_compiled_is_plain() -> None:
 def test_all_lengths_share_one_version() -> None:
     """Several row lengths in turn, forward and backward, trained and scored: equal to plain code, compiled once each."""
     torch._dynamo.reset()
-    clock, compiled = regions.compile_clock(), []
+    clock, compiled = compiled_ops.compile_clock(), []
     for length in (24, 40, 24, 16, 57, 72, 40):
         # 16 is also the width: a dim that is equal by chance must not bind the two.
         gate_up = torch.randn(length, 1, 16, requires_grad=True)
         results = []
         for chosen in ((), ("mlp",)):
-            regions.enable(chosen)
+            compiled_ops.enable(chosen)
             try:
-                out = regions.gated_silu(gate_up)
+                out = compiled_ops.gated_silu(gate_up)
                 with torch.no_grad():
-                    scored = regions.gated_silu(gate_up)
+                    scored = compiled_ops.gated_silu(gate_up)
                 results.append((out, scored, *torch.autograd.grad(out.sin().sum(), gate_up)))
             finally:
-                regions.enable(())
+                compiled_ops.enable(())
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         compiled.append(clock.compiled)
@@ -72,4 +72,4 @@ def test_all_lengths_share_one_version() -> None:
 
 def test_unknown_region() -> None:
     with pytest.raises(ConfigError, match="kitchen"):
-        regions.enable(["norm", "kitchen"])
+        compiled_ops.enable(["norm", "kitchen"])

@@ -12,9 +12,9 @@ from cases import batch_of, tiny, tree_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine import device  # noqa: F401 (first: prepares torch for Megatron)
-from lockstep.engine.routes import account_of_row, check_routes, first_invalid
-from lockstep.engine.tree import row_of
+from lockstep.engine.microbatch import row_of
+from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
+from lockstep.engine.routed_experts import account_of_row, check_routes, first_invalid
 from lockstep.errors import DataError
 from lockstep.models.registry import load_model_config
 

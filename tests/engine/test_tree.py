@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine.attention import attend
-from lockstep.engine.tree import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, padded_length
+from lockstep.engine.layers.attention import attend
+from lockstep.engine.microbatch import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, padded_length
 
 
 def random_row(seed: int, nodes: int, longest: int) -> Row:

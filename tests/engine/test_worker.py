@@ -291,8 +291,8 @@ def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
 def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) -> None:
     """Anonymous memory while a step's weights are swapped in: no more than a few of its tensors, never all of them."""
     from lockstep.config import Parallel
-    from lockstep.engine import session as sessions
-    from lockstep.engine.session import Settings, open_session, reference_weights, save_step
+    from lockstep.engine import state as sessions
+    from lockstep.engine.state import Settings, open_session, reference_weights, save_step
 
     model = tiny(
         "qwen3", tmp_path / "model", vocab_size=20_000, hidden_size=128, num_hidden_layers=8, intermediate_size=4096
@@ -354,7 +354,7 @@ def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, run:
 
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:
-    from lockstep.engine.device import free_memory, require_memory
+    from lockstep.engine.parallel.device import free_memory, require_memory
     from lockstep.errors import TrainerError
 
     require_memory(free_memory() // 2, "half of it")

@@ -26,9 +26,9 @@ from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config import Parallel, TrainConfig
-from lockstep.engine import device  # first: prepares torch for Megatron
-from lockstep.engine.session import LoraSettings, Settings, open_session
-from lockstep.engine.step import score, train_step
+from lockstep.engine.parallel import device  # first: prepares torch for Megatron
+from lockstep.engine.state import LoraSettings, Settings, open_session
+from lockstep.engine.train_step import score, train_step
 from lockstep.models.registry import get_model_support_handler
 from lockstep.models.tiny.write import write_tiny
 

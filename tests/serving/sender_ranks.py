@@ -1,4 +1,4 @@
-"""One rank of a trainer that sends its weights: `lockstep.engine.ranks 2 sender_ranks.py JOB.json`.
+"""One rank of a trainer that sends its weights: `lockstep.engine.parallel.launch 2 sender_ranks.py JOB.json`.
 
 Ten random steps; after each, rank 0 scores the tokens on the server. Writes the scores and what the last sync reported.
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lockstep.engine import device
-from lockstep.engine.adapters_out import AdaptersOut
-from lockstep.engine.agreement import Agreement
-from lockstep.engine.session import Settings, open_session
-from lockstep.engine.trainable import assign
-from lockstep.engine.weights_out import WeightsOut
+from lockstep.engine.export.adapters import AdaptersOut
+from lockstep.engine.export.merged_weights import WeightsOut
+from lockstep.engine.optim.trainable import assign
+from lockstep.engine.parallel import device
+from lockstep.engine.parallel.coordination import Agreement
+from lockstep.engine.state import Settings, open_session
 from lockstep.serving.client import Server
 from lockstep.weight_sync.sender import Endpoint
 from lockstep.weight_sync.sender_group import StoreCrew

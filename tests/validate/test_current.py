@@ -17,7 +17,7 @@ from lockstep.batching.pack import load_batch, save_batch
 from lockstep.batching.packed_batch import scored_row
 from lockstep.batching.prepare import prepare
 from lockstep.config import TrainConfig
-from lockstep.engine.loss import finish_metrics, policy_loss, reduce_sums, scored_tensors
+from lockstep.engine.losses.policy import finish_metrics, policy_loss, reduce_sums, scored_tensors
 from lockstep.rollouts.trajectory import TrajectoryGroup
 from lockstep.validate.mismatch import logprob_mismatch
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from lockstep.backends.probe import Noise, Probe
 from lockstep.backends.start import Parts
-from lockstep.backends.trainer import Trainer
 from lockstep.errors import StoreError
 from lockstep.model import TrainableModel, version_name
 from lockstep.serving.client import Server
 from lockstep.store import RunStore
+from lockstep.trainer.client import Trainer
 
 STEP_DEADLINE_S = 600.0
 """Longest silence of the trainer while it works; it sends heartbeats, so this bounds a hang and not a long step."""

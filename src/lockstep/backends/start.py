@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.placement import Devices, resolve_placement
-from lockstep.backends.trainer import Trainer
 from lockstep.batching.routed_experts import RouteShape
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError
@@ -23,6 +22,7 @@ from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.serving.parsers import ToolCalls, resolve_tool_calls
 from lockstep.serving.tokenizer_files import read_tokenizer
 from lockstep.store import read_settings, read_step
+from lockstep.trainer.client import Trainer
 
 if TYPE_CHECKING:
     from lockstep.models.config import ModelConfig

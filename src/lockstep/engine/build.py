@@ -16,15 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from lockstep.config import Parallel
-from lockstep.engine import groups
-from lockstep.engine.attention import CoreAttention, TreeAttention
-from lockstep.engine.device import CUDA
-from lockstep.engine.experts import MoE
-from lockstep.engine.gated_delta_net import GatedDeltaNet
-from lockstep.engine.linear import ColumnLinear, RowLinear
-from lockstep.engine.mlp import GatedMLP
+from lockstep.engine.layers.attention import CoreAttention, TreeAttention
+from lockstep.engine.layers.gated_delta_net import GatedDeltaNet
+from lockstep.engine.layers.linear import ColumnLinear, RowLinear
+from lockstep.engine.layers.mlp import GatedMLP
+from lockstep.engine.layers.moe import MoE
+from lockstep.engine.layers.norm import RMSNorm
 from lockstep.engine.model import Layer, Model
-from lockstep.engine.norm import RMSNorm
+from lockstep.engine.parallel import groups
+from lockstep.engine.parallel.device import CUDA
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import Sizes
 

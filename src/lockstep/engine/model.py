@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.engine.context import share
-from lockstep.engine.device import device
-from lockstep.engine.experts import MoE
-from lockstep.engine.routes import Replayed, recompute_pass
-from lockstep.engine.tree import Row
+from lockstep.engine.layers.moe import MoE
+from lockstep.engine.microbatch import Row
+from lockstep.engine.parallel.context import share
+from lockstep.engine.parallel.device import device
+from lockstep.engine.routed_experts import Replayed, recompute_pass
 from lockstep.models.config import Rope
 
 

@@ -1,4 +1,4 @@
-"""The trainer process: `python -m lockstep.engine.ranks N -m lockstep.engine.worker --config engine.json --socket PATH`.
+"""The trainer process: `python -m lockstep.engine.parallel.launch N -m lockstep.engine.worker --config engine.json --socket PATH`.
 
 Rank 0 speaks to the parent (`protocol.py`), every rank runs every verb. Verbs and their arguments:
   train_step {batch, config, out, reference}  -> {"metrics": {...}, "files": [...]}   reference: a step folder, needed iff kl_coef > 0;
@@ -41,14 +41,15 @@ import torch
 import torch.distributed as dist
 
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
-from lockstep.engine import device, protocol
-from lockstep.engine.adapters_out import AdaptersOut
-from lockstep.engine.agreement import LOST, Agreement
-from lockstep.engine.offload import Offload
-from lockstep.engine.session import Session, Settings, load_step, open_session, save_step
-from lockstep.engine.step import picks_that_differ, score_and_rank, train_step
-from lockstep.engine.weights_out import WeightsOut
+from lockstep.engine.parallel import device  # isort: skip
+from lockstep.engine.export.adapters import AdaptersOut
+from lockstep.engine.export.merged_weights import WeightsOut
+from lockstep.engine.memory.offload import Offload
+from lockstep.engine.parallel.coordination import LOST, Agreement
+from lockstep.engine.state import Session, Settings, load_step, open_session, save_step
+from lockstep.engine.train_step import picks_that_differ, score_and_rank, train_step
 from lockstep.errors import ConfigError, LockstepError, TrainerError
+from lockstep.trainer import protocol
 from lockstep.weight_sync.control import Endpoint
 from lockstep.weight_sync.sender_group import StoreCrew
 

@@ -17,7 +17,6 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lockstep.backends.start import route_shape
-from lockstep.backends.trainer import Trainer
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence
@@ -31,6 +30,7 @@ from lockstep.serving.client import Server, most_likely
 from lockstep.serving.environments import default_kind
 from lockstep.serving.install import find_runtime
 from lockstep.serving.launch import LoraServing, ServerConfig, launch
+from lockstep.trainer.client import Trainer
 from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row
 

@@ -1,0 +1,1 @@
+"""Weights and adapters on their way out of the trainer."""

@@ -1,0 +1,168 @@
+"""The trainer's adapter on its way to the server, from memory: every rank sends the matrices it holds.
+
+A routed expert's matrices travel as the trainer holds them and as vLLM wants them, stacked: A `[E, R, I]` and B `[E, O, R]` for each
+projection of a layer, under the layer's name without an expert's number. Everything else travels as in a PEFT file.
+
+Shapes: R LoRA rank, I inputs, O outputs, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lockstep.engine.optim.trainable import Trainable
+from lockstep.engine.parallel import device
+from lockstep.engine.state import Session
+from lockstep.errors import ConfigError
+from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_name
+from lockstep.models.checkpoint.shares import box
+from lockstep.models.config import ModelConfig
+from lockstep.models.contract import Layout, Piece
+from lockstep.weight_sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources
+from lockstep.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.weight_sync.sender_group import Crew
+from lockstep.weight_sync.transports import make_transport
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")
+BUCKET_BYTES = {True: 64 << 20, False: 16 << 20}
+"""On a GPU, else: few calls on the one, a short wait for the digest of the last bucket on the other."""
+
+
+class AdaptersOut:
+    """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
+
+    def __init__(self, session: Session, crew: Crew, deadline_s: float) -> None:
+        """deadline_s: for the others to come along. Raises ConfigError when all weights are trained: there is no adapter then."""
+        if session.settings.lora is None:
+            raise ConfigError("all weights are trained: there is no adapter to send")
+        self.session, self.crew = session, crew
+        config, layout = session.config, session.checkpoint.layout
+        mine = [_Matrix.of(trainable, config, layout) for trainable in session.trainables]
+        everyones = crew.exchange([one.told() for one in mine], deadline_s)
+        shares = _share_out(everyones)
+        dtype = session.dtype
+        plans = [
+            plan_sources([_source(everyones[rank][i], dtype) for i in chosen], BUCKET_BYTES[device.CUDA])
+            for rank, chosen in enumerate(shares)
+        ]
+        self.plan = SyncPlan(tuple(plans))
+        self.sent = [session.trainables[i] for i in shares[crew.rank]]
+        self.pusher: AdapterPusher | None = None
+        self.serves: tuple[Endpoint, str, float] | None = None
+
+    def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> dict[str, Any]:
+        """Make the server serve this trainer's adapter as `name`, beside what it serves. Collective. Returns the SyncReport.
+
+        deadline_s: of every wait for the server. Raises like `AdapterPusher.push`, on every rank.
+        """
+        lora = self.session.settings.lora
+        assert lora is not None
+        if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
+            if self.pusher is not None:
+                self.pusher.close()
+            info = AdapterInfo(self.session.settings.model, lora.rank, lora.alpha, lora.targets)
+            carrier, config = make_transport(transport, deadline_s), adapter_config(info, self.session.config)
+            self.pusher = AdapterPusher(
+                endpoint,
+                carrier,
+                self.plan,
+                config,
+                device=device.device(),
+                deadline_s=deadline_s,
+                crew=self.crew,
+            )
+            self.serves = endpoint, transport, deadline_s
+        return asdict(self.pusher.push(self.tensors(), name))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for trainable in self.sent:
+            yield trainable.name, trainable.parameter.detach()
+
+
+def adapter_source(trainable: Trainable, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> Source:
+    """What a rank that sends this parameter of its adapter sends."""
+    return _source(_Matrix.of(trainable, config, layout).told(), dtype)
+
+
+class _Matrix:
+    """An adapter's parameter as parts of the tensors that travel."""
+
+    def __init__(self, key: str, rows: int, width: int, parts: list[Any]) -> None:
+        self.key, self.rows, self.width, self.parts = key, rows, width, parts
+
+    def told(self) -> dict[str, Any]:
+        """As JSON, for the other ranks."""
+        return {"key": self.key, "rows": self.rows, "width": self.width, "parts": self.parts}
+
+    @staticmethod
+    def of(trainable: Trainable, config: ModelConfig, layout: Layout) -> _Matrix:
+        parameter = trainable.parameter
+        named = _joined(piece for piece in trainable.pieces if piece.name is not None)
+        experts = [_EXPERT.fullmatch(piece.name or "") for piece in named]
+        if not all(experts):
+            parts, at = [], 0
+            for piece in named:
+                assert piece.name is not None
+                shape = trainable.shapes[piece.name]
+                parts.append([peft_name(piece.name, layout), shape, box(piece, shape), at, piece.rows])
+                at += piece.rows
+            return _Matrix(trainable.name, at, trainable.row_width, parts)
+        numbers = [int(found[2]) for found in experts if found is not None]
+        first = named[0]
+        assert first.name is not None
+        owner = experts[0]
+        assert owner is not None
+        name = peft_name(f"{owner[1]}.{owner[3]}", layout)
+        shape = (config.experts, *trainable.shapes[first.name])
+        if numbers == list(range(numbers[0], numbers[0] + len(parameter))):
+            whole = [(numbers[0], numbers[-1] + 1), *box(first, shape[1:])]
+            width = parameter.numel() // len(parameter)
+            return _Matrix(trainable.name, len(parameter), width, [[name, shape, whole, 0, len(parameter)]])
+        parts, at = [], 0  # an expert's rows are in several places: gate and up, split over ranks
+        for number, piece in zip(numbers, named, strict=True):
+            parts.append([name, shape, [(number, number + 1), *box(piece, shape[1:])], at, piece.rows])
+            at += piece.rows
+        return _Matrix(trainable.name, at, trainable.row_width, parts)
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces that follow each other in their tensor as one: a query projection's rows, say, come as one piece per group of heads."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if (
+            found
+            and found[-1].stop == piece.start
+            and replace(found[-1], stop=piece.stop) == replace(piece, start=found[-1].start)
+        ):
+            found[-1] = replace(found[-1], stop=piece.stop)
+        else:
+            found.append(piece)
+    return found
+
+
+def _share_out(everyones: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
+    """Which of its matrices each rank sends: what several hold goes to the one with the fewest bytes so far."""
+    holders: dict[str, list[tuple[int, int]]] = {}
+    for rank, matrices in enumerate(everyones):
+        for i, one in enumerate(matrices):
+            holders.setdefault(repr(one["parts"]), []).append((rank, i))
+    loads, shares = [0] * len(everyones), [[] for _ in everyones]
+    for held in holders.values():
+        rank, i = min(held, key=lambda one: (loads[one[0]], one[0]))
+        loads[rank] += everyones[rank][i]["rows"] * everyones[rank][i]["width"]
+        shares[rank].append(i)
+    return shares
+
+
+def _source(told: dict[str, Any], dtype: torch.dtype) -> Source:
+    parts = tuple(
+        Part(TensorMeta(name, dtype, tuple(shape)), tuple((low, high) for low, high in ranges), at, rows)
+        for name, shape, ranges, at, rows in told["parts"]
+    )
+    return Source(told["key"], dtype, told["rows"], told["width"], parts)

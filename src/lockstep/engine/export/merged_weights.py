@@ -1,0 +1,109 @@
+"""The trainer's weights on their way to the server: every rank merges and sends what it holds, and nothing is gathered.
+
+Adapters are merged in fp32 from the base weights, which the model keeps unchanged, into a tensor of its own that is rounded once;
+nothing is ever merged into the model or taken out of it again. With all weights trained, they travel as they are. On a GPU the merge of
+one parameter runs while the ones before it travel.
+
+Shapes: E experts, O output rows, R LoRA rank, I input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, astuple
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.engine.build import sizes_here
+from lockstep.engine.export.merge import merge
+from lockstep.engine.parallel import device
+from lockstep.engine.state import Session
+from lockstep.models.checkpoint.load import kept_dtype
+from lockstep.models.checkpoint.read import expected_tensors
+from lockstep.models.checkpoint.shares import share_out
+from lockstep.models.contract import Shard, Sizes
+from lockstep.models.layout_rules import stage_layers
+from lockstep.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.weight_sync.sender_group import Crew
+from lockstep.weight_sync.sources import Supply, share_sources
+from lockstep.weight_sync.transports import make_transport
+
+BUCKET_BYTES = {True: 128 << 20, False: 16 << 20}
+"""On a GPU, else: large enough for the link, small enough that the first and the last one, which nothing overlaps, cost little."""
+
+
+class WeightsOut:
+    """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
+
+    def __init__(self, session: Session, crew: Crew) -> None:
+        self.session, self.crew = session, crew
+        self.parameters: dict[str, Tensor] = dict(session.model.named_parameters())
+        shapes = expected_tensors(session.handler, session.config, session.checkpoint.layout)
+        shares = share_out(_everyones_shards(session), shapes)
+        described = [
+            [
+                described
+                for share in mine
+                for described in share_sources(
+                    share, shapes, kept_dtype(session.checkpoint, share.shard, session.dtype)
+                )
+            ]
+            for mine in shares
+        ]
+        bucket_bytes = BUCKET_BYTES[device.CUDA]
+        self.plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
+        self.supplies = [(source.key, supply) for source, supply in described[crew.rank]]
+        self.pusher: WeightPusher | None = None
+        self.serves: tuple[Endpoint, str, float] | None = None
+
+    def push(self, endpoint: Endpoint, version: str, transport: str, deadline_s: float) -> dict[str, Any]:
+        """Make the server hold this trainer's weights and serve them as `version`, and as nothing else. Collective.
+
+        transport: a name in `TRANSPORTS`. deadline_s: of every wait for the server. Returns the SyncReport. Raises ServerError,
+        WeightsError or MismatchError, on every rank; the server then serves what it served before, or was ended (ServerLostError).
+        """
+        if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
+            if self.pusher is not None:
+                self.pusher.close()
+            carrier = make_transport(transport, deadline_s)
+            self.pusher = WeightPusher(
+                endpoint, carrier, self.plan, device=device.device(), deadline_s=deadline_s, crew=self.crew
+            )
+            self.serves = endpoint, transport, deadline_s
+        return asdict(self.pusher.push(self.tensors(), version, version))
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's sources, merged, one at a time."""
+        for key, supply in self.supplies:
+            yield key, self._merged(supply)
+
+    def _merged(self, supply: Supply) -> Tensor:
+        """A parameter (or some experts of it) with its adapter's product added."""
+        owner, _, leaf = supply.name.rpartition(".")
+        module = self.session.model.get_submodule(owner)
+        weight = self.parameters[supply.name].detach()
+        slot = "adapter" if supply.experts is None else f"{leaf}_adapter"
+        adapter: Any = getattr(module, slot, None) if leaf == "weight" or supply.experts is not None else None
+        chosen = slice(None) if supply.experts is None else slice(*supply.experts)
+        if adapter is None:
+            return weight[chosen]
+        if supply.experts is None:
+            return merge(weight, adapter.blocked_b(), adapter.stacked_a(), adapter.scale)
+        a_ERI, b_EOR = adapter.stacked()
+        return merge(weight[chosen], b_EOR[chosen], a_ERI[chosen], adapter.scale)
+
+
+def _everyones_shards(session: Session) -> list[list[Shard]]:
+    """Each rank's parameters, in rank order; what a rank holds follows from its sizes and coordinates."""
+    mine = torch.tensor(astuple(sizes_here()), device=device.device())
+    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, mine)
+    config, layout = session.config, session.checkpoint.layout
+    stages = stage_layers(config.layers, session.parallel.pipeline, session.settings.stages)
+    sizes = [Sizes(*one.tolist()) for one in everyones]
+    return [session.handler.shards(config, layout, one, stages[one.pp_rank]) for one in sizes]

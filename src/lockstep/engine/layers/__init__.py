@@ -1,0 +1,1 @@
+"""Layers of a packed row: attention, GatedDeltaNet, experts, adapters, and the output head."""

@@ -1,0 +1,1 @@
+"""The optimizer, the parameters that it trains, and its state on disk."""

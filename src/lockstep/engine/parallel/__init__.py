@@ -1,0 +1,1 @@
+"""Process groups, the device, and what ranks tell each other."""

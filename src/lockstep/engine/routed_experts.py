@@ -1,0 +1,164 @@
+"""Expert routes of a batch: checked before any layer replays them (`router.py`), since Megatron uses replayed numbers unchecked, and
+accounted for afterwards: every record was used exactly once, at its own token and layer.
+
+The account is a sum modulo 2^64. Each record is multiplied with a pseudo-random number of its row, token, layer and place in the top K;
+what the routers used, over all ranks, must add up to what the rows hold. A record that is left out, used twice, or used elsewhere
+changes the sum.
+
+Shapes: R rows, S row length, T tokens of this rank, L mixture-of-experts layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.errors import DataError
+from lockstep.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from lockstep.engine.microbatch import Row
+
+_ODD, _OTHER_ODD = -7046029254386353131, -4658895280553007687
+"""2^64 over the golden ratio, and a multiplier of the splitmix64 generator, as signed numbers."""
+_LAYERS = 1 << 40
+"""Row numbers and layer numbers draw from different ranges."""
+
+recomputing: ContextVar[bool] = ContextVar("lockstep_recomputing", default=False)
+"""True while activations are computed a second time for the backward pass: nothing is counted then."""
+
+
+@contextmanager
+def recompute_pass() -> Iterator[None]:
+    """Around the second computation of a layer."""
+    token = recomputing.set(True)
+    try:
+        yield
+    finally:
+        recomputing.reset(token)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """A pseudo-random int64 for each int64, modulo 2^64."""
+    product = (numbers + 1) * _ODD
+    return (product ^ (product >> 29)) * _OTHER_ODD
+
+
+def record_keys(row: int, length: int, device: torch.device) -> Tensor:
+    """int64 `[length]`: a number for each token of row `row` of the batch (-1: a row of padding)."""
+    return mixed(torch.arange(length, device=device) + (row + 1) * (1 << 24))
+
+
+@cache
+def _layer_keys(layers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 `[L]`: a number for each of these mixture-of-experts layers, counted over the whole model."""
+    return mixed(torch.tensor(layers, device=device) + _LAYERS)
+
+
+@cache
+def _place_keys(topk: int, device: torch.device) -> Tensor:
+    """int64 `[K]`: a number for each place in the top K."""
+    return mixed(torch.arange(topk, device=device))
+
+
+def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
+    """int64 scalar: these records' part of the sum. keys_T: their token's times their layer's. `[..., K]` and `[...]` do as well."""
+    places_K = _place_keys(experts_TK.shape[-1], experts_TK.device)
+    return (((experts_TK + 1) * places_K).sum(-1) * keys_T).sum()
+
+
+def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
+    """int64 scalar: the sum over all of a row's records."""
+    keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
+    layers_L = _layer_keys(tuple(range(routes_SLK.shape[1])), routes_SLK.device)
+    return account(routes_SLK.long(), keys_S[:, None] * layers_L)
+
+
+class Replay(NamedTuple):
+    """What one layer did with its share of a row's records. The last two are alike in all layers of a row."""
+
+    layer: int
+    experts_TK: Tensor
+    """The experts that it used."""
+    own_TK: Tensor
+    """Those that its router would have picked."""
+    counted_T: Tensor
+    """bool: tokens whose picks matter."""
+    keys_T: Tensor
+    """int64: what the tokens' records are accounted with."""
+
+
+class Replayed:
+    """Sums over all records that a stage's routers have used since it was last cleared."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.used = torch.zeros((), dtype=torch.int64, device=device)
+        """The account."""
+        self.picks = torch.zeros(2, dtype=torch.int64, device=device)
+        """Picks that the routers would not have made, and all picks."""
+
+    def clear(self) -> None:
+        self.used.zero_()
+        self.picks.zero_()
+
+    @torch.no_grad()
+    def add(self, layers: Sequence[Replay]) -> None:
+        """One row's, all layers in one go: layer by layer these few sums would be a percent of a training step."""
+        if not layers:
+            return
+        counted_T, keys_T = layers[0].counted_T, layers[0].keys_T
+        experts_LTK = torch.stack([one.experts_TK for one in layers])
+        own_LTK = torch.stack([one.own_TK for one in layers])
+        differs_LTK = (experts_LTK[..., None] != own_LTK[..., None, :]).all(-1)
+        compared = counted_T.sum() * (len(layers) * experts_LTK.shape[-1])
+        self.picks += torch.stack([(differs_LTK & counted_T[:, None]).sum(), compared])
+        keys_L = _layer_keys(tuple(one.layer for one in layers), keys_T.device)
+        self.used += account(experts_LTK, keys_L[:, None] * keys_T)
+
+
+def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -> None:
+    """Raise DataError, on every rank, unless the batch's routes, if any, fit the model: layers, experts per token, range, no expert twice.
+
+    rows: this rank's, whose routes are on the device already: there looking at each of them takes no time.
+    """
+    if batch.routes_RSLK is None:
+        return
+    if not config.is_moe:
+        raise DataError(
+            "the batch has expert routes but the model has no experts; the rollouts belong to another model"
+        )
+    expected = (sum(config.moe_layers), config.experts_per_token)
+    if batch.routes_RSLK.shape[2:] != expected:
+        raise DataError(
+            f"routes are for {batch.routes_RSLK.shape[2]} layers with {batch.routes_RSLK.shape[3]} experts per token, "
+            f"the model has {expected[0]} with {expected[1]}; the rollouts belong to another model"
+        )
+    nowhere = batch.tokens_RS.size
+    found = []
+    for row in rows:
+        assert row.routes_SLK is not None
+        at = first_invalid(row.routes_SLK, config.experts)
+        found.append(torch.where(at < row.length, at + row.index * batch.row_length, nowhere))
+    first = torch.stack(found).min()
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) < nowhere:
+        row, at = divmod(int(first), batch.row_length)
+        routes = batch.routes_RSLK[row, at].tolist()
+        raise DataError(f"row {row}, token {at}: routes {routes} name an expert twice or one beyond {config.experts}")
+
+
+def first_invalid(routes_SLK: Tensor, experts: int) -> Tensor:
+    """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
+    invalid_SL = routes_SLK.amax(-1).int() >= experts  # a narrow type may not hold `experts`
+    for shift in range(1, routes_SLK.shape[-1] // 2 + 1):  # round the circle of places, each meets every other one
+        invalid_SL |= (routes_SLK == routes_SLK.roll(shift, -1)).any(-1)
+    invalid_S = invalid_SL.any(-1)
+    return torch.cat([invalid_S, invalid_S.new_ones(1)]).int().argmax()

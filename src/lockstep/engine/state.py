@@ -1,0 +1,290 @@
+"""What one rank of the trainer holds between requests: model, trainable set, optimizer; and how it is made, loaded and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.config import Parallel
+from lockstep.engine.build import DTYPES, build, sizes_here
+from lockstep.engine.layers import compiled_ops
+from lockstep.engine.model import Model
+from lockstep.engine.optim.optimizer import Optimizer
+from lockstep.engine.optim.state import FILE, OnHost, read_state, write_state
+from lockstep.engine.optim.state_file import StateFile
+from lockstep.engine.optim.trainable import Trainable, assign, attach_adapters, base_trainables
+from lockstep.engine.parallel import device
+from lockstep.errors import ConfigError, StoreError, WeightsError
+from lockstep.models.checkpoint.export import export_checkpoint
+from lockstep.models.checkpoint.load import kept_dtype, load_shards
+from lockstep.models.checkpoint.peft import AdapterInfo, read_adapter, write_adapter
+from lockstep.models.checkpoint.read import Checkpoint, expected_tensors, open_checkpoint
+from lockstep.models.config import ModelConfig
+from lockstep.models.contract import LoraSite, Shard
+from lockstep.models.handler import ModelSupportHandler
+from lockstep.models.layout_rules import stage_layers
+from lockstep.models.parallel_sizes import check_heads
+from lockstep.models.registry import get_model_support_handler, load_model_config
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank, alpha: as in LoraConfig. targets: never empty here; the parent fills in the family's default."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """engine.json. model: a checkpoint folder. lora None: all weights are trained. stages: layers per pipeline stage, None: even.
+
+    compile: run the regions that the family's policy names through torch.compile; None: on a GPU. recompute: all
+    activations in the backward pass, or none; None decides for each batch by the memory there is (`recompute.py`).
+    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays None. trains: False for scoring
+    only: no gradients, no optimizer state, and of the verbs only `score`, `memory`, `offload`, `onload` and `release`.
+    """
+
+    model: str
+    parallel: Parallel
+    dtype: str = "float32"
+    lora: LoraSettings | None = None
+    adapter: str | None = None
+    seed: int = 0
+    recompute: bool | None = None
+    compile: bool | None = None
+    stages: tuple[int, ...] | None = None
+    allow_unvalidated_arch: bool = False
+    timeout_s: float = 600.0
+    trains: bool = True
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Settings:
+        """Check the keys of engine.json. Raises ConfigError naming the first unknown one or a value that makes no sense."""
+        known = set(cls.__dataclass_fields__)
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise ConfigError(f"engine.json: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        values = dict(raw)
+        values["parallel"] = Parallel(**values.get("parallel", {}))
+        if values.get("lora") is not None:
+            lora = values["lora"]
+            values["lora"] = LoraSettings(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
+        if values.get("stages") is not None:
+            values["stages"] = tuple(values["stages"])
+        settings = cls(**values)
+        if settings.dtype not in DTYPES:
+            raise ConfigError(f"engine.json: dtype is {settings.dtype!r}, expected {' or '.join(DTYPES)}")
+        return settings
+
+
+@dataclass
+class Session:
+    """One rank's state. shapes: of every tensor trained on any rank, by canonical name. sites: every LoRA pair of the whole model."""
+
+    settings: Settings
+    config: ModelConfig
+    handler: ModelSupportHandler
+    checkpoint: Checkpoint
+    shards: list[Shard]
+    model: Model
+    trainables: list[Trainable]
+    optimizer: Optimizer
+    shapes: dict[str, Shape]
+    sites: list[LoraSite]
+
+    @property
+    def parallel(self) -> Parallel:
+        return self.settings.parallel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.dtype]
+
+
+def open_session(settings: Settings) -> Session:
+    """Build and load everything on this rank; process groups must be up. Raises LockstepError before anything large is allocated."""
+    folder = Path(settings.model)
+    handler = get_model_support_handler(str(folder), allow_unvalidated_arch=settings.allow_unvalidated_arch)
+    config = load_model_config(str(folder))
+    checkpoint = open_checkpoint(folder, handler, config)
+    sizes = sizes_here()
+    layers = stage_layers(config.layers, settings.parallel.pipeline, settings.stages)[sizes.pp_rank]
+    shards = handler.shards(config, checkpoint.layout, sizes, layers)
+    whole = handler.whole(config, checkpoint.layout)
+    sites = [site for shard in whole for site in shard.sites]
+    initial = None
+    if settings.adapter is not None:
+        initial, info = read_adapter(settings.adapter, sites, config, checkpoint.layout)
+        settings = replace(settings, lora=LoraSettings(info.rank, info.alpha, info.targets))
+    _check_targets(whole, settings.lora)
+    check_heads(config, settings.parallel)
+    _preflight(shards, settings)
+    compiled = device.CUDA if settings.compile is None else settings.compile
+    compiled_ops.enable(handler.compile.regions if compiled else ())
+    model = build(config, settings.parallel, DTYPES[settings.dtype], layers, bool(settings.recompute))
+    _load(model, checkpoint, shards, DTYPES[settings.dtype])
+    if settings.lora is None and not settings.trains:
+        shapes, trainables = {}, []
+    elif settings.lora is None:
+        shapes = expected_tensors(handler, config, checkpoint.layout)
+        shapes = {name: shape for name, shape in shapes.items() if name in _read_names(whole)}
+        trainables = base_trainables(model, shards, shapes)
+    else:
+        lora = settings.lora
+        shapes = _adapter_shapes(whole, lora)
+        trainables = attach_adapters(model, shards, lora.targets, lora.rank, lora.alpha, settings.seed)
+    if initial is not None:
+        assign(trainables, initial)
+    # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed it.
+    narrow = torch.float32 if DTYPES[settings.dtype] == torch.float64 else None
+    optimizer = Optimizer(trainables if settings.trains else [], settings.parallel, config.tied, narrow)
+    return Session(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
+
+
+def _read_names(whole: Sequence[Shard]) -> set[str]:
+    return {piece.name for shard in whole for piece in shard.pieces if piece.name}
+
+
+def _adapter_shapes(whole: Sequence[Shard], lora: LoraSettings) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for site in (s for shard in whole for s in shard.sites if s.target in lora.targets):
+        shapes[f"{site.module}.lora_A"] = (lora.rank, site.in_features)
+        shapes[f"{site.module}.lora_B"] = (site.out_features, lora.rank)
+    return shapes
+
+
+def _check_targets(whole: Sequence[Shard], lora: LoraSettings | None) -> None:
+    if lora is None:
+        return
+    known = sorted({site.target for shard in whole for site in shard.sites})
+    unknown = sorted(set(lora.targets) - set(known))
+    if unknown or not lora.targets:
+        raise ConfigError(
+            f"LoRA target {(unknown or ['(none)'])[0]!r} does not exist in this model; it has {', '.join(known)}"
+        )
+
+
+def _preflight(shards: Sequence[Shard], settings: Settings) -> None:
+    """Weights, and for full fine-tuning fp32 gradients here and three fp32 copies spread over the replicas."""
+    elements = sum(torch.Size(s.shape).numel() for s in shards)
+    needed = elements * DTYPES[settings.dtype].itemsize
+    if settings.lora is None and settings.trains:
+        needed += (
+            elements * DTYPES[settings.dtype].itemsize + elements * 4 + elements * 12 // settings.parallel.replicas
+        )
+    device.require_memory(
+        needed, f"this rank's part of {settings.model} ({elements / 1e9:.2f}B parameters in {settings.dtype})"
+    )
+
+
+@torch.no_grad()
+def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+    """Fill the model's parameters, of `dtype` but for those that keep the checkpoint's fp32."""
+    parameters = dict(model.named_parameters())
+    missing = set(parameters) - {s.megatron for s in shards}
+    if missing:
+        raise WeightsError(f"the weight contract has nothing for {sorted(missing)[0]} ({len(missing)} parameters)")
+    kept = {shard.megatron: kept_dtype(checkpoint, shard, dtype) for shard in shards}
+    for name, tensor in load_shards(checkpoint, shards, device=device.device()):
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise WeightsError(
+                f"the weight contract gives {name} {list(tensor.shape)}, which the model does not have in that shape"
+            )
+        if kept[name] != dtype:
+            parameters[name].data = torch.empty_like(tensor, dtype=kept[name])
+        parameters[name].copy_(tensor)
+
+
+def load_step(session: Session, folder: Path) -> dict[str, Any]:
+    """Take over a step's optimizer state (and with it its weights). Raises WeightsError when it does not fit; nothing is changed then."""
+    state = folder / "trainer"
+    if not (state / FILE).is_file():
+        raise WeightsError(f"{state / FILE} does not exist; give the folder of a published step")
+    read_state(session.optimizer, state)
+    return {"updates": session.optimizer.count}
+
+
+def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> dict[str, Any]:
+    """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/` (all weights, as a Hugging Face
+    folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder.
+
+    on_host: as for `write_state`; nothing else is read from the device."""
+    state = folder / "trainer"
+    if state.exists():  # seen by every rank, so that all of them fail
+        raise StoreError(f"{state} already exists; a step is written once, give a new folder")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        state.mkdir(parents=True)
+    dist.barrier()
+    write_state(session.optimizer, state, session.shapes, on_host)
+    if dist.get_rank() == 0:
+        if session.settings.lora is not None:
+            _write_adapter(session, folder / "adapter", state)
+        else:
+            export_checkpoint(session.checkpoint, _masters(session, state), folder / "model")
+    dist.barrier()
+    return {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())}
+
+
+def _masters(session: Session, state: Path) -> Iterator[tuple[str, Tensor]]:
+    """The whole masters of everything that is trained, one at a time."""
+    file = StateFile(state / FILE)
+    for name, shape in session.shapes.items():
+        yield name, torch.from_numpy(file.view(f"master/{name}", shape).copy())
+    file.close()
+
+
+def _write_adapter(session: Session, folder: Path, state: Path) -> None:
+    """The masters of the file just written, rounded to the model's dtype: exactly what the forward pass uses.
+
+    A model that computes in fp64 uses the masters as they are.
+    """
+    lora = session.settings.lora
+    assert lora is not None
+    dtype = torch.float32 if session.dtype == torch.float64 else session.dtype
+    tensors = {name: master.to(dtype) for name, master in _masters(session, state)}
+    info = AdapterInfo(session.settings.model, lora.rank, lora.alpha, lora.targets)
+    write_adapter(folder, tensors, info, session.config, session.checkpoint.layout)
+
+
+@contextmanager
+def reference_weights(session: Session, folder: Path) -> Iterator[None]:
+    """Another published step's weights in the model while the block runs; the present ones come back in any case."""
+    try:
+        if session.settings.lora is not None:
+            tensors, _ = read_adapter(folder / "adapter", session.sites, session.config, session.checkpoint.layout)
+            assign(session.trainables, tensors)
+        else:
+            file = StateFile(folder / "trainer" / FILE, private=True)
+            assign(session.trainables, Masters(file, session.shapes))
+            file.close()
+        yield
+    finally:
+        session.optimizer.restore_weights()
+
+
+class Masters(Mapping[str, Tensor]):
+    """The masters of a state file by tensor name, each a view of the file: what is read of one is not kept for the next."""
+
+    def __init__(self, file: StateFile, shapes: Mapping[str, Shape]) -> None:
+        self.file, self.shapes = file, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.file.view(f"master/{name}", self.shapes[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

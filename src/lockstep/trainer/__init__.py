@@ -1,0 +1,1 @@
+"""The trainer seen from the parent process: its messages and its client. Imports no torch."""

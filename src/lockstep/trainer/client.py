@@ -1,0 +1,195 @@
+"""The trainer processes seen from the parent: start them, ask them for things, notice when they die.
+
+The parent listens on a Unix socket in a private folder; rank 0 connects, proves with a token that it is the process we started, and
+answers JSON lines. Every request has a deadline. Tensors travel as safetensors files, never over the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import (
+    ConfigError,
+    DataError,
+    LockstepError,
+    MismatchError,
+    ServerError,
+    ServerLostError,
+    TrainerError,
+    WeightsError,
+)
+from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
+from lockstep.trainer.protocol import TOKEN_VARIABLE
+
+# Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
+_USER_ERRORS: dict[str, type[LockstepError]] = {
+    error.__name__: error
+    for error in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
+}
+_LINE_LIMIT = 64 * 2**20
+
+
+class Trainer:
+    """Resident trainer processes, one request at a time."""
+
+    def __init__(self, folder: Path, child: Child, server: asyncio.Server, connection: asyncio.Future):
+        self._folder = folder
+        self._child = child
+        self._server = server
+        self._connection = connection
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._requests = 0
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def start(
+        cls,
+        config: Mapping[str, Any],
+        processes: int,
+        log_path: Path,
+        deadline_s: float = 600,
+        gpus: tuple[int, ...] | None = None,
+    ) -> Trainer:
+        """Start `processes` ranks with `config` (engine.json) and wait until the model is loaded.
+
+        gpus: what they may use; none of them is the CPU, None all that this process may.
+        Raises TrainerError with the log's last lines if a process dies or `deadline_s` passes.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # 0700: only this user reaches the socket
+        socket, config_path = folder / "trainer.sock", folder / "engine.json"
+        if len(os.fsencode(socket)) > LONGEST_SOCKET:
+            folder.rmdir()
+            raise TrainerError(
+                f"{folder.parent} is too long for the path of a Unix socket: set TMPDIR to a shorter folder"
+            )
+        config_path.write_text(json.dumps(config))
+        token = secrets.token_urlsafe(32)
+        connection: asyncio.Future = asyncio.get_running_loop().create_future()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            hello = json.loads(await reader.readline() or b"{}")
+            if connection.done() or not hmac.compare_digest(str(hello.get("token")), token):
+                writer.close()
+                return
+            connection.set_result((reader, writer))
+
+        server = await asyncio.start_unix_server(accept, path=str(socket), limit=_LINE_LIMIT)
+        command = [
+            *(sys.executable, "-m", "lockstep.engine.parallel.launch", str(processes)),
+            *("-m", "lockstep.engine.worker", "--config", str(config_path), "--socket", str(socket)),
+        ]
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        extra = {TOKEN_VARIABLE: token, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        if gpus is not None:
+            extra["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
+        if "PYTHONPATH" in os.environ:  # the trainer runs in this very environment, unlike the server
+            extra["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        child = spawn(command, child_env(extra), log_path, "trainer")
+        trainer = cls(folder, child, server, connection)
+        try:
+            await trainer._connect(deadline_s)
+            await trainer._answer(0, "start", deadline_s)
+        except BaseException:
+            await trainer.close()
+            raise
+        return trainer
+
+    async def _connect(self, deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        while not self._connection.done():
+            self._check_alive("start")
+            if time.monotonic() > end:
+                raise TrainerError(f"trainer did not connect within {deadline_s:.0f} s; {self._last_lines()}")
+            await asyncio.wait([self._connection], timeout=0.1)
+        self._reader, self._writer = self._connection.result()
+
+    def _check_alive(self, doing: str) -> None:
+        code = self._child.poll()
+        if code is not None:
+            raise TrainerError(f"trainer died (exit code {code}) during {doing}; {self._last_lines()}")
+
+    def _last_lines(self) -> str:
+        return f"last lines of {self._child.log_path}:\n{self._child.log_tail(12)}"
+
+    async def call(
+        self,
+        verb: str,
+        args: Mapping[str, Any],
+        *,
+        deadline_s: float,
+        secret: Mapping[str, Any] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Ask for `verb` and wait for its result. `deadline_s` bounds the silence between two messages, heartbeats included.
+
+        secret: arguments for rank 0 alone, which it passes to no other rank.
+        Raises the worker's own error if it is the user's to fix, else TrainerError.
+        """
+        async with self._lock:
+            if self._writer is None:
+                raise TrainerError(f"trainer is closed, it can't {verb}")
+            self._requests += 1
+            request = {"id": self._requests, "verb": verb, "args": dict(args), "secret": dict(secret or {})}
+            self._writer.write(json.dumps(request).encode() + b"\n")
+            return await self._answer(self._requests, verb, deadline_s, on_event)
+
+    async def _answer(
+        self, number: int, verb: str, silence_s: float, on_event: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
+        """The result of request `number`; its events go to `on_event`."""
+        while True:
+            reply = json.loads(await self._line(verb, silence_s))
+            if reply["id"] != number:
+                continue  # a late message of a request that was given up
+            if "event" in reply:
+                if on_event:
+                    on_event(reply["event"])
+            elif "error" in reply:
+                error = reply["error"]
+                kind = _USER_ERRORS.get(error["type"])
+                if kind is None:
+                    raise TrainerError(
+                        f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
+                    )
+                raise kind(error["message"])
+            else:
+                return reply["result"]
+
+    async def _line(self, verb: str, silence_s: float) -> bytes:
+        assert self._reader is not None
+        try:
+            line = await asyncio.wait_for(self._reader.readline(), silence_s)
+        except TimeoutError:
+            raise TrainerError(
+                f"trainer was silent for {silence_s:.0f} s during {verb}; {self._last_lines()}"
+            ) from None
+        except ConnectionError:
+            line = b""
+        if not line:
+            try:
+                code = await asyncio.to_thread(self._child.wait, 10.0)
+            except TimeoutError:
+                raise TrainerError(f"trainer closed its connection during {verb}; {self._last_lines()}") from None
+            raise TrainerError(f"trainer died (exit code {code}) during {verb}; {self._last_lines()}")
+        return line
+
+    async def close(self) -> None:
+        """End the processes; returns when none is left."""
+        if self._writer is not None:
+            self._writer.close()
+            self._reader = self._writer = None
+        self._server.close()
+        await asyncio.to_thread(self._child.terminate, 5.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
