@@ -30,10 +30,10 @@ from typing import Any
 from shapes import SHAPES
 from sync_common import machine, numbers, place, run_child, run_options, write_config
 
+from lockstep.inference.client import Server
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.registry import get_model_support_spec
-from lockstep.serving.client import Server
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 
 HERE = Path(__file__).parent
 WARM_UP = 2

@@ -46,12 +46,12 @@ from sync_common import write_config
 from lockstep.backends.start import route_shape
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.inference.client import Server
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.environment.locate import default_kind
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.client import Server
-from lockstep.serving.environments import default_kind
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

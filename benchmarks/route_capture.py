@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lockstep.serving.environments import default_kind
-from lockstep.serving.install import find_runtime
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.environment.locate import default_kind
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

@@ -30,7 +30,7 @@ from real_steps import conclude, keep_logs, measured, model_options, rollouts, s
 import lockstep as ls
 from lockstep.backends import megatron, serve
 from lockstep.errors import LockstepError, MismatchError
-from lockstep.serving.install import find_runtime
+from lockstep.inference.environment.install import find_runtime
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

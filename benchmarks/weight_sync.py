@@ -30,13 +30,13 @@ from typing import Any
 from shapes import SHAPES
 from sync_common import DEADLINE_S, machine, numbers, place, run_child, run_options, write_config
 
+from lockstep.inference.client import Server
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.contract import Layout
 from lockstep.models.registry import get_model_support_handler, load_model_config
-from lockstep.serving.client import Server
-from lockstep.serving.environments import Runtime
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import ServerConfig, launch
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def runtime():
     """The isolated vLLM environment for a CPU; installed if it isn't yet."""
-    from lockstep.serving.install import install
+    from lockstep.inference.environment.install import install
 
     return install("cpu", progress=print)
 
@@ -45,7 +45,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 async def server(runtime, tiny_qwen3, tmp_path_factory):
     """A real vLLM server on the tiny Qwen3, base model `base`, room for adapters. Shared: leave no adapter behind."""
-    from lockstep.serving.launch import LoraServing, ServerConfig, launch
+    from lockstep.inference.launch import LoraServing, ServerConfig, launch
 
     config = ServerConfig(
         model=tiny_qwen3,

@@ -38,7 +38,7 @@ from lockstep.models.tiny.write import write_tiny
 from lockstep.quickstart import examples_folder
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runfile import load_run_file
-from lockstep.store import published_steps
+from lockstep.runs.store import published_steps
 from lockstep.task import Task, load_task
 from lockstep.warmup import teach
 from stopping import stopped_at

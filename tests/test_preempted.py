@@ -16,8 +16,8 @@ import torch
 from inflight import counted
 from lockstep.batching.routed_experts import decode_routes
 from lockstep.errors import DataError
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.launch import ServerConfig, launch
 from replaying import SHAPE
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -261,7 +261,7 @@ def test_all_linear_is_every_layer_of_the_family():
 async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path, monkeypatch, kept):
     """The parser, the context and vLLM's arguments of the run; those of a run that stored none follow from the model."""
     from lockstep.backends import start
-    from lockstep.store import RunStore
+    from lockstep.runs.store import RunStore
 
     backend = ls.MegatronBackend(
         path=tmp_path, max_model_len=777, tool_call_parser="pythonic", server_args=("--max-num-seqs", "3")

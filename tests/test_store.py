@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lockstep.backends.start import sampling_seed
 from lockstep.errors import StoreError
-from lockstep.store import RunStore, published_steps, read_step
+from lockstep.runs.store import RunStore, published_steps, read_step
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def runtime_install(
     kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
 ) -> None:
     """Build the server's environment from its lock file. Continues where an interrupted install stopped."""
-    from lockstep.serving.install import install
+    from lockstep.inference.environment.install import install
 
     if kind not in (None, "cpu", "cuda"):
         raise ConfigError(f"--kind {kind}: it is cpu or cuda")
@@ -210,7 +210,7 @@ def runtime_install(
 @runtime_app.command("status")
 def runtime_status() -> None:
     """Show which server environments exist, their sizes, and which one is used."""
-    from lockstep.serving.environments import status
+    from lockstep.inference.environment.locate import status
 
     found = status()
     for entry in found:

@@ -23,7 +23,7 @@ from lockstep.live import LiveTable
 from lockstep.loop import Outcome, run
 from lockstep.process.child import guarded
 from lockstep.runfile import RunFile, load_run_file
-from lockstep.store import published_steps
+from lockstep.runs.store import published_steps
 from lockstep.task import Task, load_task
 
 if TYPE_CHECKING:

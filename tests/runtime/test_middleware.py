@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from lockstep.serving.environments import Runtime
-from lockstep.serving.launch import ServerConfig, _command
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.launch import ServerConfig, _command
 from lockstep_vllm import spans
 from lockstep_vllm.auth import BearerAuth
 from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of

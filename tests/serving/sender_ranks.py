@@ -19,7 +19,7 @@ from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.state import Settings, open_session
-from lockstep.serving.client import Server
+from lockstep.inference.client import Server
 from lockstep.weight_sync.sender import Endpoint
 from lockstep.weight_sync.sender_group import StoreCrew
 

@@ -10,8 +10,8 @@ import torch
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.launch import ServerConfig, launch
 from lockstep.weight_sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources, whole_source
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.weight_sync.transports import GlooTransport

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.errors import ConfigError, RuntimeNotInstalledError
-from lockstep.serving.environments import Source, environment_folder, is_complete, runtime_source, status
-from lockstep.serving.install import find_runtime, install
+from lockstep.inference.environment.install import find_runtime, install
+from lockstep.inference.environment.locate import Source, environment_folder, is_complete, runtime_source, status
 
 # Many files, so that there is time to be killed between the first and the last.
 BIG_FILES = 12000
@@ -35,8 +35,8 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
 INSTALL = """
 import sys
 from pathlib import Path
-from lockstep.serving.environments import Source
-from lockstep.serving.install import install
+from lockstep.inference.environment.locate import Source
+from lockstep.inference.environment.install import install
 install("cpu", lambda line: print(line, flush=True), Source(Path(sys.argv[1])))
 """
 

@@ -16,9 +16,9 @@ from sync_driver import flip_one_bit, hf_logprobs, load
 
 from inflight import seen_running
 from lockstep.errors import MismatchError, ServerError, WeightsError
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint

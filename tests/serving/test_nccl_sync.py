@@ -10,9 +10,9 @@ import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import ServerError
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher

@@ -13,10 +13,10 @@ import pytest
 
 import lockstep as ls
 from lockstep.errors import ConfigError
+from lockstep.inference.parsers import REASONING_PARSERS, TOOL_PARSERS, UNSERVED, check_reasoning, resolve_tool_calls
+from lockstep.inference.tokenizer_files import argument, read_tokenizer
 from lockstep.models.registry import get_model_support_spec_by_key
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.parsers import REASONING_PARSERS, TOOL_PARSERS, UNSERVED, check_reasoning, resolve_tool_calls
-from lockstep.serving.tokenizer_files import argument, read_tokenizer
 from nothing_started import refused_at_once
 
 PYTHON_TAG = "<|python_tag|>"

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep.errors import ServerError
-from lockstep.serving.launch import ServerConfig, launch, reserved_port
+from lockstep.inference.launch import ServerConfig, launch, reserved_port
 from stopping import LOOPBACK, below, listening, shared_memory
 
 # Shapes: S tokens of a sequence, V vocabulary.
@@ -265,8 +265,8 @@ def test_a_reserved_port_is_kept_for_one_who_reuses_it():
 DRIVER = """
 import asyncio, sys
 from pathlib import Path
-from lockstep.serving.environments import Runtime
-from lockstep.serving.launch import ServerConfig, launch
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.launch import ServerConfig, launch
 
 async def main():
     model, python, plugin, run = map(Path, sys.argv[1:])

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from lockstep.errors import MismatchError, ServerLostError
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint, WeightPusher

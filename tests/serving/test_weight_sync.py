@@ -18,9 +18,9 @@ from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, l
 
 from inflight import sampled_tokens, seen_sampling
 from lockstep.errors import MismatchError, ServerError, WeightsError
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
-from lockstep.serving.launch import ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher

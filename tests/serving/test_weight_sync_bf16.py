@@ -19,9 +19,9 @@ from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on
 
 from lockstep.backends.start import route_shape
 from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
-from lockstep.serving.launch import ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher

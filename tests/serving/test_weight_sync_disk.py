@@ -10,7 +10,7 @@ import torch
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 
 from lockstep.errors import MismatchError, ServerError
-from lockstep.serving.launch import ServerConfig, launch
+from lockstep.inference.launch import ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher

@@ -17,7 +17,7 @@ from lockstep.backends.probe import ROW, TOKENS, Noise, Probe, ProbeScores, base
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import MismatchError, TrainerError
-from lockstep.serving.client import most_likely
+from lockstep.inference.client import most_likely
 
 LOG = Path("server.log")
 SCORED = 500

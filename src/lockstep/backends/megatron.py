@@ -22,10 +22,10 @@ from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
-from lockstep.serving.install import find_runtime
-from lockstep.serving.tokenizer_files import check_server_args
-from lockstep.store import RunStore, Step
+from lockstep.runs.store import RunStore, Step
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel

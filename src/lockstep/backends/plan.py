@@ -13,13 +13,13 @@ from lockstep.backends.placement import Devices, check_processes, resolve_placem
 from lockstep.backends.start import Parts, route_shape
 from lockstep.config import Parallel, Placement, unsupported
 from lockstep.errors import ConfigError
+from lockstep.inference.launch import LoraServing
+from lockstep.inference.parsers import check_reasoning, resolve_tool_calls
+from lockstep.inference.tokenizer_files import argument, read_tokenizer
 from lockstep.models.config import ModelConfig, checkpoint_dtype, parse_config, read_json
 from lockstep.models.contract import Layout
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.process.free_memory import host_available
-from lockstep.serving.launch import LoraServing
-from lockstep.serving.parsers import check_reasoning, resolve_tool_calls
-from lockstep.serving.tokenizer_files import argument, read_tokenizer
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel

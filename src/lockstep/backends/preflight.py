@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from lockstep.backends.placement import Devices
     from lockstep.config import LoraConfig, Parallel
+    from lockstep.inference.tokenizer_files import TokenizerFiles
     from lockstep.models.config import ModelConfig
     from lockstep.models.contract import Shard
     from lockstep.models.spec import ModelSupportSpec
-    from lockstep.serving.tokenizer_files import TokenizerFiles
 
 KEPT_STEPS = 3
 """Published steps that a run keeps; the newest of them with its optimizer's state."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from lockstep.backends.probe import Noise, Probe
 from lockstep.backends.start import Parts
 from lockstep.errors import StoreError
+from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name
-from lockstep.serving.client import Server
-from lockstep.store import RunStore
+from lockstep.runs.store import RunStore
 from lockstep.trainer.client import Trainer
 
 STEP_DEADLINE_S = 600.0

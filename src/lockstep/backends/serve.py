@@ -19,14 +19,14 @@ from lockstep.errors import (
     ServerLostError,
     WeightsError,
 )
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import launch
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from lockstep.store import Step
+    from lockstep.runs.store import Step
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:

@@ -13,15 +13,15 @@ from lockstep.backends.placement import Devices, resolve_placement
 from lockstep.batching.routed_experts import RouteShape
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError
+from lockstep.inference.client import Server
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
+from lockstep.inference.parsers import ToolCalls, resolve_tool_calls
+from lockstep.inference.tokenizer_files import read_tokenizer
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
-from lockstep.serving.client import Server
-from lockstep.serving.environments import Runtime
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
-from lockstep.serving.parsers import ToolCalls, resolve_tool_calls
-from lockstep.serving.tokenizer_files import read_tokenizer
-from lockstep.store import read_settings, read_step
+from lockstep.runs.store import read_settings, read_step
 from lockstep.trainer.client import Trainer
 
 if TYPE_CHECKING:

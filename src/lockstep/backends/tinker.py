@@ -33,7 +33,7 @@ from lockstep.config import TrainConfig, TrainResult, unsupported
 from lockstep.errors import ConfigError, StoreError, TrainerError
 from lockstep.models.checkpoint.hub import is_folder
 from lockstep.models.registry import get_model_support_spec
-from lockstep.store import RunStore, Step
+from lockstep.runs.store import RunStore, Step
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel

@@ -21,7 +21,7 @@ from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import decode_routes
 from lockstep.batching.top_logprobs import TOP
-from lockstep.serving.client import logprobs_of, most_likely
+from lockstep.inference.client import logprobs_of, most_likely
 
 LEAST_CONTEXT = 49
 """Tokens; a shorter probe says little."""

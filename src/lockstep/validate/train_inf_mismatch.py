@@ -23,13 +23,13 @@ from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import Parallel
+from lockstep.inference.client import Server, most_likely
+from lockstep.inference.environment.install import find_runtime
+from lockstep.inference.environment.locate import default_kind
+from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
-from lockstep.serving.client import Server, most_likely
-from lockstep.serving.environments import default_kind
-from lockstep.serving.install import find_runtime
-from lockstep.serving.launch import LoraServing, ServerConfig, launch
 from lockstep.trainer.client import Trainer
 from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row

@@ -90,7 +90,7 @@ class Source:
 
 def runtime_source() -> Source:
     """The `runtime/` folder of a source checkout, or the copy inside an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "_runtime", package.parents[1] / "runtime"):
         if (folder / "pyproject.toml").is_file() and (folder / "locks").is_dir():
             return Source(folder)

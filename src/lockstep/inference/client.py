@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 
 from lockstep.errors import ServerError
+from lockstep.inference.log import why_it_ended
+from lockstep.inference.vllm_args import adapter_fields
 from lockstep.process.child import Child
-from lockstep.serving.modelargs import adapter_fields
-from lockstep.serving.serverlog import why_it_ended
 
 _CALL_DEADLINE_S = 60.0
 _ADAPTER_DEADLINE_S = 300.0

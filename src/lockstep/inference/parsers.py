@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lockstep.errors import ConfigError
-from lockstep.serving.tokenizer_files import TokenizerFiles, argument
+from lockstep.inference.tokenizer_files import TokenizerFiles, argument
 
 _NO_TOKENS = """
     apertus deepseek_v32 deepseek_v4 deepseek_v41 dots ernie45 functiongemma gemma4 gigachat3 glm45 glm47 granite

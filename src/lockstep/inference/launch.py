@@ -15,11 +15,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.errors import ServerError
+from lockstep.inference.client import Server
+from lockstep.inference.environment.locate import Runtime
+from lockstep.inference.log import last_words, why_it_ended
+from lockstep.inference.vllm_args import model_arguments, needs_two_tokens
 from lockstep.process.child import LONGEST_SOCKET, child_env, spawn, visible_gpus
-from lockstep.serving.client import Server
-from lockstep.serving.environments import Runtime
-from lockstep.serving.modelargs import model_arguments, needs_two_tokens
-from lockstep.serving.serverlog import last_words, why_it_ended
 
 Progress = Callable[[str], None]
 

@@ -25,8 +25,7 @@ import filelock
 import httpx
 
 from lockstep.errors import RuntimeNotInstalledError
-from lockstep.process.child import child_env, spawn
-from lockstep.serving.environments import (
+from lockstep.inference.environment.locate import (
     MARKER,
     PYTHON_VARIABLE,
     Kind,
@@ -40,6 +39,7 @@ from lockstep.serving.environments import (
     lockstep_home,
     runtime_source,
 )
+from lockstep.process.child import child_env, spawn
 
 Progress = Callable[[str], None]
 

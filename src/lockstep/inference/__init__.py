@@ -1,0 +1,1 @@
+"""The isolated server seen from our side: start it, talk to it, understand its end. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Where the server's own environment lives, and its installation."""
