@@ -30,7 +30,7 @@ from typing import Any
 from real_steps import conclude, keep_logs, measured, model_options, rollouts, say
 
 import lockstep as ls
-from lockstep.backends.run import Run
+from lockstep.backends.megatron.run import Run
 from lockstep.errors import ServerError
 from lockstep.rollouts.leases import rollout_scope
 

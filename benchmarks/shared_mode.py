@@ -23,7 +23,7 @@ from typing import Any
 from real_steps import conclude, keep_logs, measured, model_options, passed_s, rollouts, say
 
 import lockstep as ls
-from lockstep.backends.run import Run
+from lockstep.backends.megatron.run import Run
 
 SETTLED = 3
 """The step that growth counts from."""

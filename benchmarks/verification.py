@@ -28,7 +28,8 @@ from typing import Any
 from real_steps import conclude, keep_logs, measured, model_options, rollouts, say
 
 import lockstep as ls
-from lockstep.backends import megatron, serve
+from lockstep.backends.megatron import backend as megatron
+from lockstep.backends.megatron import publish
 from lockstep.errors import LockstepError, MismatchError
 from lockstep.inference.environment.install import find_runtime
 
@@ -74,7 +75,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
                 plots.append(Plot(find_runtime(kind), Path(scratch) / "plugin"))
             return plots[0].runtime
 
-        megatron.find_runtime = serve.find_runtime = planted_runtime
+        megatron.find_runtime = publish.find_runtime = planted_runtime
         lora = None if options.full else ls.LoraConfig(rank=options.rank, alpha=2 * options.rank)
         backend = ls.MegatronBackend(
             path=runs,
@@ -140,7 +141,7 @@ async def planted(
             missed += [] if said else [f"{what} at learning rate {rate:g} was not refused"]
             if model.step == step and step + 1 in backend._run(model).store.published():
                 # A right sync of the step that was trained and published: the run goes on.
-                await serve.serve(backend._run(model), step + 1)
+                await publish.serve(backend._run(model), step + 1)
                 model._advance(step + 1)
     return told, missed
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from lockstep.backends import start
+from lockstep.backends.megatron import launch
 from lockstep.chat import chat_with
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
@@ -338,7 +338,7 @@ async def test_chat_reaches_its_own_server_and_a_refusal_is_one_line(server, mon
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(start, "serve_step", serve_step)
+    monkeypatch.setattr(launch, "serve_step", serve_step)
     said = io.StringIO()
     await asyncio.to_thread(chat_with, tmp_path, "hi", None, Console(file=said))
     assert said.getvalue().startswith("base  ")

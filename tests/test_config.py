@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
 from lockstep.errors import ConfigError
 from lockstep.runfile import RunFile

@@ -11,7 +11,7 @@ import random
 import pytest
 
 import lockstep as ls
-from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.errors import ConfigError, MismatchError
 from lockstep.models.tiny.write import write_tiny
 from replaying import group, multi_turn, prefix_hits, roll_out, words

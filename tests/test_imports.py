@@ -55,7 +55,7 @@ def test_import_lockstep_loads_nothing_and_changes_nothing():
     [
         *("config.py", "rollouts/*.py", "model.py", "runs/*.py"),
         *("task.py", "loop.py", "runfile.py", "cli.py", "process/*.py"),
-        *("batching/*.py", "backends/*.py", "inference/**/*.py", "trainer/*.py"),
+        *("batching/*.py", "backends/**/*.py", "inference/**/*.py", "trainer/*.py"),
     ],
 )
 def test_the_users_side_never_loads_a_framework(pattern):

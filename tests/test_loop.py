@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from drawing import trajectory
-from lockstep.backends import run as backend_run
-from lockstep.backends.megatron import MegatronBackend
-from lockstep.backends.serve import serve
-from lockstep.backends.start import serve_step
+from lockstep.backends.megatron import run as backend_run
+from lockstep.backends.megatron.backend import MegatronBackend
+from lockstep.backends.megatron.launch import serve_step
+from lockstep.backends.megatron.publish import serve
 from lockstep.errors import (
     ConfigError,
     DataError,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep as ls
-from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.models.tiny.write import write_tiny
 from lockstep.quickstart import examples_folder
 from lockstep.rollouts.gather import gather_trajectory_groups

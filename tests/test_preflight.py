@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lockstep as ls
-from lockstep.backends import capacity, placement, plan, preflight
-from lockstep.backends.capacity import GIB, Footprint
+from lockstep.backends.megatron import capacity, placement, preflight, resolve
+from lockstep.backends.megatron.capacity import GIB, Footprint
 from lockstep.config import Parallel
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.models.config import parse_config
@@ -54,11 +54,11 @@ def model_of(base: Path, **settings) -> ls.TrainableModel:
     return ls.TrainableModel(name="m", project="p", base_model=str(base), **settings)
 
 
-def value(resolved: plan.Plan, name: str):
+def value(resolved: resolve.Plan, name: str):
     return resolved.stored()[name]
 
 
-def why(resolved: plan.Plan, name: str) -> str:
+def why(resolved: resolve.Plan, name: str) -> str:
     return next(setting.why for setting in resolved.settings if setting.name == name)
 
 
@@ -260,7 +260,7 @@ def test_all_linear_is_every_layer_of_the_family():
 @pytest.mark.parametrize("kept", [True, False])
 async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path, monkeypatch, kept):
     """The parser, the context and vLLM's arguments of the run; those of a run that stored none follow from the model."""
-    from lockstep.backends import start
+    from lockstep.backends.megatron import launch as start
     from lockstep.runs.store import RunStore
 
     backend = ls.MegatronBackend(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lockstep as ls
-from lockstep.backends.megatron import MegatronBackend
+from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.batching.prepare import prepare
 from lockstep.errors import DataError
 from lockstep.models.tiny.write import write_tiny

@@ -18,9 +18,9 @@ from openai import APIStatusError, BadRequestError, NotFoundError
 import lockstep as ls
 import tinker_service
 from drawing import choice, random_sequences, seeds
-from lockstep.backends import chat
-from lockstep.backends.start import serve_step
-from lockstep.backends.tinker_data import check_lora, check_train_config, examples_of, loss_inputs
+from lockstep.backends.megatron.launch import serve_step
+from lockstep.backends.tinker import chat_format
+from lockstep.backends.tinker.datums import check_lora, check_train_config, examples_of, loss_inputs
 from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import scored_row, total_weight
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
@@ -342,7 +342,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
     ],
 )
 def test_tool_calls_are_parsed(text, content, names):
-    found, calls = chat.split_tool_calls(text)
+    found, calls = chat_format.split_tool_calls(text)
     assert found == content
     assert [call["function"]["name"] for call in calls] == names
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
@@ -353,17 +353,17 @@ def test_a_conversation_with_calls_renders_as_it_was_sampled(folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    first = chat.ChatRequest(model="m@0", messages=QUESTION, tools=TOOLS)
-    prompt = chat.render(first, tokenizer)
+    first = chat_format.ChatRequest(model="m@0", messages=QUESTION, tools=TOOLS)
+    prompt = chat_format.render(first, tokenizer)
     text = 'on it<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
-    one = chat.choice(first, tokenizer, prompt, tokens, [-1.0] * len(tokens), True, 0)
+    one = chat_format.choice(first, tokenizer, prompt, tokens, [-1.0] * len(tokens), True, 0)
     assert (one["finish_reason"], one["message"]["content"]) == ("tool_calls", "on it")
     assert b"".join(bytes(part["bytes"]) for part in one["logprobs"]["content"][:-1]) == text.encode()
     turn = [*QUESTION, one["message"], {"role": "tool", "content": "2", "tool_call_id": "x"}]
-    following = chat.render(chat.ChatRequest(model="m@0", messages=turn, tools=TOOLS), tokenizer)
+    following = chat_format.render(chat_format.ChatRequest(model="m@0", messages=turn, tools=TOOLS), tokenizer)
     assert following[: len(prompt) + len(tokens)] == prompt + tokens
-    quiet = chat.choice(
+    quiet = chat_format.choice(
         first.model_copy(update={"tool_choice": "none"}), tokenizer, prompt, tokens, [-1.0] * len(tokens), False, 0
     )
     assert (quiet["finish_reason"], quiet["message"]["content"]) == ("length", text)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend, Endpoint
-    from lockstep.backends.megatron import MegatronBackend
-    from lockstep.backends.tinker import TinkerBackend
+    from lockstep.backends.megatron.backend import MegatronBackend
+    from lockstep.backends.tinker.backend import TinkerBackend
     from lockstep.config import LoraConfig, Parallel, Placement, TrainConfig, TrainResult
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
@@ -26,10 +26,10 @@ _HOME = {
     "Endpoint": "lockstep.backends.base",
     "LockstepError": "lockstep.errors",
     "LoraConfig": "lockstep.config",
-    "MegatronBackend": "lockstep.backends.megatron",
+    "MegatronBackend": "lockstep.backends.megatron.backend",
     "Parallel": "lockstep.config",
     "Placement": "lockstep.config",
-    "TinkerBackend": "lockstep.backends.tinker",
+    "TinkerBackend": "lockstep.backends.tinker.backend",
     "TrainConfig": "lockstep.config",
     "TrainResult": "lockstep.config",
     "TrainableModel": "lockstep.model",

@@ -16,11 +16,11 @@ def chat_with(run: Path, message: str | None, step: int | None, console: Console
 
     Not async: while an event loop runs, Ctrl-C at the prompt would only be noted.
     """
-    from lockstep.backends import start
+    from lockstep.backends.megatron import launch
 
     with asyncio.Runner() as runner:
         with console.status("starting the server") as status:
-            server, name = runner.run(start.serve_step(run, step, status.update))
+            server, name = runner.run(launch.serve_step(run, step, status.update))
         messages: list[Any] = []
         try:
             while True:

@@ -27,7 +27,7 @@ from lockstep.runs.store import published_steps
 from lockstep.task import Task, load_task
 
 if TYPE_CHECKING:
-    from lockstep.backends.megatron import MegatronBackend
+    from lockstep.backends.megatron.backend import MegatronBackend
     from lockstep.model import TrainableModel
 
 _RECIPE = "warmup.json"
@@ -193,7 +193,7 @@ async def _train(
 
 
 def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBackend]:
-    from lockstep.backends.megatron import MegatronBackend
+    from lockstep.backends.megatron.backend import MegatronBackend
     from lockstep.model import TrainableModel
 
     model = TrainableModel(

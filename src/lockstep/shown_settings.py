@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.backends.plan import Setting
+from lockstep.backends.megatron.resolve import Setting
 from lockstep.errors import RuntimeNotInstalledError
 from lockstep.inference.environment.install import find_runtime
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lockstep.backends.plan import Plan
+    from lockstep.backends.megatron.resolve import Plan
     from lockstep.config import Config, TrainConfig
     from lockstep.runfile import TaskSection
 

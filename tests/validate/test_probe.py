@@ -13,7 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.backends.probe import ROW, TOKENS, Noise, Probe, ProbeScores, base_noise, check_finite, compare, power
+from lockstep.backends.megatron.probe import (
+    ROW,
+    TOKENS,
+    Noise,
+    Probe,
+    ProbeScores,
+    base_noise,
+    check_finite,
+    compare,
+    power,
+)
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import MismatchError, TrainerError

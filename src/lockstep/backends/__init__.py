@@ -1,0 +1,1 @@
+"""What trains and serves a model: the interface, and one folder per implementation."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends import chat
 from lockstep.backends.base import Endpoint, check_new
-from lockstep.backends.chat_endpoint import ChatEndpoint, RequestError
-from lockstep.backends.tinker_data import (
+from lockstep.backends.tinker import chat_format
+from lockstep.backends.tinker.chat_server import ChatEndpoint, RequestError
+from lockstep.backends.tinker.datums import (
     Example,
     check_lora,
     check_train_config,
@@ -202,7 +202,7 @@ class TinkerBackend:
 
     async def complete(self, model: TrainableModel, body: bytes) -> dict[str, Any]:
         """The endpoint's answer to one chat completion request. Raises RequestError."""
-        run, request = self._run(model), chat.ChatRequest.read(body)
+        run, request = self._run(model), chat_format.ChatRequest.read(body)
         owner, _, number = request.model.rpartition("@")
         sampler = run.samplers.get(int(number)) if owner == model.name and number.isdecimal() else None
         if sampler is None:
@@ -211,7 +211,7 @@ class TinkerBackend:
             raise RequestError(
                 400, f"tools are not supported for {run.spec.key}: only calls in the Hermes format are parsed here"
             )
-        prompt = chat.render(request, run.tokenizer)
+        prompt = chat_format.render(request, run.tokenizer)
         how = request.sampling
         settings = _sdk().SamplingParams(
             max_tokens=request.max_completion_tokens or request.max_tokens,
@@ -230,8 +230,8 @@ class TinkerBackend:
             if one.logprobs is None:
                 raise RequestError(502, "Tinker sampled without log-probabilities")
             tokens, stopped = list(one.tokens), one.stop_reason == "stop"
-            choices.append(chat.choice(request, run.tokenizer, prompt, tokens, one.logprobs, stopped, index))
-        return chat.completion(request, choices)
+            choices.append(chat_format.choice(request, run.tokenizer, prompt, tokens, one.logprobs, stopped, index))
+        return chat_format.completion(request, choices)
 
     async def close(self) -> None:
         """Close endpoints and end the session with the service; published steps stay. Safe to call twice."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends import preflight
-from lockstep.backends.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu
-from lockstep.backends.exact import check_exact
-from lockstep.backends.placement import Devices, check_processes, resolve_placement, resolve_transport
-from lockstep.backends.start import Parts, route_shape
+from lockstep.backends.megatron import preflight
+from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu
+from lockstep.backends.megatron.exact import check_exact
+from lockstep.backends.megatron.launch import Parts, route_shape
+from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.config import Parallel, Placement, unsupported
 from lockstep.errors import ConfigError
 from lockstep.inference.launch import LoraServing

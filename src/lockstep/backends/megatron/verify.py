@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from lockstep.backends import probe as probing
-from lockstep.backends.probe import ROW, TOKENS, Probe, ProbeScores
-from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.backends.turns import servers_turn, trainers_turn
+from lockstep.backends.megatron import probe as probing
+from lockstep.backends.megatron.colocated import servers_turn, trainers_turn
+from lockstep.backends.megatron.probe import ROW, TOKENS, Probe, ProbeScores
+from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from lockstep.backends.run import STEP_DEADLINE_S, Run
+from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
 from lockstep.errors import ServerError
 
 IN_FLIGHT_DEADLINE_S = 600.0

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
-from lockstep.backends.probe import Noise, Probe
-from lockstep.backends.start import Parts
+from lockstep.backends.megatron.launch import Parts
+from lockstep.backends.megatron.probe import Noise, Probe
 from lockstep.errors import StoreError
 from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lockstep.config import TrainConfig, unsupported
 
 if TYPE_CHECKING:
-    from lockstep.backends.placement import Devices
+    from lockstep.backends.megatron.placement import Devices
     from lockstep.models.config import ModelConfig
     from lockstep.models.spec import ModelSupportSpec
 

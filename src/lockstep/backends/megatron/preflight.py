@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.backends.capacity import GIB, WIDTH, Footprint
+from lockstep.backends.megatron.capacity import GIB, WIDTH, Footprint
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.models.parallel_sizes import check_parallel
 from lockstep.models.targets import check_targets
@@ -15,7 +15,7 @@ from lockstep.process.free_memory import DeviceMemory, disk_free, gpu_memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lockstep.backends.placement import Devices
+    from lockstep.backends.megatron.placement import Devices
     from lockstep.config import LoraConfig, Parallel
     from lockstep.inference.tokenizer_files import TokenizerFiles
     from lockstep.models.config import ModelConfig

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.base import Endpoint, check_new
-from lockstep.backends.exact import exact_config
-from lockstep.backends.plan import Asked, Plan, make_plan
-from lockstep.backends.run import STEP_DEADLINE_S, Run, all_ended
-from lockstep.backends.serve import back_to_published, give_up_turn, publish_and_serve, serve
-from lockstep.backends.start import start_both
-from lockstep.backends.turns import trainers_turn
-from lockstep.backends.verify import LEAST_CONTEXT, BeforeStep, measure_noise
+from lockstep.backends.megatron.colocated import trainers_turn
+from lockstep.backends.megatron.exact import exact_config
+from lockstep.backends.megatron.launch import start_both
+from lockstep.backends.megatron.publish import back_to_published, give_up_turn, publish_and_serve, serve
+from lockstep.backends.megatron.resolve import Asked, Plan, make_plan
+from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run, all_ended
+from lockstep.backends.megatron.verify import LEAST_CONTEXT, BeforeStep, measure_noise
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
 from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends.placement import Devices, resolve_placement
+from lockstep.backends.megatron.placement import Devices, resolve_placement
 from lockstep.batching.routed_experts import RouteShape
 from lockstep.config import LoraConfig, Parallel
 from lockstep.errors import ConfigError, StoreError

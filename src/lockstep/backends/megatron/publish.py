@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lockstep.backends import run as deadlines
-from lockstep.backends.probe import ProbeScores, check_finite
-from lockstep.backends.run import STEP_DEADLINE_S, Run
-from lockstep.backends.turns import make_room_for_weights, never_left_asleep, servers_turn
-from lockstep.backends.verify import trained_scores, verify
+from lockstep.backends.megatron import run as deadlines
+from lockstep.backends.megatron.colocated import make_room_for_weights, never_left_asleep, servers_turn
+from lockstep.backends.megatron.probe import ProbeScores, check_finite
+from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
+from lockstep.backends.megatron.verify import trained_scores, verify
 from lockstep.errors import (
     LockstepError,
     MismatchError,
