@@ -27,7 +27,7 @@ from shapes import DECIDED, ROUTED, write_random
 from lockstep.models.tiny.tokenizer import save_tokenizer
 from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.stage import Report, Request, Row
-from lockstep.validate.train_inf_mismatch import run
+from lockstep.validate.stages.train_inf_mismatch import run
 
 GAINS = {"routed": ROUTED, "decided": DECIDED}
 SHARE, KL = 0.25, 1e-3

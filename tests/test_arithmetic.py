@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
+from lockstep.cli.quickstart import examples_folder
+from lockstep.cli.real_quickstart import Replies
 from lockstep.errors import ConfigError
-from lockstep.quickstart import examples_folder
-from lockstep.real_quickstart import Replies
-from lockstep.runfile import load_run_file
-from lockstep.task import load_task
+from lockstep.loop.run_file import load_run_file
+from lockstep.loop.task import load_task
 
 FOLDER = examples_folder() / "arithmetic"
 

@@ -21,15 +21,15 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from lockstep.backends.megatron import launch
-from lockstep.chat import chat_with
+from lockstep.cli.chat import chat_with
+from lockstep.cli.live_table import LiveTable
+from lockstep.cli.score import _sequences, read_lines
 from lockstep.config import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
-from lockstep.live import LiveTable
-from lockstep.loop import Row
+from lockstep.loop.run_file import BackendSection, TaskSection, load_run_file
+from lockstep.loop.synchronous import Row
 from lockstep.models.registry import list_model_support_specs
 from lockstep.models.tiny.write import write_tiny
-from lockstep.runfile import BackendSection, TaskSection, load_run_file
-from lockstep.scoring import _sequences, read_lines
 from lockstep.trainer.client import Trainer
 from nothing_started import refused_at_once
 
@@ -44,7 +44,7 @@ async def rollout(model, scenario, temperature):
 
 
 def lockstep(*arguments, cwd=None, columns=200):
-    command = [sys.executable, "-m", "lockstep.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "lockstep.cli.main", *map(str, arguments)]
     environment = os.environ | {"COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False)
 
@@ -255,9 +255,7 @@ def test_a_bad_field_of_the_tiny_model_gets_one_line(tmp_path):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     making = tmp_path / "q" / "examples" / ".yes-no-maybe-base.making"
     # A shell's background job ignores SIGINT, and its children with it.
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lockstep.cli import main; main()"
-    )
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lockstep.cli.main import main; main()"
     command = [sys.executable, "-c", program, "quickstart", "--path", tmp_path / "q"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
 from lockstep.errors import ConfigError
-from lockstep.runfile import RunFile
-from lockstep.task import load_task
+from lockstep.loop.run_file import RunFile
+from lockstep.loop.task import load_task
 
 
 def refused(build, *parts: str) -> None:

@@ -23,6 +23,8 @@ from lockstep.backends.megatron import run as backend_run
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
+from lockstep.cli.quickstart import examples_folder
+from lockstep.cli.tiny_sft import teach
 from lockstep.errors import (
     ConfigError,
     DataError,
@@ -33,14 +35,12 @@ from lockstep.errors import (
     StoreError,
     TrainerError,
 )
-from lockstep.loop import greedy_reward, roll_out
+from lockstep.loop.run_file import load_run_file
+from lockstep.loop.synchronous import greedy_reward, roll_out
+from lockstep.loop.task import Task, load_task
 from lockstep.models.tiny.write import write_tiny
-from lockstep.quickstart import examples_folder
 from lockstep.rollouts.parquet import read_parquet
-from lockstep.runfile import load_run_file
 from lockstep.runs.store import published_steps
-from lockstep.task import Task, load_task
-from lockstep.warmup import teach
 from stopping import stopped_at
 
 pytestmark = pytest.mark.server
@@ -358,7 +358,7 @@ async def test_bad_batches_are_refused_and_change_nothing(running, task, kind, e
 
 async def test_a_rollout_that_raises_loses_nothing(running, task, section, tmp_path):
     """The finished rollouts of the step are on disk, and the error names the first failure."""
-    from lockstep.loop import run
+    from lockstep.loop.synchronous import run
 
     model, backend = running
     calls = 0

@@ -19,13 +19,13 @@ from lockstep.backends.megatron import run as backend_run
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
+from lockstep.cli.quickstart import examples_folder
+from lockstep.cli.tiny_sft import teach
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
-from lockstep.loop import roll_out
+from lockstep.loop.run_file import load_run_file
+from lockstep.loop.synchronous import roll_out
+from lockstep.loop.task import load_task
 from lockstep.models.tiny.write import write_tiny
-from lockstep.quickstart import examples_folder
-from lockstep.runfile import load_run_file
-from lockstep.task import load_task
-from lockstep.warmup import teach
 from stopping import stopped_at
 
 pytestmark = pytest.mark.server

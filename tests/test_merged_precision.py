@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from lockstep.backends.megatron.backend import MegatronBackend
+from lockstep.cli.quickstart import examples_folder
+from lockstep.loop.run_file import load_run_file
+from lockstep.loop.task import load_task
 from lockstep.models.tiny.write import write_tiny
-from lockstep.quickstart import examples_folder
 from lockstep.rollouts.gather import gather_trajectory_groups
-from lockstep.runfile import load_run_file
-from lockstep.task import load_task
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversations import CONVERSATIONS
-from lockstep.scoring import Line, score
+from lockstep.cli.score import Line, score
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ async def test_scores_of_real_conversations_are_hugging_faces(smollm2, reference
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_real_quickstart_learns(smollm2, runtime, tmp_path, seed):
     """The greedy reward on 64 held-out questions rises by 0.15 with each seed: the command says so with its exit code."""
-    command = [sys.executable, "-m", "lockstep.cli", "quickstart", "--real", "--path", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "lockstep.cli.main", "quickstart", "--real", "--path", str(tmp_path / "run")]
     ended = subprocess.run([*command, "--seed", str(seed)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     line = next(line for line in ended.stdout.splitlines() if line.startswith("greedy reward"))

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from conversations import CONVERSATIONS
 from gguf_files import write_gguf
+from lockstep.cli.real_model import smollm2_gguf
 from lockstep.errors import ConfigError, LockstepError, UnsupportedModelError, WeightsError
 from lockstep.models.gguf.convert import import_gguf
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
-from lockstep.real_model import smollm2_gguf
 
 
 @pytest.fixture(scope="module")

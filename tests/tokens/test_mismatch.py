@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import DataError
-from lockstep.validate.mismatch import logprob_mismatch, picks_that_differ, top_overlap
+from lockstep.metrics.mismatch import logprob_mismatch, picks_that_differ, top_overlap
 
 
 def test_logprobs_closed_form():

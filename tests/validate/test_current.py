@@ -18,8 +18,8 @@ from lockstep.batching.packed_batch import scored_row
 from lockstep.batching.prepare import prepare
 from lockstep.config import TrainConfig
 from lockstep.engine.losses.policy import finish_metrics, policy_loss, reduce_sums, scored_tensors
+from lockstep.metrics.mismatch import logprob_mismatch
 from lockstep.rollouts.trajectory import TrajectoryGroup
-from lockstep.validate.mismatch import logprob_mismatch
 
 CONFIG = TrainConfig(max_steps_off_policy=3)
 

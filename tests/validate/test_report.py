@@ -11,10 +11,10 @@ from rich.console import Console
 
 from lockstep.errors import ConfigError
 from lockstep.models.tiny.write import write_tiny
-from lockstep.validate.command import validate_model
 from lockstep.validate.report import table, write_json
+from lockstep.validate.runner import validate_model
 from lockstep.validate.stage import STAGES, Report, Row, check_names
-from lockstep.validate.train_inf_mismatch import COLUMNS, KL, prompt
+from lockstep.validate.stages.train_inf_mismatch import COLUMNS, KL, prompt
 
 
 def report(ok) -> Report:
@@ -55,7 +55,7 @@ def test_unknown_stages_are_named_before_anything_starts():
 @pytest.mark.parametrize("damage", [False, True], ids=["sound", "the server holds other weights"])
 async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
     """fp32: trainer and server agree on every token, for base and adapter. Planted fault: the trainer reads another checkpoint."""
-    from lockstep.validate import train_inf_mismatch as stage
+    from lockstep.validate.stages import train_inf_mismatch as stage
 
     small = {"num_hidden_layers": 2, "hidden_size": 64}
     base = write_tiny("qwen3", tmp_path / "model", seed=random.randrange(1000), overrides=small)

@@ -79,4 +79,4 @@ def check_names(names: Sequence[str]) -> None:
 async def run_stage(name: str, request: Request) -> Report:
     """Run one stage. Raises ConfigError for an unknown name, and whatever the stage raises."""
     check_names([name])
-    return await importlib.import_module(f"lockstep.validate.{name}").run(request)
+    return await importlib.import_module(f"lockstep.validate.stages.{name}").run(request)

@@ -20,7 +20,7 @@ import numpy as np
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
 from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import MismatchError, TrainerError
-from lockstep.validate.mismatch import top_overlap
+from lockstep.metrics.mismatch import top_overlap
 
 TOKENS = 512
 """A probe takes sequences until it has this many tokens."""

@@ -21,9 +21,9 @@ from lockstep.rollouts.trajectory import TrajectoryGroup
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend
     from lockstep.config import TrainConfig
+    from lockstep.loop.run_file import TaskSection
+    from lockstep.loop.task import Task
     from lockstep.model import TrainableModel
-    from lockstep.runfile import TaskSection
-    from lockstep.task import Task
 
 
 _ROUNDING = 1e-9

@@ -1,6 +1,6 @@
 """Teach a tiny random model the format of a task by a few seconds of supervised training, so that it answers at all.
 
-Runs as a process of its own (`python -m lockstep.warmup`), since it loads torch and transformers. It trains all weights of the
+Runs as a process of its own (`python -m lockstep.cli.tiny_sft`), since it loads torch and transformers. It trains all weights of the
 Hugging Face model in place, on the assistant's tokens only, and leaves an ordinary checkpoint behind.
 
 Shape suffixes: B batch, S tokens, V vocabulary.

@@ -27,11 +27,11 @@ from lockstep.inference.client import Server, most_likely
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
+from lockstep.metrics.mismatch import logprob_mismatch, top_overlap
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.trainer.client import Trainer
-from lockstep.validate.mismatch import logprob_mismatch, top_overlap
 from lockstep.validate.stage import Report, Request, Row
 
 _DEADLINE_S = 600.0

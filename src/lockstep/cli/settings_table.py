@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lockstep.backends.megatron.resolve import Plan
     from lockstep.config import Config, TrainConfig
-    from lockstep.runfile import TaskSection
+    from lockstep.loop.run_file import TaskSection
 
 _MODEL = ("base_model", "family", "lora")
 """Settings whose names begin so belong to the config file's [model]."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lockstep.loop import Row
+from lockstep.loop.synchronous import Row
 
 _COLUMNS = ("step", "reward", "greedy", "loss", "KL", "mismatch", "rollout s", "train s", "sync s")
 

@@ -54,7 +54,7 @@ def quickstart(
 
     With --real: a real model, until its greedy reward on 64 held-out questions has risen by 0.15; some minutes.
     """
-    from lockstep.quickstart import run_quickstart
+    from lockstep.cli.quickstart import run_quickstart
 
     raise SystemExit(asyncio.run(run_quickstart(path, seed, fresh, console, real)))
 
@@ -73,7 +73,7 @@ def train(
 
     Run it again to go on from the last published step. Exits with 3 if the run ends below its stop_at_reward.
     """
-    from lockstep.quickstart import run_file
+    from lockstep.cli.train import run_file
 
     raise SystemExit(asyncio.run(run_file(config, tiny, console, dry_run)))
 
@@ -85,7 +85,7 @@ def chat(
     step: Annotated[int | None, typer.Option(help="which published step; the last one if not given")] = None,
 ) -> None:
     """Talk to a trained model: starts its server, loads the step's adapter, and reads from the terminal."""
-    from lockstep.chat import chat_with
+    from lockstep.cli.chat import chat_with
 
     chat_with(run, message, step, console)
 
@@ -107,9 +107,9 @@ def score(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
 ) -> None:
     """Score token sequences with the training engine: one log-probability per token after the first."""
+    from lockstep.cli.score import read_lines, write_lines
+    from lockstep.cli.score import score as score_lines
     from lockstep.config import Parallel
-    from lockstep.scoring import read_lines, write_lines
-    from lockstep.scoring import score as score_lines
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
@@ -136,7 +136,7 @@ def validate(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
 ) -> None:
     """Check a model on this machine: the trainer against the server. Exits with 1 if a stage is outside its limits."""
-    from lockstep.validate.command import validate_model
+    from lockstep.validate.runner import validate_model
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lockstep.cli.real_model import smollm2
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.locate import default_kind
-from lockstep.real_model import smollm2
-from lockstep.runfile import RunFile, load_run_file
-from lockstep.task import Task, load_task
+from lockstep.loop.run_file import RunFile, load_run_file
+from lockstep.loop.task import Task, load_task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,8 @@ class Replies:
 
 async def train_real(path: Path, seed: int, console: Console) -> int:
     """Fetch the model, train it until the reward has risen by RISE, and print replies. Returns the exit code."""
-    from lockstep.quickstart import examples_folder, execute, placed
+    from lockstep.cli.quickstart import examples_folder, placed
+    from lockstep.cli.train import execute
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

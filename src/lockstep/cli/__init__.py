@@ -1,0 +1,1 @@
+"""The command line: one module per command. Everything it does is in the library below."""

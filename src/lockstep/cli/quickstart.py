@@ -1,0 +1,66 @@
+"""`lockstep quickstart`: the example run, in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from lockstep.cli.exclusive import alone
+from lockstep.cli.train import execute
+from lockstep.errors import ConfigError
+from lockstep.loop.run_file import RunFile, load_run_file
+
+
+def examples_folder() -> Path:
+    """The examples: beside the package in an installed wheel, at the top of a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_examples", package.parents[1] / "examples"):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"the examples are missing beside {package}: install lockstep-rl again, or use a source checkout")
+
+
+async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
+    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward reached its target.
+
+    fresh: whatever an earlier quickstart left in the folder is deleted first. real: arithmetic on SmolLM2 instead.
+    """
+    from lockstep.cli.real_quickstart import train_real
+
+    if real and not fresh:
+        raise ConfigError("--real measures the rise from its own start: leave out --no-fresh")
+    path = path.expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file: choose another --path")
+    mark, lock = path / ".quickstart", path / ".quickstart.lock"
+    ours = mark.exists() or not path.exists() or all(child == lock for child in path.iterdir())
+    if fresh and not ours:
+        raise ConfigError(f"{path} holds something else than a quickstart: choose another --path or pass --no-fresh")
+    path.mkdir(parents=True, exist_ok=True)
+    with alone(lock, f"{path} is in use by another quickstart"):
+        if ours:  # what was here before a quickstart came with --no-fresh is never marked, and so never deleted
+            mark.touch()
+        if fresh:
+            _empty(path, keep=(mark, lock))
+        if real:
+            return await train_real(path, seed, console)
+        config = examples_folder() / "yes_no_maybe" / "config.toml"
+        return await execute(placed(load_run_file(config), path, seed), config, tiny=True, console=console)
+
+
+def placed(file: RunFile, path: Path, seed: int) -> RunFile:
+    """The run in another folder and with another seed."""
+    backend, task = file.backend.model_copy(update={"path": str(path)}), file.task.model_copy(update={"seed": seed})
+    return file.model_copy(update={"backend": backend, "task": task})
+
+
+def _empty(folder: Path, keep: tuple[Path, ...]) -> None:
+    for child in folder.iterdir():
+        if child in keep:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()

@@ -1,0 +1,138 @@
+"""`lockstep train`: from a run's file to a trained model."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lockstep.cli.live_table import LiveTable
+from lockstep.cli.tiny_model import make_tiny
+from lockstep.config import TrainConfig
+from lockstep.errors import ConfigError
+from lockstep.loop.run_file import RunFile, load_run_file
+from lockstep.loop.synchronous import Outcome, run
+from lockstep.loop.task import Task, load_task
+from lockstep.runs.store import published_steps
+
+if TYPE_CHECKING:
+    from lockstep.backends.megatron.backend import MegatronBackend
+    from lockstep.model import TrainableModel
+
+
+async def run_file(config: Path, tiny: bool, console: Console, dry_run: bool = False) -> int:
+    """`lockstep train CONFIG`. Returns the exit code. dry_run: every resolved setting is shown, and nothing is started."""
+    file = load_run_file(config)
+    return await (show_settings if dry_run else execute)(file, config, tiny, console)
+
+
+async def show_settings(file: RunFile, config: Path, tiny: bool, console: Console) -> int:
+    """Resolve and check all that `execute` would start, show it, and start nothing.
+
+    A tiny model is made for it in a temporary folder, untaught, where the run has not made its own yet.
+    """
+    from lockstep.cli.settings_table import show_all
+
+    task = load_task(config.parent / file.task.file)
+    with tempfile.TemporaryDirectory(prefix="lockstep-dry-run-") as scratch:
+        base_model, settings = file.model.base_model, file.train
+        if tiny:
+            folder = _tiny_folder(file)
+            if not folder.exists():
+                untaught = file.tiny.model_copy(update={"warmup_steps": 0})
+                folder = Path(scratch) / folder.name
+                await make_tiny(folder, file.model_copy(update={"tiny": untaught}), task, console)
+            base_model, settings = str(folder), file.tiny_train_config()
+            file = _as_tiny(file)
+        model, backend = _made(file, base_model)
+        show_all(console, await backend.resolve(model), file.task, settings)
+    return 0
+
+
+def _tiny_folder(file: RunFile) -> Path:
+    # Absolute: it is part of what the run is, and chat may be called from elsewhere.
+    return Path(file.backend.path).expanduser().resolve() / file.model.project / f"{file.model.name}-base"
+
+
+def _as_tiny(file: RunFile) -> RunFile:
+    """The file with what a tiny model needs: its template writes calls as JSON for every family."""
+    if file.backend.tool_call_parser is not None:
+        return file
+    return file.model_copy(update={"backend": file.backend.model_copy(update={"tool_call_parser": "hermes"})})
+
+
+async def execute(
+    file: RunFile, config: Path, tiny: bool, console: Console, task: Task | None = None, rise: float | None = None
+) -> int:
+    """Prepare the model, start the backend, run the loop, and say where the result is.
+
+    task: None loads the one that the file names. rise: see `loop.run`.
+    """
+    started = time.monotonic()
+    task = task or load_task(config.parent / file.task.file)
+    base_model, settings = file.model.base_model, file.train
+    if tiny:
+        base_model = str(await make_tiny(_tiny_folder(file), file, task, console))
+        settings, file = file.tiny_train_config(), _as_tiny(file)
+    outcome, step_path = await _train(file, base_model, settings, task, console, rise)
+    seconds = time.monotonic() - started
+    target = file.task.stop_at_reward
+    if rise is not None:
+        verdict = f"greedy reward {outcome.first:.3f} before, {outcome.greedy:.3f} after {outcome.step} steps"
+    elif target is None:
+        verdict = f"finished with greedy reward {outcome.greedy:.3f}"
+    elif outcome.reached:
+        verdict = f"greedy reward {outcome.greedy:.3f} reached {target} at step {outcome.step}"
+    else:
+        verdict = f"greedy reward {outcome.greedy:.3f} is below {target} after {outcome.step} steps"
+    console.print(f"\n{verdict} ({seconds:.0f} s)", markup=False, highlight=False)
+    trained = step_path / ("adapter" if file.model.lora else "model")
+    console.print(f"checkpoint  {trained}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"chat        lockstep chat {step_path.parents[1]}", markup=False, highlight=False, soft_wrap=True)
+    return 0 if (target is None and rise is None) or outcome.reached else 3
+
+
+async def _train(
+    file: RunFile, base_model: str, settings: TrainConfig, task: Task, console: Console, rise: float | None
+) -> tuple[Outcome, Path]:
+    from lockstep.cli.settings_table import show_short
+
+    model, backend = _made(file, base_model)
+    _check_not_past(file)
+    show_short(console, await backend.resolve(model))
+    backend.on_note = lambda note: None  # said already
+    try:
+        with console.status("starting") as status:
+            backend.on_progress = status.update
+            await model.register(backend)
+            backend.on_progress = None
+        run_path = backend.run_path(model)
+        console.print(f"run         {run_path}", markup=False, highlight=False, soft_wrap=True)
+        with LiveTable(console, f"{file.model.name} on {base_model}") as table:
+            outcome = await run(model, backend, task, file.task, settings, run_path, table, rise)
+        return outcome, run_path / "steps" / f"{outcome.step:04d}"
+    finally:
+        await backend.close()
+
+
+def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBackend]:
+    from lockstep.backends.megatron.backend import MegatronBackend
+    from lockstep.model import TrainableModel
+
+    model = TrainableModel(
+        name=file.model.name, project=file.model.project, base_model=base_model, lora=file.model.lora
+    )
+    settings = {name: getattr(file.backend, name) for name in type(file.backend).model_fields}
+    return model, MegatronBackend(**settings, seed=file.task.seed)
+
+
+def _check_not_past(file: RunFile) -> None:
+    """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate and end."""
+    path = Path(file.backend.path).expanduser() / file.model.project / file.model.name
+    if (steps := published_steps(path)) and steps[-1] > file.task.steps:
+        raise ConfigError(
+            f"steps = {file.task.steps}: {path} has {steps[-1]} steps already; raise [task] steps to train on, or change the model's name"
+        )

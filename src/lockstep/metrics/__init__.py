@@ -1,0 +1,1 @@
+"""What metrics mean and how they are computed."""

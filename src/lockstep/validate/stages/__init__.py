@@ -1,0 +1,1 @@
+"""The stages of validation, one module each."""
