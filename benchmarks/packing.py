@@ -163,7 +163,8 @@ def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
 
 def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     """Our engine in this process. Device start-up as in `lockstep.engine.worker`."""
-    from lockstep.config import Parallel, TrainConfig
+    from lockstep.config.megatron import Parallel
+    from lockstep.config.train import TrainConfig
     from lockstep.engine.parallel import device
     from lockstep.engine.state import LoraSettings, Settings, open_session
     from lockstep.engine.train_step import train_step

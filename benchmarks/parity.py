@@ -24,7 +24,7 @@ import parity  # noqa: E402
 from cases import hugging_face_fp64, tiny  # noqa: E402
 from test_parity import FAMILIES, random_fields  # noqa: E402
 
-from lockstep.config import Parallel  # noqa: E402
+from lockstep.config.megatron import Parallel  # noqa: E402
 from lockstep.engine.parallel import device  # noqa: E402  (first: prepares torch for Megatron)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from shapes import DECIDED, SHAPES, write_random
 
 import lockstep as ls
-from lockstep.config import SERVED_RANKS
+from lockstep.config.lora import SERVED_RANKS
 from lockstep.models.tiny.tokenizer import save_tokenizer
 from lockstep.models.tiny.write import write_tiny
 

@@ -226,7 +226,7 @@ def open_engine(folder: Path) -> Any:
     """Our engine in this process, with adapters on the family's targets."""
     import socket
 
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.parallel import device as engine_device
     from lockstep.engine.state import LoraSettings, Settings, open_session
     from lockstep.models.registry import default_target_modules_for_model
@@ -271,7 +271,7 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
 
 
 def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
-    from lockstep.config import TrainConfig
+    from lockstep.config.train import TrainConfig
     from lockstep.engine.train_step import train_step
 
     session = open_engine(folder)

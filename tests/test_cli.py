@@ -24,7 +24,7 @@ from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
 from lockstep.cli.live_table import LiveTable
 from lockstep.cli.score import _sequences, read_lines
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
 from lockstep.loop.run_file import BackendSection, TaskSection, load_run_file
 from lockstep.loop.synchronous import Row

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.backends.megatron.backend import MegatronBackend
-from lockstep.config import SERVED_RANKS, LoraConfig, Parallel, Placement, TrainConfig, load_toml, unsupported
+from lockstep.config.base import load_toml, unsupported
+from lockstep.config.lora import SERVED_RANKS, LoraConfig
+from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import RunFile
 from lockstep.loop.task import load_task

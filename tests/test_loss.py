@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from drawing import random_sequences, seeds
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import (
     Scored,
     cispo,

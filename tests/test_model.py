@@ -8,7 +8,7 @@ import pytest
 
 from drawing import choice, trajectory
 from lockstep.backends.base import Endpoint
-from lockstep.config import LoraConfig
+from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError, RolloutError
 from lockstep.model import TrainableModel
 from lockstep.rollouts.gather import gather_trajectory_groups

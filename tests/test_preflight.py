@@ -13,7 +13,7 @@ import pytest
 import lockstep as ls
 from lockstep.backends.megatron import capacity, placement, preflight, resolve
 from lockstep.backends.megatron.capacity import GIB, Footprint
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.models.config import parse_config
 from lockstep.models.registry import get_model_support_spec, load_model_config

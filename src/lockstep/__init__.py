@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lockstep.backends.base import Backend, Endpoint
+    from lockstep.backends.base import Backend, Endpoint, TrainResult
     from lockstep.backends.megatron.backend import MegatronBackend
     from lockstep.backends.tinker.backend import TinkerBackend
-    from lockstep.config import LoraConfig, Parallel, Placement, TrainConfig, TrainResult
+    from lockstep.config.lora import LoraConfig
+    from lockstep.config.megatron import Parallel, Placement
+    from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
     from lockstep.rollouts.gather import gather_trajectory_groups
@@ -25,13 +27,13 @@ _HOME = {
     "Backend": "lockstep.backends.base",
     "Endpoint": "lockstep.backends.base",
     "LockstepError": "lockstep.errors",
-    "LoraConfig": "lockstep.config",
+    "LoraConfig": "lockstep.config.lora",
     "MegatronBackend": "lockstep.backends.megatron.backend",
-    "Parallel": "lockstep.config",
-    "Placement": "lockstep.config",
+    "Parallel": "lockstep.config.megatron",
+    "Placement": "lockstep.config.megatron",
     "TinkerBackend": "lockstep.backends.tinker.backend",
-    "TrainConfig": "lockstep.config",
-    "TrainResult": "lockstep.config",
+    "TrainConfig": "lockstep.config.train",
+    "TrainResult": "lockstep.backends.base",
     "TrainableModel": "lockstep.model",
     "Trajectory": "lockstep.rollouts.trajectory",
     "TrajectoryGroup": "lockstep.rollouts.trajectory",

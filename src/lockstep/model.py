@@ -6,7 +6,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
-from lockstep.config import LoraConfig
+from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
 from lockstep.rollouts.leases import Leases, current_scope
 

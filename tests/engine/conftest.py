@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def groups() -> None:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.parallel import device
 
     defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

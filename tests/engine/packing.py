@@ -23,7 +23,8 @@ from torch import Tensor
 from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import PackedBatch, total_weight
 from lockstep.batching.prefix_tree import TokenSequence
-from lockstep.config import Parallel, TrainConfig
+from lockstep.config.megatron import Parallel
+from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign

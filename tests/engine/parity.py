@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.top_logprobs import TOP
-from lockstep.config import Parallel, TrainConfig
+from lockstep.config.megatron import Parallel
+from lockstep.config.train import TrainConfig
 from lockstep.engine.optim.optimizer import Rates
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign

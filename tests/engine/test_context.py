@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cases import tiny
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.parallel.device import check_world
 from lockstep.engine.state import Settings
 from lockstep.errors import ConfigError

@@ -17,7 +17,8 @@ from cases import VOCABULARY, sequence
 
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row
-from lockstep.config import Parallel, TrainConfig
+from lockstep.config.megatron import Parallel
+from lockstep.config.train import TrainConfig
 from lockstep.errors import MismatchError
 
 pytestmark = pytest.mark.usefixtures("groups")

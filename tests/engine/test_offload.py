@@ -15,7 +15,7 @@ CYCLES = 50
 
 
 def opened(family: str, folder: Path, lora: bool) -> Any:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.state import LoraSettings, Settings, open_session
 
     targets = LoraSettings(8, 16, ("q_proj", "o_proj", *(["experts"] if "moe" in family else []))) if lora else None
@@ -34,7 +34,7 @@ def everything(session: Any) -> dict[str, torch.Tensor]:
 
 def stepped(session: Any, batch: Any, folder: Path) -> dict[str, bytes]:
     """One optimizer step; the bytes of what it leaves on disk."""
-    from lockstep.config import TrainConfig
+    from lockstep.config.train import TrainConfig
     from lockstep.engine.state import save_step
     from lockstep.engine.train_step import train_step
 

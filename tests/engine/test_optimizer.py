@@ -32,7 +32,7 @@ def trainables(parameters: list[nn.Parameter]):
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=5),
 )
 def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[int, int]]) -> None:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Optimizer, Rates
 
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[i
 
 def test_masters_keep_what_bf16_would_lose() -> None:
     """1,000 updates far below bf16's resolution add up."""
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Optimizer, Rates
 
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
@@ -69,7 +69,7 @@ def test_masters_keep_what_bf16_would_lose() -> None:
 
 
 def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Optimizer
     from lockstep.errors import TrainerError
 
@@ -82,7 +82,7 @@ def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
 
 
 def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Optimizer, Rates
     from lockstep.engine.optim.state import read_state, write_state
     from lockstep.errors import WeightsError
@@ -115,7 +115,7 @@ def matrices(name: str) -> bool:
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3"])
 def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, tmp_path: Path) -> None:
     """One step without a gradient, all weights trained: matrices shrink by lr x decay, everything else keeps every bit."""
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Rates
     from lockstep.engine.optim.state import write_state
     from lockstep.engine.state import Settings, open_session

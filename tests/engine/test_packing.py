@@ -20,7 +20,7 @@ from pool import Pool
 from safetensors.torch import save_file
 
 from drawing import seeds
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.state import Session
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}

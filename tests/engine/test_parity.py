@@ -92,7 +92,7 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("groups")
 def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.state import LoraSettings, Settings, open_session
     from lockstep.errors import ConfigError
 

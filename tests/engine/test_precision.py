@@ -18,7 +18,8 @@ KEPT = ("linear_attn.A_log", "linear_attn.norm.weight")
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> None:
     """Loaded, saved and sent to the bit; trained by less than bf16 could hold; exported as they are computed with."""
-    from lockstep.config import Parallel, TrainConfig
+    from lockstep.config.megatron import Parallel
+    from lockstep.config.train import TrainConfig
     from lockstep.engine.export.merged_weights import WeightsOut
     from lockstep.engine.state import Settings, open_session, save_step
     from lockstep.engine.train_step import train_step
@@ -60,7 +61,7 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
 
 def test_a9_a_checkpoint_in_fp32_is_rounded_where_bf16_is_asked_for(tmp_path: Path) -> None:
     """Nothing is kept on purpose there: all parameters compute in the dtype that was set."""
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine.state import Settings, open_session
 
     model = tiny("qwen3_5", tmp_path / "model", num_hidden_layers=4, dtype="float32")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from lockstep.batching.pack import save_batch
 from lockstep.batching.packed_batch import PackedBatch, scored_row
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -290,7 +290,7 @@ def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("groups")
 def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) -> None:
     """Anonymous memory while a step's weights are swapped in: no more than a few of its tensors, never all of them."""
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
     from lockstep.engine import state as sessions
     from lockstep.engine.state import Settings, open_session, reference_weights, save_step
 

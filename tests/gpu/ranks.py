@@ -25,7 +25,8 @@ import torch.distributed as dist
 from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
-from lockstep.config import Parallel, TrainConfig
+from lockstep.config.megatron import Parallel
+from lockstep.config.train import TrainConfig
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.state import LoraSettings, Settings, open_session
 from lockstep.engine.train_step import score, train_step

@@ -24,7 +24,7 @@ from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.prepare import prepare
 from lockstep.batching.routed_experts import RouteShape, routes_digest
 from lockstep.batching.tokenize import tokenize
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError
 from lockstep.rollouts.trajectory import TrajectoryGroup
 

@@ -14,7 +14,7 @@ from lockstep.batching.check import validate
 from lockstep.batching.pack import flatten
 from lockstep.batching.prepare import prepare
 from lockstep.batching.tokenize import tokenize
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 

@@ -16,7 +16,7 @@ from lockstep.batching.advantages import group_advantages
 from lockstep.batching.pack import load_batch, minibatch_rows, save_batch
 from lockstep.batching.packed_batch import PackedBatch, has_signal, scored_row, total_weight, unpacked_weight
 from lockstep.batching.prepare import prepare
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
 from lockstep.rollouts.trajectory import TrajectoryGroup
 

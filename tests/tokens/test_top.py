@@ -18,7 +18,7 @@ from lockstep.batching.pack import load_batch, save_batch
 from lockstep.batching.packed_batch import scored_row
 from lockstep.batching.prepare import prepare
 from lockstep.batching.top_logprobs import TOP, hits, top_ids
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.rollouts.trajectory import TrajectoryGroup
 
 VOCABULARY = 60

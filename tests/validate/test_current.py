@@ -16,7 +16,7 @@ from lockstep.batching.check import validate
 from lockstep.batching.pack import load_batch, save_batch
 from lockstep.batching.packed_batch import scored_row
 from lockstep.batching.prepare import prepare
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import finish_metrics, policy_loss, reduce_sums, scored_tensors
 from lockstep.metrics.mismatch import logprob_mismatch
 from lockstep.rollouts.trajectory import TrajectoryGroup

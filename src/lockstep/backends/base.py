@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lockstep.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lockstep.config import TrainConfig, TrainResult
+    from lockstep.config.train import TrainConfig
     from lockstep.model import TrainableModel
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
@@ -25,6 +26,15 @@ class Endpoint:
     api_key: str = field(repr=False)
     slots: int | None = None
     max_model_len: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training step gave. `metrics` are plain floats; `checkpoint_path` is the immutable folder of the new step."""
+
+    step: int
+    metrics: dict[str, float]
+    checkpoint_path: Path
 
 
 class Backend(Protocol):

@@ -23,7 +23,7 @@ from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
-    from lockstep.config import TrainConfig
+    from lockstep.config.train import TrainConfig
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
 

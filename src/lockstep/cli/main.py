@@ -109,7 +109,7 @@ def score(
     """Score token sequences with the training engine: one log-probability per token after the first."""
     from lockstep.cli.score import read_lines, write_lines
     from lockstep.cli.score import score as score_lines
-    from lockstep.config import Parallel
+    from lockstep.config.megatron import Parallel
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")

@@ -26,7 +26,8 @@ from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
 from lockstep.batching.routed_experts import check_ids
-from lockstep.config import Config, Parallel
+from lockstep.config.base import Config
+from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, DataError, TrainerError
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import ModelConfig, checkpoint_dtype

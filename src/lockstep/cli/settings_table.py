@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lockstep.backends.megatron.resolve import Plan
-    from lockstep.config import Config, TrainConfig
+    from lockstep.config.base import Config
+    from lockstep.config.train import TrainConfig
     from lockstep.loop.run_file import TaskSection
 
 _MODEL = ("base_model", "family", "lora")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lockstep.cli.live_table import LiveTable
 from lockstep.cli.tiny_model import make_tiny
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import RunFile, load_run_file
 from lockstep.loop.synchronous import Outcome, run

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.layers.attention import CoreAttention, TreeAttention
 from lockstep.engine.layers.gated_delta_net import GatedDeltaNet
 from lockstep.engine.layers.linear import ColumnLinear, RowLinear

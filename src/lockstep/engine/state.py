@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.build import DTYPES, build, sizes_here
 from lockstep.engine.layers import compiled_ops
 from lockstep.engine.model import Model

@@ -20,7 +20,7 @@ from torch import Tensor
 from lockstep.batching.pack import minibatch_rows
 from lockstep.batching.packed_batch import PackedBatch, ScoredRow, has_signal, scored_row, total_weight, unpacked_weight
 from lockstep.batching.top_logprobs import TOP, hits
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.engine.checks import Sums, check_average, check_records, check_tokens, gather_sums, picks_that_differ
 from lockstep.engine.layers.compiled_ops import Compiled, compile_clock
 from lockstep.engine.layers.lm_head import linear_logprob, most_likely

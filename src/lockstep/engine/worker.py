@@ -101,7 +101,7 @@ class Worker:
 
     def train_step(self, args: Json, report: Callable[[Json], None]) -> Json:
         from lockstep.batching.pack import load_batch
-        from lockstep.config import TrainConfig
+        from lockstep.config.train import TrainConfig
 
         config = TrainConfig(**args["config"])
         reference = Path(args["reference"]) if args.get("reference") else None

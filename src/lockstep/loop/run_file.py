@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lockstep.config import Config, LoraConfig, Parallel, Placement, TrainConfig, load_toml
-from lockstep.config_messages import describe
+from lockstep.config.base import Config, load_toml
+from lockstep.config.lora import LoraConfig
+from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.messages import describe
+from lockstep.config.train import TrainConfig
 
 
 class ModelSection(Config):

@@ -20,7 +20,7 @@ from lockstep.rollouts.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend
-    from lockstep.config import TrainConfig
+    from lockstep.config.train import TrainConfig
     from lockstep.loop.run_file import TaskSection
     from lockstep.loop.task import Task
     from lockstep.model import TrainableModel

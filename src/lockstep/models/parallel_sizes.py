@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import Sizes

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.config_messages import unknown
+from lockstep.config.messages import unknown
 from lockstep.errors import ConfigError
 
 STAGES: dict[str, str] = {

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends.base import Endpoint, check_new
+from lockstep.backends.base import Endpoint, TrainResult, check_new
 from lockstep.backends.megatron.colocated import trainers_turn
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
@@ -20,7 +20,9 @@ from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.megatron.verify import LEAST_CONTEXT, BeforeStep, measure_noise
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
-from lockstep.config import Parallel, Placement, TrainConfig, TrainResult, unsupported
+from lockstep.config.base import unsupported
+from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args

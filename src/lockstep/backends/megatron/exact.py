@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lockstep.config import TrainConfig, unsupported
+from lockstep.config.base import unsupported
+from lockstep.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from lockstep.backends.megatron.placement import Devices

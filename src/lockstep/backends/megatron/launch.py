@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.megatron.placement import Devices, resolve_placement
 from lockstep.batching.routed_experts import RouteShape
-from lockstep.config import LoraConfig, Parallel
+from lockstep.config.lora import LoraConfig
+from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.client import Server
 from lockstep.inference.environment.install import find_runtime

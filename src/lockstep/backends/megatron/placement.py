@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lockstep.config import Parallel, Placement, unsupported
+from lockstep.config.base import unsupported
+from lockstep.config.megatron import Parallel, Placement
 from lockstep.errors import ConfigError
 from lockstep.process.child import seen_gpus
 

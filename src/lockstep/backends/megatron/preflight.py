@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lockstep.backends.megatron.placement import Devices
-    from lockstep.config import LoraConfig, Parallel
+    from lockstep.config.lora import LoraConfig
+    from lockstep.config.megatron import Parallel
     from lockstep.inference.tokenizer_files import TokenizerFiles
     from lockstep.models.config import ModelConfig
     from lockstep.models.contract import Shard

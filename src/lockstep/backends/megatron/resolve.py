@@ -11,7 +11,8 @@ from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint,
 from lockstep.backends.megatron.exact import check_exact
 from lockstep.backends.megatron.launch import Parts, route_shape
 from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
-from lockstep.config import Parallel, Placement, unsupported
+from lockstep.config.base import unsupported
+from lockstep.config.megatron import Parallel, Placement
 from lockstep.errors import ConfigError
 from lockstep.inference.launch import LoraServing
 from lockstep.inference.parsers import check_reasoning, resolve_tool_calls

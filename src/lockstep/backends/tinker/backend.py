@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.base import Endpoint, check_new
+from lockstep.backends.base import Endpoint, TrainResult, check_new
 from lockstep.backends.tinker import chat_format
 from lockstep.backends.tinker.chat_server import ChatEndpoint, RequestError
 from lockstep.backends.tinker.datums import (
@@ -29,7 +29,8 @@ from lockstep.backends.tinker.datums import (
 )
 from lockstep.batching.packed_batch import has_signal
 from lockstep.batching.prepare import prepare
-from lockstep.config import TrainConfig, TrainResult, unsupported
+from lockstep.config.base import unsupported
+from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError, TrainerError
 from lockstep.models.checkpoint.hub import is_folder
 from lockstep.models.registry import get_model_support_spec

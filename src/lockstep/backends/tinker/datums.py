@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lockstep.batching.packed_batch import PackedBatch, total_weight, unpacked_weight
-from lockstep.config import unsupported
+from lockstep.config.base import unsupported
 from lockstep.errors import DataError, MismatchError, TrainerError
 
 if TYPE_CHECKING:
-    from lockstep.config import LoraConfig, TrainConfig
+    from lockstep.config.lora import LoraConfig
+    from lockstep.config.train import TrainConfig
     from lockstep.models.spec import ModelSupportSpec
 
 _NAME = "TinkerBackend"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lockstep.batching.packed_batch import ScoredRow
-from lockstep.config import TrainConfig
+from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 
 COMPARED = (

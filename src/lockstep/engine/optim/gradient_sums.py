@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch.distributed import ProcessGroup
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.optim.trainable import Trainable
 from lockstep.engine.parallel import groups
 

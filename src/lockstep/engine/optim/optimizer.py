@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.optim.gradient_sums import counts_here, replica_group, sum_group, sum_over
 from lockstep.engine.optim.trainable import Trainable
 from lockstep.engine.optim.weight_decay import decays

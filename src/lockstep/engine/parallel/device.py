@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.engine.parallel.launch import group_settings
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.process.free_memory import host_available

@@ -22,7 +22,7 @@ from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.batching.top_logprobs import TOP
-from lockstep.config import Parallel
+from lockstep.config.megatron import Parallel
 from lockstep.inference.client import Server, most_likely
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind

@@ -1,168 +1,30 @@
-"""Every setting a user can make: frozen, documented with its unit, and refused when unknown, out of range, or without
-effect.
-"""
+"""Settings of a training step."""
 
 from __future__ import annotations
 
-import tomllib
-from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from lockstep.config_messages import describe
-from lockstep.errors import ConfigError
-
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""LoRA ranks that vLLM serves without padding."""
+from lockstep.config.base import Config
 
 _CLIP_DEFAULTS = {"cispo": (1.0, 4.0), "ppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
+
+
 _DUAL_CLIP_DEFAULTS = {"cispo": float("inf"), "ppo": 3.0, "gspo": float("inf")}
+
+
 _OLD_DEFAULTS: dict[str, Literal["sampling", "trainer"]] = {"cispo": "sampling", "ppo": "sampling", "gspo": "trainer"}
+
+
 _WEIGHT_DEFAULTS: dict[str, Literal["token", "sequence"]] = {"cispo": "token", "ppo": "token", "gspo": "sequence"}
+
+
 _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
     "truncated": (0.0, 2.0),
     "masked": (0.0, 2.0),
     "icepop": (0.5, 5.0),
 }
-
-Schema = TypeVar("Schema", bound=BaseModel)
-
-
-_building: ContextVar[bool] = ContextVar("lockstep_config_building", default=False)
-
-
-class Config(BaseModel):
-    """Base of all configs: frozen, unknown keys refused, and every error one line (ConfigError)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __init__(self, **settings: Any):
-        if _building.get():  # a part of a larger config: the outermost one tells, with the whole path of the setting
-            super().__init__(**settings)
-            return
-        token = _building.set(True)
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(describe(error, type(self), type(self).__name__)) from None
-        finally:
-            _building.reset(token)
-
-
-class LoraConfig(Config):
-    """Low-rank adapters on the linear layers: W x + (alpha / rank) B A x."""
-
-    rank: int = Field(default=16, description=f"rank of A and B; one of {', '.join(map(str, SERVED_RANKS))}")
-    alpha: float = Field(default=32, gt=0, description="scale: the delta is (alpha / rank) B A")
-    target_modules: tuple[str, ...] | None = Field(
-        default=None,
-        description="names of the linear layers to adapt, such as q_proj; None or all-linear: every linear layer of the family",
-    )
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _every_layer(cls, targets: Any) -> Any:
-        return None if targets in ("all-linear", ["all-linear"], ("all-linear",)) else targets
-
-    @field_validator("rank")
-    @classmethod
-    def _served(cls, rank: int) -> int:
-        if rank not in SERVED_RANKS:
-            raise ValueError(f"must be one of {', '.join(map(str, SERVED_RANKS))} (what vLLM serves)")
-        return rank
-
-    @field_validator("target_modules")
-    @classmethod
-    def _some_targets(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if targets is not None and (not targets or len(set(targets)) != len(targets)):
-            raise ValueError("must name at least one layer, each once; leave it out for the family's default")
-        return targets
-
-
-class Placement(Config):
-    """Which GPUs of this machine train and which serve. The same list in both: shared mode, the server sleeps while
-    training. "cpu" in both: shared mode without a GPU, to try it out.
-    """
-
-    trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
-    inference: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the server, such as [1]; or 'cpu'")
-
-    @field_validator("trainer", "inference")
-    @classmethod
-    def _gpu_numbers(cls, gpus: tuple[int, ...] | Literal["cpu"]) -> tuple[int, ...] | Literal["cpu"]:
-        if gpus != "cpu" and (not gpus or min(gpus) < 0 or len(set(gpus)) != len(gpus)):
-            raise ValueError("must name at least one GPU, each once, counted from 0")
-        return gpus
-
-    @model_validator(mode="after")
-    def _apart_or_shared(self) -> Placement:
-        if "cpu" in (self.trainer, self.inference):
-            if self.trainer != self.inference:
-                raise ValueError("'cpu' for one of trainer and inference only: give it for both, or give both GPUs")
-            return self
-        common = set(self.trainer) & set(self.inference)
-        if common and set(self.trainer) != set(self.inference):
-            raise ValueError(
-                f"trainer and inference share GPU {sorted(common)[0]} but not all: give them the same GPUs (shared) or "
-                "none in common"
-            )
-        return self
-
-    @property
-    def shared(self) -> bool:
-        """True when trainer and server take turns on the same devices."""
-        return set(self.trainer) == set(self.inference)
-
-
-class Parallel(Config):
-    """How the trainer is spread over processes: tensor x pipeline x data x context of them."""
-
-    tensor: int = Field(
-        default=1, gt=0, description="tensor parallel size: each matrix is split over this many processes"
-    )
-    pipeline: int = Field(
-        default=1, gt=0, description="pipeline parallel size: the layers are split over this many stages"
-    )
-    expert: int = Field(
-        default=1, gt=0, description="expert parallel size: whole experts are split (mixture-of-experts only)"
-    )
-    expert_tensor: int = Field(
-        default=1, gt=0, description="tensor parallel size inside an expert (mixture-of-experts only)"
-    )
-    data: int = Field(default=1, gt=0, description="data parallel size: rows of a batch are split")
-    context: int = Field(default=1, gt=0, description="context parallel size: tokens of a row are split")
-    sequence: bool | None = Field(
-        default=None, description="sequence parallel between the tensor parallel layers; None: on when tensor > 1"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Parallel:
-        if self.sequence and self.tensor == 1:
-            raise ValueError("sequence = true has no effect with tensor = 1: leave it out, or set tensor to 2 or more")
-        shared = self.tensor * self.data * self.context
-        if shared % (self.expert * self.expert_tensor):
-            raise ValueError(
-                f"expert x expert_tensor = {self.expert * self.expert_tensor} must divide tensor x data x "
-                f"context = {shared}"
-            )
-        return self
-
-    @property
-    def processes(self) -> int:
-        """How many trainer processes that makes."""
-        return self.tensor * self.pipeline * self.replicas
-
-    @property
-    def replicas(self) -> int:
-        """Processes with the same weights outside of the experts."""
-        return self.data * self.context
-
-    @property
-    def sequence_parallel(self) -> bool:
-        return self.tensor > 1 if self.sequence is None else self.sequence
 
 
 class TrainConfig(Config):
@@ -363,43 +225,3 @@ class TrainConfig(Config):
     def reference_step(self) -> int | None:
         """The step the KL penalty pulls towards; None without a penalty."""
         return (self.kl_reference_step or 0) if self.kl_coef > 0 else None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training step gave. `metrics` are plain floats; `checkpoint_path` is the immutable folder of the new step."""
-
-    step: int
-    metrics: dict[str, float]
-    checkpoint_path: Path
-
-
-def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigError:
-    """The error for a valid setting that `backend` can't honour: `raise unsupported("loss", "gspo", "TinkerBackend",
-    "...")`.
-    """
-    return ConfigError(f"{backend} does not support {setting} = {value!r}: {why}")
-
-
-def load_toml(path: str | Path, schema: type[Schema]) -> Schema:
-    """Read a TOML file into `schema`.
-
-    Raises ConfigError, one line that names the file and the setting: file missing, not TOML, unknown key (with close
-    matches), bad value.
-    """
-    path = Path(path).expanduser()
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except IsADirectoryError:
-        raise ConfigError(f"config file {path} is a folder: give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from None
-    token = _building.set(True)
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(describe(error, schema, str(path))) from None
-    finally:
-        _building.reset(token)

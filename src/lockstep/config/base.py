@@ -1,0 +1,67 @@
+"""The base of all settings, and TOML files that hold them."""
+
+from __future__ import annotations
+
+import tomllib
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lockstep.config.messages import describe
+from lockstep.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+_building: ContextVar[bool] = ContextVar("lockstep_config_building", default=False)
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, unknown keys refused, and every error one line (ConfigError)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **settings: Any):
+        if _building.get():  # a part of a larger config: the outermost one tells, with the whole path of the setting
+            super().__init__(**settings)
+            return
+        token = _building.set(True)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(describe(error, type(self), type(self).__name__)) from None
+        finally:
+            _building.reset(token)
+
+
+def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigError:
+    """The error for a valid setting that `backend` can't honour: `raise unsupported("loss", "gspo", "TinkerBackend",
+    "...")`.
+    """
+    return ConfigError(f"{backend} does not support {setting} = {value!r}: {why}")
+
+
+def load_toml(path: str | Path, schema: type[Schema]) -> Schema:
+    """Read a TOML file into `schema`.
+
+    Raises ConfigError, one line that names the file and the setting: file missing, not TOML, unknown key (with close
+    matches), bad value.
+    """
+    path = Path(path).expanduser()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file {path} is a folder: give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from None
+    token = _building.set(True)
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, schema, str(path))) from None
+    finally:
+        _building.reset(token)

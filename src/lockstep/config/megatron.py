@@ -1,0 +1,92 @@
+"""Settings of the Megatron backend: where and how trainer and server run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lockstep.config.base import Config
+
+
+class Placement(Config):
+    """Which GPUs of this machine train and which serve. The same list in both: shared mode, the server sleeps while
+    training. "cpu" in both: shared mode without a GPU, to try it out.
+    """
+
+    trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
+    inference: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the server, such as [1]; or 'cpu'")
+
+    @field_validator("trainer", "inference")
+    @classmethod
+    def _gpu_numbers(cls, gpus: tuple[int, ...] | Literal["cpu"]) -> tuple[int, ...] | Literal["cpu"]:
+        if gpus != "cpu" and (not gpus or min(gpus) < 0 or len(set(gpus)) != len(gpus)):
+            raise ValueError("must name at least one GPU, each once, counted from 0")
+        return gpus
+
+    @model_validator(mode="after")
+    def _apart_or_shared(self) -> Placement:
+        if "cpu" in (self.trainer, self.inference):
+            if self.trainer != self.inference:
+                raise ValueError("'cpu' for one of trainer and inference only: give it for both, or give both GPUs")
+            return self
+        common = set(self.trainer) & set(self.inference)
+        if common and set(self.trainer) != set(self.inference):
+            raise ValueError(
+                f"trainer and inference share GPU {sorted(common)[0]} but not all: give them the same GPUs (shared) or "
+                "none in common"
+            )
+        return self
+
+    @property
+    def shared(self) -> bool:
+        """True when trainer and server take turns on the same devices."""
+        return set(self.trainer) == set(self.inference)
+
+
+class Parallel(Config):
+    """How the trainer is spread over processes: tensor x pipeline x data x context of them."""
+
+    tensor: int = Field(
+        default=1, gt=0, description="tensor parallel size: each matrix is split over this many processes"
+    )
+    pipeline: int = Field(
+        default=1, gt=0, description="pipeline parallel size: the layers are split over this many stages"
+    )
+    expert: int = Field(
+        default=1, gt=0, description="expert parallel size: whole experts are split (mixture-of-experts only)"
+    )
+    expert_tensor: int = Field(
+        default=1, gt=0, description="tensor parallel size inside an expert (mixture-of-experts only)"
+    )
+    data: int = Field(default=1, gt=0, description="data parallel size: rows of a batch are split")
+    context: int = Field(default=1, gt=0, description="context parallel size: tokens of a row are split")
+    sequence: bool | None = Field(
+        default=None, description="sequence parallel between the tensor parallel layers; None: on when tensor > 1"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Parallel:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence = true has no effect with tensor = 1: leave it out, or set tensor to 2 or more")
+        shared = self.tensor * self.data * self.context
+        if shared % (self.expert * self.expert_tensor):
+            raise ValueError(
+                f"expert x expert_tensor = {self.expert * self.expert_tensor} must divide tensor x data x "
+                f"context = {shared}"
+            )
+        return self
+
+    @property
+    def processes(self) -> int:
+        """How many trainer processes that makes."""
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Processes with the same weights outside of the experts."""
+        return self.data * self.context
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
