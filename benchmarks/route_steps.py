@@ -22,8 +22,8 @@ from vllm.distributed.aux_output_connector import connector, worker
 from vllm.distributed.aux_output_connector.routed_experts import RoutedExpertsBuffer
 from vllm.distributed.aux_output_connector.store import BackgroundBlockObjectStore, BlockObjectStore
 
-from lockstep_vllm.route_capture import PendingRoutes, SchedulerRoutes
-from lockstep_vllm.route_pool import Cache
+from lockstep_vllm.routed_experts.capture import PendingRoutes, SchedulerRoutes
+from lockstep_vllm.routed_experts.pool import Cache
 
 BLOCK, TOP_K, STEPS, PROMPT = 16, 8, 2000, 512
 

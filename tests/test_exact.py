@@ -96,7 +96,7 @@ async def test_what_cannot_be_exact_is_refused_before_anything_starts(runtime, t
 
 @pytest.mark.slow
 async def test_without_it_fp32_is_off_by_more(runtime, tmp_path):
-    """What `lockstep_vllm.exact` is for. When this fails, two fp32 programs agree to 1e-6 by themselves: drop it."""
+    """What `lockstep_vllm.patches.exact_fp64` is for. When this fails, two fp32 programs agree to 1e-6 by themselves: drop it."""
     model, backend = await running("qwen3", tmp_path)
     try:
         found = await rollouts(model, backend._run(model).server)

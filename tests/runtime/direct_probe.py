@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lockstep_vllm.direct import make_plan
-from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
+from lockstep_vllm.weight_sync.in_place_load import make_plan
+from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
 
 
 def staged(folder, cuts):

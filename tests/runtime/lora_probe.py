@@ -7,7 +7,7 @@ import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
-from lockstep_vllm import lora_cpu
+from lockstep_vllm.patches import cpu_lora
 
 T, I, O, R, L = (int(n) for n in sys.argv[1:6])  # noqa: E741
 rng = torch.Generator().manual_seed(int(sys.argv[6]))
@@ -47,7 +47,7 @@ for token, slot in enumerate(slots_T.tolist()):
         expected_TO[token, 3:] += b_L1OR[slot, 0] @ (0.5 * (a_L1RI[slot, 0] @ x_TI[token]))
 base_T = slots_T < 0
 found = {"without_on_base": (adapted(punica_cpu) - expected_TO)[base_T].abs().max().item()}
-lora_cpu.apply()
+cpu_lora.apply()
 found["with"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
 found["prefill"] = (prefilled() - expected_TO).abs().max().item()
 found["module"] = (adapted(lora_ops) - expected_TO).abs().max().item()

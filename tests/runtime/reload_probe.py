@@ -12,7 +12,7 @@ class Extension:
     """Added to vLLM's worker class."""
 
     def apply_fixes(self):
-        from lockstep_vllm import cpu_reload
+        from lockstep_vllm.patches import cpu_reload
 
         os.environ.pop(cpu_reload.LEFT_OUT_VARIABLE)
         cpu_reload.apply()

@@ -29,8 +29,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from lockstep_vllm import route_capture
-from lockstep_vllm.route_pool import StepRoutes
+from lockstep_vllm.routed_experts import capture
+from lockstep_vllm.routed_experts.pool import StepRoutes
 
 BLOCK, BLOCKS = 16, {"plain": 22, "hybrid": 38}
 
@@ -109,7 +109,7 @@ def make_scheduler(folder, kind, steps):
     make = AsyncScheduler if steps > 1 else Scheduler
     scheduler = make(config, cache_config, StructuredOutputManager(config), block_size, hash_size, log_stats=True)
     init_none_hash(sha256)
-    return scheduler, get_request_block_hasher(hash_size, sha256), route_capture.cache_of(config, cache_config)
+    return scheduler, get_request_block_hasher(hash_size, sha256), capture.cache_of(config, cache_config)
 
 
 def traffic(count):
@@ -185,7 +185,7 @@ def vllms_own():
 def main():
     random.seed(int(sys.argv[1]))
     results = [vllms_own()]
-    route_capture.apply()
+    capture.apply()
     results += [found(folder, kind, int(steps)) for folder, kind, steps in (case.split(",") for case in sys.argv[2:])]
     sys.stdout.write("RESULT " + json.dumps(results) + "\n")
 

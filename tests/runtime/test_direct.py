@@ -10,8 +10,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lockstep.models.tiny.write import write_tiny
-from lockstep_vllm.direct import DirectUnavailableError, make_plan
-from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
+from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError, make_plan
+from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
 from probing import probed
 
 # A mixture first: vLLM makes its expert group for the first model of a process, if that has experts.

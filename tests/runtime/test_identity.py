@@ -11,10 +11,10 @@ import random
 import pytest
 import torch
 
-from lockstep_vllm.direct import make_plan
-from lockstep_vllm.folder_adapters import stacked
-from lockstep_vllm.identity import Identity, described
-from lockstep_vllm.incoming_plan import Bucket, Meta, Slot
+from lockstep_vllm.adapters.from_folder import stacked
+from lockstep_vllm.weight_sync.identity import Identity, described
+from lockstep_vllm.weight_sync.in_place_load import make_plan
+from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
 
 
 def planned(dtype: torch.dtype, live_dtype: torch.dtype, scaling: float = 1.0):

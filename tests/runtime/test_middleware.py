@@ -10,11 +10,11 @@ import pytest
 
 from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.launch import ServerConfig, _command
-from lockstep_vllm import spans
-from lockstep_vllm.auth import BearerAuth
-from lockstep_vllm.choices import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
-from lockstep_vllm.short_prompts import TwoTokenPrompts
-from lockstep_vllm.tools_off import ToolsOff
+from lockstep_vllm.http import weight_versions
+from lockstep_vllm.http.auth import BearerAuth
+from lockstep_vllm.http.openai_fields import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
+from lockstep_vllm.http.short_prompts import TwoTokenPrompts
+from lockstep_vllm.http.tools_off import ToolsOff
 
 
 class Echo:
@@ -40,7 +40,7 @@ class Echo:
         self.seen_in_flight = dict(in_flight)
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode()
         for index, sequence_spans in enumerate(self.spans):
-            spans.record(f"chatcmpl-{request_id}", index, sequence_spans)
+            weight_versions.record(f"chatcmpl-{request_id}", index, sequence_spans)
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-length", b"1")]})
         await send({"type": "http.response.body", "body": self.reply[:5], "more_body": True})
         await send({"type": "http.response.body", "body": self.reply[5:], "more_body": False})
@@ -123,7 +123,7 @@ async def test_requests_and_replies_in_pieces():
     choices = json.loads(body)["choices"]
     assert [choice["prompt_token_ids"] for choice in choices] == [[1], [1]]
     assert [choice["weight_versions"] for choice in choices] == app.spans
-    assert not spans._collected
+    assert not weight_versions._collected
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,8 @@ def test_only_servers_that_would_die_look_for_short_prompts(kind, architecture, 
     config = ServerConfig(model=tmp_path, served_name="base")
     command = _command(config, Runtime(kind, tmp_path / "python", tmp_path, None), 1)
     names = [value for flag, value in pairwise(command) if flag == "--middleware"]
-    assert ("lockstep_vllm.short_prompts.TwoTokenPrompts" in names) is placed
-    assert names[-1] == "lockstep_vllm.auth.BearerAuth"  # the outermost
+    assert ("lockstep_vllm.http.short_prompts.TwoTokenPrompts" in names) is placed
+    assert names[-1] == "lockstep_vllm.http.auth.BearerAuth"  # the outermost
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -294,4 +294,4 @@ def test_only_servers_without_a_parser_say_that_tools_are_off(tmp_path, tiny_qwe
     runtime = Runtime("cpu", tmp_path / "python", tmp_path, None)
     for off in (None, "why"):
         config = ServerConfig(model=tiny_qwen3, served_name="m", tools_off=off)
-        assert ("lockstep_vllm.tools_off.ToolsOff" in _command(config, runtime, 1)) == (off is not None)
+        assert ("lockstep_vllm.http.tools_off.ToolsOff" in _command(config, runtime, 1)) == (off is not None)

@@ -68,5 +68,5 @@ def test_the_rows_of_its_tokens_once(found, number):
 
 
 def test_vllm_hands_over_token_by_token(found):
-    # When this fails, vLLM keeps the rows back by itself: see whether lockstep_vllm/route_capture.py is still needed.
+    # When this fails, vLLM keeps the rows back by itself: see whether lockstep_vllm/routed_experts/capture.py is still needed.
     assert found[0][0] == [True, True, True]

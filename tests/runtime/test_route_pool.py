@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_vllm.route_pool import Cache, RoutePool, StepRoutes
+from lockstep_vllm.routed_experts.pool import Cache, RoutePool, StepRoutes
 
 CACHE = Cache(group=0, blocks=5, block_size=3)
 SLOTS = CACHE.blocks * CACHE.block_size

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.errors import ServerError
 from lockstep.weight_sync.transport_disk import DiskTransport
-from lockstep_vllm import transport_disk as receiving
+from lockstep_vllm.weight_sync import transport_disk as receiving
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.errors import ConfigError, ServerError
 from lockstep.weight_sync import transport_ipc
-from lockstep_vllm import transport_ipc as receiving
+from lockstep_vllm.weight_sync import transport_ipc as receiving
 
 WORKERS, BUCKETS, SIZE = 2, 7, 1000
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lockstep_vllm import adapter_places, receiver
-from lockstep_vllm.direct import DirectPlan
-from lockstep_vllm.receiver import Receiver
+from lockstep_vllm.adapters import slot_writer
+from lockstep_vllm.weight_sync import worker_extension
+from lockstep_vllm.weight_sync.in_place_load import DirectPlan
+from lockstep_vllm.weight_sync.worker_extension import Receiver
 
 __all__ = ["Receiver"]
 
@@ -26,7 +27,7 @@ def wanted() -> dict[str, str]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-fill = adapter_places.Places.fill
+fill = slot_writer.Places.fill
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def fill_wrong(self, index, buffers):
     fill(self, index, buffers)
     slot = self._slots[index]
     if kind == "stale matrix":
-        others = adapter_places.Places.__new__(adapter_places.Places)
+        others = slot_writer.Places.__new__(slot_writer.Places)
         live = {id(p.target): p.target.clone() for pieces in slot.copies.pieces for p in pieces}
         others._slots, others._scaling = self._slots, self._scaling
         fill(others, index, old)
@@ -62,7 +63,7 @@ def fill_wrong(self, index, buffers):
     return None
 
 
-adapter_places.Places.fill = fill_wrong
+slot_writer.Places.fill = fill_wrong
 
 copy = DirectPlan.copy
 
@@ -77,7 +78,7 @@ def copy_wrong(self, bucket, bytes_N):
         piece.target.copy_(old)
 
 
-assemble = receiver.assemble
+assemble = worker_extension.assemble
 
 
 def assemble_wrong(plan, buffers):
@@ -92,4 +93,4 @@ def assemble_wrong(plan, buffers):
 
 
 DirectPlan.copy = copy_wrong
-receiver.assemble = assemble_wrong
+worker_extension.assemble = assemble_wrong

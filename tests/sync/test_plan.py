@@ -14,7 +14,8 @@ from lockstep.errors import WeightsError
 from lockstep.weight_sync.buckets import BucketFiller, describe
 from lockstep.weight_sync.digest import digest
 from lockstep.weight_sync.plan import ALIGNMENT, Part, Source, SyncPlan, TensorMeta, make_plan, plan_sources
-from plugin_modules import plugin_module
+from lockstep_vllm.weight_sync import plan as receivers_plan
+from lockstep_vllm.weight_sync.digest import digest as receivers_digest
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])
 SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)
@@ -52,7 +53,7 @@ def test_what_is_filled_in_comes_out_of_the_buckets(tensors, bucket_bytes):
         assert all(torch.equal(out[name], tensor) for name, tensor in tensors)
     described = SyncPlan((plan,)).to_json()
     assert described == SyncPlan((make_plan(describe(tensors), bucket_bytes),)).to_json()
-    receiver = plugin_module("incoming_plan").parse(json.loads(json.dumps(described)))
+    receiver = receivers_plan.parse(json.loads(json.dumps(described)))
     assert receiver.nbytes == sum(bucket.nbytes for bucket in plan.buckets)
 
 
@@ -81,7 +82,7 @@ def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, see
             sources[owner].append(Source(key, weight.dtype, len(block), block.shape[1], (one,)))
             held[owner].append((key, block))
     plan = SyncPlan(tuple(plan_sources(one, bucket_bytes) for one in sources))
-    received = plugin_module("incoming_plan")
+    received = receivers_plan
     parsed = received.parse(json.loads(json.dumps(plan.to_json())))
     bytes_of = {}
     for sender, (one, tensors) in enumerate(zip(plan.senders, held, strict=True)):
@@ -131,7 +132,7 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
     bytes_N = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     index = seed % 100
     original = digest(bytes_N, index)
-    assert original == digest(bytes_N.clone(), index) == plugin_module("digest").digest(bytes_N, index)
+    assert original == digest(bytes_N.clone(), index) == receivers_digest(bytes_N, index)
     assert original != digest(bytes_N, index + 1) or not bytes_N.any()
     changed = bytes_N.clone()
     changed[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -144,7 +145,7 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
 
 def test_both_sides_have_the_same_kernel():
     root = Path(__file__).resolve().parents[2]
-    files = ["src/lockstep/weight_sync/digest_kernel.py", "runtime/src/lockstep_vllm/digest_kernel.py"]
+    files = ["src/lockstep/weight_sync/digest_kernel.py", "runtime/src/lockstep_vllm/weight_sync/digest_kernel.py"]
     assert len({(root / file).read_text() for file in files}) == 1
 
 

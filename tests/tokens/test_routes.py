@@ -218,7 +218,7 @@ def test_routes_of_sequences_that_are_only_scored(rows):
 
 
 def test_the_servers_digest_is_the_trainers():
-    source = Path(__file__).parents[2] / "runtime" / "src" / "lockstep_vllm" / "route_digest.py"
+    source = Path(__file__).parents[2] / "runtime" / "src" / "lockstep_vllm" / "routed_experts" / "digest.py"
     spec = importlib.util.spec_from_file_location("server_route_digest", source)
     server = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(server)

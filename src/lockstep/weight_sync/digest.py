@@ -2,7 +2,7 @@
 
 It proves that what was received is what was sent: any changed, missing, repeated or moved 8-byte word changes it, up to
 chance. It is not a defence against somebody who wants two buckets to agree. The receiver has the same function
-(`lockstep_vllm.digest`), and a test holds the two together.
+(`lockstep_vllm.weight_sync.digest`), and a test holds the two together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chat completions from token ids: a request to a prompt, and sampled tokens to the choices that our own server would give.
 
 The choices carry what the trainer needs (`prompt_token_ids`, `token_ids`, `weight_versions`, `sampling`), under the names that
-`lockstep_vllm.choices` uses.
+`lockstep_vllm.http.openai_fields` uses.
 """
 
 from __future__ import annotations

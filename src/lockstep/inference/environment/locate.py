@@ -82,7 +82,8 @@ class Source:
     def plugin_digest(self) -> str:
         """Names a state of the plugin's sources."""
         digest = hashlib.sha256()
-        files = [self.folder / "pyproject.toml", *sorted((self.folder / "src").rglob("*.py"))]
+        sources = sorted(path for folder in ("src", "startup") for path in (self.folder / folder).rglob("*.py"))
+        files = [self.folder / "pyproject.toml", *sources]
         for path in files:
             digest.update(path.relative_to(self.folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
         return digest.hexdigest()[:16]

@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lockstep_vllm.incoming_plan import Box, Bucket, Meta
+from lockstep_vllm.weight_sync.plan import Box, Bucket, Meta
 
 _EXPERT = re.compile(r"\.experts\.\d+\..*")
 _CONSTANTS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)

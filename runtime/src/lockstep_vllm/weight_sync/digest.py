@@ -73,7 +73,7 @@ def _weights(start: int, count: int, seed: int, device: torch.device) -> torch.T
 
 def fused_sum(words: torch.Tensor, first: int, seed: int, total: torch.Tensor) -> None:
     """The same sum in one pass over the words and no temporary; addition modulo 2**64 has no order, so the bits agree."""
-    from lockstep_vllm.digest_kernel import digest_kernel
+    from lockstep_vllm.weight_sync.digest_kernel import digest_kernel
 
     kernel: Any = digest_kernel  # Triton has no stubs for it
     if words.numel():

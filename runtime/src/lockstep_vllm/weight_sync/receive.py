@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm.arrival import passed
-from lockstep_vllm.digest import Digests
-from lockstep_vllm.incoming_plan import Plan
-from lockstep_vllm.transports import Transport
+from lockstep_vllm.weight_sync.cuda_wait import passed
+from lockstep_vllm.weight_sync.digest import Digests
+from lockstep_vllm.weight_sync.plan import Plan
+from lockstep_vllm.weight_sync.transports import Transport
 
 Land = Callable[[int, torch.Tensor], None]
 """What is done with a bucket (its number in the plan, its bytes) once it is there."""

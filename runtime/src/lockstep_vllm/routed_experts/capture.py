@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep_vllm.route_pool import Cache, RoutePool, StepRoutes
+from lockstep_vllm.routed_experts.pool import Cache, RoutePool, StepRoutes
 
 
 def apply() -> None:
@@ -55,7 +55,7 @@ def apply() -> None:
 
 def replace(module: Any, name: str, ours: type) -> None:
     assert hasattr(module, name), (
-        f"vLLM's {module.__name__} has no {name} any more: lockstep_vllm/route_capture.py replaces it"
+        f"vLLM's {module.__name__} has no {name} any more: lockstep_vllm/routed_experts/capture.py replaces it"
     )
     setattr(module, name, ours)
 

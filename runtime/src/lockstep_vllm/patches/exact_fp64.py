@@ -168,7 +168,7 @@ def _plain_kernels() -> None:
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    from lockstep_vllm.moe_lora_cpu import choose_torch_experts
+    from lockstep_vllm.patches.cpu_moe_lora import choose_torch_experts
 
     def plain_product(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = F.linear

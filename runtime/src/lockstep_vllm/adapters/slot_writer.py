@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm.direct import DirectPlan, make_plan
-from lockstep_vllm.identity import Identity, described
-from lockstep_vllm.incoming_plan import Plan
+from lockstep_vllm.weight_sync.identity import Identity, described
+from lockstep_vllm.weight_sync.in_place_load import DirectPlan, make_plan
+from lockstep_vllm.weight_sync.plan import Plan
 
 _ROOM = ("lora_{}_stacked",)
 _EXPERTS_ROOM = ("w13_lora_{}_stacked", "w2_lora_{}_stacked")

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from lockstep_vllm.arrival import passed
-from lockstep_vllm.rendezvous import join
+from lockstep_vllm.weight_sync.cuda_wait import passed
+from lockstep_vllm.weight_sync.rendezvous import join
 
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _NEVER = timedelta(days=30)

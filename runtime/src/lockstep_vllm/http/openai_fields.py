@@ -20,9 +20,9 @@ import uuid
 from collections import Counter
 from typing import Any
 
-from lockstep_vllm import spans
-from lockstep_vllm.auth import App, Message, Receive, Scope, Send
-from lockstep_vllm.route_digest import routes_digest
+from lockstep_vllm.http import weight_versions
+from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
+from lockstep_vllm.routed_experts.digest import routes_digest
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -81,12 +81,12 @@ class ChoiceFields:
         model = str(request.get("model"))
         in_flight[model] += 1
         if not request.get("stream"):
-            spans.expect(request_id)
+            weight_versions.expect(request_id)
             send = _ReplyEditor(send, request, request_id)
         try:
             await self._app(dict(scope, headers=headers), _replay(body, receive), send)
         finally:
-            spans.forget(request_id)
+            weight_versions.forget(request_id)
             in_flight[model] -= 1
             if not in_flight[model]:
                 del in_flight[model]
@@ -100,7 +100,9 @@ def add_request_defaults(request: dict[str, Any], *, chat: bool) -> None:
             request[name] = value
 
 
-def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], versions: list[list[spans.Span]]) -> None:
+def add_choice_fields(
+    reply: dict[str, Any], request: dict[str, Any], versions: list[list[weight_versions.Span]]
+) -> None:
     """Adds prompt ids, weight versions and sampling settings to each choice of a parsed reply, in place.
 
     versions: the spans of each choice, in their order. Other than one per choice, vLLM did not track them (a beam
@@ -153,7 +155,7 @@ class _ReplyEditor:
     async def _finish(self, start: Message) -> None:
         reply = json.loads(self._body)
         if reply is not None:  # null: what vLLM answers a client that has left
-            add_choice_fields(reply, self._request, spans.take(self._request_id))
+            add_choice_fields(reply, self._request, weight_versions.take(self._request_id))
         body = json.dumps(reply, ensure_ascii=False).encode()
         await self._send(dict(start, headers=_with_length(start["headers"], len(body))))
         await self._send({"type": "http.response.body", "body": body})

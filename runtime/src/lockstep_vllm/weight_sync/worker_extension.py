@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm import coverage, folder_adapters, memory_adapters
-from lockstep_vllm.direct import DirectPlan, DirectUnavailableError, make_plan
-from lockstep_vllm.identity import Expected, Identity, described
-from lockstep_vllm.incoming import Incoming
-from lockstep_vllm.incoming_plan import Plan, assemble, parse
+from lockstep_vllm.adapters import from_folder, from_memory
 from lockstep_vllm.names import UnknownWeightError, resolve
-from lockstep_vllm.transports import Transport, connect
+from lockstep_vllm.weight_sync import coverage
+from lockstep_vllm.weight_sync.identity import Expected, Identity, described
+from lockstep_vllm.weight_sync.in_place_load import DirectPlan, DirectUnavailableError, make_plan
+from lockstep_vllm.weight_sync.plan import Plan, assemble, parse
+from lockstep_vllm.weight_sync.receive import Incoming
+from lockstep_vllm.weight_sync.transports import Transport, connect
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -44,7 +45,7 @@ class _State:
     adapter: dict[str, Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
     direct: DirectPlan | None = None
-    places: memory_adapters.Places | None = None
+    places: from_memory.Places | None = None
     proven: bool = False
     """The direct path wrote what `load_weights` wrote, in this server, once."""
     identity: Identity | None = None
@@ -70,7 +71,7 @@ class Receiver:
         device has free and in all.
         """
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": memory_adapters.nbytes()}
+        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": from_memory.nbytes()}
         if self.device.type != "cuda":
             return found
         free, total = torch.cuda.mem_get_info(self.device)
@@ -109,9 +110,9 @@ class Receiver:
         try:
             plan = parse(raw)
             if "adapter" in raw:
-                memory_adapters.check_config(raw["adapter"], self.vllm_config.lora_config)
-                memory_adapters.apply()
-                state.places = memory_adapters.make_places(self.model_runner.lora_manager, raw["adapter"], plan)
+                from_memory.check_config(raw["adapter"], self.vllm_config.lora_config)
+                from_memory.apply()
+                state.places = from_memory.make_places(self.model_runner.lora_manager, raw["adapter"], plan)
             else:
                 model = self.model_runner.get_model()
                 shapes = {name: meta.shape for name, meta in plan.metas.items()}
@@ -216,29 +217,27 @@ class Receiver:
         assert state.plan is not None
         assert state.adapter is not None
         expected = None if state.places is None else state.places.expected(state.staging)
-        memory_adapters.staged[path] = memory_adapters.Staged(
-            state.adapter, state.plan, state.staging, state.places, expected
-        )
+        from_memory.staged[path] = from_memory.Staged(state.adapter, state.plan, state.staging, state.places, expected)
         state.staging = []
         return {}
 
     def lockstep_sync_verify_adapter(self, path: str, lora_id: int, version: str) -> dict[str, Any]:
         """Reads the slot of a staged adapter back; `compared`: whether it could be compared with what was sent."""
-        refused, compared = memory_adapters.refusal(path, lora_id, version, self.rank, self.model_runner.lora_manager)
+        refused, compared = from_memory.refusal(path, lora_id, version, self.rank, self.model_runner.lora_manager)
         return _refused("mismatch", refused) if refused else {"compared": compared}
 
     def lockstep_sync_verify_folder(self, folder: str, lora_id: int, version: str) -> dict[str, Any]:
         """The same for an adapter that vLLM loaded from a folder."""
         try:
             manager = self.model_runner.lora_manager
-            refused, compared = folder_adapters.refusal(Path(folder), lora_id, version, self.rank, manager)
+            refused, compared = from_folder.refusal(Path(folder), lora_id, version, self.rank, manager)
         except ValueError as error:
             return _refused("weights", str(error))
         return _refused("mismatch", refused) if refused else {"compared": compared}
 
     def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
         """Frees a staged adapter that no request uses; harmless when there is none."""
-        memory_adapters.forget(path, self.model_runner.lora_manager)
+        from_memory.forget(path, self.model_runner.lora_manager)
         return {}
 
     def lockstep_sync_discard(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from lockstep_vllm import choices, spans, sync_routes, turns
-from lockstep_vllm.plugin import vllm_version
+from lockstep_vllm.http import openai_fields, sleep_api, sync_api, weight_versions
+from lockstep_vllm.version import vllm_version
 
 
 class LockstepRoutes:
@@ -25,15 +25,15 @@ class LockstepRoutes:
         @app.get("/lockstep/status")
         async def status() -> dict[str, Any]:
             """vLLM's version and the requests being served now, by model name."""
-            return {"vllm": vllm_version(), "in_flight": dict(choices.in_flight)}
+            return {"vllm": vllm_version(), "in_flight": dict(openai_fields.in_flight)}
 
-        sync_routes.add_routes(app)
-        turns.add_routes(app)
-        spans.apply()
+        sync_api.add_routes(app)
+        sleep_api.add_routes(app)
+        weight_versions.apply()
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Called once the engine is up. The first version is the name that the base model is served under."""
         assert engine_client is not None
-        state.lockstep_turns = turns.Turns(engine_client)
-        state.lockstep_sync = sync_routes.WeightSync(engine_client, state)
+        state.lockstep_turns = sleep_api.Turns(engine_client)
+        state.lockstep_sync = sync_api.WeightSync(engine_client, state)
         await engine_client.update_weight_version(args.served_model_name[0])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 
-from lockstep_vllm import choices
+from lockstep_vllm.http import openai_fields
 
 Part = Literal["weights", "kv_cache"]
 PARTS: tuple[Part, ...] = ("weights", "kv_cache")
@@ -47,7 +47,7 @@ class Turns:
                 await asyncio.wait_for(self._engine.pause_generation(mode="wait", clear_cache=True), deadline_s)
             except TimeoutError:
                 await self._engine.resume_generation()
-                running = ", ".join(f"{count} of {name}" for name, count in sorted(choices.in_flight.items()))
+                running = ", ".join(f"{count} of {name}" for name, count in sorted(openai_fields.in_flight.items()))
                 raise SleepRefusedError(
                     f"requests are still in flight after {deadline_s:g} s ({running or 'not of ours'}): "
                     "wait for the rollouts to end, or stop them"

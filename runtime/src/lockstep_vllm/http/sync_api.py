@@ -16,9 +16,9 @@ from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
-from lockstep_vllm.choices import in_flight
-from lockstep_vllm.memory_adapters import SCHEME
-from lockstep_vllm.served_names import keep_names, rename_base
+from lockstep_vllm.adapters.from_memory import SCHEME
+from lockstep_vllm.http.openai_fields import in_flight
+from lockstep_vllm.http.served_names import keep_names, rename_base
 
 logger = logging.getLogger("vllm.lockstep")
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm.adapter_places import Places
-from lockstep_vllm.direct import DirectUnavailableError
-from lockstep_vllm.incoming_plan import Plan, assemble
+from lockstep_vllm.adapters.slot_writer import Places
+from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError
+from lockstep_vllm.weight_sync.plan import Plan, assemble
 
 logger = logging.getLogger("vllm.lockstep")
 

@@ -6,8 +6,8 @@ import asyncio
 import json
 from typing import Any
 
-from lockstep_vllm.auth import App, Message, Receive, Scope, Send
-from lockstep_vllm.choices import COMPLETIONS, _parsed, _read_body, _replay, _with_length
+from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
+from lockstep_vllm.http.openai_fields import COMPLETIONS, _parsed, _read_body, _replay, _with_length
 
 _REFUSAL = {
     "error": {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 
-from lockstep_vllm.auth import App, Receive, Scope, Send
-from lockstep_vllm.choices import CHAT, _parsed, _read_body, _replay, _with_length
+from lockstep_vllm.http.auth import App, Receive, Scope, Send
+from lockstep_vllm.http.openai_fields import CHAT, _parsed, _read_body, _replay, _with_length
 
 REASON_VARIABLE = "LOCKSTEP_TOOLS_OFF"
 _PATHS = (CHAT, "/v1/responses", "/v1/messages")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep_vllm.rendezvous import join
+from lockstep_vllm.weight_sync.rendezvous import join
 
 
 def map_shared(handle: list[Any]) -> torch.Tensor:

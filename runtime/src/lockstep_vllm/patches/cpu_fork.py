@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-from lockstep_vllm import lifetime
+from lockstep_vllm.patches import process_lifetime
 
 
 def apply() -> None:
@@ -36,6 +36,6 @@ def apply() -> None:
 
     def begin() -> None:
         signal.set_wakeup_fd(-1)  # else the parent's event loop would hear the child's signals
-        lifetime.die_with(parent[0])
+        process_lifetime.die_with(parent[0])
 
     os.register_at_fork(before=before, after_in_child=begin)

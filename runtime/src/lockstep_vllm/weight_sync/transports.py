@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep_vllm.rendezvous import join
-from lockstep_vllm.transport_disk import DiskTransport
-from lockstep_vllm.transport_ipc import IpcTransport
-from lockstep_vllm.transport_nccl import NcclTransport
+from lockstep_vllm.weight_sync.rendezvous import join
+from lockstep_vllm.weight_sync.transport_disk import DiskTransport
+from lockstep_vllm.weight_sync.transport_ipc import IpcTransport
+from lockstep_vllm.weight_sync.transport_nccl import NcclTransport
 
 
 class Transport(Protocol):

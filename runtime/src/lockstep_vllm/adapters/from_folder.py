@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lockstep_vllm import memory_adapters
-from lockstep_vllm.incoming_plan import Bucket, Meta, Plan, Slot
+from lockstep_vllm.adapters import from_memory
+from lockstep_vllm.weight_sync.plan import Bucket, Meta, Plan, Slot
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.lora_[AB]\.weight)")
 _ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts)(\.base_layer)?\.(lora_([AB])\.weight)")
@@ -38,7 +38,7 @@ def refusal(folder: Path, lora_id: int, version: str, worker: int, manager: Any)
     ids = manager._adapter_manager.lora_index_to_id
     if lora_id not in ids:
         return f"worker {worker} has no slot with {version}", True
-    places = memory_adapters.make_places(manager, config, plan)
+    places = from_memory.make_places(manager, config, plan)
     if places is None:
         return "", False
     buffers = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]

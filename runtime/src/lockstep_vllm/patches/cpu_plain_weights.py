@@ -21,7 +21,7 @@ def apply() -> None:
     """For the CPU platform only. After `moe_lora_cpu.apply`, whose experts are plain already."""
     from vllm.model_executor.layers import utils
 
-    from lockstep_vllm.moe_lora_cpu import choose_torch_experts
+    from lockstep_vllm.patches.cpu_moe_lora import choose_torch_experts
 
     utils.ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda *_shape_and_dtype: False

@@ -1,0 +1,1 @@
+"""Adapters from memory and from folders into vLLM's slots."""

@@ -1,0 +1,1 @@
+"""HTTP: authentication, fields of replies, and Lockstep's own API."""

@@ -1,0 +1,1 @@
+"""Changes to vLLM's own code, one module each."""

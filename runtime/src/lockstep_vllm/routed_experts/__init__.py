@@ -1,0 +1,1 @@
+"""The experts that routers chose, from the model to the reply."""

@@ -1,0 +1,1 @@
+"""Weights from the trainer into the live model: receive, load, check."""
