@@ -14,7 +14,8 @@ import numpy as np
 
 import lockstep as ls
 from inflight import counted
-from lockstep.batching.routed_experts import RouteShape, decode_routes, routes_digest
+from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep_wire.routed_experts import routes_digest
 
 SHAPE = RouteShape(layers=4, top_k=2, experts=8)
 """Of the tiny mixtures of experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -94,3 +95,21 @@ def test_public_names_resolve_and_are_complete():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_wire_package_imports_neither_side():
+    wire = SOURCE.parent / "runtime" / "src" / "lockstep_wire"
+    named = {
+        (path.name, name)
+        for path in wire.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        if name.split(".")[0] in ("lockstep", "lockstep_vllm", "vllm")
+    }
+    assert not named

@@ -72,3 +72,14 @@ class RolloutError(LockstepError):
     def __init__(self, message: str, groups: Sequence[Any] = ()):
         super().__init__(message)
         self.groups = list(groups)
+
+
+def error_of(name: str, message: str, otherwise: LockstepError) -> LockstepError:
+    """The error that another process described by the name of its class; `otherwise` for a name that is not a user's error."""
+    return _BY_NAME[name](message) if name in _BY_NAME else otherwise
+
+
+_BY_NAME: dict[str, type[LockstepError]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
+}

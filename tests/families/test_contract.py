@@ -31,7 +31,7 @@ from lockstep.models.registry import get_model_support_handler_for_spec, get_mod
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sources import share_sources
-from lockstep_vllm.weight_sync import plan as receivers_plan
+from lockstep_wire import plan as wire
 
 Ranks = list[tuple[list[Shard], dict[str, torch.Tensor]]]
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
@@ -155,7 +155,7 @@ def check_sync(ranks: Ranks, shapes: dict[str, tuple[int, ...]], dtype: torch.dt
     shares = share_out([shards for shards, _ in ranks], shapes)
     described = [[one for share in mine for one in share_sources(share, shapes, dtype)] for mine in shares]
     plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
-    received = receivers_plan.parse(json.loads(json.dumps(plan.to_json())))
+    received = wire.parse(json.loads(json.dumps(plan.to_json())))
     bytes_of = {}
     for sender, (one, (_, held)) in enumerate(zip(described, ranks, strict=True)):
         # The trainer holds all in one dtype; a checkpoint keeps some tensors wider.
@@ -163,7 +163,7 @@ def check_sync(ranks: Ranks, shapes: dict[str, tuple[int, ...]], dtype: torch.dt
         for index, _, bytes_N in BucketFiller(plan.senders[sender]).fill(tensors):
             bytes_of[sender, index] = bytes_N.clone()
     buffers = [bytes_of[bucket.sender, bucket.index] for bucket in received.buckets]
-    found = dict(receivers_plan.assemble(received, buffers))
+    found = dict(wire.assemble(received, buffers))
     expected = {name: tensor.to(dtype) for name, tensor in hf_tensors(ranks, shapes)}
     assert found.keys() == expected.keys()
     assert all(

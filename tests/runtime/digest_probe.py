@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from lockstep_vllm.weight_sync.digest import digest, fused_sum
+from lockstep_wire.digest import digest, fused_sum
 
 found = []
 for words, first, seed in [(1, 0, 0), (5000, 0, 3), (4096, 0, 1), (8191, 0, 4_000)]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lockstep_vllm.weight_sync.in_place_load import make_plan
-from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
+from lockstep_wire.plan import Slot, TensorMeta, WireBucket
 
 
 def staged(folder, cuts):
@@ -33,11 +33,11 @@ def staged(folder, cuts):
         slots, parts, offset = [], [], 0
         for name, box in boxes[start : start + 50]:
             part = tensors[name][tuple(slice(*pair) for pair in box)].contiguous()
-            meta = Meta(part.dtype, tuple(tensors[name].shape))
-            slots.append(Slot(name, meta, box, offset))
+            meta = TensorMeta(name, part.dtype, tuple(tensors[name].shape))
+            slots.append(Slot(meta, box, offset))
             parts.append(part.reshape(-1).view(torch.uint8))
             offset += part.nbytes
-        buckets.append(Bucket(0, number, offset, tuple(slots)))
+        buckets.append(WireBucket(0, number, offset, tuple(slots)))
         filled.append(torch.cat(parts))
     return buckets, filled, tensors
 

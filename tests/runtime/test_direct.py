@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lockstep.models.tiny.write import write_tiny
 from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError, make_plan
-from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
+from lockstep_wire.plan import Slot, TensorMeta, WireBucket
 from probing import probed
 
 # A mixture first: vLLM makes its expert group for the first model of a process, if that has experts.
@@ -44,9 +44,9 @@ def bucket_of(**shapes):
     """One bucket with these weights, fp32, one after another."""
     slots, offset = [], 0
     for name, shape in shapes.items():
-        slots.append(Slot(name, Meta(torch.float32, shape), tuple((0, size) for size in shape), offset))
+        slots.append(Slot(TensorMeta(name, torch.float32, shape), tuple((0, size) for size in shape), offset))
         offset += 4 * math.prod(shape)
-    bucket = Bucket(0, 0, offset, tuple(slots))
+    bucket = WireBucket(0, 0, offset, tuple(slots))
     return bucket, {slot.name: slot.meta for slot in slots}, torch.arange(offset // 4).float().view(torch.uint8)
 
 

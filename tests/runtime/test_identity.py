@@ -14,7 +14,7 @@ import torch
 from lockstep_vllm.adapters.from_folder import stacked
 from lockstep_vllm.weight_sync.identity import Identity, described
 from lockstep_vllm.weight_sync.in_place_load import make_plan
-from lockstep_vllm.weight_sync.plan import Bucket, Meta, Slot
+from lockstep_wire.plan import Slot, TensorMeta, WireBucket
 
 
 def planned(dtype: torch.dtype, live_dtype: torch.dtype, scaling: float = 1.0):
@@ -43,14 +43,14 @@ def planned(dtype: torch.dtype, live_dtype: torch.dtype, scaling: float = 1.0):
         for e in range(3):
             live["w13"][e].copy_(given[f"mlp.experts.{e}.gate_proj.weight"])
 
-    buckets, metas = [], {name: Meta(dtype, shape) for name, shape in shapes.items()}
+    buckets, metas = [], {name: TensorMeta(name, dtype, shape) for name, shape in shapes.items()}
     names = list(shapes)
     for index, some in enumerate((names[:3], names[3:])):
         slots, offset = [], 0
         for name in some:
-            slots.append(Slot(name, metas[name], tuple((0, size) for size in shapes[name]), offset))
+            slots.append(Slot(metas[name], tuple((0, size) for size in shapes[name]), offset))
             offset += -(-math.prod(shapes[name]) * dtype.itemsize // 64) * 64
-        buckets.append(Bucket(0, index, offset, tuple(slots)))
+        buckets.append(WireBucket(0, index, offset, tuple(slots)))
     plan = make_plan(live, metas, buckets, load)
     scaled = {live["down"].untyped_storage().data_ptr()}
     identity = Identity(plan, torch.device("cpu"), scaled, scaling)

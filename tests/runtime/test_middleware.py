@@ -12,9 +12,10 @@ from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.launch import ServerConfig, _command
 from lockstep_vllm.http import weight_versions
 from lockstep_vllm.http.auth import BearerAuth
-from lockstep_vllm.http.openai_fields import SAMPLING_DEFAULTS, ChoiceFields, in_flight, sampling_of
+from lockstep_vllm.http.openai_fields import ChoiceFields, in_flight, sampling_of
 from lockstep_vllm.http.short_prompts import TwoTokenPrompts
 from lockstep_vllm.http.tools_off import ToolsOff
+from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 
 class Echo:

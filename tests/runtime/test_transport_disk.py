@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lockstep.errors import ServerError
-from lockstep.weight_sync.transport_disk import DiskTransport
-from lockstep_vllm.weight_sync import transport_disk as receiving
+from lockstep_wire.transports.base import TransportError
+from lockstep_wire.transports.disk import DiskReceiver, DiskSender
 
 CPU = torch.device("cpu")
 
@@ -25,9 +24,9 @@ def received(transport, size: int = 999) -> torch.Tensor:
 
 
 def test_bytes_arrive_and_a_finished_sync_is_removed(tmp_path):
-    sender = DiskTransport(5.0, tmp_path / "weights")
+    sender = DiskSender(5.0, tmp_path / "weights")
     info = sender.open(2)
-    receivers = [receiving.DiskTransport(info, rank, CPU) for rank in (1, 2)]
+    receivers = [DiskReceiver(info, rank, CPU) for rank in (1, 2)]
     folder = Path(info["folder"])
     for sync in range(3):
         sent = [bucket() for _ in range(3)]
@@ -44,16 +43,16 @@ def test_bytes_arrive_and_a_finished_sync_is_removed(tmp_path):
 
 
 def test_torn_missing_and_other_files_are_refused(tmp_path):
-    sender = DiskTransport(5.0, tmp_path)
+    sender = DiskSender(5.0, tmp_path)
     info = sender.open(1) | {"deadline_s": 0.2}
     for _ in range(2):
         sender.send(bucket())
-    receiver, folder = receiving.DiskTransport(info, 1, CPU), Path(info["folder"])
+    receiver, folder = DiskReceiver(info, 1, CPU), Path(info["folder"])
     first = folder / "00000000.safetensors"
     whole = first.read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
         first.write_bytes(whole[:cut])
-        with pytest.raises(RuntimeError, match=r"00000000\.safetensors is torn"):
+        with pytest.raises(RuntimeError, match=r"00000000\.safetensors is corrupt"):
             received(receiver)
     first.write_bytes(whole)
     with pytest.raises(RuntimeError, match="expected 1000 bytes"):
@@ -65,13 +64,13 @@ def test_torn_missing_and_other_files_are_refused(tmp_path):
         received(receiver)
     sender.close()
     with pytest.raises(ValueError, match="both sides see"):
-        receiving.DiskTransport(info, 1, CPU)
+        DiskReceiver(info, 1, CPU)
 
 
 def test_a_folder_that_takes_no_files_is_one_error(tmp_path):
-    sender = DiskTransport(5.0, tmp_path)
+    sender = DiskSender(5.0, tmp_path)
     folder = Path(sender.open(1)["folder"])
     folder.rmdir()
     folder.write_text("a file where the folder was")
-    with pytest.raises(ServerError, match="could not be written"):
+    with pytest.raises(TransportError, match="could not be written"):
         sender.send(bucket())

@@ -7,9 +7,8 @@ import threading
 import pytest
 import torch
 
-from lockstep.errors import ConfigError, ServerError
-from lockstep.weight_sync import transport_ipc
-from lockstep_vllm.weight_sync import transport_ipc as receiving
+from lockstep_wire.transports import ipc
+from lockstep_wire.transports.base import TransportError, UnusableTransportError
 
 WORKERS, BUCKETS, SIZE = 2, 7, 1000
 
@@ -25,8 +24,8 @@ def mapped(monkeypatch):
         buffers[name] = whole
         return [{"base64": "aGFuZGxl"}, name]
 
-    monkeypatch.setattr(transport_ipc, "share", share)
-    monkeypatch.setattr(receiving, "map_shared", lambda handle: buffers[handle[1]])
+    monkeypatch.setattr(ipc, "share", share)
+    monkeypatch.setattr(ipc, "map_shared", lambda handle: buffers[handle[1]])
     return buffers
 
 
@@ -34,7 +33,7 @@ def workers(info, found, count=BUCKETS):
     """Threads that receive `count` buckets each into `found[rank]`."""
 
     def receive(rank):
-        transport = receiving.IpcTransport(info, rank, torch.device("cpu"))
+        transport = ipc.IpcReceiver(info, rank, torch.device("cpu"))
         for number in range(count):
             bucket_N = torch.empty(SIZE - number, dtype=torch.uint8)
             transport.receive(bucket_N)()
@@ -48,7 +47,7 @@ def workers(info, found, count=BUCKETS):
 
 
 def test_every_worker_copies_each_bucket_before_its_buffer_is_filled_again(mapped):
-    sender = transport_ipc.IpcTransport(20.0)
+    sender = ipc.IpcSender(20.0)
     found: dict[int, list[torch.Tensor]] = {rank: [] for rank in range(1, WORKERS + 1)}
     threads = workers(sender.open(WORKERS), found)
     sender.accept()
@@ -70,13 +69,13 @@ def test_every_worker_copies_each_bucket_before_its_buffer_is_filled_again(mappe
 
 
 def test_a_worker_that_stops_is_named_at_the_deadline(mapped):
-    sender = transport_ipc.IpcTransport(1.0)
+    sender = ipc.IpcSender(1.0)
     found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
     threads = workers(sender.open(WORKERS), found, count=1)
     sender.accept()
     for number in range(2):
         sender.send(torch.zeros(SIZE - number, dtype=torch.uint8))
-    with pytest.raises(ServerError, match="taken/1/1, taken/1/2"):
+    with pytest.raises(TransportError, match="taken/1/1, taken/1/2"):
         sender.flush()
     for thread in threads:
         thread.join(20)
@@ -84,5 +83,5 @@ def test_a_worker_that_stops_is_named_at_the_deadline(mapped):
 
 
 def test_memory_of_the_host_is_refused():
-    with pytest.raises(ConfigError, match="'ipc', which maps GPU memory"):
-        transport_ipc.share(torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(UnusableTransportError, match="'ipc', which maps GPU memory"):
+        ipc.share(torch.zeros(4, dtype=torch.uint8))

@@ -12,9 +12,10 @@ from sync_driver import change, checkpoint_weights, hf_logprobs, load
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.weight_sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources, whole_source
+from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources, whole_source
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.transports import GlooTransport
+from lockstep_wire.plan import TensorMeta
+from lockstep_wire.transports.gloo import GlooSender
 
 pytestmark = pytest.mark.server
 
@@ -93,7 +94,7 @@ class Pair:
         first = Threads(0)
         endpoint = Endpoint(server.root_url, server.api_key)
         self.pushers = [
-            WeightPusher(endpoint, GlooTransport(deadline_s), plan, deadline_s=60.0, crew=crew, policy=policy)
+            WeightPusher(endpoint, GlooSender(deadline_s), plan, deadline_s=60.0, crew=crew, policy=policy)
             for crew in (first, Threads(1, first))
         ]
 

@@ -22,7 +22,7 @@ from lockstep.process.child import child_env, spawn
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint
-from lockstep.weight_sync.transports import GlooTransport
+from lockstep_wire.transports.gloo import GlooSender
 from torchrun import torchrun
 
 pytestmark = pytest.mark.server
@@ -51,7 +51,7 @@ def make_pusher(server, tensors, config):
     plan = make_plan(describe(tensors), bucket_bytes=4000)
     assert len(plan.buckets) > 10
     endpoint = Endpoint(server.root_url, server.api_key)
-    return AdapterPusher(endpoint, GlooTransport(60.0), plan, config, deadline_s=100.0)
+    return AdapterPusher(endpoint, GlooSender(60.0), plan, config, deadline_s=100.0)
 
 
 async def served(server, name: str) -> torch.Tensor:

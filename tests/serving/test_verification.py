@@ -21,7 +21,7 @@ from lockstep.models.tiny.write import write_tiny
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint, WeightPusher
-from lockstep.weight_sync.transports import GlooTransport
+from lockstep_wire.transports.gloo import GlooSender
 from planting import EXTENSION, Plot
 
 pytestmark = pytest.mark.server
@@ -113,7 +113,7 @@ async def test_a4_planted_faults_in_a_slot_are_refused_by_name(mixture, rate):
     old = masters.stepped()
     plan = make_plan(describe(old), bucket_bytes=1 << 14)
     endpoint = Endpoint(server.root_url, server.api_key)
-    pusher = AdapterPusher(endpoint, GlooTransport(60.0), plan, adapter_config(info, config), deadline_s=60.0)
+    pusher = AdapterPusher(endpoint, GlooSender(60.0), plan, adapter_config(info, config), deadline_s=60.0)
     try:
         assert (await asyncio.to_thread(pusher.push, old, "policy@1")).compared
         scored = await server.score("policy@1", TOKENS)
@@ -176,7 +176,7 @@ async def test_a4_a_merged_tensor_left_at_the_version_before_is_refused_by_name(
     server, plot = await merged_server(runtime, folder, tmp_path)
     old = [(name, weight.bfloat16()) for name, weight in load_file(folder / "model.safetensors").items()]
     plan = make_plan(describe(old), bucket_bytes=1 << 16)
-    pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooTransport(60.0), plan, deadline_s=60.0)
+    pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooSender(60.0), plan, deadline_s=60.0)
 
     def push(weights, number: int):
         return asyncio.to_thread(pusher.push, weights, f"policy@{number}", f"policy@{number}")

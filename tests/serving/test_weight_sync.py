@@ -24,7 +24,7 @@ from lockstep.process.child import child_env, spawn
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.transports import GlooTransport
+from lockstep_wire.transports.gloo import GlooSender
 from torchrun import torchrun
 
 pytestmark = pytest.mark.server
@@ -53,7 +53,7 @@ async def pusher(merged, folder):
     server, model = merged
     plan = make_plan(describe(checkpoint_weights(model, folder)), bucket_bytes=40_000)
     assert len(plan.buckets) > 5
-    pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooTransport(90.0), plan, deadline_s=200.0)
+    pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooSender(90.0), plan, deadline_s=200.0)
     await asyncio.to_thread(pusher.connect)
     yield pusher
     pusher.close()
@@ -250,7 +250,7 @@ async def test_a_plan_that_leaves_a_weight_out_or_brings_an_unknown_one_is_refus
     renamed = [*metas[:-1], type(metas[-1])("model.layers.99.mlp.gate.weight", *list(vars(metas[-1]).values())[1:])]
     wrong_shape = [*metas[:-1], type(metas[-1])(metas[-1].name, metas[-1].dtype, (*metas[-1].shape, 1))]
     for planned, match in ((metas[:-1], metas[-1].name), (renamed, r"layers\.99"), (wrong_shape, metas[-1].name)):
-        pusher = WeightPusher(endpoint, GlooTransport(60.0), make_plan(planned), deadline_s=100.0)
+        pusher = WeightPusher(endpoint, GlooSender(60.0), make_plan(planned), deadline_s=100.0)
         with pytest.raises(WeightsError, match=match):
             await asyncio.to_thread(pusher.connect)
         pusher.close()
@@ -264,7 +264,7 @@ async def test_a_sender_that_stalls_is_given_up_at_the_deadline(merged, folder):
     good = checkpoint_weights(model, folder)
     plan = make_plan(describe(good), bucket_bytes=40_000)
     endpoint = Endpoint(server.root_url, server.api_key)
-    pusher = WeightPusher(endpoint, GlooTransport(3.0), plan, deadline_s=100.0)
+    pusher = WeightPusher(endpoint, GlooSender(3.0), plan, deadline_s=100.0)
     await asyncio.to_thread(pusher.connect)
     await asyncio.to_thread(
         pusher._control.call, "POST", "/lockstep/sync/receive", {"plan": pusher._described["id"], "version": "x"}
@@ -275,7 +275,7 @@ async def test_a_sender_that_stalls_is_given_up_at_the_deadline(merged, folder):
     await asyncio.to_thread(pusher._abort)
     assert torch.equal(await served(server, name), before)
     pusher.close()
-    again = WeightPusher(endpoint, GlooTransport(60.0), plan, deadline_s=100.0)
+    again = WeightPusher(endpoint, GlooSender(60.0), plan, deadline_s=100.0)
     await asyncio.to_thread(again.push, good, "policy@again", name)
     torch.testing.assert_close(await served(server, name), hf_logprobs(model, TOKENS), atol=1e-5, rtol=0)
     again.close()

@@ -25,7 +25,7 @@ from lockstep.models.tiny.write import write_tiny
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.transports import GlooTransport
+from lockstep_wire.transports.gloo import GlooSender
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -82,7 +82,7 @@ async def test_three_random_steps(runtime, tmp_path, family):
     server = await launch(config, runtime, tmp_path / "run")
     try:
         plan = make_plan(describe(checkpoint_weights(model, folder)), bucket_bytes=200_000)
-        pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooTransport(90.0), plan, deadline_s=200.0)
+        pusher = WeightPusher(Endpoint(server.root_url, server.api_key), GlooSender(90.0), plan, deadline_s=200.0)
 
         async def push(what, name):
             await asyncio.to_thread(pusher.push, checkpoint_weights(what, folder), name, name)

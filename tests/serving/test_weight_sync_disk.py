@@ -14,7 +14,7 @@ from lockstep.inference.launch import ServerConfig, launch
 from lockstep.weight_sync.buckets import describe
 from lockstep.weight_sync.plan import make_plan
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.transport_disk import DiskTransport
+from lockstep_wire.transports.disk import DiskSender
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 TOKENS = torch.randint(3, 320, (48,), generator=torch.Generator().manual_seed(6)).tolist()
@@ -29,7 +29,7 @@ async def pushing(runtime, tiny_qwen3, tmp_path):
     server, model, folder = await launch(config, runtime, tmp_path / "run"), load(tiny_qwen3), tmp_path / "weights"
     plan = make_plan(describe(checkpoint_weights(model, tiny_qwen3)), bucket_bytes=40_000)
     endpoint = Endpoint(server.root_url, server.api_key)
-    pusher = WeightPusher(endpoint, DiskTransport(20.0, folder), plan, deadline_s=60.0)
+    pusher = WeightPusher(endpoint, DiskSender(20.0, folder), plan, deadline_s=60.0)
     yield server, model, pusher, folder
     pusher.close()
     await server.close()

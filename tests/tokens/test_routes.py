@@ -7,9 +7,7 @@ Shape suffixes: S tokens, L layers, K experts per token.
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +20,12 @@ from lockstep.batching.check import validate
 from lockstep.batching.pack import flatten, pack
 from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.prepare import prepare
-from lockstep.batching.routed_experts import RouteShape, routes_digest
+from lockstep.batching.routed_experts import RouteShape
 from lockstep.batching.tokenize import tokenize
 from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError
 from lockstep.rollouts.trajectory import TrajectoryGroup
+from lockstep_wire.routed_experts import routes_digest
 
 SHAPE = RouteShape(layers=3, top_k=2, experts=8)
 
@@ -217,12 +216,9 @@ def test_routes_of_sequences_that_are_only_scored(rows):
         scoring_sequence("a", [1, 2, 3, 4], ROWS[:2])
 
 
-def test_the_servers_digest_is_the_trainers():
-    source = Path(__file__).parents[2] / "runtime" / "src" / "lockstep_vllm" / "routed_experts" / "digest.py"
-    spec = importlib.util.spec_from_file_location("server_route_digest", source)
-    server = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(server)
-    text = encode(ROWS)
-    digest = server.routes_digest([1, 200000, 3], [4], text)
-    assert digest == routes_digest([1, 200000, 3], [4], base64.b64decode(text))
-    assert digest != routes_digest([1, 200000], [3, 4], base64.b64decode(text))
+def test_the_digest_is_over_ids_and_rows():
+    npy = base64.b64decode(encode(ROWS))
+    digest = routes_digest([1, 200000, 3], [4], npy)
+    assert digest == routes_digest(np.array([1, 200000, 3]), np.array([4], np.int64), npy)
+    assert digest != routes_digest([1, 200000], [3, 4], npy)
+    assert digest != routes_digest([1, 200000, 3], [4], npy[:-1])

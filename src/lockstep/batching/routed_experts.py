@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ import numpy as np
 
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.errors import DataError
-
-_PREFIX = b"lockstep.routes/1\0"
+from lockstep_wire.routed_experts import routes_digest
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,6 @@ class RouteShape:
     def dtype(self) -> type[np.uint8 | np.uint16]:
         """The smallest that holds an expert's number."""
         return np.uint8 if self.experts <= 256 else np.uint16
-
-
-def routes_digest(prompt_ids: Sequence[int] | np.ndarray, token_ids: Sequence[int] | np.ndarray, npy: bytes) -> str:
-    """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it) and the .npy bytes."""
-    digest = hashlib.sha256(_PREFIX)
-    for ids in (prompt_ids, token_ids):
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(np.asarray(ids, dtype="<i4").tobytes())
-    digest.update(npy)
-    return digest.hexdigest()
 
 
 def _load(npy: bytes, name: str) -> np.ndarray:

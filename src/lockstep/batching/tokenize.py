@@ -21,6 +21,7 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, align, decode_routes
 from lockstep.batching.top_logprobs import TOP, top_ids
 from lockstep.errors import DataError, StaleRolloutError
+from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
     from lockstep.rollouts.trajectory import Trajectory
 
 _NEUTRAL: dict[str, tuple[float, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-    "repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
+    setting: (value, -1) if setting == "top_k" else (value,)
+    for setting, value in SAMPLING_DEFAULTS.items()
+    if setting != "temperature"
 }
 """Settings under which the server's log-probabilities are those of the temperature-scaled softmax, which the trainer
 can compute.

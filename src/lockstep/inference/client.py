@@ -12,6 +12,7 @@ from lockstep.errors import ServerError
 from lockstep.inference.log import why_it_ended
 from lockstep.inference.vllm_args import adapter_fields
 from lockstep.process.child import Child
+from lockstep_wire import http_paths
 
 _CALL_DEADLINE_S = 60.0
 _ADAPTER_DEADLINE_S = 300.0
@@ -39,12 +40,12 @@ class Server:
         body = {"lora_name": name, "lora_path": str(path.resolve()), **adapter_fields(path)}
         await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=_ADAPTER_DEADLINE_S)
         body = {"name": name, "path": str(path.resolve())}
-        await self.call("POST", "/lockstep/sync/verify_folder", body, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", http_paths.SYNC_VERIFY_FOLDER, body, deadline_s=_ADAPTER_DEADLINE_S)
 
     async def unload_adapter(self, name: str) -> None:
         """Stops serving an adapter. Raises ServerError if it isn't served."""
         await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, deadline_s=_ADAPTER_DEADLINE_S)
-        await self.call("POST", "/lockstep/sync/forget_adapter", {"name": name}, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", http_paths.SYNC_FORGET_ADAPTER, {"name": name}, deadline_s=_ADAPTER_DEADLINE_S)
 
     async def models(self) -> list[str]:
         """Names served now: the base model's first, then the adapters'."""
@@ -73,7 +74,7 @@ class Server:
             if len(tokens) < 2:
                 raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
         body = {"model": model, "prompt": sequences, "max_tokens": 1, "prompt_logprobs": top, "temperature": 1.0}
-        reply = (await self.call("POST", "/v1/completions", body, deadline_s=_ADAPTER_DEADLINE_S)).json()
+        reply = (await self.call("POST", http_paths.COMPLETIONS, body, deadline_s=_ADAPTER_DEADLINE_S)).json()
         return sorted(reply["choices"], key=lambda choice: choice["index"])
 
     async def tokenize(self, text: str) -> list[int]:
@@ -83,7 +84,7 @@ class Server:
 
     async def rename(self, name: str) -> None:
         """Serves the base model as `name` from now on, and no longer under its old name."""
-        await self.call("POST", "/lockstep/served_name", {"name": name})
+        await self.call("POST", http_paths.SERVED_NAME, {"name": name})
         self.served_name = name
 
     async def keep_names(self, names: list[str]) -> None:
@@ -91,11 +92,11 @@ class Server:
 
         Every reply says by which weights it was made, in its `model` and its `weight_versions`.
         """
-        await self.call("POST", "/lockstep/kept_names", {"names": names})
+        await self.call("POST", http_paths.KEPT_NAMES, {"names": names})
 
     async def version(self) -> dict[str, Any]:
         """`version` of the base weights, `names` they answer to (the current first), and the parts that are `asleep`."""
-        return (await self.call("GET", "/lockstep/version")).json()
+        return (await self.call("GET", http_paths.VERSION)).json()
 
     async def sleep(self, level: int, *, deadline_s: float) -> None:
         """Lets requests in flight finish, then gives the device's memory away; requests that come meanwhile wait.
@@ -104,16 +105,16 @@ class Server:
         flight after `deadline_s`.
         """
         body = {"level": level, "deadline_s": deadline_s}
-        await self.call("POST", "/lockstep/sleep", body, deadline_s=deadline_s + _CALL_DEADLINE_S)
+        await self.call("POST", http_paths.SLEEP, body, deadline_s=deadline_s + _CALL_DEADLINE_S)
 
     async def wake(self, *parts: str) -> None:
         """Takes the memory of `parts` ("weights", "kv_cache") back; all of them, and requests go on, when none is named."""
         body = {"parts": list(parts or ("weights", "kv_cache"))}
-        await self.call("POST", "/lockstep/wake", body, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", http_paths.WAKE, body, deadline_s=_ADAPTER_DEADLINE_S)
 
     async def memory(self) -> list[dict[str, int]]:
         """Bytes of each worker: `resident` on the host; on a GPU also `reserved`, `device_free` and `device_total`."""
-        return (await self.call("GET", "/lockstep/memory")).json()["workers"]
+        return (await self.call("GET", http_paths.MEMORY)).json()["workers"]
 
     async def in_flight(self) -> dict[str, int]:
         """Requests being served now, by the model name they asked for."""
@@ -121,7 +122,7 @@ class Server:
 
     async def status(self) -> dict[str, Any]:
         """vLLM's version and what is in flight, from the plugin's own route."""
-        return (await self.call("GET", "/lockstep/status")).json()
+        return (await self.call("GET", http_paths.STATUS)).json()
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = _CALL_DEADLINE_S

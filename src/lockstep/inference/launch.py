@@ -20,6 +20,7 @@ from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.log import last_words, why_it_ended
 from lockstep.inference.vllm_args import model_arguments, needs_two_tokens
 from lockstep.process.child import LONGEST_SOCKET, child_env, spawn, visible_gpus
+from lockstep_wire import http_paths
 
 Progress = Callable[[str], None]
 
@@ -275,7 +276,7 @@ async def _first_token(server: Server, config: ServerConfig, deadline_s: float) 
     # Several tokens: vLLM's CPU convolution of Qwen3.5 dies of a prompt of one.
     body = {"model": config.served_name, "prompt": [0, 0, 0, 0], "max_tokens": 1}
     try:
-        reply = (await server.call("POST", "/v1/completions", body, deadline_s=deadline_s)).json()
+        reply = (await server.call("POST", http_paths.COMPLETIONS, body, deadline_s=deadline_s)).json()
     except ServerError as error:
         refusal = f": {error}" if server.child.poll() is None else ""  # an end is told by the log
         raise ServerError(why_it_ended(server.child, f"failed at its first token{refusal}")) from None

@@ -19,24 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import (
-    ConfigError,
-    DataError,
-    LockstepError,
-    MismatchError,
-    ServerError,
-    ServerLostError,
-    TrainerError,
-    WeightsError,
-)
+from lockstep.errors import TrainerError, error_of
 from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
 from lockstep.trainer.protocol import TOKEN_VARIABLE
 
-# Errors of the worker that are the user's to fix keep their type; all others arrive as TrainerError.
-_USER_ERRORS: dict[str, type[LockstepError]] = {
-    error.__name__: error
-    for error in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
-}
 _LINE_LIMIT = 64 * 2**20
 
 
@@ -158,12 +144,9 @@ class Trainer:
                     on_event(reply["event"])
             elif "error" in reply:
                 error = reply["error"]
-                kind = _USER_ERRORS.get(error["type"])
-                if kind is None:
-                    raise TrainerError(
-                        f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
-                    )
-                raise kind(error["message"])
+                # An error that is the user's to fix keeps its type.
+                unknown = f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
+                raise error_of(error["type"], error["message"], TrainerError(unknown))
             else:
                 return reply["result"]
 

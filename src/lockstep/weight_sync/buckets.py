@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from lockstep.errors import WeightsError
-from lockstep.weight_sync.plan import Block, Bucket, Plan, Source, TensorMeta
+from lockstep.weight_sync.plan import Block, Bucket, Plan, Source
+from lockstep_wire.plan import TensorMeta
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorMeta]:

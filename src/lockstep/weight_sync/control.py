@@ -10,9 +10,17 @@ from typing import Any
 import httpx
 
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, WeightsError
+from lockstep_wire import error_kinds
 
 _IDLE_S = 2.0
 """A connection that was idle for longer is made anew: vLLM closes its end after 5 s, and a call must not meet that."""
+
+
+_KINDS: dict[str, type[LockstepError]] = {
+    error_kinds.WEIGHTS: WeightsError,
+    error_kinds.MISMATCH: MismatchError,
+    error_kinds.LOST: ServerLostError,
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,4 @@ def _refusal(response: httpx.Response, what: str) -> LockstepError:
     except ValueError:
         error = {}
     message = error.get("message") or response.text[:500]
-    kinds: dict[str, type[LockstepError]] = {
-        "weights": WeightsError,
-        "mismatch": MismatchError,
-        "lost": ServerLostError,
-    }
-    return kinds.get(error.get("type", ""), ServerError)(f"the server refused {what}: {message}")
+    return _KINDS.get(error.get("type", ""), ServerError)(f"the server refused {what}: {message}")

@@ -1,4 +1,4 @@
-"""Which bytes of which sender go into which bucket: computed once, shared by both sides, the same every time.
+"""Which bytes of which sender go into which bucket: computed once, the same every time.
 
 A sender holds `Source`s: tensors seen as rows, in which boxes of Hugging Face tensors (`Part`s) lie one after another. A trainer rank's
 sources are its Megatron parameters; a sender of whole Hugging Face tensors has one source of one part for each. Rows that follow each
@@ -7,8 +7,6 @@ other in a source leave as one block, so that a bucket is filled by few copies h
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,30 +15,11 @@ from typing import Any
 import torch
 
 from lockstep.errors import WeightsError
+from lockstep_wire.plan import Box, Slot, TensorMeta, plan_json
 
 # Views of any dtype start on their own size; one cache line suits every device's copies.
 ALIGNMENT = 64
 DEFAULT_BUCKET_BYTES = 64 << 20
-
-Box = tuple[tuple[int, int], ...]
-"""A half-open range for every dimension of a tensor."""
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """Name (of the Hugging Face checkpoint), dtype and full shape of one weight."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def whole(self) -> Box:
-        return tuple((0, size) for size in self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -73,27 +52,6 @@ class Source:
     rows: int
     width: int
     parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A box of a weight, contiguous at `offset` bytes of its bucket."""
-
-    meta: TensorMeta
-    box: Box
-    offset: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(high - low for low, high in self.box)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.meta.dtype.itemsize
-
-    def view(self, bucket_N: torch.Tensor) -> torch.Tensor:
-        """The box inside a bucket of bytes."""
-        return bucket_N[self.offset : self.offset + self.nbytes].view(self.meta.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -155,19 +113,8 @@ class SyncPlan:
         return sum(plan.nbytes for plan in self.senders)
 
     def to_json(self) -> dict[str, Any]:
-        """What the receiver needs, with an id that names this content. A slot's box is null where the weight is whole."""
-        senders = [[_bucket_json(bucket) for bucket in plan.buckets] for plan in self.senders]
-        text = json.dumps(senders, separators=(",", ":"))
-        return {"id": hashlib.sha256(text.encode()).hexdigest(), "senders": senders}
-
-
-def _bucket_json(bucket: Bucket) -> dict[str, Any]:
-    slots = []
-    for slot in bucket.slots:
-        box = None if slot.box == slot.meta.whole else [list(pair) for pair in slot.box]
-        dtype = str(slot.meta.dtype).removeprefix("torch.")
-        slots.append([slot.meta.name, dtype, list(slot.meta.shape), slot.offset, box])
-    return {"nbytes": bucket.nbytes, "slots": slots}
+        """What the receiver needs, with an id that names this content."""
+        return plan_json([(bucket.nbytes, bucket.slots) for bucket in plan.buckets] for plan in self.senders)
 
 
 def _overlap(boxes: list[Box]) -> bool:

@@ -18,10 +18,12 @@ import torch
 from lockstep.errors import LockstepError, ServerLostError
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.control import Control, Endpoint
-from lockstep.weight_sync.digest import Digests
 from lockstep.weight_sync.plan import Plan, SyncPlan
 from lockstep.weight_sync.sender_group import Alone, Crew, together
-from lockstep.weight_sync.transports import Transport
+from lockstep.weight_sync.transports import translated
+from lockstep_wire import http_paths
+from lockstep_wire.digest import Digests
+from lockstep_wire.transports import Sender
 
 __all__ = ["AdapterPusher", "Endpoint", "SyncReport", "WeightPusher"]
 
@@ -57,7 +59,7 @@ class _Pusher:
     def __init__(
         self,
         endpoint: Endpoint,
-        transport: Transport,
+        transport: Sender,
         plan: SyncPlan | Plan,
         *,
         device: torch.device | str = "cpu",
@@ -88,19 +90,19 @@ class _Pusher:
         Raises WeightsError when the plan names a weight the server does not know, or misses one that it holds.
         """
         self._transport.close()
-        asked = self._step(lambda: self._control.call("GET", "/lockstep/sync") if self._leads else None)
+        asked = self._step(lambda: self._control.call("GET", http_paths.SYNC) if self._leads else None)
         infos = self._step(lambda: self._transport.open(int(asked[0]["workers"])))
 
         def join() -> None:
             if self._leads:
-                self._control.during("/lockstep/sync/connect", {"senders": infos}, self._transport.accept)
+                self._control.during(http_paths.SYNC_CONNECT, {"senders": infos}, translated(self._transport.accept))
             else:
                 self._transport.accept()
 
         try:
             self._step(join)
             self._step(
-                lambda: self._control.call("POST", "/lockstep/sync/plan", self._described) if self._leads else None
+                lambda: self._control.call("POST", http_paths.SYNC_PLAN, self._described) if self._leads else None
             )
         except LockstepError:
             self.close()
@@ -153,13 +155,13 @@ class _Pusher:
 
     def _step(self, step: Any) -> list[Any]:
         # Twice: one deadline for the step itself, one for those that got to it late.
-        return together(self._crew, step, 2 * self._deadline_s)
+        return together(self._crew, translated(step), 2 * self._deadline_s)
 
     def _prepare(self, version: str) -> Any:
         if not self._leads:
             return None
         body = {"plan": self._described["id"], "version": version, "policy": self._policy}
-        return self._control.call("POST", "/lockstep/sync/receive", body)
+        return self._control.call("POST", http_paths.SYNC_RECEIVE, body)
 
     def _send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         digests = Digests(len(self._filler.plan.buckets), self._device)
@@ -190,7 +192,7 @@ class _Pusher:
         if not self._leads:
             return nothing
         try:
-            return self._control.call("POST", "/lockstep/sync/abort")
+            return self._control.call("POST", http_paths.SYNC_ABORT)
         except LockstepError:
             return nothing  # the error that led here is the one to report
 
@@ -208,7 +210,7 @@ class WeightPusher(_Pusher):
         (the bytes that came, or those that an adapter's slot then holds, are not those that left); after each of them the server
         serves what it served before. Raises ServerLostError when it can't, and has to be restarted.
         """
-        return self._sync(tensors, version, "/lockstep/sync/commit", {"served_name": served_name})
+        return self._sync(tensors, version, http_paths.SYNC_COMMIT, {"served_name": served_name})
 
 
 class AdapterPusher(_Pusher):
@@ -217,7 +219,7 @@ class AdapterPusher(_Pusher):
     def __init__(
         self,
         endpoint: Endpoint,
-        transport: Transport,
+        transport: Sender,
         plan: SyncPlan | Plan,
         adapter_config: Mapping[str, Any],
         *,
@@ -238,4 +240,4 @@ class AdapterPusher(_Pusher):
         Raises like `WeightPusher.push`, and WeightsError when the name is taken or a module is unknown; what was
         served before goes on being served. `Server.unload_adapter` frees it again.
         """
-        return self._sync(tensors, name, "/lockstep/sync/commit_adapter", self._extra)
+        return self._sync(tensors, name, http_paths.SYNC_COMMIT_ADAPTER, self._extra)

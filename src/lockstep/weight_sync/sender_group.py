@@ -9,20 +9,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from lockstep.errors import (
-    ConfigError,
-    LockstepError,
-    MismatchError,
-    ServerError,
-    ServerLostError,
-    TrainerError,
-    WeightsError,
-)
-
-_ERRORS: dict[str, type[LockstepError]] = {
-    kind.__name__: kind
-    for kind in (ConfigError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
-}
+from lockstep.errors import LockstepError, TrainerError, error_of
 
 
 class Crew(Protocol):
@@ -98,4 +85,4 @@ def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any
     if first == crew.rank and failure is not None:
         raise failure
     error = outcomes[first]["error"]
-    raise _ERRORS.get(error["type"], TrainerError)(error["message"])
+    raise error_of(error["type"], error["message"], TrainerError(error["message"]))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lockstep.models.checkpoint.shares import Share, box
-from lockstep.weight_sync.plan import Part, Source, TensorMeta
+from lockstep.weight_sync.plan import Part, Source
+from lockstep_wire.plan import TensorMeta
 
 MERGED_ELEMENTS = 1 << 26
 """A stack of experts is merged this many elements at a time, which bounds the fp32 copies."""

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lockstep_vllm.adapters import from_memory
-from lockstep_vllm.weight_sync.plan import Bucket, Meta, Plan, Slot
+from lockstep_wire.plan import Slot, TensorMeta, WireBucket, WirePlan
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.lora_[AB]\.weight)")
 _ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts)(\.base_layer)?\.(lora_([AB])\.weight)")
@@ -34,7 +34,9 @@ def refusal(folder: Path, lora_id: int, version: str, worker: int, manager: Any)
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = stacked(load_file(folder / "adapter_model.safetensors", device=str(manager.device)), int(config["r"]))
     buckets = tuple(_bucket(i, name, tensor) for i, (name, tensor) in enumerate(tensors.items()))
-    plan = Plan(str(folder), 1, buckets, {name: Meta(one.dtype, tuple(one.shape)) for name, one in tensors.items()})
+    plan = WirePlan(
+        str(folder), 1, buckets, {name: TensorMeta(name, one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+    )
     ids = manager._adapter_manager.lora_index_to_id
     if lora_id not in ids:
         return f"worker {worker} has no slot with {version}", True
@@ -65,6 +67,6 @@ def stacked(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tens
     return done
 
 
-def _bucket(index: int, name: str, tensor: torch.Tensor) -> Bucket:
+def _bucket(index: int, name: str, tensor: torch.Tensor) -> WireBucket:
     box = tuple((0, size) for size in tensor.shape)
-    return Bucket(0, index, tensor.nbytes, (Slot(name, Meta(tensor.dtype, tuple(tensor.shape)), box, 0),))
+    return WireBucket(0, index, tensor.nbytes, (Slot(TensorMeta(name, tensor.dtype, tuple(tensor.shape)), box, 0),))

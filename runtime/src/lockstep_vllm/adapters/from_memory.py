@@ -24,7 +24,7 @@ import torch
 
 from lockstep_vllm.adapters.slot_writer import Places
 from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError
-from lockstep_vllm.weight_sync.plan import Plan, assemble
+from lockstep_wire.plan import WirePlan, assemble
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -43,7 +43,7 @@ class Staged:
     """
 
     config: dict[str, Any]
-    plan: Plan
+    plan: WirePlan
     buffers: Sequence[torch.Tensor]
     places: Places | None
     expected: list[str] | None
@@ -140,7 +140,7 @@ def _activate(adapters: Any, lora_id: int, held: Staged, activate: Any) -> bool:
     return activated
 
 
-def make_places(manager: Any, config: dict[str, Any], plan: Plan) -> Places | None:
+def make_places(manager: Any, config: dict[str, Any], plan: WirePlan) -> Places | None:
     """The copies of every adapter of this plan; None, with a line in the log, where this model's layers can't be filled so.
 
     manager: vLLM's WorkerLoRAManager. Raises ValueError for an adapter that this server can't serve at all.

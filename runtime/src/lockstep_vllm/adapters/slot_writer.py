@@ -18,7 +18,7 @@ import torch
 
 from lockstep_vllm.weight_sync.identity import Identity, described
 from lockstep_vllm.weight_sync.in_place_load import DirectPlan, make_plan
-from lockstep_vllm.weight_sync.plan import Plan
+from lockstep_wire.plan import WirePlan
 
 _ROOM = ("lora_{}_stacked",)
 _EXPERTS_ROOM = ("w13_lora_{}_stacked", "w2_lora_{}_stacked")
@@ -48,7 +48,7 @@ class Places:
     """Valid as long as the layers' room lives where it did."""
 
     def __init__(
-        self, manager: Any, plan: Plan, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
+        self, manager: Any, plan: WirePlan, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
     ) -> None:
         """manager: vLLM's LoRAModelManager. load: tensors by their shipped names to vLLM's LoRAModel, nothing scaled.
 
@@ -92,7 +92,7 @@ class Places:
 
 
 def _slot(
-    manager: Any, plan: Plan, index: int, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
+    manager: Any, plan: WirePlan, index: int, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
 ) -> _Slot:
     room: dict[str, torch.Tensor] = {}
     bs, switches = [], {}

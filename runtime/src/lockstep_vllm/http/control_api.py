@@ -13,6 +13,7 @@ from vllm.engine.protocol import EngineClient
 
 from lockstep_vllm.http import openai_fields, sleep_api, sync_api, weight_versions
 from lockstep_vllm.version import vllm_version
+from lockstep_wire import http_paths
 
 
 class LockstepRoutes:
@@ -22,7 +23,7 @@ class LockstepRoutes:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        @app.get("/lockstep/status")
+        @app.get(http_paths.STATUS)
         async def status() -> dict[str, Any]:
             """vLLM's version and the requests being served now, by model name."""
             return {"vllm": vllm_version(), "in_flight": dict(openai_fields.in_flight)}

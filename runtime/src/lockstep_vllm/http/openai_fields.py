@@ -8,13 +8,14 @@ Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logpr
     weight_versions   [{"version": str, "start": 0, "end": n}, ...]   spans over token_ids
     sampling          {"temperature", "top_p", "top_k", "min_p", and the three penalties}   as they took effect,
                       and what else the request set that changes the distribution (a logit bias, a schema, ...)
-    routes_digest     str         where vLLM sent routed experts: binds them to the choice's ids (see route_digest.py)
+    routes_digest     str         where vLLM sent routed experts: binds them to the choice's ids (see lockstep_wire/routed_experts.py)
 
 A stream passes through untouched apart from the request's defaults.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import uuid
 from collections import Counter
@@ -22,21 +23,10 @@ from typing import Any
 
 from lockstep_vllm.http import weight_versions
 from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
-from lockstep_vllm.routed_experts.digest import routes_digest
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-# vLLM's own defaults (`--generation-config vllm` keeps a checkpoint's generation_config.json from changing them).
-SAMPLING_DEFAULTS: dict[str, float] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+from lockstep_wire.http_paths import CHAT_COMPLETIONS as CHAT
+from lockstep_wire.http_paths import COMPLETIONS
+from lockstep_wire.routed_experts import routes_digest
+from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 CONSTRAINTS = (
     "logit_bias",
@@ -119,7 +109,9 @@ def add_choice_fields(
         choice["weight_versions"] = versions[position] if tracked else None
         choice["sampling"] = sampling
         if choice.get("routed_experts") is not None:
-            choice["routes_digest"] = routes_digest(choice["prompt_token_ids"], token_ids, choice["routed_experts"])
+            choice["routes_digest"] = routes_digest(
+                choice["prompt_token_ids"], token_ids, base64.b64decode(choice["routed_experts"])
+            )
 
 
 def sampling_of(request: dict[str, Any]) -> dict[str, Any]:

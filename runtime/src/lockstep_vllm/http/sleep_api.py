@@ -17,6 +17,7 @@ from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 
 from lockstep_vllm.http import openai_fields
+from lockstep_wire import http_paths
 
 Part = Literal["weights", "kv_cache"]
 PARTS: tuple[Part, ...] = ("weights", "kv_cache")
@@ -77,7 +78,7 @@ def add_routes(app: FastAPI) -> None:
     def turns() -> Turns:
         return app.state.lockstep_turns
 
-    @app.post("/lockstep/sleep")
+    @app.post(http_paths.SLEEP)
     async def sleep(level: Annotated[Literal[1, 2], Body()], deadline_s: Annotated[float, Body(gt=0)]) -> Any:
         try:
             return await turns().sleep(level, deadline_s)
@@ -85,18 +86,18 @@ def add_routes(app: FastAPI) -> None:
             body = {"error": {"type": "asleep", "message": str(error), "code": 409}}
             return JSONResponse(body, status_code=409)
 
-    @app.post("/lockstep/wake")
+    @app.post(http_paths.WAKE)
     async def wake(parts: Annotated[list[Part], Body(embed=True)]) -> dict[str, Any]:
         return await turns().wake(parts)
 
-    @app.get("/lockstep/version")
+    @app.get(http_paths.VERSION)
     async def version() -> dict[str, Any]:
         """The version of the base weights, every name they answer to (the first is the current one), and what sleeps."""
         names = [path.name for path in app.state.openai_serving_models.base_model_paths]
         held = await app.state.engine_client.get_weight_version()
         return {"version": held, "names": names} | turns().state()
 
-    @app.get("/lockstep/memory")
+    @app.get(http_paths.MEMORY)
     async def memory() -> dict[str, Any]:
         """Bytes of each worker: see `Receiver.lockstep_memory`."""
         return {"workers": await app.state.engine_client.collective_rpc("lockstep_memory")}

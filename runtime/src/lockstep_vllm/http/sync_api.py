@@ -19,6 +19,7 @@ from starlette.datastructures import State
 from lockstep_vllm.adapters.from_memory import SCHEME
 from lockstep_vllm.http.openai_fields import in_flight
 from lockstep_vllm.http.served_names import keep_names, rename_base
+from lockstep_wire import error_kinds, http_paths
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -93,7 +94,7 @@ class WeightSync:
                     raise
                 self._end(version)
                 raise SyncRefusedError(
-                    "lost", f"{error}; {version} was half-way in the live weights, so the server was ended"
+                    error_kinds.LOST, f"{error}; {version} was half-way in the live weights, so the server was ended"
                 ) from error
             received = time.monotonic()
             if self._paused_at is None:
@@ -139,7 +140,7 @@ class WeightSync:
             answer = await self._state.openai_serving_models.load_lora_adapter(request)
             if not isinstance(answer, str):
                 await self.call("lockstep_sync_forget_adapter", path)
-                raise SyncRefusedError("weights", answer.error.message)
+                raise SyncRefusedError(error_kinds.WEIGHTS, answer.error.message)
             loaded = time.monotonic()
             compared = await self._verified("lockstep_sync_verify_adapter", name, path)
             if name in self._adapters:  # one of before, unloaded by vLLM's own route
@@ -164,7 +165,7 @@ class WeightSync:
 
         models = self._state.openai_serving_models
         if name not in models.lora_requests:
-            raise SyncRefusedError("server", f"adapter {name!r} is not served")
+            raise SyncRefusedError(error_kinds.SERVER, f"adapter {name!r} is not served")
         try:
             answers = await self.call(method, path, models.lora_requests[name].lora_int_id, name)
         except BaseException:
@@ -178,7 +179,7 @@ class WeightSync:
         async with self._lock:
             path = self._adapters.get(name)
             if path is not None and name in self._state.openai_serving_models.lora_requests:
-                raise SyncRefusedError("server", f"adapter {name!r} is still served: unload it first")
+                raise SyncRefusedError(error_kinds.SERVER, f"adapter {name!r} is still served: unload it first")
             if path is not None:
                 self._unloaded[self._adapters.pop(name)] = name
             await self._free_unused()
@@ -202,7 +203,9 @@ class WeightSync:
                 break
             if time.monotonic() > deadline:
                 waiting = next(answer["waiting_for"] for answer in answers if not answer["done"])
-                raise SyncRefusedError("server", f"after {deadline_s:g} s a worker still waits for {waiting!r}")
+                raise SyncRefusedError(
+                    error_kinds.SERVER, f"after {deadline_s:g} s a worker still waits for {waiting!r}"
+                )
             await asyncio.sleep(0.0 if standing else _POLL_S)
         for worker, answer in enumerate(answers):
             for sender, (got, sent) in enumerate(zip(answer["digests"], digests, strict=True)):
@@ -210,7 +213,8 @@ class WeightSync:
                     pairs = zip(got, sent, strict=False)
                     bucket = next((i for i, (one, other) in enumerate(pairs) if one != other), len(got))
                     raise SyncRefusedError(
-                        "mismatch", f"bucket {bucket} of sender {sender} came to worker {worker} other than it was sent"
+                        error_kinds.MISMATCH,
+                        f"bucket {bucket} of sender {sender} came to worker {worker} other than it was sent",
                     )
 
     async def _swap(self, version: str) -> tuple[str, bool]:
@@ -228,7 +232,7 @@ class WeightSync:
         except BaseException as error:
             logger.exception("the swap to version %s failed half-way", version)
             self._end(version)
-            raise SyncRefusedError("lost", f"the swap to {version} failed half-way: {error}") from error
+            raise SyncRefusedError(error_kinds.LOST, f"the swap to {version} failed half-way: {error}") from error
 
     async def _resume(self) -> float:
         """Lets generation go on; the seconds it stood still. A server that is half awake (shared mode) must not generate yet:
@@ -252,25 +256,25 @@ def add_routes(app: FastAPI) -> None:
     def sync() -> WeightSync:
         return app.state.lockstep_sync
 
-    @app.get("/lockstep/sync")
+    @app.get(http_paths.SYNC)
     async def sync_status() -> dict[str, Any]:
         return {"workers": await sync().workers()}
 
-    @app.post("/lockstep/sync/connect")
+    @app.post(http_paths.SYNC_CONNECT)
     async def connect(senders: Annotated[list[dict[str, Any]], Body(embed=True)]) -> Any:
         return await _answer(sync().locked("lockstep_sync_connect", senders))
 
-    @app.post("/lockstep/sync/plan")
+    @app.post(http_paths.SYNC_PLAN)
     async def plan(plan: dict[str, Any]) -> Any:
         return await _answer(sync().locked("lockstep_sync_plan", plan))
 
-    @app.post("/lockstep/sync/receive")
+    @app.post(http_paths.SYNC_RECEIVE)
     async def receive(
         plan: Annotated[str, Body()], version: Annotated[str, Body()], policy: Annotated[str, Body()] = "auto"
     ) -> Any:
         return await _answer(sync().receive(plan, version, policy))
 
-    @app.post("/lockstep/sync/commit")
+    @app.post(http_paths.SYNC_COMMIT)
     async def commit(
         version: Annotated[str, Body()],
         digests: Annotated[list[list[str]], Body()],
@@ -279,7 +283,7 @@ def add_routes(app: FastAPI) -> None:
     ) -> Any:
         return await _answer(sync().commit(version, digests, served_name, deadline_s))
 
-    @app.post("/lockstep/sync/commit_adapter")
+    @app.post(http_paths.SYNC_COMMIT_ADAPTER)
     async def commit_adapter(
         version: Annotated[str, Body()],
         digests: Annotated[list[list[str]], Body()],
@@ -288,24 +292,24 @@ def add_routes(app: FastAPI) -> None:
     ) -> Any:
         return await _answer(sync().commit_adapter(version, digests, stacked_experts, deadline_s))
 
-    @app.post("/lockstep/sync/forget_adapter")
+    @app.post(http_paths.SYNC_FORGET_ADAPTER)
     async def forget_adapter(name: Annotated[str, Body(embed=True)]) -> Any:
         return await _answer(sync().forget_adapter(name))
 
-    @app.post("/lockstep/sync/verify_folder")
+    @app.post(http_paths.SYNC_VERIFY_FOLDER)
     async def verify_folder(name: Annotated[str, Body()], path: Annotated[str, Body()]) -> Any:
         return await _answer(sync().verify_folder(name, path))
 
-    @app.post("/lockstep/sync/abort")
+    @app.post(http_paths.SYNC_ABORT)
     async def abort() -> Any:
         return await _answer(sync().abort())
 
-    @app.post("/lockstep/served_name")
+    @app.post(http_paths.SERVED_NAME)
     async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         rename_base(app.state, name)
         return {"name": name}
 
-    @app.post("/lockstep/kept_names")
+    @app.post(http_paths.KEPT_NAMES)
     async def kept_names(names: Annotated[list[str], Body(embed=True)]) -> dict[str, Any]:
         return {"names": keep_names(app.state, names)}
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep_vllm.weight_sync.digest import Digests
 from lockstep_vllm.weight_sync.in_place_load import DirectPlan, Piece
+from lockstep_wire.digest import Digests
 
 _CHUNK = 1 << 22
 _ODD = -7046029254386353131

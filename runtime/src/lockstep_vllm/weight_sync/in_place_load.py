@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lockstep_vllm.weight_sync.plan import Box, Bucket, Meta
+from lockstep_wire.plan import Box, TensorMeta, WireBucket
 
 _EXPERT = re.compile(r"\.experts\.\d+\..*")
 _CONSTANTS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
@@ -113,8 +113,8 @@ class DirectPlan:
 
 def make_plan(
     parameters: Mapping[str, torch.Tensor],
-    metas: Mapping[str, Meta],
-    buckets: Sequence[Bucket],
+    metas: Mapping[str, TensorMeta],
+    buckets: Sequence[WireBucket],
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
     *,
     whole: bool = True,
@@ -150,11 +150,11 @@ class _Ghost(torch.Tensor):
     """A weight on the parameters' device with shape, strides and no bytes; it can be viewed and copied from, nothing else."""
 
     weight: str
-    whole: Meta
+    whole: TensorMeta
     shapes: torch.Tensor
 
     @staticmethod
-    def __new__(cls, name: str, whole: Meta, device: torch.device, inner: torch.Tensor | None = None):
+    def __new__(cls, name: str, whole: TensorMeta, device: torch.device, inner: torch.Tensor | None = None):
         if inner is None:
             inner = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
         made: Any = torch.Tensor._make_wrapper_subclass(
@@ -185,7 +185,7 @@ class _Copy:
 
     owner: str
     name: str
-    whole: Meta
+    whole: TensorMeta
     target: torch.Tensor
     view: torch.Tensor
 
@@ -286,7 +286,7 @@ class _Box:
             raise DirectUnavailableError(f"{copy.owner!r} reshapes {copy.name!r}: use the load_weights path")
         return _Box(tuple(ranges), tuple(dims), target, copy.owner, _EXPERT.sub(".experts", copy.name))
 
-    def meet(self, shipped: Box, offset: int, meta: Meta) -> Piece | None:
+    def meet(self, shipped: Box, offset: int, meta: TensorMeta) -> Piece | None:
         """The part of this copy that lies in a shipped box, whose bytes start at `offset`; None when they don't meet."""
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.box, shipped, strict=True)]
         if any(low >= high for low, high in common):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm.weight_sync.cuda_wait import passed
-from lockstep_vllm.weight_sync.digest import Digests
-from lockstep_vllm.weight_sync.plan import Plan
-from lockstep_vllm.weight_sync.transports import Transport
+from lockstep_wire.digest import Digests
+from lockstep_wire.plan import WirePlan
+from lockstep_wire.transports import Receiver
+from lockstep_wire.transports.nccl import passed
 
 Land = Callable[[int, torch.Tensor], None]
 """What is done with a bucket (its number in the plan, its bytes) once it is there."""
@@ -28,8 +28,8 @@ class Incoming:
     def __init__(
         self,
         version: str,
-        plan: Plan,
-        transports: Sequence[Transport],
+        plan: WirePlan,
+        transports: Sequence[Receiver],
         buffers: Sequence[torch.Tensor],
         device: torch.device,
         land: Land | None = None,

@@ -25,9 +25,11 @@ from lockstep_vllm.names import UnknownWeightError, resolve
 from lockstep_vllm.weight_sync import coverage
 from lockstep_vllm.weight_sync.identity import Expected, Identity, described
 from lockstep_vllm.weight_sync.in_place_load import DirectPlan, DirectUnavailableError, make_plan
-from lockstep_vllm.weight_sync.plan import Plan, assemble, parse
 from lockstep_vllm.weight_sync.receive import Incoming
-from lockstep_vllm.weight_sync.transports import Transport, connect
+from lockstep_wire import error_kinds
+from lockstep_wire.plan import WirePlan, assemble, parse
+from lockstep_wire.transports import Receiver as Connection
+from lockstep_wire.transports import connect
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -40,8 +42,8 @@ _ALIGNMENT = 512
 
 @dataclass
 class _State:
-    transports: list[Transport] = field(default_factory=list)
-    plan: Plan | None = None
+    transports: list[Connection] = field(default_factory=list)
+    plan: WirePlan | None = None
     adapter: dict[str, Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
     direct: DirectPlan | None = None
@@ -95,7 +97,7 @@ class Receiver:
                 state.transports.append(connect(info, rank, self.device))
             except (RuntimeError, ValueError) as error:
                 self._lockstep_sync_hang_up()
-                return _refused("server", f"worker {rank} could not join sender {sender}: {error}")
+                return _refused(error_kinds.SERVER, f"worker {rank} could not join sender {sender}: {error}")
         return {}
 
     def lockstep_sync_plan(self, raw: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class Receiver:
                 state.direct = self._lockstep_sync_direct(plan)
                 state.identity = None if state.direct is None else Identity(state.direct, self.device)
         except (UnknownWeightError, ValueError) as error:
-            return _refused("weights", str(error))
+            return _refused(error_kinds.WEIGHTS, str(error))
         state.plan, state.adapter = plan, raw.get("adapter")
         return {}
 
@@ -130,20 +132,20 @@ class Receiver:
         state = self._lockstep_sync_state()
         plan = state.plan
         if not state.transports or plan is None or plan.id != plan_id:
-            return _refused("server", "no connection, or another plan than the one agreed on: connect again")
+            return _refused(error_kinds.SERVER, "no connection, or another plan than the one agreed on: connect again")
         if state.incoming is not None and not state.incoming.done:
-            return _refused("server", f"version {state.incoming.version} is still being received")
+            return _refused(error_kinds.SERVER, f"version {state.incoming.version} is still being received")
         missing = 0 if state.staging else plan.nbytes + _MARGIN
         room = self.device.type != "cuda" or missing <= _free(self.device)
         if policy == "auto":
             policy = "staged" if room or state.direct is None else "streamed"
         if policy == "streamed" and state.direct is None:
             return _refused(
-                "weights", "this server can't take weights in place: ask for 'staged', or see its log for why"
+                error_kinds.WEIGHTS, "this server can't take weights in place: ask for 'staged', or see its log for why"
             )
         if policy == "staged" and not room:
             return _refused(
-                "weights",
+                error_kinds.WEIGHTS,
                 f"worker {self.rank} has {_free(self.device) / 2**30:.1f} GiB free and a second copy of the weights needs "
                 f"{missing / 2**30:.1f}: lower gpu_memory_utilization",
             )
@@ -179,10 +181,10 @@ class Receiver:
         """Where the receive stands after at most that many seconds: `done`, the digests, the tensor waited for, what went wrong."""
         incoming = self._lockstep_sync_state().incoming
         if incoming is None:
-            return _refused("server", "nothing is being received")
+            return _refused(error_kinds.SERVER, "nothing is being received")
         done = incoming.wait(seconds)
         if incoming.failure:
-            return _refused("server", f"while waiting for {incoming.waiting_for!r}: {incoming.failure}")
+            return _refused(error_kinds.SERVER, f"while waiting for {incoming.waiting_for!r}: {incoming.failure}")
         return {"done": done, "digests": incoming.digests if done else [], "waiting_for": incoming.waiting_for}
 
     def lockstep_sync_apply(self) -> dict[str, Any]:
@@ -206,7 +208,7 @@ class Receiver:
         if state.direct is None:
             state.staging = []
         if refused:
-            return _refused("mismatch", refused)
+            return _refused(error_kinds.MISMATCH, refused)
         return {"path": "direct" if direct else "load_weights", "compared": state.identity is not None}
 
     def lockstep_sync_stage_adapter(self, path: str) -> dict[str, Any]:
@@ -224,7 +226,7 @@ class Receiver:
     def lockstep_sync_verify_adapter(self, path: str, lora_id: int, version: str) -> dict[str, Any]:
         """Reads the slot of a staged adapter back; `compared`: whether it could be compared with what was sent."""
         refused, compared = from_memory.refusal(path, lora_id, version, self.rank, self.model_runner.lora_manager)
-        return _refused("mismatch", refused) if refused else {"compared": compared}
+        return _refused(error_kinds.MISMATCH, refused) if refused else {"compared": compared}
 
     def lockstep_sync_verify_folder(self, folder: str, lora_id: int, version: str) -> dict[str, Any]:
         """The same for an adapter that vLLM loaded from a folder."""
@@ -232,8 +234,8 @@ class Receiver:
             manager = self.model_runner.lora_manager
             refused, compared = from_folder.refusal(Path(folder), lora_id, version, self.rank, manager)
         except ValueError as error:
-            return _refused("weights", str(error))
-        return _refused("mismatch", refused) if refused else {"compared": compared}
+            return _refused(error_kinds.WEIGHTS, str(error))
+        return _refused(error_kinds.MISMATCH, refused) if refused else {"compared": compared}
 
     def lockstep_sync_forget_adapter(self, path: str) -> dict[str, Any]:
         """Frees a staged adapter that no request uses; harmless when there is none."""
@@ -263,7 +265,7 @@ class Receiver:
         state.staging, state.turning, state.incoming = [], [], None
         return {}
 
-    def _lockstep_sync_direct(self, plan: Plan) -> DirectPlan | None:
+    def _lockstep_sync_direct(self, plan: WirePlan) -> DirectPlan | None:
         """The direct path's plan; None, with a line in the log, where this model's weights can't be copied in place."""
         from vllm.config import set_current_vllm_config
 
@@ -329,7 +331,7 @@ class Receiver:
         if state.direct is not None:
             state.direct.forget_buffers()
 
-    def _lockstep_sync_buffers(self, plan: Plan) -> list[torch.Tensor]:
+    def _lockstep_sync_buffers(self, plan: WirePlan) -> list[torch.Tensor]:
         """One for every bucket, in one piece of memory."""
         starts = [0]
         for bucket in plan.buckets:

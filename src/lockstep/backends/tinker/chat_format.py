@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lockstep.backends.tinker.chat_server import RequestError
 from lockstep.config.messages import describe
+from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", re.DOTALL)
 
@@ -53,15 +54,9 @@ class ChatRequest(BaseModel):
     @property
     def sampling(self) -> dict[str, float]:
         """What decides how tokens are drawn, as it takes effect."""
-        return {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": max(self.top_k or 0, 0),
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        }
+        asked = {"temperature": self.temperature, "top_p": self.top_p}
+        given = {setting: value for setting, value in asked.items() if value is not None}
+        return SAMPLING_DEFAULTS | given | {"top_k": max(self.top_k or 0, 0)}
 
 
 def render(request: ChatRequest, tokenizer: Any) -> list[int]:

@@ -24,10 +24,11 @@ from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_na
 from lockstep.models.checkpoint.shares import box
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import Layout, Piece
-from lockstep.weight_sync.plan import Part, Source, SyncPlan, TensorMeta, plan_sources
+from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint
 from lockstep.weight_sync.sender_group import Crew
 from lockstep.weight_sync.transports import make_transport
+from lockstep_wire.plan import TensorMeta
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")
 BUCKET_BYTES = {True: 64 << 20, False: 16 << 20}

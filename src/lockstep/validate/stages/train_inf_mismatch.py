@@ -33,6 +33,7 @@ from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.trainer.client import Trainer
 from lockstep.validate.stage import Report, Request, Row
+from lockstep_wire import http_paths
 
 _DEADLINE_S = 600.0
 _PROMPT_ROOM = 128
@@ -149,7 +150,7 @@ async def _sample(server: Server, name: str, number: int, shape: RouteShape | No
         "logprobs": TOP,
         "return_tokens_as_token_ids": True,
     }
-    choice = (await server.call("POST", "/v1/completions", body, deadline_s=_DEADLINE_S)).json()["choices"][0]
+    choice = (await server.call("POST", http_paths.COMPLETIONS, body, deadline_s=_DEADLINE_S)).json()["choices"][0]
     ids, sampled = choice["prompt_token_ids"], choice["token_ids"]
     routes_SLK = None
     if shape is not None:

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lockstep.errors import ServerError
+from lockstep_wire.transports.base import TransportError, UnusableTransportError, received
 
 TENSOR = "bucket"
+_POLL_S = 0.01
 
 
 def file_name(number: int) -> str:
     return f"{number:08d}.safetensors"
 
 
-class DiskTransport:
+class DiskSender:
     """One sender's folder below `parent`; it goes when the transport is closed."""
 
     def __init__(self, deadline_s: float, parent: Path) -> None:
@@ -52,7 +55,7 @@ class DiskTransport:
         try:
             _publish(path, bytes_N)
         except (OSError, SafetensorError) as error:
-            raise ServerError(f"weights could not be written to {path}: {error}") from None
+            raise TransportError(f"weights could not be written to {path}: {error}") from None
         self._written += 1
 
     def flush(self) -> None:
@@ -63,6 +66,42 @@ class DiskTransport:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder, self._written, self._settled, self._removed = None, 0, 0, 0
+
+
+class DiskReceiver:
+    """Reads the files by number. A file that has its name is whole: a broken one was damaged later."""
+
+    def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
+        self._folder = Path(info["folder"])
+        self.deadline_s = float(info["deadline_s"])
+        self._read = 0
+        if not self._folder.is_dir():
+            raise UnusableTransportError(
+                f"{self._folder} does not exist on the server's side: give a folder that both sides see"
+            )
+
+    def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
+        path = self._folder / file_name(self._read)
+        deadline = time.monotonic() + self.deadline_s
+        while not path.exists():
+            if time.monotonic() > deadline or not self._folder.is_dir():
+                raise TransportError(f"{path} did not come within {self.deadline_s:g} s")
+            time.sleep(_POLL_S)
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored_N = file.get_tensor(TENSOR)
+        except (SafetensorError, OSError) as error:
+            raise TransportError(f"{path} is corrupt: {error}") from None
+        if stored_N.dtype != torch.uint8 or tuple(stored_N.shape) != tuple(bytes_N.shape):
+            raise TransportError(
+                f"{path} holds {tuple(stored_N.shape)} {stored_N.dtype}, expected {bytes_N.numel()} bytes"
+            )
+        bytes_N.copy_(stored_N)
+        self._read += 1
+        return received
+
+    def close(self) -> None:
+        """Nothing to drop: the sender removes its files."""
 
 
 def _publish(path: Path, bytes_N: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """Buckets that stay where they are: the server's workers map the trainer's two buffers by CUDA IPC, on the same host and GPU.
 
 What travels is the handle of each buffer, once, and then "bucket n is ready" and "worker r has taken it", as JSON through a store on
-loopback. No pickle: a handle is plain bytes and numbers. Unproven on a GPU; the exchange itself is tested on a CPU.
+loopback. No pickle: a handle is plain bytes and numbers. Proof on a GPU: the
+runs on shared GPUs in `benchmarks/README.md`.
 
 Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused where its handles look different.
 """
@@ -10,34 +11,35 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lockstep.errors import ConfigError, ServerError
-from lockstep.weight_sync.rendezvous import listen
+from lockstep_wire.transports.base import TransportError, UnusableTransportError, received
+from lockstep_wire.transports.rendezvous import join, listen
 
 HANDLE_PARTS = 8
 """Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to wait for the event."""
 
 
 def share(buffer: torch.Tensor) -> list[Any]:
-    """What another process needs to map `buffer`'s storage: bytes as base64, the rest as it is. Raises ConfigError off a GPU."""
+    """What another process needs to map `buffer`'s storage: bytes as base64, the rest as it is. Raises UnusableTransportError off a GPU."""
     if buffer.device.type != "cuda":
-        raise ConfigError(
+        raise UnusableTransportError(
             f"weights on {buffer.device} can't travel by 'ipc', which maps GPU memory: use 'gloo' or 'disk'"
         )
     parts = buffer.untyped_storage()._share_cuda_()
     if len(parts) != HANDLE_PARTS:
-        raise ConfigError(
+        raise UnusableTransportError(
             f"torch {torch.__version__} shares GPU memory in another way than 'ipc' knows: use 'nccl' or 'disk'"
         )
     return [{"base64": base64.b64encode(part).decode()} if isinstance(part, bytes) else part for part in parts]
 
 
-class IpcTransport:
+class IpcSender:
     """Sends by reference. A bucket's buffer is free again when every worker has copied it."""
 
     def __init__(self, deadline_s: float) -> None:
@@ -50,9 +52,8 @@ class IpcTransport:
     def open(self, receivers: int) -> dict[str, Any]:
         self.close()
         self._receivers = receivers
-        self._store, port = listen(receivers + 1, self._deadline)
-        place = {"host": "127.0.0.1", "port": port, "world_size": receivers + 1}
-        return {"transport": "ipc", **place, "deadline_s": self._deadline.total_seconds()}
+        self._store, address = listen(receivers + 1, self._deadline)
+        return {"transport": "ipc", **address}
 
     def accept(self) -> None:
         self._wait("joined")
@@ -87,13 +88,54 @@ class IpcTransport:
             self._taken += 1
 
     def _wait(self, key: str) -> None:
-        """Until every worker has set its own `key`. Raises ServerError at the deadline."""
+        """Until every worker has set its own `key`. Raises TransportError at the deadline."""
         assert self._store is not None
         keys = [f"{key}/{rank}" for rank in range(1, self._receivers + 1)]
         try:
             self._store.wait(keys, self._deadline)
         except RuntimeError as error:
             missing = [one for one in keys if not self._store.check([one])]
-            raise ServerError(f"the server's workers did not answer ({', '.join(missing)}): {error}") from None
+            raise TransportError(f"the server's workers did not answer ({', '.join(missing)}): {error}") from None
         for one in keys:
             self._store.delete_key(one)
+
+
+def map_shared(handle: list[Any]) -> torch.Tensor:
+    """The other process's storage as a tensor of bytes on the same GPU."""
+    parts = [base64.b64decode(part["base64"]) if isinstance(part, dict) else part for part in handle]
+    storage = torch.UntypedStorage._new_shared_cuda(*parts)
+    bytes_N = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return bytes_N.set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+class IpcReceiver:
+    """Copies each bucket when it is announced and says so. The trainer's two buffers are mapped once."""
+
+    def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
+        self.deadline_s = float(info["deadline_s"])
+        self._rank, self._device = rank, device
+        self._store: dist.TCPStore | None = join(info)
+        self._mapped: dict[str, torch.Tensor] = {}
+        self._taken = 0
+        self._store.set(f"joined/{rank}", "1")
+
+    def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
+        assert self._store is not None
+        key = f"bucket/{self._taken}"
+        self._store.wait([key], timedelta(seconds=self.deadline_s))
+        place = json.loads(self._store.get(key))
+        name = json.dumps(place["handle"])
+        if name not in self._mapped:
+            self._mapped[name] = map_shared(place["handle"])
+        if place["nbytes"] != bytes_N.numel():
+            raise TransportError(f"bucket {self._taken} has {place['nbytes']} bytes, expected {bytes_N.numel()}")
+        bytes_N.copy_(self._mapped[name][place["start"] : place["start"] + place["nbytes"]])
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._store.set(f"taken/{self._taken}/{self._rank}", "1")  # the trainer may fill its buffer again from now on
+        self._taken += 1
+        return received
+
+    def close(self) -> None:
+        self._store = None
+        self._mapped.clear()

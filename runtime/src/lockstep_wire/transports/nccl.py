@@ -1,9 +1,9 @@
 """Weights between GPUs of one machine: broadcasts through a NCCL communicator of their own, built by torch.
 
 The communicator's id travels through a store on 127.0.0.1; both sides must run the same NCCL, since releases don't promise to speak to
-each other. Nothing here waits on the host but `accept` and `flush`: a broadcast is queued behind the work that fills its bucket, on a
-stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels on
-both sides.
+each other. On the sender nothing waits on the host but `accept` and `flush`: a broadcast is queued behind the work that fills its bucket,
+on a stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels
+on both sides.
 
 Proof on GPUs: `tests/serving/test_nccl_sync.py` and `benchmarks/weight_sync.py`.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from lockstep.errors import ConfigError, ServerError
-from lockstep.weight_sync.rendezvous import listen
+from lockstep_wire.transports.base import TransportError, UnusableTransportError
+from lockstep_wire.transports.rendezvous import join, listen
 
 _POLL_S = 0.0002
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
@@ -30,13 +30,13 @@ _NEVER = timedelta(days=30)
 """torch's own deadline: past it the process's watchdogs write dumps and may end it. Ours is kept here, by `abort`."""
 
 
-class NcclTransport:
+class NcclSender:
     """Rank 0 of a communicator of one sender and all receivers."""
 
     def __init__(self, deadline_s: float = 120.0) -> None:
-        """Raises ConfigError without a GPU, or with a torch that has no NCCL."""
+        """Raises UnusableTransportError without a GPU, or with a torch that has no NCCL."""
         if not torch.cuda.is_available() or not dist.is_nccl_available():
-            raise ConfigError("transport 'nccl' needs a GPU and a torch with NCCL: use 'gloo' on a CPU")
+            raise UnusableTransportError("transport 'nccl' needs a GPU and a torch with NCCL: use 'gloo' on a CPU")
         self._deadline_s = deadline_s
         self._store: dist.TCPStore | None = None
         self._group: Any = None
@@ -45,15 +45,8 @@ class NcclTransport:
 
     def open(self, receivers: int) -> dict[str, Any]:
         self._world = receivers + 1
-        self._store, port = listen(self._world, timedelta(seconds=self._deadline_s))
-        return {
-            "transport": "nccl",
-            "host": "127.0.0.1",
-            "port": port,
-            "world_size": self._world,
-            "deadline_s": self._deadline_s,
-            "nccl": list(nccl_version()),
-        }
+        self._store, address = listen(self._world, timedelta(seconds=self._deadline_s))
+        return {"transport": "nccl", **address, "nccl": list(nccl_version())}
 
     def accept(self) -> None:
         assert self._store is not None
@@ -62,9 +55,9 @@ class NcclTransport:
             # The communicator is made by its first use: this one, so that a receiver that is missing is missed here.
             self.send(torch.zeros(1, dtype=torch.uint8, device="cuda"))
             self.flush()
-        except (RuntimeError, ServerError) as error:
+        except RuntimeError as error:
             self.close()
-            raise ServerError(
+            raise TransportError(
                 f"the server's {self._world - 1} worker(s) did not join the weight sync: {error}"
             ) from None
 
@@ -83,7 +76,7 @@ class NcclTransport:
         left.record()
         if not passed(left, self._deadline_s):
             self.close()
-            raise ServerError(
+            raise TransportError(
                 f"the server's workers did not take the weights within {self._deadline_s:g} s: NCCL was aborted"
             )
 
@@ -93,9 +86,44 @@ class NcclTransport:
             group.abort()
 
 
+class NcclReceiver:
+    """Rank `rank` of the sender's communicator."""
+
+    def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
+        """Raises UnusableTransportError when the two sides' NCCL differ, RuntimeError at the deadline."""
+        self.deadline_s = float(info["deadline_s"])
+        check_version(info["nccl"])
+        self._group: Any = nccl_group(join(info), rank, info["world_size"])
+        # The communicator is made by its first use; the sender makes the same.
+        self.receive(torch.zeros(1, dtype=torch.uint8, device=device))()
+        joined = torch.cuda.Event()
+        joined.record()
+        if not passed(joined, self.deadline_s):
+            self.close()
+            raise TransportError(f"no communicator within {self.deadline_s:g} s")
+
+    def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
+        return broadcast(self._group, bytes_N).wait  # of the current stream, not of the host
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+
 def nccl_version() -> tuple[int, ...]:
     """Of the NCCL that this process has loaded."""
     return tuple(int(part) for part in nccl.version())
+
+
+def check_version(sender: list[int]) -> None:
+    """Raises UnusableTransportError: releases of NCCL don't promise to speak to each other."""
+    here = list(nccl_version())
+    if here != sender:
+        raise UnusableTransportError(
+            f"the trainer has NCCL {'.'.join(map(str, sender))} and the server {'.'.join(map(str, here))}: "
+            "install the same torch release in both environments"
+        )
 
 
 @contextmanager
@@ -131,7 +159,7 @@ def broadcast(group: Any, bytes_N: torch.Tensor) -> Any:
 
 
 def passed(event: torch.cuda.Event, deadline_s: float) -> bool:
-    """Waits for an event; False at the deadline."""
+    """Waits until the GPU is past `event`; False at the deadline."""
     end = time.monotonic() + deadline_s
     while not event.query():
         if time.monotonic() > end:

@@ -1,8 +1,7 @@
 """A checksum of a bucket that costs one pass on the device the bucket lies on.
 
 It proves that what was received is what was sent: any changed, missing, repeated or moved 8-byte word changes it, up to
-chance. It is not a defence against somebody who wants two buckets to agree. The sender has the same function
-(`lockstep.weight_sync.digest`), and a test holds the two together.
+chance. It is not a defence against somebody who wants two buckets to agree.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _weights(start: int, count: int, seed: int, device: torch.device) -> torch.T
 
 def fused_sum(words: torch.Tensor, first: int, seed: int, total: torch.Tensor) -> None:
     """The same sum in one pass over the words and no temporary; addition modulo 2**64 has no order, so the bits agree."""
-    from lockstep_vllm.weight_sync.digest_kernel import digest_kernel
+    from lockstep_wire.digest_kernel import digest_kernel
 
     kernel: Any = digest_kernel  # Triton has no stubs for it
     if words.numel():

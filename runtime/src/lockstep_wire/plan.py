@@ -1,0 +1,171 @@
+"""A sync's plan on the wire: which box of which weight lies where in which bucket of which sender.
+
+The senders write it (`plan_json`), the receivers read it (`parse`). Which rows a sender copies into a bucket is its own affair
+(`lockstep.weight_sync.plan`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Box = tuple[tuple[int, int], ...]
+"""A half-open range for every dimension of a tensor."""
+
+
+class PlanError(ValueError):
+    """A plan that can't be followed; the message names the weight."""
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Name (of the Hugging Face checkpoint), dtype and full shape of one weight."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def whole(self) -> Box:
+        return tuple((0, size) for size in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A box of a weight, contiguous at `offset` bytes of its bucket."""
+
+    meta: TensorMeta
+    box: Box
+    offset: int
+
+    @property
+    def name(self) -> str:
+        return self.meta.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(high - low for low, high in self.box)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.meta.dtype.itemsize
+
+    def view(self, bucket_N: torch.Tensor) -> torch.Tensor:
+        """The box inside a bucket of bytes."""
+        return bucket_N[self.offset : self.offset + self.nbytes].view(self.meta.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class WireBucket:
+    """Number `index` of those that `sender` sends."""
+
+    sender: int
+    index: int
+    nbytes: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def first(self) -> str:
+        return self.slots[0].name
+
+
+@dataclass(frozen=True)
+class WirePlan:
+    """buckets: in the one order in which every worker receives them, so that no two wait for each other. metas: of all weights."""
+
+    id: str
+    senders: int
+    buckets: tuple[WireBucket, ...]
+    metas: Mapping[str, TensorMeta]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+    @property
+    def largest(self) -> int:
+        return max((bucket.nbytes for bucket in self.buckets), default=0)
+
+
+def plan_json(senders: Iterable[Iterable[tuple[int, Sequence[Slot]]]]) -> dict[str, Any]:
+    """The message that `parse` reads, with an id that names this content.
+
+    senders: for each sender its buckets in order, each as (bytes, slots).
+    """
+    described = [[_bucket_json(nbytes, slots) for nbytes, slots in buckets] for buckets in senders]
+    text = json.dumps(described, separators=(",", ":"))
+    return {"id": hashlib.sha256(text.encode()).hexdigest(), "senders": described}
+
+
+def _bucket_json(nbytes: int, slots: Sequence[Slot]) -> dict[str, Any]:
+    """A slot's box is null where the weight is whole."""
+    described = []
+    for slot in slots:
+        box = None if slot.box == slot.meta.whole else [list(pair) for pair in slot.box]
+        dtype = str(slot.meta.dtype).removeprefix("torch.")
+        described.append([slot.name, dtype, list(slot.meta.shape), slot.offset, box])
+    return {"nbytes": nbytes, "slots": described}
+
+
+def parse(raw: Mapping[str, Any]) -> WirePlan:
+    """Raises PlanError when the boxes of a weight don't make it whole."""
+    senders = [[_bucket(s, i, one) for i, one in enumerate(sent)] for s, sent in enumerate(raw["senders"])]
+    rounds = range(max((len(sent) for sent in senders), default=0))
+    buckets = tuple(sent[i] for i in rounds for sent in senders if i < len(sent))
+    metas = {slot.name: slot.meta for bucket in buckets for slot in bucket.slots}
+    _check_whole(buckets, metas)
+    return WirePlan(raw["id"], len(senders), buckets, metas)
+
+
+def _bucket(sender: int, index: int, raw: Mapping[str, Any]) -> WireBucket:
+    return WireBucket(sender, index, raw["nbytes"], tuple(_slot(slot) for slot in raw["slots"]))
+
+
+def _slot(raw: Sequence[Any]) -> Slot:
+    name, dtype, shape, offset, box = raw
+    meta = TensorMeta(name, getattr(torch, dtype), tuple(shape))
+    return Slot(meta, meta.whole if box is None else tuple((low, high) for low, high in box), offset)
+
+
+def _check_whole(buckets: Sequence[WireBucket], metas: Mapping[str, TensorMeta]) -> None:
+    received = dict.fromkeys(metas, 0)
+    for slot in (slot for bucket in buckets for slot in bucket.slots):
+        if slot.meta != metas[slot.name]:
+            raise PlanError(f"weight {slot.name!r} comes in two shapes: {slot.meta} and {metas[slot.name]}")
+        received[slot.name] += math.prod(slot.shape)
+    for name, count in received.items():
+        if count != math.prod(metas[name].shape):
+            raise PlanError(
+                f"weight {name!r} has {math.prod(metas[name].shape)} elements and the senders bring {count}: "
+                "a sender is missing, or two bring the same part"
+            )
+
+
+def assemble(plan: WirePlan, buffers: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight, whole: a view of its bucket where it came in one piece, else put together in memory of its own.
+
+    buffers: one for each bucket of the plan. One weight at a time; order: of their first parts.
+    """
+    parts: dict[str, list[tuple[Slot, torch.Tensor]]] = {}
+    for bucket, bytes_N in zip(plan.buckets, buffers, strict=True):
+        for slot in bucket.slots:
+            parts.setdefault(slot.name, []).append((slot, bytes_N))
+    for name, pieces in parts.items():
+        if len(pieces) == 1:
+            yield name, pieces[0][0].view(pieces[0][1])
+            continue
+        meta = plan.metas[name]
+        weight = torch.empty(meta.shape, dtype=meta.dtype, device=pieces[0][1].device)
+        for slot, bytes_N in pieces:
+            weight[tuple(slice(low, high) for low, high in slot.box)].copy_(slot.view(bytes_N))
+        yield name, weight

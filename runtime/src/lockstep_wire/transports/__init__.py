@@ -1,0 +1,38 @@
+"""How buckets get from a sender to the server's workers: one connection per sending rank, every worker receives the same bytes.
+
+One file per transport, with both halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lockstep_wire.transports.base import Receiver, Sender, TransportError, UnusableTransportError
+from lockstep_wire.transports.disk import DiskReceiver
+from lockstep_wire.transports.gloo import GlooReceiver, GlooSender
+from lockstep_wire.transports.ipc import IpcReceiver, IpcSender
+from lockstep_wire.transports.nccl import NcclReceiver, NcclSender
+
+__all__ = ["RECEIVERS", "SENDERS", "Receiver", "Sender", "TransportError", "UnusableTransportError", "connect"]
+
+SENDERS: dict[str, Callable[[float], Sender]] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
+"""By name; each is made with the deadline (seconds) of its waits. "disk" needs a folder as well: DiskSender."""
+
+RECEIVERS: dict[str, Callable[[dict[str, Any], int, torch.device], Receiver]] = {
+    "gloo": GlooReceiver,
+    "nccl": NcclReceiver,
+    "ipc": IpcReceiver,
+    "disk": DiskReceiver,
+}
+
+
+def connect(info: dict[str, Any], rank: int, device: torch.device) -> Receiver:
+    """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at the deadline."""
+    if info["transport"] not in RECEIVERS:
+        raise UnusableTransportError(
+            f"unknown transport {info['transport']!r}: expected one of {', '.join(sorted(RECEIVERS))}"
+        )
+    return RECEIVERS[info["transport"]](info, rank, device)

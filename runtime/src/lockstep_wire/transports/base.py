@@ -1,0 +1,61 @@
+"""One way for buckets to travel: the half of a sender, the half of a receiver, and the errors of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class TransportError(RuntimeError):
+    """The other side is gone, did not come, or missed a deadline."""
+
+
+class UnusableTransportError(ValueError):
+    """This transport can't work here: no GPU, another NCCL, a folder that one side does not see."""
+
+
+class Sender(Protocol):
+    """One sender's half. `open` and `accept` belong together: the receivers are told `open`'s answer in between."""
+
+    def open(self, receivers: int) -> dict[str, Any]:
+        """Prepares for that many receivers; returns what each needs to connect, as JSON."""
+        ...
+
+    def accept(self) -> None:
+        """Waits until every receiver has connected. Raises TransportError at the deadline."""
+        ...
+
+    def send(self, bytes_N: torch.Tensor) -> None:
+        """Sends a bucket. The buffer may be reused by work that is queued after the next `send` returns."""
+        ...
+
+    def flush(self) -> None:
+        """Waits until every bucket has left. Raises TransportError at the deadline."""
+        ...
+
+    def close(self) -> None:
+        """Drops the connection; harmless twice."""
+        ...
+
+
+class Receiver(Protocol):
+    """A worker's half: one connection to one sender. deadline_s: of its waits."""
+
+    deadline_s: float
+
+    def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
+        """Starts to fill a bucket. After the returned call the bytes are there for what is queued on the current stream.
+
+        Both raise RuntimeError at the deadline, or when the sender is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drops the connection, at once and for good; harmless twice."""
+        ...
+
+
+def received() -> None:
+    """What `receive` returns when the copy is done already: nothing to wait for."""
