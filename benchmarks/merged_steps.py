@@ -77,11 +77,11 @@ class Syncs:
     def attach(self, run: Run) -> None:
         work = run.trainer.call
 
-        async def worked(verb: str, args: Any, **options: Any) -> Any:
+        async def worked(request: Any, **options: Any) -> Any:
             began = time.monotonic()
-            reply = await work(verb, args, **options)
-            if verb in ("sync", "sync_adapter"):
-                self.reports.append({**reply, "began": began, "ended": time.monotonic()})
+            reply = await work(request, **options)
+            if request.verb in ("sync", "sync_adapter"):
+                self.reports.append({**asdict(reply), "began": began, "ended": time.monotonic()})
             return reply
 
         run.trainer.call = worked  # pyright: ignore[reportAttributeAccessIssue]

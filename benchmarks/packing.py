@@ -166,9 +166,10 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     from lockstep.config.megatron import Parallel
     from lockstep.config.train import TrainConfig
     from lockstep.engine.parallel import device
-    from lockstep.engine.state import LoraSettings, Settings, open_session
+    from lockstep.engine.state import open_session
     from lockstep.engine.train_step import train_step
     from lockstep.models.registry import default_target_modules_for_model
+    from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -185,7 +186,7 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
     dtype = "bfloat16" if device.CUDA else "float32"
     recompute = {"auto": None, "all": True, "none": False}[options.recompute]
-    session = open_session(Settings(str(folder), Parallel(), dtype, lora, recompute=recompute))
+    session = open_session(EngineConfig(str(folder), Parallel(), dtype, lora, recompute=recompute))
     config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
 
     def run(case: Case) -> Figures:

@@ -228,8 +228,9 @@ def open_engine(folder: Path) -> Any:
 
     from lockstep.config.megatron import Parallel
     from lockstep.engine.parallel import device as engine_device
-    from lockstep.engine.state import LoraSettings, Settings, open_session
+    from lockstep.engine.state import open_session
     from lockstep.models.registry import default_target_modules_for_model
+    from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -238,7 +239,7 @@ def open_engine(folder: Path) -> Any:
     os.environ.update({name: str(value) for name, value in settings.items()})
     engine_device.start(Parallel(), seed=0)
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
-    return open_session(Settings(str(folder), Parallel(), "bfloat16", lora))
+    return open_session(EngineConfig(str(folder), Parallel(), "bfloat16", lora))
 
 
 def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:

@@ -24,6 +24,7 @@ from real_steps import conclude, keep_logs, measured, model_options, passed_s, r
 
 import lockstep as ls
 from lockstep.backends.megatron.run import Run
+from lockstep.trainer.protocol import Memory
 
 SETTLED = 3
 """The step that growth counts from."""
@@ -58,10 +59,10 @@ class Watch:
             await self.note(path.rsplit("/", 1)[-1], time.perf_counter() - started)
             return reply
 
-        async def worked(verb: str, args: Any, **options: Any) -> Any:
+        async def worked(request: Any, **options: Any) -> Any:
             started = time.perf_counter()
-            reply = await work(verb, args, **options)
-            await self.note(verb, time.perf_counter() - started)
+            reply = await work(request, **options)
+            await self.note(request.verb, time.perf_counter() - started)
             return reply
 
         self.run.server.call, self.run.trainer.call = called, worked  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,21 +70,21 @@ class Watch:
     async def note(self, phase: str, seconds: float) -> None:
         if phase not in PHASES:
             return
-        trainer = await self.run.trainer.call("memory", {}, deadline_s=60.0)
+        trainer = await self.run.trainer.call(Memory(), deadline_s=60.0)
         server = await self.run.server.memory()
         number = sum(row["step"] == self.step and row["phase"] == phase for row in self.rows)
-        total = trainer["device_total"]
+        total = trainer.device_total
         self.rows.append(
             {
                 "step": self.step,
                 "phase": phase,
                 "turn": number,
                 "seconds": seconds,
-                "storages": trainer["device_storages"],
-                "host_copies": trainer["host_copies"],
+                "storages": trainer.device_storages,
+                "host_copies": trainer.host_copies,
                 "device_total": total,
-                "trainer_held": trainer["reserved"] if total else trainer["resident"],
-                "device_used": total - trainer["device_free"] if total else sum(one["resident"] for one in server),
+                "trainer_held": trainer.reserved if total else trainer.resident,
+                "device_used": total - trainer.device_free if total else sum(one["resident"] for one in server),
             }
         )
 

@@ -27,11 +27,11 @@ def stopped_at(monkeypatch: Any, run: Any, verb: str) -> Iterator[None]:
     """Inside, every process of the run's server stops (SIGSTOP) when the trainer is asked for `verb`; at the end they go on."""
     processes, call = below(run.server.child.pid), run.trainer.call
 
-    async def stopping(asked: str, args: Any, **kwargs: Any) -> Any:
-        if asked == verb:
+    async def stopping(request: Any, **kwargs: Any) -> Any:
+        if request.verb == verb:
             for pid in processes:
                 os.kill(pid, signal.SIGSTOP)
-        return await call(asked, args, **kwargs)
+        return await call(request, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(run.trainer, "call", stopping)

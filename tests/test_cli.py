@@ -24,13 +24,15 @@ from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
 from lockstep.cli.live_table import LiveTable
 from lockstep.cli.score import _sequences, read_lines
+from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
-from lockstep.loop.run_file import BackendSection, TaskSection, load_run_file
+from lockstep.loop.run_file import TaskSection, load_run_file
 from lockstep.loop.synchronous import Row
 from lockstep.models.registry import list_model_support_specs
 from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.client import Trainer
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
 from nothing_started import refused_at_once
 
 TASK = """
@@ -299,12 +301,7 @@ def oversized_checkpoint(folder: Path) -> Path:
 
 async def test_no_free_memory_is_said_before_anything_is_allocated(tmp_path):
     folder = oversized_checkpoint(tmp_path / "big")
-    config = {
-        "model": str(folder),
-        "dtype": "float32",
-        "parallel": {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1, "sequence": False},
-        "lora": {"rank": 8, "alpha": 16.0, "targets": ["q_proj"]},
-    }
+    config = EngineConfig(str(folder), lora=LoraSettings(8, 16.0, ("q_proj",)))
     with pytest.raises(TrainerError, match="no free memory") as caught:
         await Trainer.start(config, 1, tmp_path / "logs" / "trainer.log")
     assert "\n" not in str(caught.value)
@@ -315,7 +312,7 @@ async def test_a_temporary_folder_with_a_long_name_is_named(tmp_path, monkeypatc
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     with pytest.raises(TrainerError, match="set TMPDIR to a shorter folder"):
-        await Trainer.start({}, 1, tmp_path / "logs" / "trainer.log")
+        await Trainer.start(EngineConfig("none"), 1, tmp_path / "logs" / "trainer.log")
     assert not list(deep.iterdir())
 
 
@@ -356,7 +353,7 @@ def test_a_dry_run_shows_every_setting_and_starts_nothing(tmp_path, tiny_qwen3):
     assert shown["dtype"][0] == "float32"
     assert shown["tool_call_parser"][0] == "hermes"
     assert shown["learning_rate"] == ["0.0003", "set"]
-    assert {*BackendSection.model_fields, *TaskSection.model_fields, *TrainConfig.model_fields} - {"placement"} <= {
+    assert {*MegatronConfig.model_fields, *TaskSection.model_fields, *TrainConfig.model_fields} - {"placement"} <= {
         *shown
     }
     assert not (tmp_path / "runs").exists()

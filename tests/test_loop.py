@@ -41,6 +41,7 @@ from lockstep.loop.task import Task, load_task
 from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import published_steps
+from lockstep.trainer.protocol import Save, SyncReport
 from stopping import stopped_at
 
 pytestmark = pytest.mark.server
@@ -173,11 +174,11 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
     run, name, early = backend._run(model), f"loop@{model.step + 1}", []
     call = run.trainer.call
 
-    async def saving(verb, args, **kwargs):
-        if verb == "save":
+    async def saving(request, **kwargs):
+        if request.verb == "save":
             assert published_steps(run.store.path)[-1] == model.step
             early.append(await run.server.score(name, PROBE_S))
-        return await call(verb, args, **kwargs)
+        return await call(request, **kwargs)
 
     async def never(*_arguments):
         raise AssertionError("the server was sent to the disk")
@@ -224,11 +225,11 @@ async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monk
     run = backend._run(model)
     call = run.trainer.call
 
-    async def stale(verb, args, **kwargs):
-        if verb != "sync_adapter":
-            return await call(verb, args, **kwargs)
-        await run.server.load_adapter(args["version"], run.store.step(model.step).adapter)
-        return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0, "compared": False}
+    async def stale(request, **kwargs):
+        if request.verb != "sync_adapter":
+            return await call(request, **kwargs)
+        await run.server.load_adapter(request.version, run.store.step(model.step).adapter)
+        return SyncReport(request.version, 0, 0.0, 0.0, 0.0, "staged", "adapter", False, {})
 
     monkeypatch.setattr(run.trainer, "call", stale)
     groups = with_signal(await roll_out(model, task, section, model.step))
@@ -288,9 +289,9 @@ async def test_a_step_that_was_not_published_is_not_built_upon(running, task, se
     def full(*_arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async def given_up(verb, *arguments, **settings):
-        reply = await ask(verb, *arguments, **settings)
-        if verb == "train_step":
+    async def given_up(request, **settings):
+        reply = await ask(request, **settings)
+        if request.verb == "train_step":
             raise asyncio.CancelledError
         return reply
 
@@ -449,7 +450,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         assert resumed._run(again).parts.server_config("m").seed != first_seed
         await check_served(resumed._run(again).server, f"loop@{step}", base_model, published / "adapter")
         out = path / "saved"
-        await resumed._run(again).trainer.call("save", {"out": str(out)}, deadline_s=60)
+        await resumed._run(again).trainer.call(Save(out), deadline_s=60)
         assert (out / "trainer" / "optimizer.safetensors").read_bytes() == trainer_state
         result = await resumed.train(again, with_signal(await roll_out(again, task, section, step)), CONFIG)
         assert result.step == step + 1

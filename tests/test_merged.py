@@ -26,6 +26,7 @@ from lockstep.loop.run_file import load_run_file
 from lockstep.loop.synchronous import roll_out
 from lockstep.loop.task import load_task
 from lockstep.models.tiny.write import write_tiny
+from lockstep.trainer.protocol import SyncReport
 from stopping import stopped_at
 
 pytestmark = pytest.mark.server
@@ -100,12 +101,12 @@ def asked_before_the_sync(model, backend, monkeypatch):
     run, name, tasks = backend._run(model), model.inference_name(), []
     call = run.trainer.call
 
-    async def asking(verb, args, **kwargs):
-        if verb == "sync":
+    async def asking(request, **kwargs):
+        if request.verb == "sync":
             before = await sampled_tokens(run.server)
             tasks.extend(asyncio.create_task(answers_until_swapped(model, name, 400 - 29 * i)) for i in range(8))
             await seen_sampling(run.server, before)
-        return await call(verb, args, **kwargs)
+        return await call(request, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", asking)
     return tasks
@@ -220,11 +221,11 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
     run, name = backend._run(model), f"merged@{model.step + 1}"
     call = run.trainer.call
 
-    async def renaming(verb, args, **kwargs):
-        if verb != "sync":
-            return await call(verb, args, **kwargs)
-        await run.server.rename(args["version"])
-        return {"nbytes": 0, "transfer_s": 0.0, "pause_s": 0.0}
+    async def renaming(request, **kwargs):
+        if request.verb != "sync":
+            return await call(request, **kwargs)
+        await run.server.rename(request.version)
+        return SyncReport(request.version, 0, 0.0, 0.0, 0.0, "staged", "direct", False, {})
 
     monkeypatch.setattr(run.trainer, "call", renaming)
     with pytest.raises(MismatchError, match=f"does not hold {name}"):
@@ -286,10 +287,10 @@ async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
     run = backend._run(model)
     work = run.trainer.call
 
-    async def worked(verb, args, **kwargs):
-        if verb == "offload":
+    async def worked(request, **kwargs):
+        if request.verb == "offload":
             raise TrainerError("planted")
-        return await work(verb, args, **kwargs)
+        return await work(request, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", worked)
     with pytest.raises(TrainerError, match="planted"):
@@ -322,16 +323,17 @@ async def trained_in_turns(model, backend, groups, monkeypatch):
         order.append(" ".join([f"{method} {path}", *(body or {}).get("parts", [])]))
         return await serve(method, path, body, **kwargs)
 
-    async def worked(verb, args, **kwargs):
-        if verb == "train_step":
+    async def worked(request, **kwargs):
+        if request.verb == "train_step":
             before = list(order)
             assert (await run.server.version())["asleep"] == ["kv_cache", "weights"]
             asked.append(asyncio.create_task(run.server.score("full@0", PROBE_S)))
             done, _ = await asyncio.wait(asked, timeout=0.5)
             assert not done
             order[:] = before  # without what this test asked
-        order.append(f"{verb}, weights stay" if args.get("keep_weights") else verb)
-        return await work(verb, args, **kwargs)
+        keeps = getattr(request, "keep_weights", False)
+        order.append(f"{request.verb}, weights stay" if keeps else request.verb)
+        return await work(request, **kwargs)
 
     monkeypatch.setattr(run.server, "call", called)
     monkeypatch.setattr(run.trainer, "call", worked)
@@ -406,10 +408,10 @@ async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
     run = backend._run(model)
     lost, work = run.server, run.trainer.call
 
-    async def worked(verb, args, **kwargs):
-        if verb == "sync" and run.server is lost:
+    async def worked(request, **kwargs):
+        if request.verb == "sync" and run.server is lost:
             lost.child.kill()
-        return await work(verb, args, **kwargs)
+        return await work(request, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", worked)
     result = await backend.train(model, groups, CONFIG)

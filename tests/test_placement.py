@@ -79,12 +79,12 @@ def test_a_trainer_process_has_a_gpu_and_every_gpu_a_process(gpus, parallel):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"numerics": "exakt"}, "numerics = 'exakt': it is one of 'fast', 'exact'"),
+        ({"numerics": "exakt"}, "numerics = 'exakt': input should be 'fast' or 'exact'"),
         ({"dtype": "float16"}, "dtype = 'float16'"),
         ({"weight_transport": "tcp"}, "weight_transport = 'tcp'"),
         ({"rollout_weights_mode": "loar"}, "rollout_weights_mode = 'loar'"),
-        ({"max_model_len": 16}, "max_model_len = 16: it is .* or more"),
-        ({"seed": -1}, "seed = -1: it is 0 or more"),
+        ({"max_model_len": 16}, "max_model_len = 16: input should be greater than or equal to 49"),
+        ({"seed": -1}, "seed = -1: input should be greater than or equal to 0"),
     ],
 )
 def test_backend_settings_that_do_not_exist(settings, says):

@@ -87,10 +87,10 @@ async def check_lost_server_is_replaced(model, backend, monkeypatch):
     names = [f"trained@{step}" for step in (1, 2)]
     before = [await lost.score(name, PROBE_S) for name in names]
 
-    async def killing(verb, args, **kwargs):
-        if verb == "sync_adapter" and run.server is lost:
+    async def killing(request, **kwargs):
+        if request.verb == "sync_adapter" and run.server is lost:
             lost.child.kill()
-        return await call(verb, args, **kwargs)
+        return await call(request, **kwargs)
 
     monkeypatch.setattr(run.trainer, "call", killing)
     result = await stepped(model, backend)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lockstep.backends.megatron.backend import MegatronBackend
     from lockstep.backends.tinker.backend import TinkerBackend
     from lockstep.config.lora import LoraConfig
-    from lockstep.config.megatron import Parallel, Placement
+    from lockstep.config.megatron import MegatronConfig, Parallel, Placement
     from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
@@ -28,6 +28,7 @@ _HOME = {
     "Endpoint": "lockstep.backends.base",
     "LockstepError": "lockstep.errors",
     "LoraConfig": "lockstep.config.lora",
+    "MegatronConfig": "lockstep.config.megatron",
     "MegatronBackend": "lockstep.backends.megatron.backend",
     "Parallel": "lockstep.config.megatron",
     "Placement": "lockstep.config.megatron",
@@ -46,6 +47,7 @@ __all__ = [
     "LockstepError",
     "LoraConfig",
     "MegatronBackend",
+    "MegatronConfig",
     "Parallel",
     "Placement",
     "TinkerBackend",

@@ -30,10 +30,11 @@ from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
-from lockstep.engine.state import LoraSettings, Session, Settings, open_session
+from lockstep.engine.state import Session, open_session
 from lockstep.engine.train_step import _head, _shard, prepare
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 from drawing import random_sequences  # isort: skip
 from parity import FLOOR, compare_tensors  # isort: skip
@@ -63,7 +64,7 @@ def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Paral
     if not folder.exists():
         write_tiny(family, folder, seed=3, overrides=FAMILIES[family])
     targets = tuple(default_target_modules_for_model(str(folder)))
-    settings = Settings(str(folder), parallel, dtype=dtype, lora=LoraSettings(8, 16, targets) if lora else None)
+    settings = EngineConfig(str(folder), parallel, dtype=dtype, lora=LoraSettings(8, 16, targets) if lora else None)
     session = open_session(settings)
     if lora:
         generator = torch.Generator().manual_seed(4)

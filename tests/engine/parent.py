@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lockstep.trainer import protocol
+from lockstep.trainer import channel as protocol
 from torchrun import torchrun
 
 

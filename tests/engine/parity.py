@@ -29,7 +29,7 @@ from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
-from lockstep.engine.state import LoraSettings, Session, Settings, load_step, open_session, save_step
+from lockstep.engine.state import Session, load_step, open_session, save_step
 from lockstep.engine.train_step import (
     _head,
     _shard,
@@ -43,6 +43,7 @@ from lockstep.engine.train_step import (
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
 
@@ -221,7 +222,7 @@ def measure(
 ) -> tuple[dict[str, Any], Session, float]:
     """Distances of loss, logits, gradients and their norm from the expected ones, computed in `dtype`."""
     gradients, logits, loss = expected
-    session = open_session(Settings(str(folder), sizes, dtype=dtype, **settings))
+    session = open_session(EngineConfig(str(folder), sizes, dtype=dtype, **settings))
     found_loss, found_logits = run(session, batch, slope_P)
     result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss)), "logits": 0.0}
     if session.model.post_process:
@@ -305,7 +306,7 @@ def measure_lora(
     dtype: str,
 ) -> dict[str, Any]:
     rank, alpha, rate = 3, 5.0, 1e-2
-    session = open_session(Settings(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
+    session = open_session(EngineConfig(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
     adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(session.shapes.items())}
     assign(session.trainables, adapters)
@@ -360,7 +361,7 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     found = []
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
-        session = open_session(Settings(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
+        session = open_session(EngineConfig(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
         given = replayed(batch, session.config, seed) if session.config.is_moe else batch
         found.append(train_step(session, given, config, None, lambda _event: None))
     mine, theirs = found
@@ -380,7 +381,7 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     scores, tops = [], []
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
-        session = open_session(Settings(str(folder), sizes))
+        session = open_session(EngineConfig(str(folder), sizes))
         replay = replayed(batch, session.config, seed)
         found, top = score_and_rank(session, replay, lambda _event: None, 20)
         scores.append(found)
@@ -469,7 +470,7 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
     files, norms = [], []
     for number, now in enumerate((sizes, Parallel(data=dist.get_world_size()), sizes)):
         device.rebuild_groups(now, seed=0)
-        session = open_session(Settings(str(folder), now, seed=number, **settings))
+        session = open_session(EngineConfig(str(folder), now, seed=number, **settings))
         if number == 0:
             steps(session, batch, slope_P, 2)
         else:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.engine.worker import endpoint_of, share
+from lockstep.engine.worker import share
+from lockstep.trainer.protocol import SyncAdapter, split_secrets
 from torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
@@ -47,14 +48,11 @@ def test_c1_a_request_reaches_other_ranks_without_its_secret() -> None:
         def publish(self, number: int, request: dict[str, object]) -> None:
             published.append(request)
 
-    request = {
-        "id": 1,
-        "verb": "sync_adapter",
-        "args": {"root_url": "http://127.0.0.1:1"},
-        "secret": {"api_key": "s3cret"},
-    }
-    share(1, request, Recorder())  # pyright: ignore[reportArgumentType]
-    assert published == [{"id": 1, "verb": "sync_adapter", "args": {"root_url": "http://127.0.0.1:1"}}]
+    asked = SyncAdapter("http://127.0.0.1:1", "m@1", "gloo", 1.0, api_key="s3cret")
+    fields, secret = split_secrets(asked)
+    share(1, {"id": 1, "verb": asked.verb, "args": fields, "secret": secret}, Recorder())  # pyright: ignore
+    expected = {"root_url": "http://127.0.0.1:1", "version": "m@1", "transport": "gloo", "deadline_s": 1.0}
+    assert published == [{"id": 1, "verb": "sync_adapter", "args": expected}]
     assert "s3cret" not in str(published)
-    assert endpoint_of(request["args"] | request["secret"]).api_key == "s3cret"  # pyright: ignore
-    assert "s3cret" not in repr(endpoint_of(request["args"] | request["secret"]))  # pyright: ignore
+    assert secret == {"api_key": "s3cret"}
+    assert "s3cret" not in repr(asked)

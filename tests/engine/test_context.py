@@ -10,10 +10,10 @@ from cases import tiny
 
 from lockstep.config.megatron import Parallel
 from lockstep.engine.parallel.device import check_world
-from lockstep.engine.state import Settings
 from lockstep.errors import ConfigError
 from lockstep.models.parallel_sizes import check_heads
 from lockstep.models.registry import load_model_config
+from lockstep.trainer.protocol import EngineConfig, from_json
 
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 6}
@@ -42,11 +42,11 @@ def test_heads_must_divide(
 
 
 def test_sizes_must_agree() -> None:
-    settings = Settings.parse({"model": "x", "parallel": {"context": 2, "data": 2, "tensor": 2}})
+    settings = from_json(EngineConfig, {"model": "x", "parallel": {"context": 2, "data": 2, "tensor": 2}})
     check_world(settings.parallel, 8)
     with pytest.raises(
         ConfigError, match="tensor 2 x pipeline 1 x context 2 x data 2 need 8 processes, but 4 were started"
     ):
         check_world(settings.parallel, 4)
     with pytest.raises(ConfigError, match="expert x expert_tensor = 4 must divide tensor x data x context = 2"):
-        Settings.parse({"model": "x", "parallel": {"context": 2, "expert": 4}})
+        from_json(EngineConfig, {"model": "x", "parallel": {"context": 2, "expert": 4}})

@@ -16,11 +16,12 @@ CYCLES = 50
 
 def opened(family: str, folder: Path, lora: bool) -> Any:
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.state import LoraSettings, Settings, open_session
+    from lockstep.engine.state import open_session
+    from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
     targets = LoraSettings(8, 16, ("q_proj", "o_proj", *(["experts"] if "moe" in family else []))) if lora else None
     model = str(tiny(family, folder, seed=int(np.random.default_rng().integers(1000))))
-    return open_session(Settings(model, Parallel(), lora=targets, dtype="bfloat16" if lora else "float32"))
+    return open_session(EngineConfig(model, Parallel(), lora=targets, dtype="bfloat16" if lora else "float32"))
 
 
 def everything(session: Any) -> dict[str, torch.Tensor]:

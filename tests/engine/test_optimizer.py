@@ -118,12 +118,13 @@ def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, 
     from lockstep.config.megatron import Parallel
     from lockstep.engine.optim.optimizer import Rates
     from lockstep.engine.optim.state import write_state
-    from lockstep.engine.state import Settings, open_session
+    from lockstep.engine.state import open_session
     from lockstep.models.tiny.write import write_tiny
+    from lockstep.trainer.protocol import EngineConfig
 
     overrides = {"num_hidden_layers": 4 if "3_5" in family else 2, "hidden_size": 32}
     model = write_tiny(family, tmp_path / "model", overrides=overrides)
-    session = open_session(Settings(str(model), Parallel(), dtype="bfloat16"))
+    session = open_session(EngineConfig(str(model), Parallel(), dtype="bfloat16"))
     for folder in ("before", "after"):
         (tmp_path / folder).mkdir()
     write_state(session.optimizer, tmp_path / "before", session.shapes)

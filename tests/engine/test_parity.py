@@ -93,11 +93,12 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("groups")
 def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.state import LoraSettings, Settings, open_session
+    from lockstep.engine.state import open_session
     from lockstep.errors import ConfigError
+    from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
     folder = tiny("qwen3", tmp_path / "model", dtype="float32")
     for target in ("k_proj", "up_proj", "down_proj"):
         assert within(parity.check_lora(folder, {}, 7, [target]))
     with pytest.raises(ConfigError, match="nose"):
-        open_session(Settings(str(folder), Parallel(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))
+        open_session(EngineConfig(str(folder), Parallel(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))

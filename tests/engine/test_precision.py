@@ -21,8 +21,9 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
     from lockstep.config.megatron import Parallel
     from lockstep.config.train import TrainConfig
     from lockstep.engine.export.merged_weights import WeightsOut
-    from lockstep.engine.state import Settings, open_session, save_step
+    from lockstep.engine.state import open_session, save_step
     from lockstep.engine.train_step import train_step
+    from lockstep.trainer.protocol import EngineConfig
     from lockstep.weight_sync.sender_group import Alone
 
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
@@ -34,7 +35,7 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
     assert {tensor.dtype for name, tensor in stored.items() if name not in wide} == {torch.bfloat16}
     assert all((tensor.bfloat16().float() != tensor).any() for tensor in wide.values())
 
-    session = open_session(Settings(str(model), Parallel(), dtype="bfloat16"))
+    session = open_session(EngineConfig(str(model), Parallel(), dtype="bfloat16"))
     save_step(session, tmp_path / "s0")
     assert (tmp_path / "s0" / "model" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
@@ -62,8 +63,9 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
 def test_a9_a_checkpoint_in_fp32_is_rounded_where_bf16_is_asked_for(tmp_path: Path) -> None:
     """Nothing is kept on purpose there: all parameters compute in the dtype that was set."""
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.state import Settings, open_session
+    from lockstep.engine.state import open_session
+    from lockstep.trainer.protocol import EngineConfig
 
     model = tiny("qwen3_5", tmp_path / "model", num_hidden_layers=4, dtype="float32")
-    session = open_session(Settings(str(model), Parallel(), dtype="bfloat16"))
+    session = open_session(EngineConfig(str(model), Parallel(), dtype="bfloat16"))
     assert {parameter.dtype for parameter in session.model.parameters()} == {torch.bfloat16}

@@ -292,12 +292,13 @@ def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) 
     """Anonymous memory while a step's weights are swapped in: no more than a few of its tensors, never all of them."""
     from lockstep.config.megatron import Parallel
     from lockstep.engine import state as sessions
-    from lockstep.engine.state import Settings, open_session, reference_weights, save_step
+    from lockstep.engine.state import open_session, reference_weights, save_step
+    from lockstep.trainer.protocol import EngineConfig
 
     model = tiny(
         "qwen3", tmp_path / "model", vocab_size=20_000, hidden_size=128, num_hidden_layers=8, intermediate_size=4096
     )
-    session = open_session(Settings(str(model), Parallel()))
+    session = open_session(EngineConfig(str(model), Parallel()))
     save_step(session, tmp_path / "s1")
     expected = [bucket.weights.clone() for bucket in session.optimizer.buckets]
     for bucket in session.optimizer.buckets:

@@ -28,10 +28,11 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.state import LoraSettings, Settings, open_session
+from lockstep.engine.state import open_session
 from lockstep.engine.train_step import score, train_step
 from lockstep.models.registry import get_model_support_handler
 from lockstep.models.tiny.write import write_tiny
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 LINEAR = {
     "head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -125,7 +126,7 @@ def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]
     }
     device.rebuild_groups(sizes, seed=0)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
-    session = open_session(Settings(str(folder), sizes, dtype="bfloat16", lora=LoraSettings(16, 32.0, targets)))
+    session = open_session(EngineConfig(str(folder), sizes, dtype="bfloat16", lora=LoraSettings(16, 32.0, targets)))
     for name, share in (("unpacked", False), ("packed", True)):
         batch = batch_of(found, share, 2048, sizes.data)
         start = time.perf_counter()
@@ -151,7 +152,7 @@ def gradient_norm_fp32(
     folder: Path, sizes: Parallel, targets: tuple[str, ...], batch: PackedBatch, config: TrainConfig
 ) -> float:
     """The same first step computed in fp32 (plain kernels)."""
-    session = open_session(Settings(str(folder), sizes, dtype="float32", lora=LoraSettings(16, 32.0, targets)))
+    session = open_session(EngineConfig(str(folder), sizes, dtype="float32", lora=LoraSettings(16, 32.0, targets)))
     return train_step(session, batch, config, None, lambda _event: None)["grad_norm"]
 
 

@@ -18,8 +18,9 @@ from lockstep.engine.export.merged_weights import WeightsOut
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
-from lockstep.engine.state import Settings, open_session
+from lockstep.engine.state import open_session
 from lockstep.inference.client import Server
+from lockstep.trainer.protocol import EngineConfig, from_json
 from lockstep.weight_sync.sender import Endpoint
 from lockstep.weight_sync.sender_group import StoreCrew
 
@@ -60,7 +61,7 @@ def merged(weights: dict[str, torch.Tensor], pairs: dict[str, torch.Tensor]) -> 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    settings = Settings.parse(job["settings"])
+    settings = from_json(EngineConfig, job["settings"])
     device.start(settings.parallel, 0)
     agreement = Agreement()
     session = open_session(settings)

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +32,7 @@ from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import ModelConfig, checkpoint_dtype
 from lockstep.models.registry import load_model_config
 from lockstep.trainer.client import Trainer
+from lockstep.trainer.protocol import EngineConfig, Score, from_json
 
 _DEADLINE_S = 600.0
 
@@ -109,14 +109,18 @@ def _routes(line: Line, config: ModelConfig) -> np.ndarray | None:
     return routes_SLK.astype(shape.dtype)
 
 
-def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str | None) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "adapter": None if adapter is None else str(adapter.resolve()),
-        "dtype": dtype or checkpoint_dtype(model),
-        "parallel": parallel.model_dump(mode="json"),
-        "trains": False,
-    }
+def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str | None) -> EngineConfig:
+    return from_json(
+        EngineConfig,
+        {
+            "model": str(model),
+            "adapter": None if adapter is None else str(adapter.resolve()),
+            "dtype": dtype or checkpoint_dtype(model),
+            "parallel": parallel,
+            "trains": False,
+        },
+        "lockstep score",
+    )
 
 
 async def score(
@@ -145,7 +149,7 @@ async def score(
         log = log_path or scratch / "logs" / "trainer.log"
         trainer = await Trainer.start(_settings(folder, adapter, parallel, dtype), parallel.processes, log)
         try:
-            await trainer.call("score", {"batch": str(batch_path), "out": str(out)}, deadline_s=_DEADLINE_S)
+            await trainer.call(Score(batch_path, out), deadline_s=_DEADLINE_S)
         finally:
             await trainer.close()
         values_RS = load_file(out)["logprobs_RS"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -54,7 +54,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
 
 def _tiny_folder(file: RunFile) -> Path:
     # Absolute: it is part of what the run is, and chat may be called from elsewhere.
-    return Path(file.backend.path).expanduser().resolve() / file.model.project / f"{file.model.name}-base"
+    return file.backend.path.expanduser().resolve() / file.model.project / f"{file.model.name}-base"
 
 
 def _as_tiny(file: RunFile) -> RunFile:
@@ -125,13 +125,13 @@ def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBacke
     model = TrainableModel(
         name=file.model.name, project=file.model.project, base_model=base_model, lora=file.model.lora
     )
-    settings = {name: getattr(file.backend, name) for name in type(file.backend).model_fields}
+    settings: dict[str, Any] = {name: getattr(file.backend, name) for name in file.backend.model_fields_set}
     return model, MegatronBackend(**settings, seed=file.task.seed)
 
 
 def _check_not_past(file: RunFile) -> None:
     """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate and end."""
-    path = Path(file.backend.path).expanduser() / file.model.project / file.model.name
+    path = file.backend.path.expanduser() / file.model.project / file.model.name
     if (steps := published_steps(path)) and steps[-1] > file.task.steps:
         raise ConfigError(
             f"steps = {file.task.steps}: {path} has {steps[-1]} steps already; raise [task] steps to train on, or change the model's name"

@@ -23,6 +23,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n{settings_text(cls)}\n"
+
     def __init__(self, **settings: Any):
         if _building.get():  # a part of a larger config: the outermost one tells, with the whole path of the setting
             super().__init__(**settings)
@@ -34,6 +39,15 @@ class Config(BaseModel):
             raise ConfigError(describe(error, type(self), type(self).__name__)) from None
         finally:
             _building.reset(token)
+
+
+def settings_text(schema: type[BaseModel]) -> str:
+    """Each setting with its default and its meaning, one a line, for `help()`."""
+    lines = []
+    for name, field in schema.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        lines.append(f"    {name} ({default}): {field.description or name.replace('_', ' ')}")
+    return "\n".join(lines)
 
 
 def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigError:

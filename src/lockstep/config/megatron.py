@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -90,3 +91,73 @@ class Parallel(Config):
     @property
     def sequence_parallel(self) -> bool:
         return self.tensor > 1 if self.sequence is None else self.sequence
+
+
+LEAST_CONTEXT = 49
+"""Tokens of the shortest `max_model_len`: the text that verifies a step has to fit, and a shorter one says little."""
+
+
+class MegatronConfig(Config):
+    """How Megatron-Core trains and vLLM serves on this machine. Every setting has a default that runs on the machine at hand."""
+
+    path: Path = Field(default=Path("runs"), description="folder that holds all runs, relative to the current folder")
+    rollout_weights_mode: Literal["lora", "merged"] = Field(
+        default="lora", description="how new weights reach the server: lora as an adapter, merged as its base weights"
+    )
+    placement: Placement | None = Field(
+        default=None,
+        description="GPU numbers of trainer and server; if not given, the CPU where there is no GPU, one GPU colocated, and else GPU "
+        "0 and 1",
+    )
+    parallel: Parallel = Field(default_factory=Parallel, description="how the trainer is spread over processes")
+    offload: bool | None = Field(
+        default=None,
+        description="colocated only: the trainer's weights and optimizer go to the host while the server serves; on, if not given. "
+        "false keeps them on the GPU, which the server then has less of",
+    )
+    weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
+        default=None,
+        description="how weights and adapters travel from the trainer's memory to the server: disk, or what fits the placement if not "
+        "given",
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=LEAST_CONTEXT,
+        description="longest sequence that the server accepts, in tokens; the model's positions if not given, as far as memory holds",
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="of the weights; the checkpoint's if not given (bfloat16 for adapters on a GPU, whose kernels take nothing wider)",
+    )
+    recompute: bool | None = Field(
+        default=None,
+        description="keep only layer inputs and recompute the rest in the backward pass; as memory asks for it if not given",
+    )
+    numerics: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="exact: on a CPU, fp64 on both sides; every token agrees to 1e-6 nats, or the step fails (docs/numerics.md)",
+    )
+    tool_call_parser: str | None = Field(
+        default=None,
+        description="vLLM's parser that turns the model's text into tool calls; the family's if not given, where tokenizer and chat "
+        "template serve it: else requests with tools are refused",
+    )
+    server_args: tuple[str, ...] = Field(
+        default=(),
+        description="further arguments of vLLM's command line; they win over ours, but for those that the run decides itself, which "
+        "are refused",
+    )
+    enable_expert_replay: bool = Field(
+        default=True, description="mixture-of-experts only: train on the experts that the server used"
+    )
+    seed: int = Field(default=0, ge=0, description="of the adapter's initial values and the server's sampling")
+
+    @property
+    def merged(self) -> bool:
+        """The server holds the trained weights as its base model's, and no adapters."""
+        return self.rollout_weights_mode == "merged"
+
+    @property
+    def exact(self) -> bool:
+        """Trainer and server compute the fp32 weights in fp64."""
+        return self.numerics == "exact"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""pydantic's words for a key that a model or a dataclass does not have."""
 _PLAIN_WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table of settings",
@@ -25,18 +27,18 @@ def unknown(key: str, known: Iterable[str], where: str) -> str:
     return f"{where} has no setting {key!r}: {hint}"
 
 
-def describe(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+def describe(error: ValidationError, schema: type[Any], where: str) -> str:
     """The first problem of a pydantic ValidationError as one line that names the setting."""
     errors = error.errors(include_url=False)
     # A misspelt key also makes the right one "missing"; the misspelling is the problem to name.
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    first = next((one for one in errors if one["type"] in _UNKNOWN), errors[0])
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in _UNKNOWN:
         parent = _schema_at(schema, location[:-1])
         if parent is not None:
             section = where if len(location) == 1 else f"{where} [{'.'.join(location[:-1])}]"
-            return unknown(location[-1], parent.model_fields, section)
+            return unknown(location[-1], parent.__pydantic_fields__, section)
     if first["type"] == "missing":
         return f"{where}: {name} is missing, it must be set"
     message = _PLAIN_WORDS.get(first["type"], first["msg"]).removeprefix("Value error, ")
@@ -45,14 +47,14 @@ def describe(error: ValidationError, schema: type[BaseModel], where: str) -> str
     return f"{where}: {name} = {first['input']!r}: {message[0].lower() + message[1:]}"
 
 
-def _schema_at(schema: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
-    """The model that a path of field names leads to; None if it leads elsewhere."""
+def _schema_at(schema: type[Any], location: list[str]) -> type[Any] | None:
+    """The model or dataclass that a path of field names leads to; None if it leads elsewhere."""
     for part in location:
-        field = schema.model_fields.get(part)
+        field = schema.__pydantic_fields__.get(part)
         if field is None:
             return None
         candidates = [field.annotation, *get_args(field.annotation)]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        models = [c for c in candidates if hasattr(c, "__pydantic_fields__")]
         if not models:
             return None
         schema = models[0]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,67 +31,16 @@ from lockstep.models.handler import ModelSupportHandler
 from lockstep.models.layout_rules import stage_layers
 from lockstep.models.parallel_sizes import check_heads
 from lockstep.models.registry import get_model_support_handler, load_model_config
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """rank, alpha: as in LoraConfig. targets: never empty here; the parent fills in the family's default."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """engine.json. model: a checkpoint folder. lora None: all weights are trained. stages: layers per pipeline stage, None: even.
-
-    compile: run the regions that the family's policy names through torch.compile; None: on a GPU. recompute: all
-    activations in the backward pass, or none; None decides for each batch by the memory there is (`recompute.py`).
-    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays None. trains: False for scoring
-    only: no gradients, no optimizer state, and of the verbs only `score`, `memory`, `offload`, `onload` and `release`.
-    """
-
-    model: str
-    parallel: Parallel
-    dtype: str = "float32"
-    lora: LoraSettings | None = None
-    adapter: str | None = None
-    seed: int = 0
-    recompute: bool | None = None
-    compile: bool | None = None
-    stages: tuple[int, ...] | None = None
-    allow_unvalidated_arch: bool = False
-    timeout_s: float = 600.0
-    trains: bool = True
-
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> Settings:
-        """Check the keys of engine.json. Raises ConfigError naming the first unknown one or a value that makes no sense."""
-        known = set(cls.__dataclass_fields__)
-        unknown = sorted(set(raw) - known)
-        if unknown:
-            raise ConfigError(f"engine.json: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        values = dict(raw)
-        values["parallel"] = Parallel(**values.get("parallel", {}))
-        if values.get("lora") is not None:
-            lora = values["lora"]
-            values["lora"] = LoraSettings(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
-        if values.get("stages") is not None:
-            values["stages"] = tuple(values["stages"])
-        settings = cls(**values)
-        if settings.dtype not in DTYPES:
-            raise ConfigError(f"engine.json: dtype is {settings.dtype!r}, expected {' or '.join(DTYPES)}")
-        return settings
 
 
 @dataclass
 class Session:
     """One rank's state. shapes: of every tensor trained on any rank, by canonical name. sites: every LoRA pair of the whole model."""
 
-    settings: Settings
+    settings: EngineConfig
     config: ModelConfig
     handler: ModelSupportHandler
     checkpoint: Checkpoint
@@ -112,7 +60,7 @@ class Session:
         return DTYPES[self.settings.dtype]
 
 
-def open_session(settings: Settings) -> Session:
+def open_session(settings: EngineConfig) -> Session:
     """Build and load everything on this rank; process groups must be up. Raises LockstepError before anything large is allocated."""
     folder = Path(settings.model)
     handler = get_model_support_handler(str(folder), allow_unvalidated_arch=settings.allow_unvalidated_arch)
@@ -175,7 +123,7 @@ def _check_targets(whole: Sequence[Shard], lora: LoraSettings | None) -> None:
         )
 
 
-def _preflight(shards: Sequence[Shard], settings: Settings) -> None:
+def _preflight(shards: Sequence[Shard], settings: EngineConfig) -> None:
     """Weights, and for full fine-tuning fp32 gradients here and three fp32 copies spread over the replicas."""
     elements = sum(torch.Size(s.shape).numel() for s in shards)
     needed = elements * DTYPES[settings.dtype].itemsize
@@ -206,20 +154,24 @@ def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard], dtype: 
         parameters[name].copy_(tensor)
 
 
-def load_step(session: Session, folder: Path) -> dict[str, Any]:
-    """Take over a step's optimizer state (and with it its weights). Raises WeightsError when it does not fit; nothing is changed then."""
+def load_step(session: Session, folder: Path) -> int:
+    """Take over a step's optimizer state, and with it its weights. Returns the optimizer steps until then.
+
+    Raises WeightsError when it does not fit; nothing is changed then.
+    """
     state = folder / "trainer"
     if not (state / FILE).is_file():
         raise WeightsError(f"{state / FILE} does not exist; give the folder of a published step")
     read_state(session.optimizer, state)
-    return {"updates": session.optimizer.count}
+    return session.optimizer.count
 
 
-def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> dict[str, Any]:
+def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
     """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/` (all weights, as a Hugging Face
     folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder.
 
-    on_host: as for `write_state`; nothing else is read from the device."""
+    on_host: as for `write_state`; nothing else is read from the device. Returns the files, relative to the folder.
+    """
     state = folder / "trainer"
     if state.exists():  # seen by every rank, so that all of them fail
         raise StoreError(f"{state} already exists; a step is written once, give a new folder")
@@ -234,7 +186,7 @@ def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> 
         else:
             export_checkpoint(session.checkpoint, _masters(session, state), folder / "model")
     dist.barrier()
-    return {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())}
+    return tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
 
 
 def _masters(session: Session, state: Path) -> Iterator[tuple[str, Tensor]]:

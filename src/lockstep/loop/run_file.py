@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lockstep.config.base import Config, load_toml
 from lockstep.config.lora import LoraConfig
-from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.megatron import MegatronConfig
 from lockstep.config.messages import describe
 from lockstep.config.train import TrainConfig
 
@@ -31,50 +31,6 @@ class ModelSection(Config):
         if lora is True:
             raise ValueError("must be a table such as { rank = 16 }, or false to train all weights")
         return None if lora is False else lora  # TOML has no none
-
-
-class BackendSection(Config):
-    """[backend]: where it runs. Every setting has a default that runs on the machine at hand."""
-
-    path: str = Field(default="./runs", description="folder that holds all runs, relative to the current folder")
-    rollout_weights_mode: Literal["lora", "merged"] = "lora"
-    placement: Placement | None = Field(
-        default=None, description="GPU numbers of trainer and server; none without GPUs"
-    )
-    parallel: Parallel = Field(default_factory=Parallel)
-    offload: bool | None = Field(
-        default=None, description="shared GPUs only: the trainer's memory goes to the host while the server serves; on"
-    )
-    weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
-        default=None, description="how weights and adapters travel: disk, or what fits the placement if not given"
-    )
-    max_model_len: int | None = Field(
-        default=None,
-        gt=0,
-        description="longest sequence the server accepts, in tokens; the model's positions if not given, as far as memory holds",
-    )
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="of the weights; the checkpoint's if not given"
-    )
-    recompute: bool | None = Field(
-        default=None,
-        description="keep only layer inputs and recompute the rest in the backward pass; as memory asks for it if not given",
-    )
-    numerics: Literal["fast", "exact"] = Field(
-        default="fast",
-        description="exact: on a CPU, fp64 on both sides; every token agrees to 1e-6 nats, or the step fails",
-    )
-    tool_call_parser: str | None = Field(
-        default=None,
-        description="vLLM's parser that turns the model's text into tool calls; the family's if not given, where the "
-        "tokenizer serves it",
-    )
-    server_args: tuple[str, ...] = Field(
-        default=(), description="further arguments of vLLM's command line; they win over ours"
-    )
-    enable_expert_replay: bool = Field(
-        default=True, description="mixture-of-experts only: train on the server's experts"
-    )
 
 
 class TaskSection(Config):
@@ -121,10 +77,16 @@ class RunFile(Config):
     """A whole run."""
 
     model: ModelSection
-    backend: BackendSection = Field(default_factory=BackendSection)
+    backend: MegatronConfig = Field(default_factory=MegatronConfig)
     task: TaskSection
     train: TrainConfig = Field(default_factory=TrainConfig)
     tiny: TinySection = Field(default_factory=TinySection)
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> RunFile:
+        if "seed" in self.backend.model_fields_set:
+            raise ValueError("[backend] seed: set seed in [task], which is that of the backend, too")
+        return self
 
     @model_validator(mode="after")
     def _tiny_trains(self) -> RunFile:

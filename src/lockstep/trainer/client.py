@@ -15,13 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import TrainerError, error_of
 from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
-from lockstep.trainer.protocol import TOKEN_VARIABLE
+from lockstep.trainer.channel import TOKEN_VARIABLE
+from lockstep.trainer.protocol import Answer, EngineConfig, Ready, Request, from_json, split_secrets, to_json
 
 _LINE_LIMIT = 64 * 2**20
 
@@ -38,11 +38,12 @@ class Trainer:
         self._writer: asyncio.StreamWriter | None = None
         self._requests = 0
         self._lock = asyncio.Lock()
+        self.ready: Ready | None = None
 
     @classmethod
     async def start(
         cls,
-        config: Mapping[str, Any],
+        config: EngineConfig,
         processes: int,
         log_path: Path,
         deadline_s: float = 600,
@@ -60,7 +61,7 @@ class Trainer:
             raise TrainerError(
                 f"{folder.parent} is too long for the path of a Unix socket: set TMPDIR to a shorter folder"
             )
-        config_path.write_text(json.dumps(config))
+        config_path.write_text(json.dumps(to_json(config)))
         token = secrets.token_urlsafe(32)
         connection: asyncio.Future = asyncio.get_running_loop().create_future()
 
@@ -86,7 +87,7 @@ class Trainer:
         trainer = cls(folder, child, server, connection)
         try:
             await trainer._connect(deadline_s)
-            await trainer._answer(0, "start", deadline_s)
+            trainer.ready = from_json(Ready, await trainer._answer(0, "start", deadline_s), "the trainer's start")
         except BaseException:
             await trainer.close()
             raise
@@ -109,46 +110,33 @@ class Trainer:
     def _last_lines(self) -> str:
         return f"last lines of {self._child.log_path}:\n{self._child.log_tail(12)}"
 
-    async def call(
-        self,
-        verb: str,
-        args: Mapping[str, Any],
-        *,
-        deadline_s: float,
-        secret: Mapping[str, Any] | None = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        """Ask for `verb` and wait for its result. `deadline_s` bounds the silence between two messages, heartbeats included.
+    async def call(self, request: Request[Answer], *, deadline_s: float) -> Answer:
+        """Ask, and wait for the answer. `deadline_s` bounds the silence between two messages, heartbeats included.
 
-        secret: arguments for rank 0 alone, which it passes to no other rank.
-        Raises the worker's own error if it is the user's to fix, else TrainerError.
+        Raises the trainer's own error if it is the user's to fix, else TrainerError.
         """
         async with self._lock:
             if self._writer is None:
-                raise TrainerError(f"trainer is closed, it can't {verb}")
+                raise TrainerError(f"trainer is closed, it can't {request.verb}")
             self._requests += 1
-            request = {"id": self._requests, "verb": verb, "args": dict(args), "secret": dict(secret or {})}
-            self._writer.write(json.dumps(request).encode() + b"\n")
-            return await self._answer(self._requests, verb, deadline_s, on_event)
+            fields, secret = split_secrets(request)
+            message = {"id": self._requests, "verb": request.verb, "args": fields, "secret": secret}
+            self._writer.write(json.dumps(message).encode() + b"\n")
+            raw = await self._answer(self._requests, request.verb, deadline_s)
+            return from_json(request.answer, raw, f"the trainer's answer to {request.verb}")
 
-    async def _answer(
-        self, number: int, verb: str, silence_s: float, on_event: Callable[[dict[str, Any]], None] | None = None
-    ) -> dict[str, Any]:
-        """The result of request `number`; its events go to `on_event`."""
+    async def _answer(self, number: int, verb: str, silence_s: float) -> dict[str, Any]:
+        """The result of request `number`."""
         while True:
             reply = json.loads(await self._line(verb, silence_s))
-            if reply["id"] != number:
-                continue  # a late message of a request that was given up
-            if "event" in reply:
-                if on_event:
-                    on_event(reply["event"])
-            elif "error" in reply:
-                error = reply["error"]
-                # An error that is the user's to fix keeps its type.
-                unknown = f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
-                raise error_of(error["type"], error["message"], TrainerError(unknown))
-            else:
+            if reply["id"] != number or "event" in reply:
+                continue  # a late message of a request that was given up, or a sign of life
+            if "error" not in reply:
                 return reply["result"]
+            error = reply["error"]
+            # An error that is the user's to fix keeps its type.
+            unknown = f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
+            raise error_of(error["type"], error["message"], TrainerError(unknown))
 
     async def _line(self, verb: str, silence_s: float) -> bytes:
         assert self._reader is not None

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
 
 from lockstep.errors import LockstepError, ServerLostError
+from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.control import Control, Endpoint
 from lockstep.weight_sync.plan import Plan, SyncPlan
@@ -29,28 +29,6 @@ __all__ = ["AdapterPusher", "Endpoint", "SyncReport", "WeightPusher"]
 
 
 Policy = Literal["auto", "staged", "streamed"]
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure.
-
-    phases: where the seconds went, in turn: on this side "prepare" (the server lets its workers begin), "send" (buckets are filled and
-    queued), "flush" (the last has left, digests are read); in the server "receive" (waiting for the last bucket) and "load" and "verify"
-    (reading the slot back), or "swap" (with reading the weights back).
-    policy: "staged" or "streamed". path: how the weights got into the model: "direct" (planned copies), "load_weights", or "adapter".
-    compared: whether the server could compare the live weights with those sent; they were the same, or there is no report.
-    """
-
-    version: str
-    nbytes: int
-    transfer_s: float
-    commit_s: float
-    pause_s: float
-    policy: str
-    path: str
-    compared: bool
-    phases: dict[str, float]
 
 
 class _Pusher:

@@ -8,113 +8,53 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new
 from lockstep.backends.megatron.colocated import trainers_turn
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import back_to_published, give_up_turn, publish_and_serve, serve
-from lockstep.backends.megatron.resolve import Asked, Plan, make_plan
+from lockstep.backends.megatron.resolve import Plan, make_plan
 from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run, all_ended
-from lockstep.backends.megatron.verify import LEAST_CONTEXT, BeforeStep, measure_noise
+from lockstep.backends.megatron.verify import BeforeStep, measure_noise
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
-from lockstep.config.base import unsupported
-from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.runs.store import RunStore, Step
+from lockstep.trainer.protocol import Load, Save, TrainStep
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
 _LOG = logging.getLogger(__name__)
-_KNOWN = {
-    "rollout_weights_mode": ("lora", "merged"),
-    "numerics": ("fast", "exact"),
-    "dtype": ("float32", "bfloat16", None),
-    "weight_transport": ("gloo", "nccl", "ipc", "disk", None),
-}
 
 
 class MegatronBackend:
-    """Trains with Megatron-Core and serves with vLLM on this machine. Every argument has a default that runs on the machine at hand.
+    """Trains with Megatron-Core and serves with vLLM on this machine.
 
-    path: folder of all runs.
-    rollout_weights_mode: how new weights reach the server.
-    placement: GPU numbers of the trainer and the server; None runs on the CPU when there is no GPU, on one GPU in turns (shared mode), and
-        else on GPU 0 and 1.
-    parallel: how the trainer is spread over processes.
-    enable_expert_replay: train mixture-of-experts models on the experts the server used.
-    max_model_len: longest sequence the server accepts, in tokens; None takes the model's positions, as far as memory holds them.
-    dtype: of the weights; None takes the checkpoint's (bfloat16 for adapters on a GPU, whose kernels take nothing wider).
-    numerics: "fast", or "exact": on a CPU, fp32 weights computed in fp64 on both sides, so that every sampled token's log-probability
-        agrees to 1e-6 nats, which each step checks (docs/numerics.md).
-    seed: of the adapter's initial values and the server's sampling.
-    recompute: keep only layer inputs and recompute the rest in the backward pass; None: as memory asks for it.
-    tool_call_parser: vLLM's parser that turns the model's text into tool calls; None takes the family's where the tokenizer and the chat
-        template serve it, and else refuses requests with tools.
-    offload: in shared mode the trainer's weights and optimizer go to host memory while the server serves; None: they do. False keeps them
-        on the GPU, which the server then has less of.
-    weight_transport: how weights and adapters travel from the trainer's memory to the server, "disk" or what fits the placement (None).
-    server_args: further arguments of vLLM's command line, such as ("--enforce-eager",); they win over ours, but
-        for those that the run decides itself, which are refused.
+    Its settings are the fields of `MegatronConfig`: `help(lockstep.MegatronConfig)`. Each has a default that runs on the machine at hand.
 
-    Raises ConfigError for a setting it can't honour.
+    Raises ConfigError, in one line, for a setting that is unknown, out of range, or that a run decides itself.
     """
 
-    def __init__(
-        self,
-        path: str | Path = "./runs",
-        rollout_weights_mode: Literal["lora", "merged"] = "lora",
-        placement: Placement | None = None,
-        parallel: Parallel | None = None,
-        enable_expert_replay: bool = True,
-        max_model_len: int | None = None,
-        dtype: Literal["float32", "bfloat16"] | None = None,
-        numerics: Literal["fast", "exact"] = "fast",
-        seed: int = 0,
-        recompute: bool | None = None,
-        tool_call_parser: str | None = None,
-        offload: bool | None = None,
-        weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = None,
-        server_args: Sequence[str] = (),
-    ):
-        self.path = Path(path)
-        self.parallel = parallel or Parallel()
-        self.placement = placement
-        self.max_model_len = max_model_len
-        self.dtype: Literal["float32", "bfloat16"] | None = dtype
-        self.numerics: Literal["fast", "exact"] = numerics
-        self.seed = seed
-        self.recompute = recompute
-        self.tool_call_parser = tool_call_parser
-        self.offload = offload
-        self.weight_transport: str | None = weight_transport
-        self.server_args = tuple(server_args)
-        self.enable_expert_replay = enable_expert_replay
+    def __init__(self, path: str | Path = MegatronConfig.model_fields["path"].default, **settings: Any):
+        self.config = MegatronConfig(path=Path(path), **settings)
+        check_server_args(self.config.server_args)
         self.on_progress: Callable[[str], None] | None = None
         self.on_note: Callable[[str], None] = _LOG.warning
         self._runs: dict[TrainableModel, Run] = {}
-        self.rollout_weights_mode = rollout_weights_mode
-        self._check()
 
-    def _check(self) -> None:
-        """Raise ConfigError for a setting that no model could be trained with."""
-        for name, known in _KNOWN.items():
-            if (value := getattr(self, name)) not in known:
-                choices = ", ".join(repr(one) for one in known if one is not None)
-                raise unsupported(name, value, "MegatronBackend", f"it is one of {choices}")
-        for name, least in (("max_model_len", LEAST_CONTEXT), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise unsupported(name, value, "MegatronBackend", f"it is {least} or more")
-        check_server_args(self.server_args)
+    @property
+    def path(self) -> Path:
+        """Folder of all runs."""
+        return self.config.path
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
@@ -165,7 +105,7 @@ class MegatronBackend:
             await measure_noise(run)
             step = store.latest()
             if step is not None:
-                await trainer.call("load", {"step_dir": str(step.path)}, deadline_s=STEP_DEADLINE_S)
+                await trainer.call(Load(step.path), deadline_s=STEP_DEADLINE_S)
             else:
                 step = await _publish_first(run)
             self._runs[model] = run
@@ -186,23 +126,7 @@ class MegatronBackend:
         Raises ConfigError, UnsupportedModelError or RuntimeNotInstalledError, in one line, for what could not run.
         """
         base = await asyncio.to_thread(described_folder, model.base_model)
-        asked = Asked(
-            path=self.path,
-            merged=self.rollout_weights_mode == "merged",
-            placement=self.placement,
-            parallel=self.parallel,
-            replay=self.enable_expert_replay,
-            max_model_len=self.max_model_len,
-            dtype=self.dtype,
-            exact=self.numerics == "exact",
-            seed=self.seed,
-            recompute=self.recompute,
-            tool_call_parser=self.tool_call_parser,
-            offload=self.offload,
-            weight_transport=self.weight_transport,
-            server_args=self.server_args,
-        )
-        return await asyncio.to_thread(make_plan, asked, model, base)
+        return await asyncio.to_thread(make_plan, self.config, model, base)
 
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
@@ -229,15 +153,13 @@ class MegatronBackend:
             model_name=model.name,
             step=current,
             config=config,
-            data=self.parallel.data,
+            data=run.parts.parallel.data,
             routes=run.parts.routes,
         )
         metrics = dict(prepared.metrics)
         batch_path = run.store.path / "batches" / f"{current:04d}.safetensors"
         await asyncio.to_thread(save_batch, prepared.batch, batch_path)
-        arguments: dict[str, Any] = {"batch": str(batch_path), "config": config.model_dump(mode="json")}
-        if config.reference_step is not None:
-            arguments["reference"] = str(run.store.step(config.reference_step).path)
+        reference = None if config.reference_step is None else run.store.step(config.reference_step).path
         await trainers_turn(run, forget_weights=run.parts.merged)
         try:
             # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
@@ -245,16 +167,16 @@ class MegatronBackend:
                 await back_to_published(run, current)
             staged = run.store.stage(current + 1)
             run.trainer_ahead = True
-            # An adapter leaves before its folder is written.
-            arguments["out"] = str(staged) if run.parts.merged else None
             before = await BeforeStep.score(run, prepared.sequences)
-            reply = await run.trainer.call("train_step", arguments, deadline_s=STEP_DEADLINE_S)
+            # An adapter leaves before its folder is written.
+            asked = TrainStep(batch_path, config, out=staged if run.parts.merged else None, reference=reference)
+            trained = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
             scores, power = await before.after(run, current + 1)
         except BaseException as error:
             await give_up_turn(run, error)
             raise
         run.probe = before.probe
-        metrics |= reply["metrics"] | {"verification_power": power}
+        metrics |= trained.metrics | {"verification_power": power}
         metrics["seconds_train"] = time.monotonic() - started
         self._say(f"loading {run.name(current + 1)}")
         step, synced = await publish_and_serve(run, current + 1, staged, metrics, scores)
@@ -272,5 +194,5 @@ class MegatronBackend:
 async def _publish_first(run: Run) -> Step:
     """Step 0: the base model, with an adapter that changes nothing unless all weights are trained."""
     staged = run.store.stage(0)
-    await run.trainer.call("save", {"out": str(staged)}, deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)
     return await asyncio.to_thread(run.store.publish, 0, staged, {})

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
 from lockstep.errors import ServerError
+from lockstep.trainer.protocol import Offload, Onload, Release
 
 IN_FLIGHT_DEADLINE_S = 600.0
 """How long a step waits for requests in flight before the server may sleep."""
@@ -28,7 +29,7 @@ async def trainers_turn(run: Run, *, forget_weights: bool) -> None:
     await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
     if run.parts.offload:
         async with never_left_asleep(run):
-            await run.trainer.call("onload", {}, deadline_s=STEP_DEADLINE_S)
+            await run.trainer.call(Onload(), deadline_s=STEP_DEADLINE_S)
 
 
 @asynccontextmanager
@@ -67,5 +68,7 @@ async def servers_turn(run: Run) -> None:
 
 async def _offload(run: Run, *, keep_weights: bool) -> None:
     # Also a trainer that stays gives back what its step took beside its tensors: the server counts on that memory.
-    verb, args = ("offload", {"keep_weights": keep_weights}) if run.parts.offload else ("release", {})
-    await run.trainer.call(verb, args, deadline_s=STEP_DEADLINE_S)
+    if run.parts.offload:
+        await run.trainer.call(Offload(keep_weights), deadline_s=STEP_DEADLINE_S)
+    else:
+        await run.trainer.call(Release(), deadline_s=STEP_DEADLINE_S)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lockstep.backends.megatron.placement import Devices, resolve_placement
 from lockstep.batching.routed_experts import RouteShape
@@ -24,6 +24,7 @@ from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.runs.store import read_settings, read_step
 from lockstep.trainer.client import Trainer
+from lockstep.trainer.protocol import EngineConfig, LoraSettings, Memory, Offload, Release
 
 if TYPE_CHECKING:
     from lockstep.models.config import ModelConfig
@@ -73,21 +74,16 @@ class Parts:
     def shared(self) -> bool:
         return self.devices.shared
 
-    def engine_config(self) -> dict[str, Any]:
-        """engine.json of the trainer processes."""
-        return {
-            "model": str(self.base),
-            "dtype": "float64" if self.exact else self.dtype,
-            "parallel": self.parallel.model_dump(mode="json"),
-            "lora": self.lora
-            and {
-                "rank": self.lora.rank,
-                "alpha": self.lora.alpha,
-                "targets": list(self.lora.target_modules or self.spec.default_target_modules),
-            },
-            "seed": self.seed,
-            "recompute": self.recompute,
-        }
+    def engine_config(self) -> EngineConfig:
+        lora, targets = self.lora, self.spec.default_target_modules
+        return EngineConfig(
+            model=str(self.base),
+            dtype="float64" if self.exact else self.dtype,
+            parallel=self.parallel,
+            lora=lora and LoraSettings(lora.rank, lora.alpha, lora.target_modules or targets),
+            seed=self.seed,
+            recompute=self.recompute,
+        )
 
     def server_config(self, served_name: str, gpu_memory_utilization: float = 0.9) -> ServerConfig:
         return ServerConfig(
@@ -166,10 +162,12 @@ async def _start_in_turn(
     say("starting the trainer")
     trainer = await start_trainer(parts, folder)
     try:
-        verb, args = ("offload", {"keep_weights": False}) if parts.offload else ("release", {})
-        await trainer.call(verb, args, deadline_s=_OFFLOAD_DEADLINE_S)
-        memory = await trainer.call("memory", {}, deadline_s=_OFFLOAD_DEADLINE_S)
-        share = memory_share(memory["device_free"], memory["device_total"])
+        if parts.offload:
+            await trainer.call(Offload(), deadline_s=_OFFLOAD_DEADLINE_S)
+        else:
+            await trainer.call(Release(), deadline_s=_OFFLOAD_DEADLINE_S)
+        memory = await trainer.call(Memory(), deadline_s=_OFFLOAD_DEADLINE_S)
+        share = memory_share(memory.device_free, memory.device_total)
         return trainer, await launch(parts.server_config(served_name, share), runtime, folder, say)
     except BaseException:
         await trainer.close()

@@ -21,6 +21,7 @@ from lockstep.errors import (
 )
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.launch import launch
+from lockstep.trainer.protocol import Load, Save, SyncAdapter, SyncWeights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +75,7 @@ async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, fl
     """The published step, and the seconds until it was. An adapter's folder is first written; merged weights' was by `train_step`."""
     started = time.monotonic()
     if not run.parts.merged:
-        await run.trainer.call("save", {"out": str(staged)}, deadline_s=STEP_DEADLINE_S)
+        await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)
     step = await asyncio.to_thread(run.store.publish, number, staged, metrics)
     run.trainer_ahead = False
     return step, time.monotonic() - started
@@ -120,7 +121,7 @@ async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[st
 
 async def back_to_published(run: Run, step: int) -> None:
     """After a step that never got published: whatever trainer and server did with it, they stand at `step`, the last that was, again."""
-    await run.trainer.call("load", {"step_dir": str(run.store.step(step).path)}, deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Load(run.store.step(step).path), deadline_s=STEP_DEADLINE_S)
     unpublished = run.name(step + 1)  # no rollout was ever told its name
     if not run.parts.merged and unpublished in await run.server.models():
         await run.server.unload_adapter(unpublished)
@@ -182,22 +183,22 @@ def _newest(run: Run) -> str:
 
 async def _send(run: Run, number: int) -> dict[str, float]:
     transport, name = run.parts.transport, run.name(number)
-    arguments = {
-        "root_url": run.server.root_url,
-        "version": name,
-        "transport": f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
-        "deadline_s": deadlines.SYNC_DEADLINE_S,
-    }
-    verb = "sync" if run.parts.merged else "sync_adapter"
-    secret = {"api_key": run.server.api_key}
-    reply = await run.trainer.call(verb, arguments, deadline_s=STEP_DEADLINE_S, secret=secret)
+    kind = SyncWeights if run.parts.merged else SyncAdapter
+    asked = kind(
+        root_url=run.server.root_url,
+        version=name,
+        transport=f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
+        deadline_s=deadlines.SYNC_DEADLINE_S,
+        api_key=run.server.api_key,
+    )
+    report = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
     if run.parts.merged:
         run.server.served_name = name
     return {
-        "sync_bytes": float(reply["nbytes"]),
-        "seconds_sync_transfer": reply["transfer_s"],
-        "seconds_sync_pause": reply["pause_s"],
-        "verified_identity": float(reply["compared"]),
+        "sync_bytes": float(report.nbytes),
+        "seconds_sync_transfer": report.transfer_s,
+        "seconds_sync_pause": report.pause_s,
+        "verified_identity": float(report.compared),
     }
 
 

@@ -12,7 +12,7 @@ from lockstep.backends.megatron.exact import check_exact
 from lockstep.backends.megatron.launch import Parts, route_shape
 from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.config.base import unsupported
-from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.megatron import MegatronConfig, Parallel
 from lockstep.errors import ConfigError
 from lockstep.inference.launch import LoraServing
 from lockstep.inference.parsers import check_reasoning, resolve_tool_calls
@@ -28,26 +28,6 @@ if TYPE_CHECKING:
 
 _OFFLOADED = 2 * GIB
 """What a trainer leaves on a GPU that it shares, when its weights are on the host."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user set; None where the model and the machine decide."""
-
-    path: Path
-    merged: bool
-    placement: Placement | None
-    parallel: Parallel
-    replay: bool
-    max_model_len: int | None
-    dtype: Literal["float32", "bfloat16"] | None
-    exact: bool
-    seed: int
-    recompute: bool | None
-    tool_call_parser: str | None
-    offload: bool | None
-    weight_transport: str | None
-    server_args: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,8 +75,11 @@ class _Log:
         self.settings.append(Setting(name, value, why))
 
 
-def make_plan(asked: Asked, model: TrainableModel, base: Path) -> Plan:
-    """Resolve and check everything that can be known now. base: the model's folder; its weights need not be there yet.
+def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
+    """Resolve and check everything that can be known now.
+
+    asked: what the user set; None where the model and the machine decide.
+    base: the model's folder; its weights need not be there yet.
 
     Raises ConfigError or UnsupportedModelError, in one line, for what could not run.
     """
@@ -138,7 +121,7 @@ def make_plan(asked: Asked, model: TrainableModel, base: Path) -> Plan:
         devices=devices,
         offload=devices.shared and asked.offload is not False,
         transport=resolve_transport(asked.weight_transport, devices),
-        routes=route_shape(config) if asked.replay else None,
+        routes=route_shape(config) if asked.enable_expert_replay else None,
         seed=asked.seed,
         recompute=asked.recompute,
         max_model_len=capacity.max_model_len,
@@ -157,7 +140,7 @@ def _set(value: object, otherwise: str = "default") -> str:
 
 
 def _describe_model(
-    log: _Log, model: TrainableModel, spec: ModelSupportSpec, config: ModelConfig, asked: Asked
+    log: _Log, model: TrainableModel, spec: ModelSupportSpec, config: ModelConfig, asked: MegatronConfig
 ) -> None:
     log.add("base_model", model.base_model, "set")
     log.add("family", spec.key, f"architecture {config.architecture}")
@@ -176,7 +159,7 @@ def _describe_model(
     ]
 
 
-def _describe_devices(log: _Log, devices: Devices, asked: Asked) -> None:
+def _describe_devices(log: _Log, devices: Devices, asked: MegatronConfig) -> None:
     by_itself = (
         "no GPU here" if devices.kind == "cpu" else "one GPU here, shared" if devices.shared else "two GPUs here"
     )
@@ -190,7 +173,7 @@ def _describe_devices(log: _Log, devices: Devices, asked: Asked) -> None:
 
 
 def _dtype(
-    log: _Log, asked: Asked, model: TrainableModel, base: Path, devices: Devices
+    log: _Log, asked: MegatronConfig, model: TrainableModel, base: Path, devices: Devices
 ) -> Literal["float32", "bfloat16"]:
     adapters_on_gpu = devices.kind == "cuda" and model.lora is not None and not asked.merged
     if adapters_on_gpu and asked.dtype == "float32":
@@ -214,7 +197,7 @@ def _number(server_args: tuple[str, ...], name: str) -> int | None:
 
 def _capacity(
     log: _Log,
-    asked: Asked,
+    asked: MegatronConfig,
     model: TrainableModel,
     config: ModelConfig,
     dtype: str,
@@ -244,7 +227,7 @@ def _capacity(
 
 
 def _on_gpus(
-    asked: Asked,
+    asked: MegatronConfig,
     model: TrainableModel,
     config: ModelConfig,
     dtype: str,
@@ -275,7 +258,7 @@ def _on_gpus(
     return on_gpu(config, dtype, budget, large, ranks, weights, length, slots)
 
 
-def _describe_disk(log: _Log, asked: Asked, model: TrainableModel, footprint: Footprint, dtype: str) -> None:
+def _describe_disk(log: _Log, asked: MegatronConfig, model: TrainableModel, footprint: Footprint, dtype: str) -> None:
     needed = preflight.checkpoint_bytes(footprint, dtype, model.lora is not None)
     preflight.check_disk(asked.path, asked.path / model.project / model.name, needed)
     step = sum(preflight.step_bytes(footprint, dtype, model.lora is not None))
@@ -286,11 +269,11 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def _describe_rest(log: _Log, parts: Parts, asked: Asked) -> None:
+def _describe_rest(log: _Log, parts: Parts, asked: MegatronConfig) -> None:
     log.add("weight_transport", parts.transport, _set(asked.weight_transport, "fits the placement"))
     log.add("offload", parts.offload, _set(asked.offload, "shared GPUs" if parts.shared else "nothing is shared"))
     replays = "default" if parts.routes is not None else "the model has no experts"
-    log.add("enable_expert_replay", parts.routes is not None, replays if asked.replay else "set")
+    log.add("enable_expert_replay", parts.routes is not None, replays if asked.enable_expert_replay else "set")
     log.add("recompute", "as memory asks for it" if parts.recompute is None else parts.recompute, _set(parts.recompute))
     log.add("numerics", "exact" if parts.exact else "fast", "set" if parts.exact else "default")
     log.add("server_args", list(parts.server_args), "set" if parts.server_args else "default")

@@ -22,9 +22,7 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import decode_routes
 from lockstep.batching.top_logprobs import TOP
 from lockstep.inference.client import logprobs_of, most_likely
-
-LEAST_CONTEXT = 49
-"""Tokens; a shorter probe says little."""
+from lockstep.trainer.protocol import Score
 
 _TEXT = """\
 The lighthouse keeper wrote down the weather every evening, although nobody had asked for the figures in eleven years. Wind from the
@@ -100,8 +98,7 @@ async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
     count = len(probe.sequences)
     batch = pack(probe.sequences, np.zeros(count), np.ones(count), row_length=ROW, data=run.parts.parallel.data)
     await asyncio.to_thread(save_batch, batch, batch_path)
-    arguments = {"batch": str(batch_path), "out": str(out), "top": TOP}
-    await run.trainer.call("score", arguments, deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Score(batch_path, out, TOP), deadline_s=STEP_DEADLINE_S)
     scores = await asyncio.to_thread(load_file, out)
     logprobs_T, top_TV = (np.concatenate(unpack_scores(batch, scores[name])) for name in ("logprobs_RS", "top_RSC"))
     return ProbeScores(logprobs_T.astype(np.float64), top_TV)

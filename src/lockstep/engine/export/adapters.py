@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_na
 from lockstep.models.checkpoint.shares import box
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import Layout, Piece
+from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint
 from lockstep.weight_sync.sender_group import Crew
@@ -57,7 +58,7 @@ class AdaptersOut:
         self.pusher: AdapterPusher | None = None
         self.serves: tuple[Endpoint, str, float] | None = None
 
-    def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> dict[str, Any]:
+    def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> SyncReport:
         """Make the server serve this trainer's adapter as `name`, beside what it serves. Collective. Returns the SyncReport.
 
         deadline_s: of every wait for the server. Raises like `AdapterPusher.push`, on every rank.
@@ -79,7 +80,7 @@ class AdaptersOut:
                 crew=self.crew,
             )
             self.serves = endpoint, transport, deadline_s
-        return asdict(self.pusher.push(self.tensors(), name))
+        return self.pusher.push(self.tensors(), name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for trainable in self.sent:

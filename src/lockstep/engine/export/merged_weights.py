@@ -10,7 +10,7 @@ Shapes: E experts, O output rows, R LoRA rank, I input columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Shard, Sizes
 from lockstep.models.layout_rules import stage_layers
+from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.weight_sync.sender_group import Crew
@@ -60,7 +61,7 @@ class WeightsOut:
         self.pusher: WeightPusher | None = None
         self.serves: tuple[Endpoint, str, float] | None = None
 
-    def push(self, endpoint: Endpoint, version: str, transport: str, deadline_s: float) -> dict[str, Any]:
+    def push(self, endpoint: Endpoint, version: str, transport: str, deadline_s: float) -> SyncReport:
         """Make the server hold this trainer's weights and serve them as `version`, and as nothing else. Collective.
 
         transport: a name in `TRANSPORTS`. deadline_s: of every wait for the server. Returns the SyncReport. Raises ServerError,
@@ -74,7 +75,7 @@ class WeightsOut:
                 endpoint, carrier, self.plan, device=device.device(), deadline_s=deadline_s, crew=self.crew
             )
             self.serves = endpoint, transport, deadline_s
-        return asdict(self.pusher.push(self.tensors(), version, version))
+        return self.pusher.push(self.tensors(), version, version)
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

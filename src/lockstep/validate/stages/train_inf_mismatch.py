@@ -22,7 +22,6 @@ from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.batching.top_logprobs import TOP
-from lockstep.config.megatron import Parallel
 from lockstep.inference.client import Server, most_likely
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
@@ -32,6 +31,7 @@ from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.trainer.client import Trainer
+from lockstep.trainer.protocol import EngineConfig, Score, from_json
 from lockstep.validate.stage import Report, Request, Row
 from lockstep_wire import http_paths
 
@@ -193,13 +193,11 @@ def _compare(samples: list[Sample], scored: list[list[float]]) -> dict[str, floa
 
 
 async def _trained(base: Path, adapter: Path | None, name: str, samples: list[Sample], request: Request) -> list[Row]:
-    settings = {
-        "model": str(base),
-        "adapter": None if adapter is None else str(adapter),
-        "dtype": request.dtype,
-        "parallel": Parallel().model_dump(mode="json"),
-        "trains": False,
-    }
+    settings = from_json(
+        EngineConfig,
+        {"model": str(base), "adapter": adapter and str(adapter), "dtype": request.dtype, "trains": False},
+        "lockstep validate",
+    )
     gpus = (0,) if default_kind() == "cuda" else ()
     trainer = await Trainer.start(settings, 1, request.folder / "logs" / "trainer.log", gpus=gpus)
     moe = samples[0].routes_SLK is not None
@@ -224,12 +222,11 @@ async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder:
     batch = pack(sequences, np.zeros(len(samples)), np.ones(len(samples)))
     path, out = folder / "batch.safetensors", folder / "scores.safetensors"
     await asyncio.to_thread(save_batch, batch, path)
-    arguments = {"batch": str(path), "out": str(out), "top": TOP}
-    reply = await trainer.call("score", arguments, deadline_s=_DEADLINE_S)
+    reply = await trainer.call(Score(path, out, TOP), deadline_s=_DEADLINE_S)
     scores = load_file(out)
     values = _compare(samples, [found.tolist() for found in _of_sampled(samples, batch, scores["logprobs_RS"])])
     values |= _overlap(samples, np.concatenate(_of_sampled(samples, batch, scores["top_RSC"])))
-    return values | {name: reply[name] for name in ("picks_differ",) if name in reply}
+    return values if reply.picks_differ is None else values | {"picks_differ": reply.picks_differ}
 
 
 def _of_sampled(samples: list[Sample], batch: PackedBatch, values_RS: np.ndarray) -> list[np.ndarray]:
