@@ -43,7 +43,7 @@ from replay import checkpoint, device, weights_option
 from shapes import SHAPES
 from sync_common import write_config
 
-from lockstep.backends.megatron.launch import route_shape
+from lockstep.backends.megatron.settings import route_shape
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.inference.client import Server

@@ -436,7 +436,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
     path, step = backend.path, model.step + 1
     published = backend.run_path(model) / "steps" / f"{step:04d}"
     trainer_state = (published / "trainer" / "optimizer.safetensors").read_bytes()
-    first_seed = backend._run(model).parts.server_config("m").seed
+    first_seed = backend._run(model).settings.server_config("m").seed
     await backend.close()
     other = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=16))
     with pytest.raises(StoreError, match="lora"):
@@ -447,7 +447,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         await again.register(resumed)
         assert again.step == step
         # Audit A8: the new server does not begin the old one's noise again.
-        assert resumed._run(again).parts.server_config("m").seed != first_seed
+        assert resumed._run(again).settings.server_config("m").seed != first_seed
         await check_served(resumed._run(again).server, f"loop@{step}", base_model, published / "adapter")
         out = path / "saved"
         await resumed._run(again).trainer.call(Save(out), deadline_s=60)

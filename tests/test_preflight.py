@@ -123,15 +123,15 @@ async def test_fp32_adapters_on_a_gpu_become_bf16_or_are_refused(gpus, qwen, tmp
     """A checkpoint's fp32 is a default and gives way; the user's own is refused; merged weights and a CPU keep it."""
     gpus(1)
     resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))
-    assert resolved.parts.dtype == value(resolved, "dtype") == "bfloat16"
+    assert resolved.resolved.dtype == value(resolved, "dtype") == "bfloat16"
     assert "LoRA kernels" in why(resolved, "dtype")
     assert any("bfloat16" in note for note in resolved.notes)
     with refused_at_once("dtype = 'float32' can't serve adapters on a GPU"):
         await model_of(qwen).register(ls.MegatronBackend(path=tmp_path, dtype="float32"))
     merged = ls.MegatronBackend(path=tmp_path, rollout_weights_mode="merged")
-    assert (await merged.resolve(model_of(qwen))).parts.dtype == "float32"
+    assert (await merged.resolve(model_of(qwen))).resolved.dtype == "float32"
     cpu = ls.MegatronBackend(path=tmp_path, placement=ls.Placement(trainer="cpu", inference="cpu"))
-    assert (await cpu.resolve(model_of(qwen))).parts.dtype == "float32"
+    assert (await cpu.resolve(model_of(qwen))).resolved.dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_the_quickstart_fits_every_machine(gpus, qwen, tmp_path, count):
     """Without a GPU, with one and with two: nothing has to be set for the tiny fp32 model."""
     gpus(count, total=24)
     resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))
-    parts = resolved.parts
+    parts = resolved.resolved
     assert parts.dtype == ("bfloat16" if count else "float32")
     assert parts.devices.shared == (count == 1)
     assert parts.transport == ("gloo", "ipc", "nccl")[count]
@@ -217,7 +217,7 @@ async def test_more_context_than_a_gpu_holds_is_refused(gpus, tmp_path, qwen):
     gpus(2, total=24)
     resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(folder))
     assert why(resolved, "max_model_len") == "what the KV cache holds"
-    assert 4096 < resolved.parts.max_model_len < 10**9
+    assert 4096 < resolved.resolved.max_model_len < 10**9
     with refused_at_once("needs more memory than there is"):
         await model_of(folder).register(ls.MegatronBackend(path=tmp_path, max_model_len=10**9))
 

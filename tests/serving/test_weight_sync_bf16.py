@@ -17,7 +17,7 @@ import pytest
 import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on_experts
 
-from lockstep.backends.megatron.launch import route_shape
+from lockstep.backends.megatron.settings import route_shape
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.registry import load_model_config

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron.launch import route_shape
+from lockstep.backends.megatron.settings import route_shape
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence

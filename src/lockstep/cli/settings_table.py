@@ -71,7 +71,7 @@ def _fields(config: Config) -> Iterable[Setting]:
 
 
 def _runtime(plan: Plan) -> Setting:
-    kind = plan.parts.devices.kind
+    kind = plan.resolved.devices.kind
     try:
         return Setting("runtime", str(find_runtime(kind).python), f"the server's environment for {kind}")
     except RuntimeNotInstalledError as error:

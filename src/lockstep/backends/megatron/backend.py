@@ -62,7 +62,7 @@ class MegatronBackend:
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         run = self._run(model)
-        return Endpoint(run.server.base_url, run.server.api_key, run.parts.max_num_seqs, run.parts.max_model_len)
+        return Endpoint(run.server.base_url, run.server.api_key, run.settings.max_num_seqs, run.settings.max_model_len)
 
     def _run(self, model: TrainableModel) -> Run:
         run = self._runs.get(model)
@@ -82,26 +82,26 @@ class MegatronBackend:
         check_new(model, self._runs)
         self._say(f"preparing {model.base_model}")
         plan = await self.resolve(model)
-        runtime = find_runtime(plan.parts.devices.kind)
+        runtime = find_runtime(plan.resolved.devices.kind)
         for note in plan.notes:
             self.on_note(note)
         base = await asyncio.to_thread(checkpoint_folder, model.base_model)
-        parts = replace(plan.parts, base=base)
+        settings = replace(plan.resolved, base=base)
         store = RunStore(self.path, model.project, model.name)
         run: Run | None = None
         try:
             identity = {
                 "backend": "megatron",
-                "base_model": str(parts.base) if is_folder(model.base_model) else model.base_model,
+                "base_model": str(settings.base) if is_folder(model.base_model) else model.base_model,
                 "lora": model.lora.model_dump(mode="json") if model.lora else None,
-                "family": parts.spec.key,
-                "dtype": parts.dtype,
+                "family": settings.spec.key,
+                "dtype": settings.dtype,
             }
             store.claim(identity)
             store.keep_settings(plan.stored())
-            parts = replace(parts, server_start=store.next_server_start())
-            trainer, server = await start_both(parts, f"{model.name}@base", runtime, store.path, self._say)
-            run = Run(model, store, trainer, server, parts)
+            settings = replace(settings, server_start=store.next_server_start())
+            trainer, server = await start_both(settings, f"{model.name}@base", runtime, store.path, self._say)
+            run = Run(model, store, trainer, server, settings)
             await measure_noise(run)
             step = store.latest()
             if step is not None:
@@ -138,7 +138,7 @@ class MegatronBackend:
         was published, the next one starts from the published weights.
         """
         run, config = self._run(model), config or TrainConfig()
-        if run.parts.exact:
+        if run.settings.exact:
             config = exact_config(config)
         async with run.training:
             return await self._train(run, groups, config)
@@ -153,14 +153,14 @@ class MegatronBackend:
             model_name=model.name,
             step=current,
             config=config,
-            data=run.parts.parallel.data,
-            routes=run.parts.routes,
+            data=run.settings.parallel.data,
+            routes=run.settings.routes,
         )
         metrics = dict(prepared.metrics)
         batch_path = run.store.path / "batches" / f"{current:04d}.safetensors"
         await asyncio.to_thread(save_batch, prepared.batch, batch_path)
         reference = None if config.reference_step is None else run.store.step(config.reference_step).path
-        await trainers_turn(run, forget_weights=run.parts.merged)
+        await trainers_turn(run, forget_weights=run.settings.merged)
         try:
             # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
             if run.trainer_ahead:
@@ -169,7 +169,7 @@ class MegatronBackend:
             run.trainer_ahead = True
             before = await BeforeStep.score(run, prepared.sequences)
             # An adapter leaves before its folder is written.
-            asked = TrainStep(batch_path, config, out=staged if run.parts.merged else None, reference=reference)
+            asked = TrainStep(batch_path, config, out=staged if run.settings.merged else None, reference=reference)
             trained = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
             scores, power = await before.after(run, current + 1)
         except BaseException as error:

@@ -24,10 +24,10 @@ async def trainers_turn(run: Run, *, forget_weights: bool) -> None:
     forget_weights: the server's weights will be sent again before it wakes. Raises ServerError, and the server goes on, when requests
     are in flight for too long.
     """
-    if not run.parts.shared:
+    if not run.settings.shared:
         return
     await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
-    if run.parts.offload:
+    if run.settings.offload:
         async with never_left_asleep(run):
             await run.trainer.call(Onload(), deadline_s=STEP_DEADLINE_S)
 
@@ -38,7 +38,7 @@ async def never_left_asleep(run: Run) -> AsyncIterator[None]:
     try:
         yield
     except BaseException:
-        if run.parts.shared and await _asleep(run):
+        if run.settings.shared and await _asleep(run):
             await run.server.close()
         raise
 
@@ -52,7 +52,7 @@ async def _asleep(run: Run) -> bool:
 
 async def make_room_for_weights(run: Run) -> None:
     """Both programs' weights on the device, for a merged sync: no optimizer, no cache."""
-    if not run.parts.shared:
+    if not run.settings.shared:
         return
     await _offload(run, keep_weights=True)
     await run.server.wake("weights")
@@ -60,7 +60,7 @@ async def make_room_for_weights(run: Run) -> None:
 
 async def servers_turn(run: Run) -> None:
     """The trainer's memory leaves the device (with `offload`), and the server is awake."""
-    if not run.parts.shared:
+    if not run.settings.shared:
         return
     await _offload(run, keep_weights=False)
     await run.server.wake()
@@ -68,7 +68,7 @@ async def servers_turn(run: Run) -> None:
 
 async def _offload(run: Run, *, keep_weights: bool) -> None:
     # Also a trainer that stays gives back what its step took beside its tensors: the server counts on that memory.
-    if run.parts.offload:
+    if run.settings.offload:
         await run.trainer.call(Offload(keep_weights), deadline_s=STEP_DEADLINE_S)
     else:
         await run.trainer.call(Release(), deadline_s=STEP_DEADLINE_S)

@@ -52,9 +52,9 @@ async def publish_and_serve(
     raises, the step was trained, and is published. trained: the trainer's scores of the run's probe.
     """
     async with never_left_asleep(run):
-        if run.parts.routes is not None:
+        if run.settings.routes is not None:
             trained = None  # they were scored on other experts than the server will use
-        if run.parts.merged:
+        if run.settings.merged:
             step, seconds = await _publish(run, number, staged, metrics)
             figures = await _into_server(run, number)
             return step, figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
@@ -74,7 +74,7 @@ async def publish_and_serve(
 async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float]) -> tuple[Step, float]:
     """The published step, and the seconds until it was. An adapter's folder is first written; merged weights' was by `train_step`."""
     started = time.monotonic()
-    if not run.parts.merged:
+    if not run.settings.merged:
         await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)
     step = await asyncio.to_thread(run.store.publish, number, staged, metrics)
     run.trainer_ahead = False
@@ -86,7 +86,7 @@ async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
 
     Raises TrainerError for a step that computes anything that is not finite.
     """
-    if run.parts.routes is not None:
+    if run.settings.routes is not None:
         return None
     assert run.probe is not None
     trained = await trained_scores(run, run.probe)
@@ -98,7 +98,7 @@ async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
 async def _into_server(run: Run, number: int) -> dict[str, float]:
     """The server, awake, holds the step. Returns what the sync took."""
     started = time.monotonic()
-    if run.parts.merged:
+    if run.settings.merged:
         # Rollouts that are under way go on under the name they began with; each token says which weights made it.
         await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
     await make_room_for_weights(run)
@@ -113,7 +113,7 @@ async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[st
     started = time.monotonic()
     seen = await verify(run, number, trained)
     for old in sorted(run.served - run.kept(number)):
-        if not run.parts.merged:
+        if not run.settings.merged:
             await run.server.unload_adapter(run.name(old))
         run.served.discard(old)
     return seen | {"seconds_verify": time.monotonic() - started}
@@ -123,7 +123,7 @@ async def back_to_published(run: Run, step: int) -> None:
     """After a step that never got published: whatever trainer and server did with it, they stand at `step`, the last that was, again."""
     await run.trainer.call(Load(run.store.step(step).path), deadline_s=STEP_DEADLINE_S)
     unpublished = run.name(step + 1)  # no rollout was ever told its name
-    if not run.parts.merged and unpublished in await run.server.models():
+    if not run.settings.merged and unpublished in await run.server.models():
         await run.server.unload_adapter(unpublished)
     run.served.discard(step + 1)
     run.trainer_ahead = False
@@ -134,13 +134,13 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
 
     Where that fails too the server is ended: asleep it would let requests wait for ever.
     """
-    if not run.parts.shared:
+    if not run.settings.shared:
         return
     step = run.store.published()[-1]
     try:
         # Whatever the error says (a cancelled call says nothing), the trainer may have changed its weights.
         await back_to_published(run, step)
-        if run.parts.merged:
+        if run.settings.merged:
             await make_room_for_weights(run)
             await _sync(run, step)
         await servers_turn(run)
@@ -159,7 +159,7 @@ async def _sync(run: Run, number: int) -> dict[str, float]:
         return await _send(run, number)
     except (ServerError, WeightsError, MismatchError) as error:
         lost = isinstance(error, ServerLostError) or run.server.child.poll() is not None
-        if run.parts.shared and (run.parts.merged or lost):
+        if run.settings.shared and (run.settings.merged or lost):
             await run.server.close()
             left = "was lost" if lost else "held no weights any more and was ended"  # asleep it forgot those of before
         elif lost:
@@ -176,14 +176,14 @@ async def _sync(run: Run, number: int) -> dict[str, float]:
 
 def _newest(run: Run) -> str:
     """The newest of the model's steps that the server holds; at the start it holds the base model only."""
-    if run.parts.merged or not run.served:
+    if run.settings.merged or not run.served:
         return run.server.served_name
     return run.name(max(run.served))
 
 
 async def _send(run: Run, number: int) -> dict[str, float]:
-    transport, name = run.parts.transport, run.name(number)
-    kind = SyncWeights if run.parts.merged else SyncAdapter
+    transport, name = run.settings.transport, run.name(number)
+    kind = SyncWeights if run.settings.merged else SyncAdapter
     asked = kind(
         root_url=run.server.root_url,
         version=name,
@@ -192,7 +192,7 @@ async def _send(run: Run, number: int) -> dict[str, float]:
         api_key=run.server.api_key,
     )
     report = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
-    if run.parts.merged:
+    if run.settings.merged:
         run.server.served_name = name
     return {
         "sync_bytes": float(report.nbytes),
@@ -207,12 +207,12 @@ async def _start_server_again(run: Run, number: int) -> None:
 
     Adapters of older steps that they may ask for come from their folders: the trainer's memory has step `number` only.
     """
-    older = () if run.parts.merged else run.kept(number) & run.served
+    older = () if run.settings.merged else run.kept(number) & run.served
     await run.server.close()
     await run.model._disconnect()
-    run.parts = replace(run.parts, server_start=run.store.next_server_start())
-    config = run.parts.server_config(f"{run.model.name}@base")
-    run.server = await launch(config, find_runtime(run.parts.devices.kind), run.store.path)
+    run.settings = replace(run.settings, server_start=run.store.next_server_start())
+    config = run.settings.server_config(f"{run.model.name}@base")
+    run.server = await launch(config, find_runtime(run.settings.devices.kind), run.store.path)
     run.served.clear()
     for old in sorted(older):
         await run.server.load_adapter(run.name(old), run.store.step(old).adapter)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.backends.megatron import preflight
 from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu
 from lockstep.backends.megatron.exact import check_exact
-from lockstep.backends.megatron.launch import Parts, route_shape
 from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
+from lockstep.backends.megatron.settings import ResolvedSettings, route_shape
 from lockstep.config.base import unsupported
 from lockstep.config.megatron import MegatronConfig, Parallel
 from lockstep.errors import ConfigError
@@ -54,7 +54,7 @@ class Setting:
 class Plan:
     """A run before anything of it is started. notes: what the user should know although it works, one line each."""
 
-    parts: Parts
+    resolved: ResolvedSettings
     vocab_size: int
     settings: tuple[Setting, ...]
     notes: tuple[str, ...]
@@ -111,7 +111,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
     log.notes += [tools.note] if tools.note else []
     log.add("reasoning_parser", reasoning, "set in server_args" if reasoning else "default")
     _describe_disk(log, asked, model, footprint, dtype)
-    parts = Parts(
+    resolved = ResolvedSettings(
         base=base,
         spec=spec,
         lora=model.lora,
@@ -131,8 +131,8 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         server_args=asked.server_args,
         exact=asked.exact,
     )
-    _describe_rest(log, parts, asked)
-    return Plan(parts, config.vocab_size, tuple(log.settings), tuple(log.notes))
+    _describe_rest(log, resolved, asked)
+    return Plan(resolved, config.vocab_size, tuple(log.settings), tuple(log.notes))
 
 
 def _set(value: object, otherwise: str = "default") -> str:
@@ -269,12 +269,16 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def _describe_rest(log: _Log, parts: Parts, asked: MegatronConfig) -> None:
-    log.add("weight_transport", parts.transport, _set(asked.weight_transport, "fits the placement"))
-    log.add("offload", parts.offload, _set(asked.offload, "shared GPUs" if parts.shared else "nothing is shared"))
-    replays = "default" if parts.routes is not None else "the model has no experts"
-    log.add("enable_expert_replay", parts.routes is not None, replays if asked.enable_expert_replay else "set")
-    log.add("recompute", "as memory asks for it" if parts.recompute is None else parts.recompute, _set(parts.recompute))
-    log.add("numerics", "exact" if parts.exact else "fast", "set" if parts.exact else "default")
-    log.add("server_args", list(parts.server_args), "set" if parts.server_args else "default")
-    log.add("seed", parts.seed, "of the adapter's first values and the sampling")
+def _describe_rest(log: _Log, resolved: ResolvedSettings, asked: MegatronConfig) -> None:
+    log.add("weight_transport", resolved.transport, _set(asked.weight_transport, "fits the placement"))
+    log.add("offload", resolved.offload, _set(asked.offload, "shared GPUs" if resolved.shared else "nothing is shared"))
+    replays = "default" if resolved.routes is not None else "the model has no experts"
+    log.add("enable_expert_replay", resolved.routes is not None, replays if asked.enable_expert_replay else "set")
+    log.add(
+        "recompute",
+        "as memory asks for it" if resolved.recompute is None else resolved.recompute,
+        _set(resolved.recompute),
+    )
+    log.add("numerics", "exact" if resolved.exact else "fast", "set" if resolved.exact else "default")
+    log.add("server_args", list(resolved.server_args), "set" if resolved.server_args else "default")
+    log.add("seed", resolved.seed, "of the adapter's first values and the sampling")

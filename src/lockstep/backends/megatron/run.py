@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
-from lockstep.backends.megatron.launch import Parts
 from lockstep.backends.megatron.probe import Noise, Probe
+from lockstep.backends.megatron.settings import ResolvedSettings
 from lockstep.errors import StoreError
 from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name
@@ -28,7 +28,7 @@ class Run:
     store: RunStore
     trainer: Trainer
     server: Server
-    parts: Parts
+    settings: ResolvedSettings
     probe: Probe | None = None
     """The text that verifies a step: of the newest rollouts, and a fixed text before there are any."""
     noise: Noise | None = None
@@ -51,7 +51,7 @@ class Run:
     @property
     def numerics(self) -> str:
         """What both sides compute in: the weights' dtype, or "exact"."""
-        return "exact" if self.parts.exact else self.parts.dtype
+        return "exact" if self.settings.exact else self.settings.dtype
 
     def check_in_step(self) -> None:
         """Raise StoreError if a step was published that never got served: the trainer is ahead of the rollouts then."""

@@ -62,12 +62,12 @@ async def first_probe(run: Run) -> Probe:
 
 def longest(run: Run) -> int:
     """Tokens of the longest sequence to score: the server wants room for one more."""
-    return min(run.parts.max_model_len - 1, ROW)
+    return min(run.settings.max_model_len - 1, ROW)
 
 
 def enough(run: Run) -> int:
     """Tokens of a probe. Where a CPU's server needs Triton's interpreter, 512 would take longer than many a step."""
-    interpreted = run.parts.devices.kind == "cpu" and (run.parts.routes is not None or run.parts.exact)
+    interpreted = run.settings.devices.kind == "cpu" and (run.settings.routes is not None or run.settings.exact)
     return TOKENS // 4 if interpreted else TOKENS
 
 
@@ -78,7 +78,7 @@ async def measure_noise(run: Run) -> None:
     """
     run.probe = await first_probe(run)
     served, choices = await served_scores(run, f"{run.model.name}@base", run.probe)
-    await trainers_turn(run, forget_weights=run.parts.merged)
+    await trainers_turn(run, forget_weights=run.settings.merged)
     trained = await trained_scores(run, on_served_routes(run, run.probe, choices))
     run.noise = probing.base_noise(served, trained, run.numerics, run.server.child.log_path)
 
@@ -96,7 +96,7 @@ async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
     """What the trainer computes, on the experts that the probe names. One row of a length that never changes."""
     batch_path, out = (run.store.path / "batches" / name for name in ("probe.safetensors", "probe-scores.safetensors"))
     count = len(probe.sequences)
-    batch = pack(probe.sequences, np.zeros(count), np.ones(count), row_length=ROW, data=run.parts.parallel.data)
+    batch = pack(probe.sequences, np.zeros(count), np.ones(count), row_length=ROW, data=run.settings.parallel.data)
     await asyncio.to_thread(save_batch, batch, batch_path)
     await run.trainer.call(Score(batch_path, out, TOP), deadline_s=STEP_DEADLINE_S)
     scores = await asyncio.to_thread(load_file, out)
@@ -106,7 +106,7 @@ async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
 
 def on_served_routes(run: Run, probe: Probe, choices: Sequence[dict[str, Any]]) -> Probe:
     """The probe on the experts that the server used for it; as it is where none are captured."""
-    if run.parts.routes is None:
+    if run.settings.routes is None:
         return probe
     return probe.with_routes(
         [
@@ -115,7 +115,7 @@ def on_served_routes(run: Run, probe: Probe, choices: Sequence[dict[str, Any]]) 
                 choice.get("routes_digest"),
                 choice["prompt_token_ids"],
                 choice["token_ids"],
-                run.parts.routes,
+                run.settings.routes,
                 "the probe",
             )
             for choice in choices

@@ -1,0 +1,108 @@
+"""Everything a run is started from, resolved."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lockstep.backends.megatron.placement import Devices
+from lockstep.batching.routed_experts import RouteShape
+from lockstep.config.lora import LoraConfig
+from lockstep.config.megatron import Parallel
+from lockstep.inference.launch import LoraServing, ServerConfig
+from lockstep.inference.parsers import ToolCalls
+from lockstep.trainer.protocol import EngineConfig, LoraSettings
+
+if TYPE_CHECKING:
+    from lockstep.models.config import ModelConfig
+    from lockstep.models.spec import ModelSupportSpec
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """Everything a run is started from, resolved: no default is left to fill in."""
+
+    base: Path
+    spec: ModelSupportSpec
+    lora: LoraConfig | None
+    merged: bool
+    """The server holds the trained weights as its base model's, and no adapters."""
+    dtype: Literal["float32", "bfloat16"]
+    parallel: Parallel
+    devices: Devices
+    offload: bool
+    """Shared mode: the trainer's memory goes to the host while the server serves."""
+    routes: RouteShape | None
+    """What each choice's expert routes look like; None: none are captured or replayed."""
+    seed: int
+    recompute: bool | None
+    max_model_len: int
+    max_num_seqs: int
+    """Sequences that the server takes at once."""
+    kv_cache_bytes: int | None
+    """Of a CPU server; None: what the GPU has left."""
+    tools: ToolCalls
+    """Which parser reads tool calls, or why there is none."""
+    server_args: tuple[str, ...]
+    """Further arguments of vLLM's command line."""
+    transport: str
+    """How weights and adapters travel from the trainer's memory to the server."""
+    exact: bool
+    """Trainer and server compute the fp32 weights in fp64."""
+    server_start: int = 0
+    """How many servers this run had before."""
+
+    @property
+    def shared(self) -> bool:
+        return self.devices.shared
+
+    def engine_config(self) -> EngineConfig:
+        lora, targets = self.lora, self.spec.default_target_modules
+        return EngineConfig(
+            model=str(self.base),
+            dtype="float64" if self.exact else self.dtype,
+            parallel=self.parallel,
+            lora=lora and LoraSettings(lora.rank, lora.alpha, lora.target_modules or targets),
+            seed=self.seed,
+            recompute=self.recompute,
+        )
+
+    def server_config(self, served_name: str, gpu_memory_utilization: float = 0.9) -> ServerConfig:
+        return ServerConfig(
+            model=self.base,
+            served_name=served_name,
+            dtype=self.dtype,
+            lora=lora_serving(self.lora, self.spec) if self.lora and not self.merged else None,
+            tool_call_parser=self.tools.parser,
+            tools_off=self.tools.off,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            kv_cache_bytes=self.kv_cache_bytes,
+            capture_routes=self.routes is not None,
+            gpus=self.devices.inference,
+            gpu_memory_utilization=gpu_memory_utilization,
+            sleeps=self.shared,
+            seed=sampling_seed(self.seed, self.server_start),
+            exact=self.exact,
+            # Packed, they could not be read back, and so not be verified.
+            plain_weights=self.merged and not self.devices.inference,
+            extra_args=self.server_args,
+        )
+
+
+def sampling_seed(seed: int, server_start: int) -> int:
+    """The seed of a server's sampling. Each server of a run draws other noise: one that begins anew with the seed of the one before
+    samples the same replies again, and what ended that server ends the next one, too.
+    """
+    return seed if server_start == 0 else zlib.crc32(f"{seed} {server_start}".encode()) >> 1  # vLLM takes 31 bits
+
+
+def lora_serving(lora: LoraConfig, spec: ModelSupportSpec) -> LoraServing:
+    return LoraServing(max_rank=lora.rank, targets=lora.target_modules or spec.default_target_modules)
+
+
+def route_shape(config: ModelConfig) -> RouteShape | None:
+    """The expert routes of a model, which has them in its mixture-of-experts layers only; None for a dense one."""
+    return RouteShape(sum(config.moe_layers), config.experts_per_token, config.experts) if config.is_moe else None
