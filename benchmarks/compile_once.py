@@ -22,14 +22,14 @@ from torch import Tensor
 
 from lockstep.engine.parallel import device  # isort: skip  (first: prepares torch for Megatron)
 from lockstep.engine.layers import attention, compiled_ops
-from lockstep.engine.microbatch import Nodes, Row
+from lockstep.engine.microbatch import Nodes, PackedRow
 
 SHAPES = {"qwen3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
 GROUPS = ((1152, 128, 16, 64), (10_240, 2048, 1024, 8), (4096, 1024, 380, 8), (20_480, 4096, 2048, 8), (256, 20, 10, 8))
 """Row length, tokens of the prompt, tokens of each reply, replies."""
 
 
-def group_row(length: int, prompt: int, reply: int, replies: int) -> Row:
+def group_row(length: int, prompt: int, reply: int, replies: int) -> PackedRow:
     """A row with one group: replies that share a prompt, padding after them."""
     edges = [0, *range(prompt, prompt + replies * reply + 1, reply)]
     start, stop, parent = edges[:-1], edges[1:], [-1] + [0] * replies
@@ -39,7 +39,7 @@ def group_row(length: int, prompt: int, reply: int, replies: int) -> Row:
     local_S = np.repeat(np.arange(len(start)), np.array(stop) - np.array(start))
     enter_S, leave_S = (torch.from_numpy(x_M[local_S]).to(device.device()) for x_M in nodes.intervals_M)
     zeros_S = torch.zeros(length, dtype=torch.long, device=device.device())
-    return Row(zeros_S, zeros_S, zeros_S - 1, enter_S, leave_S, nodes, 0)
+    return PackedRow(zeros_S, zeros_S, zeros_S - 1, enter_S, leave_S, nodes, 0)
 
 
 def synchronise() -> None:
@@ -59,7 +59,7 @@ def timed(function: Callable[[], object], repeat: int) -> float:
 
 
 def measure(
-    attend: Callable[..., Tensor], row: Row, heads: tuple[int, int, int], repeat: int
+    attend: Callable[..., Tensor], row: PackedRow, heads: tuple[int, int, int], repeat: int
 ) -> tuple[list[Tensor], Any]:
     """(output and gradients, figures) of one row length."""
     queries, keys, dim = heads
@@ -83,7 +83,7 @@ def measure(
     return results, figures | {"milliseconds": 1e3 * timed(run, repeat)}
 
 
-def per_length(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
+def per_length(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float) -> Tensor:
     """A version of FlexAttention for each row length."""
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -235,7 +235,7 @@ def start(options: argparse.Namespace, folder: Path, runs: Path) -> tuple[ls.Tra
         # Room for a second copy of the weights, which are received while the server goes on.
         server_args = ["--gpu-memory-utilization", str(options.gpu_memory_utilization), *server_args]
     elif gpus == 1:
-        raise SystemExit("needs two GPUs, or none: for one that both share see shared_mode.py")
+        raise SystemExit("needs two GPUs, or none: for one that both share see colocated.py")
     backend = ls.MegatronBackend(
         path=runs,
         rollout_weights_mode=options.mode,

@@ -166,7 +166,7 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     from lockstep.config.megatron import Parallel
     from lockstep.config.train import TrainConfig
     from lockstep.engine.parallel import device
-    from lockstep.engine.state import open_session
+    from lockstep.engine.state import open_trainer
     from lockstep.engine.train_step import train_step
     from lockstep.models.registry import default_target_modules_for_model
     from lockstep.trainer.protocol import EngineConfig, LoraSettings
@@ -186,14 +186,14 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
     dtype = "bfloat16" if device.CUDA else "float32"
     recompute = {"auto": None, "all": True, "none": False}[options.recompute]
-    session = open_session(EngineConfig(str(folder), Parallel(), dtype, lora, recompute=recompute))
+    trainer = open_trainer(EngineConfig(str(folder), Parallel(), dtype, lora, recompute=recompute))
     config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
 
     def run(case: Case) -> Figures:
-        batch = batch_of(case, contender, session.config.vocab_size, options.row_length)
+        batch = batch_of(case, contender, trainer.config.vocab_size, options.row_length)
         steps: list[dict[str, float]] = []
         seconds, peak = timed(
-            lambda: steps.append(train_step(session, batch, config, None, print_nothing)), options.repeat
+            lambda: steps.append(train_step(trainer, batch, config, None, print_nothing)), options.repeat
         )
         if device.CUDA:  # each step reports its own peak and starts a new count
             peak = int(max(step["peak_memory_bytes"] for step in steps[1:]))

@@ -26,7 +26,7 @@ from shapes import DECIDED, ROUTED, write_random
 
 from lockstep.models.tiny.tokenizer import save_tokenizer
 from lockstep.models.tiny.write import write_tiny
-from lockstep.validate.stage import Report, Request, Row
+from lockstep.validate.stage import Comparison, Report, Request
 from lockstep.validate.stages.train_inf_mismatch import run
 
 GAINS = {"routed": ROUTED, "decided": DECIDED}
@@ -49,9 +49,9 @@ def weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=list(GAINS), default="routed", help=what)
 
 
-def rows_of(report: Report, policy: str) -> tuple[Row, Row, Row]:
+def comparisons_of(report: Report, policy: str) -> tuple[Comparison, Comparison, Comparison]:
     """(the server again, replay on, replay off)."""
-    found = {row.compared: row for row in report.rows if row.policy == policy}
+    found = {row.compared: row for row in report.comparisons if row.policy == policy}
     return found["server again"], found["trainer, replay"], found["trainer, own picks"]
 
 
@@ -61,7 +61,7 @@ def table(report: Report) -> str:
     ]
     for policy in ("base", "adapter"):
         names = ("server again", "trainer, replay on", "trainer, replay off")
-        for name, row in zip(names, rows_of(report, policy), strict=True):
+        for name, row in zip(names, comparisons_of(report, policy), strict=True):
             v = row.values
             cells = f"{v['kl']:11.2e}{v['mean_abs']:14.5f}{v['largest']:10.4f}{v['top1']:8.4f}{v['top20']:8.4f}"
             replayed = "picks_differ" in v
@@ -71,7 +71,7 @@ def table(report: Report) -> str:
 
 
 def verdict(report: Report) -> dict[str, float | bool]:
-    _, on, off = rows_of(report, "adapter")
+    _, on, off = comparisons_of(report, "adapter")
     share = on.values["kl"] / off.values["kl"] if off.values["kl"] else 0.0
     return {
         "kl_on": on.values["kl"],

@@ -228,7 +228,7 @@ def open_engine(folder: Path) -> Any:
 
     from lockstep.config.megatron import Parallel
     from lockstep.engine.parallel import device as engine_device
-    from lockstep.engine.state import open_session
+    from lockstep.engine.state import open_trainer
     from lockstep.models.registry import default_target_modules_for_model
     from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
@@ -239,17 +239,17 @@ def open_engine(folder: Path) -> Any:
     os.environ.update({name: str(value) for name, value in settings.items()})
     engine_device.start(Parallel(), seed=0)
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
-    return open_session(EngineConfig(str(folder), Parallel(), "bfloat16", lora))
+    return open_trainer(EngineConfig(str(folder), Parallel(), "bfloat16", lora))
 
 
-def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
+def own_routes(trainer: Any, batch: PackedBatch) -> np.ndarray:
     """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
     from lockstep.engine.layers.moe import MoE
     from lockstep.engine.train_step import score
 
     picked: list[list[np.ndarray]] = []
     hooks = []
-    for layer in (module for module in session.model.modules() if isinstance(module, MoE)):
+    for layer in (module for module in trainer.model.modules() if isinstance(module, MoE)):
         mine: list[np.ndarray] = []
         picked.append(mine)
 
@@ -257,10 +257,10 @@ def own_routes(session: Any, batch: PackedBatch) -> np.ndarray:
             kept.append(out[1].cpu().numpy())
 
         hooks.append(layer.router.register_forward_hook(keep))
-    score(session, batch, print_nothing)
+    score(trainer, batch, print_nothing)
     for hook in hooks:
         hook.remove()
-    shape = route_shape(session.config)
+    shape = route_shape(trainer.config)
     assert shape is not None
     sizes = (*batch.tokens_RS.shape, shape.layers, shape.top_k)
     routes = np.broadcast_to(np.arange(shape.top_k), sizes).astype(shape.dtype)
@@ -275,15 +275,15 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     from lockstep.config.train import TrainConfig
     from lockstep.engine.train_step import train_step
 
-    session = open_engine(folder)
+    trainer = open_engine(folder)
     batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)
-    batches = {"without": batch, "with": replace(batch, routes_RSLK=own_routes(session, batch))}
+    batches = {"without": batch, "with": replace(batch, routes_RSLK=own_routes(trainer, batch))}
     config = TrainConfig(max_mismatch=None, learning_rate=1e-9)
     seconds: Turns = {way: [] for way in WAYS}
     for turn in range(options.repeat + 1):
         for way in WAYS if turn % 2 else reversed(WAYS):
             start = time.perf_counter()
-            train_step(session, batches[way], config, None, print_nothing)
+            train_step(trainer, batches[way], config, None, print_nothing)
             if turn:
                 seconds[way].append(time.perf_counter() - start)
     return seconds

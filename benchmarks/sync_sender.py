@@ -27,7 +27,7 @@ from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.sender_group import StoreCrew
+from lockstep.weight_sync.sender_group import StoreSenderGroup
 from lockstep.weight_sync.sources import share_sources
 from lockstep.weight_sync.transports import make_transport
 
@@ -74,7 +74,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo", **group_settings())
     store = dist.PrefixStore("crew", dist.distributed_c10d._get_default_store())
-    crew = StoreCrew(store, rank, world)
+    senders = StoreSenderGroup(store, rank, world)
     handler, config = get_model_support_handler(job["model"]), load_model_config(job["model"])
     shapes = expected_tensors(handler, config, Layout())
     shares = share_out([shards_of(job, config, handler, one) for one in range(world)], shapes)
@@ -87,7 +87,7 @@ def main() -> None:
         weights = Weights(described[rank], case["merge_rank"], device)
         carrier = make_transport(case["transport"], job["deadline_s"])
         pusher = WeightPusher(
-            endpoint, carrier, plan, device=device, deadline_s=job["deadline_s"], crew=crew, policy=case["policy"]
+            endpoint, carrier, plan, device=device, deadline_s=job["deadline_s"], senders=senders, policy=case["policy"]
         )
         reports = []
         for number in range(job["warm_up"] + job["repeat"]):

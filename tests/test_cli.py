@@ -28,7 +28,7 @@ from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError, ServerError, TrainerError
 from lockstep.loop.run_file import TaskSection, load_run_file
-from lockstep.loop.synchronous import Row
+from lockstep.loop.synchronous import StepSummary
 from lockstep.models.registry import list_model_support_specs
 from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.client import Trainer
@@ -116,7 +116,7 @@ def test_models_lists_every_family_and_breaks_no_name():
 def test_the_live_table_fits_a_terminal():
     screen = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with LiveTable(screen, "m on base") as table:
-        table(Row(1234, 0.812, 0.9, -0.0123, 1.2e-3, 3e-6, rollout_s=1012.3, train_s=2101.2, sync_s=3456.7))
+        table(StepSummary(1234, 0.812, 0.9, -0.0123, 1.2e-3, 3e-6, rollout_s=1012.3, train_s=2101.2, sync_s=3456.7))
     shown = screen.file.getvalue()
     assert "sync s" in shown
     assert "3456.7" in shown

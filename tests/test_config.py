@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.backends.megatron.backend import MegatronBackend
-from lockstep.config.base import load_toml, unsupported
+from lockstep.config.base import Config, load_toml, unsupported
 from lockstep.config.lora import SERVED_RANKS, LoraConfig
 from lockstep.config.megatron import Parallel, Placement
 from lockstep.config.train import TrainConfig
@@ -134,8 +133,8 @@ def test_derived_settings():
     assert Parallel(tensor=2, data=2, pipeline=3).processes == 12
     assert Parallel(tensor=2).sequence_parallel
     assert not Parallel(tensor=2, sequence=False).sequence_parallel
-    assert Placement(trainer=[0, 1], inference=[1, 0]).shared
-    assert not Placement(trainer=[0], inference=[1]).shared
+    assert Placement(trainer=[0, 1], inference=[1, 0]).colocated
+    assert not Placement(trainer=[0], inference=[1]).colocated
 
 
 @given(st.sampled_from(["cispo", "ppo", "gspo"]), st.floats(1e-8, 1), st.none() | st.integers(1, 9), st.booleans())
@@ -188,8 +187,9 @@ def test_run_files(tmp_path):
     path.write_text(MINIMAL + '[backend]\ndtype = "bfloat16"\nrecompute = true\n')
     section = load_toml(path, RunFile).backend
     assert (section.dtype, section.recompute) == ("bfloat16", True)
-    settings = inspect.signature(MegatronBackend).parameters.keys() - {"seed"}  # [task] has the run's only seed
-    assert set(type(section).model_fields) == settings
+    assert MegatronBackend(**dict(section)).config == section
+    path.write_text(MINIMAL + "[backend]\nseed = 3\n")  # [task] has the run's only seed
+    refused(lambda: load_toml(path, RunFile), "set seed in [task]")
     refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")
     refused(lambda: load_toml(tmp_path, RunFile), "is a folder")
 
@@ -202,3 +202,15 @@ def test_a_task_may_import_modules_beside_it(tmp_path, monkeypatch):
         "async def rollout(model, scenario, temperature):\n    raise NotImplementedError\n"
     )
     assert load_task(tmp_path / "task.py").scenarios == [4, 5]
+
+
+def test_every_setting_says_what_it_is():
+    kinds = [Config]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    settings = [(kind, name, field) for kind in kinds for name, field in kind.model_fields.items()]
+    assert len(settings) > 50
+    for kind, name, field in settings:
+        nested = any(isinstance(part, type) and issubclass(part, Config) for part in (field.annotation,))
+        assert field.description or nested, f"{kind.__name__}.{name} has no description"
+        assert name in (kind.__doc__ or "")

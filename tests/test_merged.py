@@ -1,5 +1,5 @@
 """rollout_weights_mode "merged" on real parts: the trainer streams its weights into vLLM, which then serves the next version; the second
-run takes turns with its server (shared mode).
+run takes turns with its server (colocated mode).
 
 One server and one trainer per test. Shape suffix: S tokens.
 """
@@ -240,7 +240,7 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
         await call("sync", sync, deadline_s=60.0)
 
 
-async def test_all_weights_of_an_untied_model_in_shared_mode(runtime, task, section, tmp_path, monkeypatch):
+async def test_all_weights_of_an_untied_model_in_colocated(runtime, task, section, tmp_path, monkeypatch):
     """Full fine-tuning while trainer and server take turns; the run goes on after a restart, and a step is served without the trainer."""
     base = taught("qwen3", tmp_path / "base", task, SMALL | {"tie_word_embeddings": False})
     model = ls.TrainableModel(name="full", project="tests", base_model=str(base), lora=None)
@@ -300,7 +300,7 @@ async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
         await run.server.score("full@1", PROBE_S)
 
 
-# Who does what in a step of shared mode with merged weights and nothing to replay.
+# Who does what in a step of colocated mode with merged weights and nothing to replay.
 ORDER = [
     *("POST /lockstep/sleep", "onload", "score", "train_step", "score", "POST /lockstep/kept_names"),
     *(

@@ -30,12 +30,12 @@ def gpus(monkeypatch, tmp_path):
     ("count", "asked", "found"),
     [
         (0, None, Devices()),
-        (1, None, Devices((0,), (0,), shared=True)),
+        (1, None, Devices((0,), (0,), colocated=True)),
         (2, None, Devices((0,), (1,))),
         (4, None, Devices((0,), (1,))),
-        (4, ([0, 1], [1, 0]), Devices((1, 0), (1, 0), shared=True)),
+        (4, ([0, 1], [1, 0]), Devices((1, 0), (1, 0), colocated=True)),
         (4, ([0, 1], [2]), Devices((0, 1), (2,))),
-        (4, ("cpu", "cpu"), Devices(shared=True)),
+        (4, ("cpu", "cpu"), Devices(colocated=True)),
     ],
 )
 def test_devices(gpus, count, asked, found):
@@ -107,7 +107,7 @@ def test_placements_that_make_no_sense(trainer, inference, says):
 
 
 def test_transport_follows_the_devices():
-    fitting = {Devices(): "gloo", Devices((0,), (1,)): "nccl", Devices((0,), (0,), shared=True): "ipc"}
+    fitting = {Devices(): "gloo", Devices((0,), (1,)): "nccl", Devices((0,), (0,), colocated=True): "ipc"}
     for devices, name in fitting.items():
         assert resolve_transport(None, devices) == resolve_transport(name, devices) == name
         assert resolve_transport("disk", devices) == "disk"

@@ -157,7 +157,7 @@ async def test_the_quickstart_fits_every_machine(gpus, qwen, tmp_path, count):
     resolved = await ls.MegatronBackend(path=tmp_path).resolve(model_of(qwen))
     parts = resolved.resolved
     assert parts.dtype == ("bfloat16" if count else "float32")
-    assert parts.devices.shared == (count == 1)
+    assert parts.devices.colocated == (count == 1)
     assert parts.transport == ("gloo", "ipc", "nccl")[count]
     assert parts.max_model_len == 4096
     assert parts.max_num_seqs == (256 if count else 64)

@@ -43,7 +43,7 @@ def base_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 async def running(runtime, base_model, tmp_path_factory):
     """(model, backend) at step 1, so that the adapter changes something."""
-    # In turns: the proof then has to wake the server for its routes, and the trainer again to replay them.
+    # Colocated: the verification then has to wake the server for its routes, and the trainer again to replay them.
     together = ls.Placement(trainer="cpu", inference="cpu")
     backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=1024, placement=together)
     model = ls.TrainableModel(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lockstep.backends.megatron.settings import sampling_seed
 from lockstep.errors import StoreError
-from lockstep.runs.store import RunStore, published_steps, read_step
+from lockstep.runs.store import RunStore, published_steps, read_checkpoint
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_damage_is_named(store, tmp_path):
             store.latest()
     store.close()
     (store.path / "run.sqlite").write_bytes(b"no database" * 100)
-    for read in (lambda: RunStore(tmp_path, "project", "name"), lambda: read_step(store.path, None)):
+    for read in (lambda: RunStore(tmp_path, "project", "name"), lambda: read_checkpoint(store.path, None)):
         with pytest.raises(StoreError, match=r"run\.sqlite: file is not a database"):
             read()
     (store.path / "run.sqlite").unlink()

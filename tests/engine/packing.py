@@ -30,7 +30,7 @@ from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
-from lockstep.engine.state import Session, open_session
+from lockstep.engine.state import TrainerState, open_trainer
 from lockstep.engine.train_step import _head, _shard, prepare
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
@@ -57,7 +57,7 @@ CONFIGS = {
 }
 
 
-def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Parallel) -> Session:
+def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Parallel) -> TrainerState:
     """A session on the family's tiny model in `folder`, which is made if it isn't there; a LoRA adapter gets values, so that both of
     its matrices have gradients."""
     folder = folder / family
@@ -65,35 +65,35 @@ def open_tiny(family: str, folder: Path, dtype: str, lora: bool, parallel: Paral
         write_tiny(family, folder, seed=3, overrides=FAMILIES[family])
     targets = tuple(default_target_modules_for_model(str(folder)))
     settings = EngineConfig(str(folder), parallel, dtype=dtype, lora=LoraSettings(8, 16, targets) if lora else None)
-    session = open_session(settings)
+    trainer = open_trainer(settings)
     if lora:
         generator = torch.Generator().manual_seed(4)
         assign(
-            session.trainables,
-            {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in sorted(session.shapes.items())},
+            trainer.trainables,
+            {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in sorted(trainer.shapes.items())},
         )
-    return session
+    return trainer
 
 
-def loss_and_gradients(session: Session, batch: PackedBatch, config: TrainConfig) -> tuple[float, Tensor]:
+def loss_and_gradients(trainer: TrainerState, batch: PackedBatch, config: TrainConfig) -> tuple[float, Tensor]:
     """(normalised loss, all of this rank's gradients as one vector), exactly as a training step computes them."""
-    work = prepare(session, batch, list(range(batch.rows)))
+    work = prepare(trainer, batch, list(range(batch.rows)))
     weight, total = total_weight(batch), torch.zeros((), dtype=torch.float64)
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
-        new_N, entropy_N = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        new_N, entropy_N = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         # The reference only has to be the same function of the token in both packings.
         reference_N = torch.from_numpy(scored.sampling_N).to(new_N) - 0.3 if config.kl_coef else None
         part = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), reference_N=reference_N), config)
         total.add_(part.loss.detach().double() / weight)
         return part.loss / weight
 
-    session.optimizer.zero()
-    forward_backward(session.model, [one.row for one in work], last, _shard(session))
-    session.optimizer.reduce()
+    trainer.optimizer.zero()
+    forward_backward(trainer.model, [one.row for one in work], last, _shard(trainer))
+    trainer.optimizer.reduce()
     # Where replicas share a bucket, each holds the sum for its own slice only.
-    gradients = torch.cat([bucket.gradients[bucket.low : bucket.high] for bucket in session.optimizer.buckets]).clone()
+    gradients = torch.cat([bucket.gradients[bucket.low : bucket.high] for bucket in trainer.optimizer.buckets]).clone()
     return float(total), gradients
 
 
@@ -107,14 +107,14 @@ def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.nda
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 
-def named_gradients(session: Session) -> dict[str, Tensor]:
+def named_gradients(trainer: TrainerState) -> dict[str, Tensor]:
     """Gradients by canonical name, after `loss_and_gradients` on one rank that holds everything."""
     found: dict[str, Tensor] = {}
-    for bucket in session.optimizer.buckets:
+    for bucket in trainer.optimizer.buckets:
         for trainable, first, last, place in bucket.slices():
             part = bucket.gradients[bucket.low : bucket.high][place]
             for box in rectangles(trainable, first, last):
-                whole = found.setdefault(box.name, part.new_zeros(session.shapes[box.name]))
+                whole = found.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
                 whole = whole if box.index is None else whole[box.index]
                 whole.reshape(len(whole), -1)[box.rows, box.columns] = part[box.first : box.last].view(
                     box.rows.stop - box.rows.start, -1
@@ -143,22 +143,22 @@ def batches(drawn: Drawn, multiple: int = 4) -> tuple[PackedBatch, PackedBatch]:
     return trees, plain
 
 
-def distance(session: Session, drawn: Drawn, expected: Path, packed: bool = True) -> dict[str, Any]:
+def distance(trainer: TrainerState, drawn: Drawn, expected: Path, packed: bool = True) -> dict[str, Any]:
     """How far the packed trees' loss and this rank's gradients are from the unpacked ones in the file. Relative: to the tensor's
     largest entry, or the model's largest where rounding to fp32 leaves no more. packed False: of unpacked rows."""
     gradients = load_file(expected)
     wanted = float(gradients.pop("loss"))
-    loss, _ = loss_and_gradients(session, batches(drawn)[0 if packed else 1], CONFIGS[drawn.loss])
+    loss, _ = loss_and_gradients(trainer, batches(drawn)[0 if packed else 1], CONFIGS[drawn.loss])
     largest = max(float(one.abs().max()) for one in gradients.values())
-    floor = largest * (FLOOR if session.settings.dtype == "float64" else 1.0)
-    gradient, where = compare_tensors(session, "gradient", gradients, max(floor, 1e-9))
+    floor = largest * (FLOOR if trainer.settings.dtype == "float64" else 1.0)
+    gradient, where = compare_tensors(trainer, "gradient", gradients, max(floor, 1e-9))
     return {"loss": abs(loss - wanted) / max(1.0, abs(wanted)), "gradient": gradient, "at": where, "size": largest}
 
 
 def serve(folder: Path, connection: socket.socket) -> None:
     """Answer {"parallel", "dtype", "drawn", "expected"}, one JSON line each, until the other side hangs up. Models are kept while
     the sizes stay the same."""
-    sizes, sessions = None, dict[tuple[str, str, bool], Session]()
+    sizes, sessions = None, dict[tuple[str, str, bool], TrainerState]()
     lines = connection.makefile("rw")
     for line in lines:
         asked = json.loads(line)

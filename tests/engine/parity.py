@@ -24,12 +24,12 @@ from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
-from lockstep.engine.optim.optimizer import Rates
+from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
-from lockstep.engine.state import Session, load_step, open_session, save_step
+from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step
 from lockstep.engine.train_step import (
     _head,
     _shard,
@@ -101,9 +101,9 @@ def reference(
     return disk_names(weights), disk_names(gradients), logits, float(loss)
 
 
-def run(session: Session, batch: PackedBatch, slope_P: np.ndarray) -> tuple[float, dict[int, Tensor]]:
+def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple[float, dict[int, Tensor]]:
     """Our loss of the same kind, gradients left in the optimizer; and this rank's logits `[S, V of this rank]` per row it ran."""
-    work = prepare(session, batch, list(range(batch.rows)))
+    work = prepare(trainer, batch, list(range(batch.rows)))
     from megatron.core import parallel_state as ps
 
     mine = list(range(batch.rows))[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
@@ -113,36 +113,36 @@ def run(session: Session, batch: PackedBatch, slope_P: np.ndarray) -> tuple[floa
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
         if number >= len(mine):  # padding: nothing is scored, but the backward pass must run
-            return _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
+            return _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
         whole = hidden.detach()[:, 0]
-        if session.parallel.sequence_parallel:
-            parts = [torch.empty_like(whole) for _ in range(session.parallel.tensor)]
+        if trainer.parallel.sequence_parallel:
+            parts = [torch.empty_like(whole) for _ in range(trainer.parallel.tensor)]
             dist.all_gather(parts, whole.contiguous(), group=ps.get_tensor_model_parallel_group())
             whole = torch.cat(parts)
-        if session.parallel.context > 1:
-            parts = [torch.empty_like(whole) for _ in range(session.parallel.context)]
+        if trainer.parallel.context > 1:
+            parts = [torch.empty_like(whole) for _ in range(trainer.parallel.context)]
             dist.all_gather(parts, whole.contiguous(), group=ps.get_context_parallel_group())
             whole = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
         row = mine[number]
-        logits[row] = whole @ session.model.head_weight().detach().T
-        new_N, _ = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        logits[row] = whole @ trainer.model.head_weight().detach().T
+        new_N, _ = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         pairs = np.flatnonzero(np.repeat(batch.row_Q, np.diff(batch.scored_offsets_Q)) == row)
         loss = (new_N[torch.from_numpy(scored.token_P)] * torch.from_numpy(slope_P[pairs])).sum()
         total.add_(loss.detach().double())
         return loss
 
-    session.optimizer.zero()
-    forward_backward(session.model, [w.row for w in work], last, _shard(session))
-    if session.model.post_process:
+    trainer.optimizer.zero()
+    forward_backward(trainer.model, [w.row for w in work], last, _shard(trainer))
+    if trainer.model.post_process:
         dist.all_reduce(total, group=ps.get_data_parallel_group())
     dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
     return float(total), logits
 
 
-def compare_tensors(session: Session, kind: str, expected: dict[str, Tensor], floor: float) -> tuple[float, str]:
+def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor], floor: float) -> tuple[float, str]:
     """Worst relative difference of this rank's slices of gradients or masters, and where."""
     worst, where = 0.0, ""
-    for bucket in session.optimizer.buckets:
+    for bucket in trainer.optimizer.buckets:
         values = bucket.gradients[bucket.low : bucket.high] if kind == "gradient" else bucket.master
         for trainable, first, last, place in bucket.slices():
             part = values[place]
@@ -189,16 +189,16 @@ def check(
     weights, gradients, logits, loss = known_reference(folder, seed, sizes.data, dealt)
     device.rebuild_groups(sizes, seed=0)
     session_settings = {"recompute": recompute, "stages": stages}
-    result, session, norm = measure(
+    result, trainer, norm = measure(
         folder, sizes, batch, slope_P, (gradients, logits, loss), "float32", **session_settings
     )
-    session.optimizer.step(Rates(rate, max_norm=None, kind="sgd"), norm)
-    updated = {name: weights[name] - rate * gradients[name] for name in session.shapes}
-    result["weights"], result["weights_at"] = compare_tensors(session, "weight", updated, 0.0)
+    trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
+    updated = {name: weights[name] - rate * gradients[name] for name in trainer.shapes}
+    result["weights"], result["weights_at"] = compare_tensors(trainer, "weight", updated, 0.0)
     if beyond(result):
-        noise, session, norm = measure(folder, sizes, batch, slope_P, (gradients, logits, loss), "float64")
-        session.optimizer.step(Rates(rate, max_norm=None, kind="sgd"), norm)
-        noise["weights"], _ = compare_tensors(session, "weight", updated, 0.0)
+        noise, trainer, norm = measure(folder, sizes, batch, slope_P, (gradients, logits, loss), "float64")
+        trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
+        noise["weights"], _ = compare_tensors(trainer, "weight", updated, 0.0)
         result["noise"] = {name: value for name, value in noise.items() if isinstance(value, float)}
     return result
 
@@ -219,14 +219,14 @@ def measure(
     expected: Any,
     dtype: str,
     **settings: Any,
-) -> tuple[dict[str, Any], Session, float]:
+) -> tuple[dict[str, Any], TrainerState, float]:
     """Distances of loss, logits, gradients and their norm from the expected ones, computed in `dtype`."""
     gradients, logits, loss = expected
-    session = open_session(EngineConfig(str(folder), sizes, dtype=dtype, **settings))
-    found_loss, found_logits = run(session, batch, slope_P)
+    trainer = open_trainer(EngineConfig(str(folder), sizes, dtype=dtype, **settings))
+    found_loss, found_logits = run(trainer, batch, slope_P)
     result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss)), "logits": 0.0}
-    if session.model.post_process:
-        width = session.model.head_weight().shape[0]
+    if trainer.model.post_process:
+        width = trainer.model.head_weight().shape[0]
         start = sizes_rank(sizes) * width
         for q, wanted in enumerate(logits):
             row = int(batch.row_Q[q])
@@ -235,12 +235,12 @@ def measure(
                 ours = found_logits[row][torch.from_numpy(batch.path_index(q))][:, : stop - start]
                 off = float((ours - wanted[:, start:stop]).abs().max() / wanted.abs().max())
                 result["logits"] = max(result["logits"], off)
-    norm = session.optimizer.reduce()
-    largest = max(float(gradients[name].abs().max()) for name in session.shapes)
-    total = sum(float(gradients[name].double().square().sum()) for name in session.shapes)
+    norm = trainer.optimizer.reduce()
+    largest = max(float(gradients[name].abs().max()) for name in trainer.shapes)
+    total = sum(float(gradients[name].double().square().sum()) for name in trainer.shapes)
     result["norm"] = abs(norm - total**0.5) / total**0.5
-    result["gradient"], result["gradient_at"] = compare_tensors(session, "gradient", gradients, FLOOR * largest)
-    return result, session, norm
+    result["gradient"], result["gradient_at"] = compare_tensors(trainer, "gradient", gradients, FLOOR * largest)
+    return result, trainer, norm
 
 
 def sizes_rank(_sizes: Parallel) -> int:
@@ -306,21 +306,21 @@ def measure_lora(
     dtype: str,
 ) -> dict[str, Any]:
     rank, alpha, rate = 3, 5.0, 1e-2
-    session = open_session(EngineConfig(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
+    trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
-    adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(session.shapes.items())}
-    assign(session.trainables, adapters)
-    for bucket in session.optimizer.buckets:
+    adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(trainer.shapes.items())}
+    assign(trainer.trainables, adapters)
+    for bucket in trainer.optimizer.buckets:
         bucket.master.copy_(bucket.weights[bucket.low : bucket.high].detach())
     expected, loss = merged_reference(folder, batch, slope_P, adapters, alpha / rank)
-    found_loss, _ = run(session, batch, slope_P)
-    norm = session.optimizer.reduce()
+    found_loss, _ = run(trainer, batch, slope_P)
+    norm = trainer.optimizer.reduce()
     largest = max(float(g.abs().max()) for g in expected.values())
     result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss))}
-    result["gradient"], result["gradient_at"] = compare_tensors(session, "gradient", expected, FLOOR * largest)
-    session.optimizer.step(Rates(rate, max_norm=None, kind="sgd"), norm)
+    result["gradient"], result["gradient_at"] = compare_tensors(trainer, "gradient", expected, FLOOR * largest)
+    trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
     updated = {n: adapters[n] - rate * expected[n] for n in adapters}
-    result["weights"], result["weights_at"] = compare_tensors(session, "weight", updated, 0.0)
+    result["weights"], result["weights_at"] = compare_tensors(trainer, "weight", updated, 0.0)
     return result
 
 
@@ -361,9 +361,9 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     found = []
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
-        session = open_session(EngineConfig(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
-        given = replayed(batch, session.config, seed) if session.config.is_moe else batch
-        found.append(train_step(session, given, config, None, lambda _event: None))
+        trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
+        given = replayed(batch, trainer.config, seed) if trainer.config.is_moe else batch
+        found.append(train_step(trainer, given, config, None, lambda _event: None))
     mine, theirs = found
     assert set(mine) == set(theirs), set(mine) ^ set(theirs)
     worst, where = 0.0, ""
@@ -381,16 +381,16 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     scores, tops = [], []
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
-        session = open_session(EngineConfig(str(folder), sizes))
-        replay = replayed(batch, session.config, seed)
-        found, top = score_and_rank(session, replay, lambda _event: None, 20)
+        trainer = open_trainer(EngineConfig(str(folder), sizes))
+        replay = replayed(batch, trainer.config, seed)
+        found, top = score_and_rank(trainer, replay, lambda _event: None, 20)
         scores.append(found)
         tops.append(top)
         if len(scores) == 1:
-            records = check_records_once(session, replay)
+            records = check_records_once(trainer, replay)
         else:
-            records["same_picks"] = float(records["picks"] == picks_that_differ(session)["picks_differ"])
-    live = score(session, batch, lambda _event: None)
+            records["same_picks"] = float(records["picks"] == picks_that_differ(trainer)["picks_differ"])
+    live = score(trainer, batch, lambda _event: None)
     return {
         "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),
         "effect": float(np.nanmax(np.abs(scores[1] - live))),
@@ -399,27 +399,27 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
     }
 
 
-def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, float]:
+def check_records_once(trainer: TrainerState, replayed: PackedBatch) -> dict[str, float]:
     """Every record used once, forward only and in a training pass that recomputes its activations; and three ways to fail are seen.
 
     Planted: a layer that reads its neighbour's records, one that reads the token before, and one that runs twice.
     """
     slope_P = np.zeros(len(replayed.scored_index_P), np.float32)
-    work = prepare(session, replayed, list(range(replayed.rows)))
-    found: dict[str, float] = {"picks": picks_that_differ(session)["picks_differ"]}
-    for layer in session.model.decoder.layers:
+    work = prepare(trainer, replayed, list(range(replayed.rows)))
+    found: dict[str, float] = {"picks": picks_that_differ(trainer)["picks_differ"]}
+    for layer in trainer.model.decoder.layers:
         layer.recompute = True
-    session.model.replayed.clear()
-    run(session, replayed, slope_P)
-    check_records(session, work)
-    found["recomputed_picks"] = picks_that_differ(session)["picks_differ"]
-    total = session.model.replayed.picks[1].clone()
+    trainer.model.replayed.clear()
+    run(trainer, replayed, slope_P)
+    check_records(trainer, work)
+    found["recomputed_picks"] = picks_that_differ(trainer)["picks_differ"]
+    total = trainer.model.replayed.picks[1].clone()
     dist.all_reduce(total)
     records = replayed.routes_RSLK[0, 0].size * int(
         np.isin(np.arange(replayed.tokens_RS.size), followed(replayed)).sum()
     )
     found["counted_once"] = float(int(total) == records)
-    mixture = session.model.decoder.layers[-1].mlp
+    mixture = trainer.model.decoder.layers[-1].mlp
     honest = mixture._route
     plants = {
         "layer": lambda x, row: honest(x, replace(row, routes_SLK=row.routes_SLK.roll(1, 1))),
@@ -430,26 +430,26 @@ def check_records_once(session: Session, replayed: PackedBatch) -> dict[str, flo
         mixture._route = plant
         found[f"caught_{name}"] = 0.0
         try:
-            score(session, replayed, lambda _event: None)
+            score(trainer, replayed, lambda _event: None)
         except TrainerError:
             found[f"caught_{name}"] = 1.0
         mixture._route = honest
-    return found | check_records_refused(session, replayed)
+    return found | check_records_refused(trainer, replayed)
 
 
-def check_records_refused(session: Session, replayed: PackedBatch) -> dict[str, float]:
+def check_records_refused(trainer: TrainerState, replayed: PackedBatch) -> dict[str, float]:
     """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
     found: dict[str, float] = {}
     row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
     picks_K = replayed.routes_RSLK[row, at, -1]
-    for name, value in {"beyond": session.config.experts, "doubled": picks_K[-1]}.items():
+    for name, value in {"beyond": trainer.config.experts, "doubled": picks_K[-1]}.items():
         if name == "doubled" and len(picks_K) == 1:
             continue  # one expert alone can't be there twice
         broken = replayed.routes_RSLK.copy()
         broken[row, at, -1, 0] = value
         found[f"caught_{name}"] = 0.0
         try:
-            score(session, replace(replayed, routes_RSLK=broken), lambda _event: None)
+            score(trainer, replace(replayed, routes_RSLK=broken), lambda _event: None)
         except DataError as error:
             found[f"caught_{name}"] = float(f"row {row}, token {at}:" in str(error))
     return found
@@ -470,15 +470,15 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
     files, norms = [], []
     for number, now in enumerate((sizes, Parallel(data=dist.get_world_size()), sizes)):
         device.rebuild_groups(now, seed=0)
-        session = open_session(EngineConfig(str(folder), now, seed=number, **settings))
+        trainer = open_trainer(EngineConfig(str(folder), now, seed=number, **settings))
         if number == 0:
-            steps(session, batch, slope_P, 2)
+            steps(trainer, batch, slope_P, 2)
         else:
-            load_step(session, home / f"{number - 1}")
-        save_step(session, home / f"{number}")
+            load_step(trainer, home / f"{number - 1}")
+        save_step(trainer, home / f"{number}")
         files.append(contents(home / f"{number}"))
         # A batch made for two data-parallel ranks runs at all sizes.
-        norms.append(steps(session, batch, slope_P, 1))
+        norms.append(steps(trainer, batch, slope_P, 1))
     return {
         "same_bytes": float(files[0] == files[1] == files[2]),
         "same_norm": float(norms[0] == norms[2]),
@@ -487,12 +487,12 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
     }
 
 
-def steps(session: Session, batch: PackedBatch, slope_P: np.ndarray, count: int) -> float:
+def steps(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray, count: int) -> float:
     norm = 0.0
     for _ in range(count):
-        run(session, batch, slope_P)
-        norm = session.optimizer.reduce()
-        session.optimizer.step(Rates(1e-3), norm)
+        run(trainer, batch, slope_P)
+        norm = trainer.optimizer.reduce()
+        trainer.optimizer.step(OptimizerStep(1e-3), norm)
     return norm
 
 

@@ -33,7 +33,7 @@ def trainables(parameters: list[nn.Parameter]):
 )
 def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[int, int]]) -> None:
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.optim.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.optimizer import Optimizer, OptimizerStep
 
     torch.manual_seed(seed)
     ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
@@ -45,7 +45,7 @@ def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[i
         for _half in range(2):  # two micro-batches add up
             sum((p.sin() * s).sum() / 2 for p, s in zip(ours, slopes, strict=True)).backward()  # pyright: ignore
         norm = optimizer.reduce()
-        optimizer.step(Rates(0.03, (0.8, 0.95), 1e-7, decay, clip), norm)
+        optimizer.step(OptimizerStep(0.03, (0.8, 0.95), 1e-7, decay, clip), norm)
         reference.zero_grad()
         sum((p.sin() * s).sum() for p, s in zip(theirs, slopes, strict=True)).backward()  # pyright: ignore
         expected = torch.nn.utils.clip_grad_norm_(theirs, clip if clip is not None else 1e30)
@@ -58,13 +58,13 @@ def test_adamw(seed: int, clip: float | None, decay: float, shapes: list[tuple[i
 def test_masters_keep_what_bf16_would_lose() -> None:
     """1,000 updates far below bf16's resolution add up."""
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.optim.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.optimizer import Optimizer, OptimizerStep
 
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = Optimizer(trainables([weight]), Parallel(), tied=False)
     for _ in range(1000):
         weight.sum().backward()
-        optimizer.step(Rates(1e-4, max_norm=None, kind="sgd"), optimizer.reduce())
+        optimizer.step(OptimizerStep(1e-4, max_norm=None, kind="sgd"), optimizer.reduce())
     assert weight.detach().float().tolist() == pytest.approx([0.9] * 4, abs=0.003)
 
 
@@ -83,7 +83,7 @@ def test_gradient_that_is_not_finite_is_named_and_changes_nothing() -> None:
 
 def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.optim.optimizer import Optimizer, Rates
+    from lockstep.engine.optim.optimizer import Optimizer, OptimizerStep
     from lockstep.engine.optim.state import read_state, write_state
     from lockstep.errors import WeightsError
 
@@ -91,7 +91,7 @@ def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
     parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(3))]
     optimizer = Optimizer(trainables(parameters), Parallel(), tied=False)
     (parameters[0].square().sum() + parameters[1].sum()).backward()
-    optimizer.step(Rates(0.1), optimizer.reduce())
+    optimizer.step(OptimizerStep(0.1), optimizer.reduce())
     write_state(optimizer, tmp_path, {"hf0": (5, 7), "hf1": (3,)})
     found = load_file(tmp_path / "optimizer.safetensors")
     assert set(found) == {f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in ("hf0", "hf1")}
@@ -116,20 +116,20 @@ def matrices(name: str) -> bool:
 def test_a10_weight_decay_leaves_norms_biases_and_embeddings_alone(family: str, tmp_path: Path) -> None:
     """One step without a gradient, all weights trained: matrices shrink by lr x decay, everything else keeps every bit."""
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.optim.optimizer import Rates
+    from lockstep.engine.optim.optimizer import OptimizerStep
     from lockstep.engine.optim.state import write_state
-    from lockstep.engine.state import open_session
+    from lockstep.engine.state import open_trainer
     from lockstep.models.tiny.write import write_tiny
     from lockstep.trainer.protocol import EngineConfig
 
     overrides = {"num_hidden_layers": 4 if "3_5" in family else 2, "hidden_size": 32}
     model = write_tiny(family, tmp_path / "model", overrides=overrides)
-    session = open_session(EngineConfig(str(model), Parallel(), dtype="bfloat16"))
+    trainer = open_trainer(EngineConfig(str(model), Parallel(), dtype="bfloat16"))
     for folder in ("before", "after"):
         (tmp_path / folder).mkdir()
-    write_state(session.optimizer, tmp_path / "before", session.shapes)
-    session.optimizer.step(Rates(1e-2, weight_decay=0.1), 0.0)
-    write_state(session.optimizer, tmp_path / "after", session.shapes)
+    write_state(trainer.optimizer, tmp_path / "before", trainer.shapes)
+    trainer.optimizer.step(OptimizerStep(1e-2, weight_decay=0.1), 0.0)
+    write_state(trainer.optimizer, tmp_path / "after", trainer.shapes)
     before, after = (load_file(tmp_path / name / "optimizer.safetensors") for name in ("before", "after"))
     names = [name for name in before if name.startswith("master/")]
     kinds = {matrices(name) for name in names}

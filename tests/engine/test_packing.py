@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from drawing import seeds
 from lockstep.config.megatron import Parallel
-from lockstep.engine.state import Session
+from lockstep.engine.state import TrainerState
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 SIZES: dict[str, dict[str, Any]] = {
@@ -50,10 +50,10 @@ def pool(models) -> Iterator[Pool]:
     pool.close()
 
 
-_open: dict[tuple[Path, str, str, bool], Session] = {}
+_open: dict[tuple[Path, str, str, bool], TrainerState] = {}
 
 
-def opened(family: str, dtype: str, lora: bool, folder: Path) -> Session:
+def opened(family: str, dtype: str, lora: bool, folder: Path) -> TrainerState:
     key = folder, family, dtype, lora
     if key not in _open:
         _open[key] = packing.open_tiny(family, folder, dtype, lora, Parallel())
@@ -63,10 +63,10 @@ def opened(family: str, dtype: str, lora: bool, folder: Path) -> Session:
 def expect(problem: Drawn, folder: Path) -> Path:
     """Loss and gradients of the flattened sequences, in a file."""
     assume(any(one.scored for one in packing.draw(problem.seed, problem.leaves, moe=False)[0]))
-    session = opened(problem.family, "float64", problem.lora, folder)
-    loss, _ = packing.loss_and_gradients(session, packing.batches(problem)[1], packing.CONFIGS[problem.loss])
+    trainer = opened(problem.family, "float64", problem.lora, folder)
+    loss, _ = packing.loss_and_gradients(trainer, packing.batches(problem)[1], packing.CONFIGS[problem.loss])
     place = folder / "expected.safetensors"
-    save_file({"loss": torch.tensor(loss, dtype=torch.float64), **packing.named_gradients(session)}, place)
+    save_file({"loss": torch.tensor(loss, dtype=torch.float64), **packing.named_gradients(trainer)}, place)
     return place
 
 
@@ -75,8 +75,8 @@ def holds(found: dict[str, Any], problem: Drawn, dtype: str, place: Path) -> Non
     problems amplify rounding. Thirty times is a fault in any case."""
     limits = dict.fromkeys(("loss", "gradient"), TOLERANCE[dtype])
     if dtype == "float32" and any(found[name] > limit for name, limit in limits.items()):
-        session = opened(problem.family, dtype, problem.lora, place.parent)
-        noise = packing.distance(session, problem, place, packed=False)
+        trainer = opened(problem.family, dtype, problem.lora, place.parent)
+        noise = packing.distance(trainer, problem, place, packed=False)
         limits = {name: min(max(limit, 5 * noise[name]), 30 * limit) for name, limit in limits.items()}
     assert all(found[name] <= limit for name, limit in limits.items()), (found, limits)
     assert problem.loss == "ppo" or found["size"] > 0, found  # PPO may have clipped every token

@@ -93,7 +93,7 @@ def test_matches_hugging_face(family: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("groups")
 def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
     from lockstep.config.megatron import Parallel
-    from lockstep.engine.state import open_session
+    from lockstep.engine.state import open_trainer
     from lockstep.errors import ConfigError
     from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
@@ -101,4 +101,4 @@ def test_one_target_alone_and_unknown_target(tmp_path: Path) -> None:
     for target in ("k_proj", "up_proj", "down_proj"):
         assert within(parity.check_lora(folder, {}, 7, [target]))
     with pytest.raises(ConfigError, match="nose"):
-        open_session(EngineConfig(str(folder), Parallel(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))
+        open_trainer(EngineConfig(str(folder), Parallel(), lora=LoraSettings(8, 8.0, ("q_proj", "nose"))))

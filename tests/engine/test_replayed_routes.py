@@ -12,7 +12,7 @@ from cases import batch_of, tiny, tree_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine.microbatch import row_of
+from lockstep.engine.microbatch import packed_row
 from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
 from lockstep.engine.routed_experts import account_of_row, check_routes, first_invalid
 from lockstep.errors import DataError
@@ -61,7 +61,7 @@ def test_routes_come_to_the_device_as_they_are() -> None:
     for dtype, highest in ((np.uint8, 255), (np.uint16, 65535)):
         routes_RSLK = rng.integers(0, highest, (*batch.tokens_RS.shape, 2, 3), endpoint=True).astype(dtype)
         routes_RSLK[0, 0] = highest
-        row = row_of(replace(batch, routes_RSLK=routes_RSLK), 0, torch.device("cpu"), unit=64)
+        row = packed_row(replace(batch, routes_RSLK=routes_RSLK), 0, torch.device("cpu"), unit=64)
         used = int(np.flatnonzero(batch.nodes_RS[0] >= 0)[-1]) + 1
         assert row.routes_SLK is not None
         assert row.routes_SLK[:used].tolist() == routes_RSLK[0, :used].tolist()

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.engine.layers.attention import attend
-from lockstep.engine.microbatch import BLOCK, Nodes, Row, block_counts_BB, build_block_mask, padded_length
+from lockstep.engine.microbatch import BLOCK, Nodes, PackedRow, block_counts_BB, build_block_mask, padded_length
 
 
-def random_row(seed: int, nodes: int, longest: int) -> Row:
+def random_row(seed: int, nodes: int, longest: int) -> PackedRow:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, nodes)
     stop = np.cumsum(lengths)
@@ -26,10 +26,10 @@ def random_row(seed: int, nodes: int, longest: int) -> Row:
     put = torch.from_numpy
     length = int(stop[-1])
     zeros = torch.zeros(length, dtype=torch.long)
-    return Row(zeros, zeros, put(previous), put(enter[local]), put(leave[local]), made, 0)
+    return PackedRow(zeros, zeros, put(previous), put(enter[local]), put(leave[local]), made, 0)
 
 
-def by_walking(row: Row) -> np.ndarray:
+def by_walking(row: PackedRow) -> np.ndarray:
     nodes, local = row.nodes, np.repeat(np.arange(len(row.nodes.start_M)), row.nodes.stop_M - row.nodes.start_M)
     seen = np.zeros((row.length, row.length), bool)
     for query in range(row.length):

@@ -292,19 +292,19 @@ def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) 
     """Anonymous memory while a step's weights are swapped in: no more than a few of its tensors, never all of them."""
     from lockstep.config.megatron import Parallel
     from lockstep.engine import state as sessions
-    from lockstep.engine.state import open_session, reference_weights, save_step
+    from lockstep.engine.state import open_trainer, reference_weights, save_step
     from lockstep.trainer.protocol import EngineConfig
 
     model = tiny(
         "qwen3", tmp_path / "model", vocab_size=20_000, hidden_size=128, num_hidden_layers=8, intermediate_size=4096
     )
-    session = open_session(EngineConfig(str(model), Parallel()))
-    save_step(session, tmp_path / "s1")
-    expected = [bucket.weights.clone() for bucket in session.optimizer.buckets]
-    for bucket in session.optimizer.buckets:
+    trainer = open_trainer(EngineConfig(str(model), Parallel()))
+    save_step(trainer, tmp_path / "s1")
+    expected = [bucket.weights.clone() for bucket in trainer.optimizer.buckets]
+    for bucket in trainer.optimizer.buckets:
         bucket.weights.zero_()
-    total = 4 * sum(int(np.prod(shape)) for shape in session.shapes.values())
-    largest = 4 * max(int(np.prod(shape)) for shape in session.shapes.values())
+    total = 4 * sum(int(np.prod(shape)) for shape in trainer.shapes.values())
+    largest = 4 * max(int(np.prod(shape)) for shape in trainer.shapes.values())
     assert total > 5 * largest
     looked: list[int] = []
     read, start = sessions.Masters.__getitem__, anonymous_bytes()
@@ -315,9 +315,9 @@ def test_b6_a_reference_of_all_weights_is_read_tensor_by_tensor(tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sessions.Masters, "__getitem__", watched)
-        with reference_weights(session, tmp_path / "s1"):
+        with reference_weights(trainer, tmp_path / "s1"):
             looked.append(anonymous_bytes())
-            assert all(torch.equal(b.weights, e) for b, e in zip(session.optimizer.buckets, expected, strict=True))
+            assert all(torch.equal(b.weights, e) for b, e in zip(trainer.optimizer.buckets, expected, strict=True))
     assert len(looked) > 8
     assert max(looked) - start < 2 * largest
 

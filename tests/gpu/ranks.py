@@ -28,7 +28,7 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.state import open_session
+from lockstep.engine.state import open_trainer
 from lockstep.engine.train_step import score, train_step
 from lockstep.models.registry import get_model_support_handler
 from lockstep.models.tiny.write import write_tiny
@@ -126,24 +126,24 @@ def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]
     }
     device.rebuild_groups(sizes, seed=0)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
-    session = open_session(EngineConfig(str(folder), sizes, dtype="bfloat16", lora=LoraSettings(16, 32.0, targets)))
+    trainer = open_trainer(EngineConfig(str(folder), sizes, dtype="bfloat16", lora=LoraSettings(16, 32.0, targets)))
     for name, share in (("unpacked", False), ("packed", True)):
         batch = batch_of(found, share, 2048, sizes.data)
         start = time.perf_counter()
-        ours = of_sequences(batch, score(session, batch, lambda _event: None))
+        ours = of_sequences(batch, score(trainer, batch, lambda _event: None))
         result[name] = distance(ours, exact)
         result[f"{name}_seconds"] = time.perf_counter() - start
         result[f"{name}_finite"] = bool(torch.cat(ours).isfinite().all())
     batch = batch_of(found, True, 2048, sizes.data)
     config = TrainConfig(learning_rate=1e-3, max_mismatch=None)
-    result["steps"] = [train_step(session, batch, config, None, lambda _event: None) for _ in range(3)]
+    result["steps"] = [train_step(trainer, batch, config, None, lambda _event: None) for _ in range(3)]
     result["steps_of_other_lengths"] = [
         train_step(
-            session, batch_of(sequences(rng, *sizes_of), True, length, sizes.data), config, None, lambda _event: None
+            trainer, batch_of(sequences(rng, *sizes_of), True, length, sizes.data), config, None, lambda _event: None
         )
         for sizes_of, length in (((2, 70, 40), 512), ((6, 500, 300), 4096), ((3, 1500, 400), 4096), ((9, 40, 90), 1024))
     ]
-    result["after"] = distance(of_sequences(batch, score(session, batch, lambda _event: None)), exact)
+    result["after"] = distance(of_sequences(batch, score(trainer, batch, lambda _event: None)), exact)
     result["gradient_norm_fp32"] = gradient_norm_fp32(folder, sizes, targets, batch, config)
     return result
 
@@ -152,8 +152,8 @@ def gradient_norm_fp32(
     folder: Path, sizes: Parallel, targets: tuple[str, ...], batch: PackedBatch, config: TrainConfig
 ) -> float:
     """The same first step computed in fp32 (plain kernels)."""
-    session = open_session(EngineConfig(str(folder), sizes, dtype="float32", lora=LoraSettings(16, 32.0, targets)))
-    return train_step(session, batch, config, None, lambda _event: None)["grad_norm"]
+    trainer = open_trainer(EngineConfig(str(folder), sizes, dtype="float32", lora=LoraSettings(16, 32.0, targets)))
+    return train_step(trainer, batch, config, None, lambda _event: None)["grad_norm"]
 
 
 def model_folder(family: str) -> Path:

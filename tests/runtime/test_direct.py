@@ -75,7 +75,7 @@ def test_neighbours_are_one_copy_and_odd_views_are_boxes():
 
 
 def test_a_buffer_that_is_given_up_is_freed():
-    """In shared mode the buffers of a sync, as large as the model, must be gone before the cache is back."""
+    """In colocated mode the buffers of a sync, as large as the model, must be gone before the cache is back."""
     bucket, metas, bytes_N = bucket_of(left=(8,), right=(3, 5))
     left, right = torch.zeros(8), torch.zeros(5, 3)
 

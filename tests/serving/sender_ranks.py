@@ -18,11 +18,11 @@ from lockstep.engine.export.merged_weights import WeightsOut
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
-from lockstep.engine.state import open_session
+from lockstep.engine.state import open_trainer
 from lockstep.inference.client import Server
 from lockstep.trainer.protocol import EngineConfig, from_json
 from lockstep.weight_sync.sender import Endpoint
-from lockstep.weight_sync.sender_group import StoreCrew
+from lockstep.weight_sync.sender_group import StoreSenderGroup
 
 SCALE = 2.0
 RANK = 4
@@ -64,17 +64,17 @@ def main() -> None:
     settings = from_json(EngineConfig, job["settings"])
     device.start(settings.parallel, 0)
     agreement = Agreement()
-    session = open_session(settings)
-    crew = StoreCrew(agreement.store, agreement.rank, agreement.world)
-    out = AdaptersOut(session, crew, 200.0) if job.get("adapter") else WeightsOut(session, crew)
+    trainer = open_trainer(settings)
+    senders = StoreSenderGroup(agreement.store, agreement.rank, agreement.world)
+    out = AdaptersOut(trainer, senders, 200.0) if job.get("adapter") else WeightsOut(trainer, senders)
     base = {}
     for path in Path(settings.model).glob("*.safetensors"):
         base |= load_file(path)
-    modules = {site.module: (site.out_features, site.in_features) for site in session.sites}
+    modules = {site.module: (site.out_features, site.in_features) for site in trainer.sites}
     server = Server(None, int(job["port"]), job["api_key"], "")  # pyright: ignore[reportArgumentType]
     scores, report = [], {}
     for step in range(1, job["steps"] + 1):
-        assign(session.trainables, changed(base, step) if settings.lora is None else adapter(modules, step))
+        assign(trainer.trainables, changed(base, step) if settings.lora is None else adapter(modules, step))
         endpoint = Endpoint(server.root_url, server.api_key)
         report = out.push(endpoint, f"ranks@{step}", "gloo", 200.0)
         if agreement.rank == 0:

@@ -94,8 +94,8 @@ class Pair:
         first = Threads(0)
         endpoint = Endpoint(server.root_url, server.api_key)
         self.pushers = [
-            WeightPusher(endpoint, GlooSender(deadline_s), plan, deadline_s=60.0, crew=crew, policy=policy)
-            for crew in (first, Threads(1, first))
+            WeightPusher(endpoint, GlooSender(deadline_s), plan, deadline_s=60.0, senders=senders, policy=policy)
+            for senders in (first, Threads(1, first))
         ]
 
     async def push(self, held, name: str):

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.errors import ServerError, TrainerError, WeightsError
-from lockstep.weight_sync.sender_group import StoreCrew, together
+from lockstep.weight_sync.sender_group import StoreSenderGroup, run_on_all
 
 
 def both(*steps, deadline_s=30.0):
@@ -18,10 +18,10 @@ def both(*steps, deadline_s=30.0):
     store = dist.HashStore()
 
     def rank(number):
-        crew, found = StoreCrew(store, number, 2), []
+        senders, found = StoreSenderGroup(store, number, 2), []
         for step in steps:
             try:
-                found.append(together(crew, step[number], deadline_s))
+                found.append(run_on_all(senders, step[number], deadline_s))
             except (ServerError, TrainerError, WeightsError) as error:
                 found.append((type(error), str(error)))
         return found
@@ -65,6 +65,6 @@ def test_values_and_the_first_error_reach_every_rank():
 
 
 def test_a_rank_that_does_not_come_is_named():
-    crew = StoreCrew(dist.HashStore(), 0, 2)
+    senders = StoreSenderGroup(dist.HashStore(), 0, 2)
     with pytest.raises(TrainerError, match="sender 1 timed out after"):
-        together(crew, lambda: 1, 0.5)
+        run_on_all(senders, lambda: 1, 0.5)

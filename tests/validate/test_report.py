@@ -13,15 +13,15 @@ from lockstep.errors import ConfigError
 from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.report import table, write_json
 from lockstep.validate.runner import validate_model
-from lockstep.validate.stage import STAGES, Report, Row, check_names
+from lockstep.validate.stage import STAGES, Comparison, Report, check_names
 from lockstep.validate.stages.train_inf_mismatch import COLUMNS, KL, prompt
 
 
 def report(ok) -> Report:
     values = {"mean_abs": 0.02867, "kl": 3.3e-4, "mean_abs_pct": 0.6159, "largest": 0.6764, "top1": 0.958}
     values |= {"top20": 0.9781, "picks_differ": 0.006584}
-    rows = [Row("base", "server again", values), Row("adapter", "trainer, own picks", values, ok)]
-    return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", rows)
+    comparisons = [Comparison("base", "server again", values), Comparison("adapter", "trainer, own picks", values, ok)]
+    return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", comparisons)
 
 
 @pytest.mark.parametrize(("ok", "verdict"), [(True, "ok"), (False, "no"), (None, "")])
@@ -38,7 +38,7 @@ def test_one_line_outside_its_limit_fails_the_report(ok, verdict, tmp_path):
     write_json([made], tmp_path / "new" / "report.json")
     (read,) = json.loads((tmp_path / "new" / "report.json").read_text())
     assert read["ok"] == made.ok
-    assert read["rows"][1]["values"]["kl"] == 3.3e-4
+    assert read["comparisons"][1]["values"]["kl"] == 3.3e-4
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
 
 
@@ -72,9 +72,11 @@ async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
     code = await validate_model(str(base), ["train_inf_mismatch"], output, settings, Console(quiet=True))
     (found,) = json.loads(output.read_text())
     assert code == (1 if damage else 0)
-    rows = {(row["policy"], row["compared"]): row for row in found["rows"]}
-    assert set(rows) == {(policy, what) for policy in ("base", "adapter") for what in ("server again", "trainer")}
-    for (_, what), row in rows.items():
+    comparisons = {(row["policy"], row["compared"]): row for row in found["comparisons"]}
+    assert set(comparisons) == {
+        (policy, what) for policy in ("base", "adapter") for what in ("server again", "trainer")
+    }
+    for (_, what), row in comparisons.items():
         values = row["values"]
         assert values["tokens"] == 5 * 12
         if what == "trainer":
@@ -86,5 +88,5 @@ async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
         else:
             assert (values["top1"], row["ok"]) == (1.0, None)
             assert values["largest"] < 1e-5
-    own = [rows[policy, "server again"]["values"]["mean_abs_pct"] for policy in ("base", "adapter")]
+    own = [comparisons[policy, "server again"]["values"]["mean_abs_pct"] for policy in ("base", "adapter")]
     assert np.all(np.array(own) < 0.01)

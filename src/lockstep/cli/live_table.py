@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lockstep.loop.synchronous import Row
+from lockstep.loop.synchronous import StepSummary
 
 _COLUMNS = ("step", "reward", "greedy", "loss", "KL", "mismatch", "rollout s", "train s", "sync s")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: StepSummary) -> list[str]:
     def number(value: float, form: str) -> str:
         return "" if math.isnan(value) else format(value, form)
 
@@ -51,7 +51,7 @@ class LiveTable:
             self._line(_COLUMNS)
         return self
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: StepSummary) -> None:
         if self._live:
             self._table.add_row(*_cells(row))
         else:

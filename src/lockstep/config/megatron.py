@@ -11,8 +11,8 @@ from lockstep.config.base import Config
 
 
 class Placement(Config):
-    """Which GPUs of this machine train and which serve. The same list in both: shared mode, the server sleeps while
-    training. "cpu" in both: shared mode without a GPU, to try it out.
+    """Which GPUs of this machine train and which serve. The same list in both: colocated mode, the server sleeps while
+    training. "cpu" in both: colocated mode without a GPU, to try it out.
     """
 
     trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
@@ -40,7 +40,7 @@ class Placement(Config):
         return self
 
     @property
-    def shared(self) -> bool:
+    def colocated(self) -> bool:
         """True when trainer and server take turns on the same devices."""
         return set(self.trainer) == set(self.inference)
 
@@ -70,11 +70,11 @@ class Parallel(Config):
     def _fits(self) -> Parallel:
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence = true has no effect with tensor = 1: leave it out, or set tensor to 2 or more")
-        shared = self.tensor * self.data * self.context
-        if shared % (self.expert * self.expert_tensor):
+        ranks = self.tensor * self.data * self.context
+        if ranks % (self.expert * self.expert_tensor):
             raise ValueError(
                 f"expert x expert_tensor = {self.expert * self.expert_tensor} must divide tensor x data x "
-                f"context = {shared}"
+                f"context = {ranks}"
             )
         return self
 

@@ -14,20 +14,20 @@ from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.broadcast import broadcast_json
 from lockstep.engine.parallel.device import device
 from lockstep.engine.routed_experts import account_of_row
-from lockstep.engine.token_mismatch import Worst
+from lockstep.engine.token_mismatch import TokenMismatch
 from lockstep.errors import MismatchError, TrainerError
 
 if TYPE_CHECKING:
-    from lockstep.engine.state import Session
+    from lockstep.engine.state import TrainerState
     from lockstep.engine.train_step import MicroBatch
 
 Sums = dict[str, float]
 
 
-def gather_sums(session: Session, losses: Sequence[LossSums], work: Sequence[MicroBatch]) -> tuple[Sums, Sums]:
+def gather_sums(trainer: TrainerState, losses: Sequence[LossSums], work: Sequence[MicroBatch]) -> tuple[Sums, Sums]:
     """(sums, maxima) over all ranks, on every rank. Raises TrainerError, also everywhere, if a row's loss is not finite."""
     message: dict[str, Any] = {}
-    if session.model.post_process:
+    if trainer.model.post_process:
         sums, maxima = reduce_sums(losses)
         group = groups.data()
         for values, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
@@ -42,7 +42,7 @@ def gather_sums(session: Session, losses: Sequence[LossSums], work: Sequence[Mic
             message = {"bad": ", ".join(bad[0][:4]) if bad else "on another data-parallel rank"}
     message = broadcast_json(message, groups.last_stage(), groups.pipeline())
     if "bad" in message:
-        session.optimizer.zero()
+        trainer.optimizer.zero()
         raise TrainerError(
             f"the loss is not finite (sequences {message['bad']}); weights are unchanged, check rewards and logprobs"
         )
@@ -53,39 +53,39 @@ def _floats(values: Mapping[str, Any]) -> Sums:
     return {name: float(value) for name, value in values.items()}
 
 
-def check_average(session: Session, sums: Sums, limit: float | None) -> None:
+def check_average(trainer: TrainerState, sums: Sums, limit: float | None) -> None:
     """Raise MismatchError if server and trainer disagree by more than `limit` nats per token that the trained step sampled."""
     if limit is None or not sums["current"]:
         return
     mismatch = sums["drift_abs"] / sums["current"]
     if not mismatch <= limit:  # also where it is no number
-        session.optimizer.zero()
+        trainer.optimizer.zero()
         raise MismatchError(
             f"server and trainer disagree by {mismatch:.4f} nats per token on average, more than max_mismatch = "
             f"{limit}; weights are unchanged: check that the server holds the version the rollouts name"
         )
 
 
-def check_tokens(session: Session, rows: Sequence[Worst], limit: float) -> None:
+def check_tokens(trainer: TrainerState, rows: Sequence[TokenMismatch], limit: float) -> None:
     """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the worst."""
-    here = max(rows, key=lambda one: one.excess, default=Worst())
-    everywhere: list[Worst] = [here] * dist.get_world_size()
+    here = max(rows, key=lambda one: one.excess, default=TokenMismatch())
+    everywhere: list[TokenMismatch] = [here] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     worst = max(everywhere, key=lambda one: one.excess)
     if worst.excess > 0:
-        session.optimizer.zero()
+        trainer.optimizer.zero()
         raise MismatchError(
             f"{worst.name}: server and trainer disagree by {worst.difference:.2e} nats on a token of log-probability "
             f"{worst.logprob:.4f}, more than max_token_mismatch = {limit:g}; weights are unchanged"
         )
 
 
-def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
+def check_records(trainer: TrainerState, work: Sequence[MicroBatch]) -> None:
     """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
-    if not session.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
+    if not trainer.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
         return
     sums = torch.zeros(2, dtype=torch.int64, device=device())
-    sums[0] = session.model.replayed.used
+    sums[0] = trainer.model.replayed.used
     if groups.first_of_replica():
         for micro in work:
             assert micro.row.routes_SLK is not None
@@ -93,18 +93,18 @@ def check_records(session: Session, work: Sequence[MicroBatch]) -> None:
     dist.all_reduce(sums)
     used, recorded = sums.tolist()
     if used != recorded:
-        session.optimizer.zero()
+        trainer.optimizer.zero()
         raise TrainerError(
             "expert replay is broken: the routers did not use every recorded choice exactly once, at its own token and layer; "
             "weights are unchanged. Train with enable_expert_replay=False, and report this with the parallel sizes"
         )
 
 
-def picks_that_differ(session: Session) -> dict[str, float]:
+def picks_that_differ(trainer: TrainerState) -> dict[str, float]:
     """`picks_differ`: share of the replayed picks that the routers here would not have made. Nothing without replay."""
-    if not session.config.is_moe:
+    if not trainer.config.is_moe:
         return {}
-    counts = session.model.replayed.picks.clone()
+    counts = trainer.model.replayed.picks.clone()
     dist.all_reduce(counts)
     differing, compared = counts.tolist()
     return {"picks_differ": differing / compared} if compared else {}

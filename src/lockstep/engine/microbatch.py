@@ -83,7 +83,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One micro-batch. Tensors live on the engine's device."""
 
     tokens_S: Tensor
@@ -151,7 +151,7 @@ class Row:
         return self._cache[key]  # pyright: ignore[reportReturnType]
 
 
-def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int) -> Row:
+def packed_row(batch: PackedBatch, index: int, device: torch.device, unit: int) -> PackedRow:
     """Row `index` of the batch, its unused tail cut off, padded to a multiple of `unit` tokens (shards of a row, blocks)."""
     if index < 0:
         raise IndexError(f"row {index}")
@@ -171,7 +171,7 @@ def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int) -> R
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    return Row(
+    return PackedRow(
         put(tokens_S),
         put(positions_S),
         put(previous_S),
@@ -183,14 +183,14 @@ def row_of(batch: PackedBatch, index: int, device: torch.device, unit: int) -> R
     )
 
 
-def padding_row(batch: PackedBatch, length: int, device: torch.device) -> Row:
+def padding_row(batch: PackedBatch, length: int, device: torch.device) -> PackedRow:
     """A row of nothing but padding, routed like any padding: it keeps a rank in step with others that have a row more."""
     zeros_S = torch.zeros(length, dtype=torch.long, device=device)
     nodes = Nodes(np.array([0]), np.array([length]), np.array([-1]))
     routes = None
     if batch.routes_RSLK is not None:
         routes = _padding_routes(batch.routes_RSLK, length, device)
-    return Row(zeros_S, zeros_S, zeros_S - 1, zeros_S, zeros_S + 1, nodes, -1, routes)
+    return PackedRow(zeros_S, zeros_S, zeros_S - 1, zeros_S, zeros_S + 1, nodes, -1, routes)
 
 
 def _routes(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:

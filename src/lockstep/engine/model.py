@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.layers.moe import MoE
-from lockstep.engine.microbatch import Row
+from lockstep.engine.microbatch import PackedRow
 from lockstep.engine.parallel.context import share
 from lockstep.engine.parallel.device import device
 from lockstep.engine.routed_experts import Replayed, recompute_pass
@@ -54,7 +54,7 @@ class Layer(TransformerLayer):
     recompute = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, hidden_states: Tensor, attention_mask: Row, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: Any
+        self, hidden_states: Tensor, attention_mask: PackedRow, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
         if self.recompute and torch.is_grad_enabled():
             inputs = (hidden_states, attention_mask, rotary_pos_emb)
@@ -63,7 +63,7 @@ class Layer(TransformerLayer):
             out = self._run(hidden_states, attention_mask, rotary_pos_emb)
         return out, None
 
-    def _run(self, x_S1H: Tensor, row: Row, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def _run(self, x_S1H: Tensor, row: PackedRow, angles: tuple[Tensor, Tensor]) -> Tensor:
         mixed, _ = self.self_attention(self.input_layernorm(x_S1H), attention_mask=row, rotary_pos_emb=angles)
         x_S1H = x_S1H + mixed
         normed = self.pre_mlp_layernorm(x_S1H)
@@ -86,7 +86,7 @@ class Model(GPTModel):
         angle_S1D = torch.cat((half, half), -1)[:, None]
         return angle_S1D.cos(), angle_S1D.sin()
 
-    def forward_row(self, row: Row, received: Tensor | None = None) -> Tensor:
+    def forward_row(self, row: PackedRow, received: Tensor | None = None) -> Tensor:
         """Hidden states after this stage. `received`: the previous stage's output, on every stage but the first."""
         if self.pre_process:
             tokens_S = share(row.tokens_S)

@@ -25,7 +25,7 @@ from lockstep.errors import DataError
 from lockstep.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from lockstep.engine.microbatch import Row
+    from lockstep.engine.microbatch import PackedRow
 
 _ODD, _OTHER_ODD = -7046029254386353131, -4658895280553007687
 """2^64 over the golden ratio, and a multiplier of the splitmix64 generator, as signed numbers."""
@@ -124,7 +124,7 @@ class Replayed:
         self.used += account(experts_LTK, keys_L[:, None] * keys_T)
 
 
-def check_routes(batch: PackedBatch, rows: Sequence[Row], config: ModelConfig) -> None:
+def check_routes(batch: PackedBatch, rows: Sequence[PackedRow], config: ModelConfig) -> None:
     """Raise DataError, on every rank, unless the batch's routes, if any, fit the model: layers, experts per token, range, no expert twice.
 
     rows: this rank's, whose routes are on the device already: there looking at each of them takes no time.

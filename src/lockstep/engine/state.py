@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass
-class Session:
+class TrainerState:
     """One rank's state. shapes: of every tensor trained on any rank, by canonical name. sites: every LoRA pair of the whole model."""
 
     settings: EngineConfig
@@ -60,7 +60,7 @@ class Session:
         return DTYPES[self.settings.dtype]
 
 
-def open_session(settings: EngineConfig) -> Session:
+def open_trainer(settings: EngineConfig) -> TrainerState:
     """Build and load everything on this rank; process groups must be up. Raises LockstepError before anything large is allocated."""
     folder = Path(settings.model)
     handler = get_model_support_handler(str(folder), allow_unvalidated_arch=settings.allow_unvalidated_arch)
@@ -97,7 +97,7 @@ def open_session(settings: EngineConfig) -> Session:
     # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed it.
     narrow = torch.float32 if DTYPES[settings.dtype] == torch.float64 else None
     optimizer = Optimizer(trainables if settings.trains else [], settings.parallel, config.tied, narrow)
-    return Session(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
+    return TrainerState(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
 
 
 def _read_names(whole: Sequence[Shard]) -> set[str]:
@@ -154,7 +154,7 @@ def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard], dtype: 
         parameters[name].copy_(tensor)
 
 
-def load_step(session: Session, folder: Path) -> int:
+def load_step(trainer: TrainerState, folder: Path) -> int:
     """Take over a step's optimizer state, and with it its weights. Returns the optimizer steps until then.
 
     Raises WeightsError when it does not fit; nothing is changed then.
@@ -162,11 +162,11 @@ def load_step(session: Session, folder: Path) -> int:
     state = folder / "trainer"
     if not (state / FILE).is_file():
         raise WeightsError(f"{state / FILE} does not exist; give the folder of a published step")
-    read_state(session.optimizer, state)
-    return session.optimizer.count
+    read_state(trainer.optimizer, state)
+    return trainer.optimizer.count
 
 
-def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
+def save_step(trainer: TrainerState, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
     """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/` (all weights, as a Hugging Face
     folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder.
 
@@ -179,51 +179,51 @@ def save_step(session: Session, folder: Path, on_host: OnHost | None = None) -> 
     if dist.get_rank() == 0:
         state.mkdir(parents=True)
     dist.barrier()
-    write_state(session.optimizer, state, session.shapes, on_host)
+    write_state(trainer.optimizer, state, trainer.shapes, on_host)
     if dist.get_rank() == 0:
-        if session.settings.lora is not None:
-            _write_adapter(session, folder / "adapter", state)
+        if trainer.settings.lora is not None:
+            _write_adapter(trainer, folder / "adapter", state)
         else:
-            export_checkpoint(session.checkpoint, _masters(session, state), folder / "model")
+            export_checkpoint(trainer.checkpoint, _masters(trainer, state), folder / "model")
     dist.barrier()
     return tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
 
 
-def _masters(session: Session, state: Path) -> Iterator[tuple[str, Tensor]]:
+def _masters(trainer: TrainerState, state: Path) -> Iterator[tuple[str, Tensor]]:
     """The whole masters of everything that is trained, one at a time."""
     file = StateFile(state / FILE)
-    for name, shape in session.shapes.items():
+    for name, shape in trainer.shapes.items():
         yield name, torch.from_numpy(file.view(f"master/{name}", shape).copy())
     file.close()
 
 
-def _write_adapter(session: Session, folder: Path, state: Path) -> None:
+def _write_adapter(trainer: TrainerState, folder: Path, state: Path) -> None:
     """The masters of the file just written, rounded to the model's dtype: exactly what the forward pass uses.
 
     A model that computes in fp64 uses the masters as they are.
     """
-    lora = session.settings.lora
+    lora = trainer.settings.lora
     assert lora is not None
-    dtype = torch.float32 if session.dtype == torch.float64 else session.dtype
-    tensors = {name: master.to(dtype) for name, master in _masters(session, state)}
-    info = AdapterInfo(session.settings.model, lora.rank, lora.alpha, lora.targets)
-    write_adapter(folder, tensors, info, session.config, session.checkpoint.layout)
+    dtype = torch.float32 if trainer.dtype == torch.float64 else trainer.dtype
+    tensors = {name: master.to(dtype) for name, master in _masters(trainer, state)}
+    info = AdapterInfo(trainer.settings.model, lora.rank, lora.alpha, lora.targets)
+    write_adapter(folder, tensors, info, trainer.config, trainer.checkpoint.layout)
 
 
 @contextmanager
-def reference_weights(session: Session, folder: Path) -> Iterator[None]:
+def reference_weights(trainer: TrainerState, folder: Path) -> Iterator[None]:
     """Another published step's weights in the model while the block runs; the present ones come back in any case."""
     try:
-        if session.settings.lora is not None:
-            tensors, _ = read_adapter(folder / "adapter", session.sites, session.config, session.checkpoint.layout)
-            assign(session.trainables, tensors)
+        if trainer.settings.lora is not None:
+            tensors, _ = read_adapter(folder / "adapter", trainer.sites, trainer.config, trainer.checkpoint.layout)
+            assign(trainer.trainables, tensors)
         else:
             file = StateFile(folder / "trainer" / FILE, private=True)
-            assign(session.trainables, Masters(file, session.shapes))
+            assign(trainer.trainables, Masters(file, trainer.shapes))
             file.close()
         yield
     finally:
-        session.optimizer.restore_weights()
+        trainer.optimizer.restore_weights()
 
 
 class Masters(Mapping[str, Tensor]):

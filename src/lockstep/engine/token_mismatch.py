@@ -17,7 +17,7 @@ HALF_ULP = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Worst:
+class TokenMismatch:
     """A token: what it exceeds the limit by (nats, negative if within), the difference, and the server's log-probability."""
 
     excess: float = float("-inf")
@@ -26,7 +26,7 @@ class Worst:
     name: str = ""
 
 
-def worst_token(scored: ScoredRow, new_N: Tensor, limit: float) -> Worst:
+def worst_token(scored: ScoredRow, new_N: Tensor, limit: float) -> TokenMismatch:
     """The worst of a row's tokens that the trained step sampled. The limit is `limit`, or the rounding of the server's
     number if that is larger (beyond 16 nats for 1e-6).
     """
@@ -36,8 +36,8 @@ def worst_token(scored: ScoredRow, new_N: Tensor, limit: float) -> Worst:
     if scored.current_N is not None:
         excess_N = np.where(scored.current_N, excess_N, -np.inf)
     if not len(excess_N):
-        return Worst()
+        return TokenMismatch()
     token = int(excess_N.argmax())
     owner = int(scored.sequence_P[np.flatnonzero(scored.token_P == token)[0]])
     name = f"{scored.names_Q[owner]}, token {int(scored.position_N[token])}"
-    return Worst(float(excess_N[token]), float(difference_N[token]), float(sampling_N[token]), name)
+    return TokenMismatch(float(excess_N[token]), float(difference_N[token]), float(sampling_N[token]), name)

@@ -33,14 +33,14 @@ from lockstep.engine.losses.policy import (
     scored_tensors,
 )
 from lockstep.engine.memory.recompute import plan as plan_recompute
-from lockstep.engine.microbatch import BLOCK, Row, padded_length, padding_row, row_of
-from lockstep.engine.optim.optimizer import Rates
+from lockstep.engine.microbatch import BLOCK, PackedRow, packed_row, padded_length, padding_row
+from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.parallel import context, groups
 from lockstep.engine.parallel.device import CUDA, device, peak_memory
 from lockstep.engine.parallel.pipeline import forward_backward, forward_only
 from lockstep.engine.routed_experts import check_routes
-from lockstep.engine.state import Session, reference_weights
-from lockstep.engine.token_mismatch import Worst, worst_token
+from lockstep.engine.state import TrainerState, reference_weights
+from lockstep.engine.token_mismatch import TokenMismatch, worst_token
 from lockstep.errors import DataError
 
 PADDING = -1
@@ -84,40 +84,40 @@ class Clock:
 class MicroBatch:
     """A row on the device, what of it is scored, and its routes if they are replayed."""
 
-    row: Row
+    row: PackedRow
     scored: ScoredRow
 
 
-def prepare(session: Session, batch: PackedBatch, rows: Sequence[int]) -> list[MicroBatch]:
+def prepare(trainer: TrainerState, batch: PackedBatch, rows: Sequence[int]) -> list[MicroBatch]:
     """This data-parallel rank's rows, as many on every rank (padding rows fill up)."""
     replicas = groups.data().size()
     rank = groups.data().rank()
     mine = list(rows[rank::replicas])
     mine += [PADDING] * (-(-len(rows) // replicas) - len(mine))
-    return [_micro_batch(session, batch, number) for number in mine]
+    return [_micro_batch(trainer, batch, number) for number in mine]
 
 
-def _unit(session: Session) -> int:
+def _unit(trainer: TrainerState) -> int:
     """Rows are cut to a multiple of this: shards of a row, and on GPU attention's blocks."""
-    parts = session.parallel.tensor if session.parallel.sequence_parallel or session.config.is_moe else 1
-    parts *= session.parallel.context
+    parts = trainer.parallel.tensor if trainer.parallel.sequence_parallel or trainer.config.is_moe else 1
+    parts *= trainer.parallel.context
     return BLOCK * parts if CUDA else parts
 
 
-def _micro_batch(session: Session, batch: PackedBatch, number: int) -> MicroBatch:
+def _micro_batch(trainer: TrainerState, batch: PackedBatch, number: int) -> MicroBatch:
     if number == PADDING:
         nothing = replace(NOTHING, top_PC=None if batch.top_PC is None else batch.top_PC[:0])
-        return MicroBatch(padding_row(batch, padded_length(0, _unit(session)), device()), nothing)
+        return MicroBatch(padding_row(batch, padded_length(0, _unit(trainer)), device()), nothing)
     scored = scored_row(batch, number)
     if len(scored.predictor_N) and scored.predictor_N.min() < 0:
         raise DataError(
             f"row {number}: a scored token has no token before it; the first token of a sequence cannot be trained"
         )
-    return MicroBatch(row_of(batch, number, device(), _unit(session)), scored)
+    return MicroBatch(packed_row(batch, number, device(), _unit(trainer)), scored)
 
 
 def _head(
-    session: Session, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
+    trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose predictor is its own."""
     mine = context.owned(predictor)
@@ -127,34 +127,34 @@ def _head(
 
     found = linear_logprob(
         hidden,
-        session.model.head_weight(),
-        put(predictor[mine] // session.parallel.context),
+        trainer.model.head_weight(),
+        put(predictor[mine] // trainer.parallel.context),
         put(target[mine]),
         put(temperature[mine]),
-        session.config.vocab_size,
+        trainer.config.vocab_size,
         groups.tensor(),
-        session.parallel.sequence_parallel,
+        trainer.parallel.sequence_parallel,
     )
     logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
     return logprob_N, entropy_N
 
 
-def _most_likely(session: Session, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
+def _most_likely(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
     """int32 `[N, count]` on the CPU of every rank; each computes those whose predictor is its own."""
     mine = context.owned(predictor)
     ids = most_likely(
         hidden,
-        session.model.head_weight(),
-        torch.from_numpy(predictor[mine] // session.parallel.context).to(hidden.device),
+        trainer.model.head_weight(),
+        torch.from_numpy(predictor[mine] // trainer.parallel.context).to(hidden.device),
         count,
-        session.config.vocab_size,
+        trainer.config.vocab_size,
         groups.tensor(),
-        session.parallel.sequence_parallel,
+        trainer.parallel.sequence_parallel,
     )
     return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
 
 
-def _top_sums(session: Session, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
+def _top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
     """How far a row's most likely tokens agree with those that came with its rollouts, over what the trained step sampled: as sums."""
     assert scored.top_PC is not None
     known_P = scored.top_PC[:, 0] >= 0
@@ -162,31 +162,31 @@ def _top_sums(session: Session, hidden: Tensor, scored: ScoredRow) -> dict[str, 
         known_P &= scored.current_N[scored.token_P]
     # Sequences that share a token have the same ids for it.
     token_T, first_T = np.unique(scored.token_P[known_P], return_index=True)
-    trainer_TC = _most_likely(session, hidden, scored.predictor_N[token_T], TOP).numpy()
+    trainer_TC = _most_likely(trainer, hidden, scored.predictor_N[token_T], TOP).numpy()
     top1, top20 = hits(scored.top_PC[known_P][first_T], trainer_TC)
     sums = {"top_tokens": float(len(token_T)), "top1": top1, "top20": top20}
     return {name: hidden.new_tensor(value, dtype=torch.float32) for name, value in sums.items()}
 
 
-def _shard(session: Session) -> int:
+def _shard(trainer: TrainerState) -> int:
     """In how many parts a row's tokens are split between the layers."""
-    return session.parallel.context * (session.parallel.tensor if session.parallel.sequence_parallel else 1)
+    return trainer.parallel.context * (trainer.parallel.tensor if trainer.parallel.sequence_parallel else 1)
 
 
-def _logprobs(session: Session, work: Sequence[MicroBatch]) -> list[Tensor]:
+def _logprobs(trainer: TrainerState, work: Sequence[MicroBatch]) -> list[Tensor]:
     """Detached log-probabilities of each row's scored tokens under the present weights; empty on all stages but the last."""
     found: list[Tensor] = [torch.empty(0)] * len(work)
 
     def last(number: int, hidden: Tensor) -> None:
         scored = work[number].scored
-        found[number] = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].detach()
+        found[number] = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].detach()
 
-    forward_only(session.model, [w.row for w in work], last, _shard(session))
+    forward_only(trainer.model, [w.row for w in work], last, _shard(trainer))
     return found
 
 
 def train_step(
-    session: Session, batch: PackedBatch, config: TrainConfig, reference: Path | None, report: Report
+    trainer: TrainerState, batch: PackedBatch, config: TrainConfig, reference: Path | None, report: Report
 ) -> dict[str, float]:
     """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
 
@@ -206,38 +206,38 @@ def train_step(
     parts = [list(minibatch_rows(batch.rows, config.minibatches, index)) for index in range(config.minibatches)]
     trained = [number for number, part in enumerate(parts) if config.kl_coef > 0 or has_signal(batch, part)]
     if not trained:
-        return _without_signal(session, config, clock)
+        return _without_signal(trainer, config, clock)
     with clock.phase("prepare"):
-        work = [prepare(session, batch, part) for part in parts]
-        check_routes(batch, [micro.row for part in work for micro in part], session.config)
-        recomputed = plan_recompute(session, max(micro.row.length for part in work for micro in part))
-    references = _reference_logprobs(session, work, reference, clock)
-    before = _compare(session, work, config, clock) if len(work) > 1 else None
+        work = [prepare(trainer, batch, part) for part in parts]
+        check_routes(batch, [micro.row for part in work for micro in part], trainer.config)
+        recomputed = plan_recompute(trainer, max(micro.row.length for part in work for micro in part))
+    references = _reference_logprobs(trainer, work, reference, clock)
+    before = _compare(trainer, work, config, clock) if len(work) > 1 else None
     updates = []
     for number in trained:
         weight = total_weight(batch, parts[number]) + unpacked_weight(batch) / len(parts)
         # The first update differentiates the very policy that is the old one.
         olds = None if before is None or number == trained[0] else before.logprobs[number]
-        updates.append(_update(session, work[number], weight, config, olds, references[number], clock, before is None))
+        updates.append(_update(trainer, work[number], weight, config, olds, references[number], clock, before is None))
     skipped = len(parts) - sum(update.norm > 0 for update in updates)
-    metrics = _summary(session, batch, before, updates, clock)
+    metrics = _summary(trainer, batch, before, updates, clock)
     return metrics | {"layers_recomputed": float(recomputed), "updates_skipped": float(skipped)}
 
 
-def _without_signal(session: Session, config: TrainConfig, clock: Clock) -> dict[str, float]:
+def _without_signal(trainer: TrainerState, config: TrainConfig, clock: Clock) -> dict[str, float]:
     """Metrics of a step that nothing was computed for."""
     zeros = dict.fromkeys(("loss", "loss_policy", "grad_norm", "tokens", "tokens_scored"), 0.0)
-    zeros |= {"updates": float(session.optimizer.count), "updates_skipped": float(config.minibatches)}
+    zeros |= {"updates": float(trainer.optimizer.count), "updates_skipped": float(config.minibatches)}
     return zeros | {"no_signal": 1.0} | clock.metrics()
 
 
 def _reference_logprobs(
-    session: Session, work: Sequence[Sequence[MicroBatch]], reference: Path | None, clock: Clock
+    trainer: TrainerState, work: Sequence[Sequence[MicroBatch]], reference: Path | None, clock: Clock
 ) -> list[list[Tensor] | None]:
     if reference is None:
         return [None] * len(work)
-    with clock.phase("reference"), reference_weights(session, reference):
-        return [_logprobs(session, part) for part in work]
+    with clock.phase("reference"), reference_weights(trainer, reference):
+        return [_logprobs(trainer, part) for part in work]
 
 
 @dataclass(frozen=True)
@@ -250,36 +250,38 @@ class Compared:
     picks: Sums
 
 
-def _compare(session: Session, work: Sequence[Sequence[MicroBatch]], config: TrainConfig, clock: Clock) -> Compared:
+def _compare(
+    trainer: TrainerState, work: Sequence[Sequence[MicroBatch]], config: TrainConfig, clock: Clock
+) -> Compared:
     """A forward pass over all minibatches, which one update would not need: the policy before it is the one that is differentiated."""
     every = [micro for part in work for micro in part]
     logprobs: list[Tensor] = [torch.empty(0)] * len(every)
     rows: list[LossSums] = []
-    worst: list[Worst] = []
+    worst: list[TokenMismatch] = []
 
     def last(number: int, hidden: Tensor) -> None:
         scored = every[number].scored
-        new_N, _ = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        new_N, _ = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         logprobs[number] = new_N
         tensors = scored_tensors(scored, new_N)
         sums = compared_sums(tensors)
         if scored.top_PC is not None:
-            sums |= _top_sums(session, hidden, scored)
+            sums |= _top_sums(trainer, hidden, scored)
         rows.append(LossSums(new_N.new_zeros(()), sums, compared_maxima(tensors)))
         if config.max_token_mismatch is not None:
             worst.append(worst_token(scored, new_N, config.max_token_mismatch))
 
     with clock.phase("old_logprobs"):
-        session.model.replayed.clear()
-        forward_only(session.model, [micro.row for micro in every], last, _shard(session))
-    check_records(session, every)
+        trainer.model.replayed.clear()
+        forward_only(trainer.model, [micro.row for micro in every], last, _shard(trainer))
+    check_records(trainer, every)
     if config.max_token_mismatch is not None:
-        check_tokens(session, worst, config.max_token_mismatch)
-    sums, maxima = gather_sums(session, rows, every)
-    check_average(session, sums, config.max_mismatch)
+        check_tokens(trainer, worst, config.max_token_mismatch)
+    sums, maxima = gather_sums(trainer, rows, every)
+    check_average(trainer, sums, config.max_mismatch)
     size = len(work[0])
     parts = [logprobs[first : first + size] for first in range(0, len(every), size)]
-    return Compared(parts, sums, maxima, picks_that_differ(session))
+    return Compared(parts, sums, maxima, picks_that_differ(trainer))
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class Update:
 
 
 def _update(
-    session: Session,
+    trainer: TrainerState,
     work: Sequence[MicroBatch],
     weight: float,
     config: TrainConfig,
@@ -306,46 +308,49 @@ def _update(
     if weight <= 0:
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
-    worst: list[Worst] = []
+    worst: list[TokenMismatch] = []
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
-        new_N, entropy_N = _head(session, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        new_N, entropy_N = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         old_N = None
         if config.divides_by == "trainer":
             old_N = new_N.detach() if olds is None else olds[number]
         reference_N = None if references is None else references[number]
         loss = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), old_N, reference_N), config)
         if only and scored.top_PC is not None:
-            loss.sums.update(_top_sums(session, hidden.detach(), scored))
+            loss.sums.update(_top_sums(trainer, hidden.detach(), scored))
         losses.append(loss)
         if only and config.max_token_mismatch is not None:
             worst.append(worst_token(scored, new_N.detach(), config.max_token_mismatch))
         return loss.loss / weight
 
     with clock.phase("forward_backward"):
-        session.optimizer.zero()
-        session.model.replayed.clear()
-        forward_backward(session.model, [w.row for w in work], last, _shard(session))
-    check_records(session, work)
+        trainer.optimizer.zero()
+        trainer.model.replayed.clear()
+        forward_backward(trainer.model, [w.row for w in work], last, _shard(trainer))
+    check_records(trainer, work)
     if only and config.max_token_mismatch is not None:
-        check_tokens(session, worst, config.max_token_mismatch)
-    sums, maxima = gather_sums(session, losses, work)
+        check_tokens(trainer, worst, config.max_token_mismatch)
+    sums, maxima = gather_sums(trainer, losses, work)
     if only:
-        check_average(session, sums, config.max_mismatch)
+        check_average(trainer, sums, config.max_mismatch)
     with clock.phase("optimizer"):
-        norm = session.optimizer.reduce()
+        norm = trainer.optimizer.reduce()
         if norm > 0:
-            session.optimizer.step(
-                Rates(config.learning_rate, config.betas, config.eps, config.weight_decay, config.max_grad_norm), norm
+            trainer.optimizer.step(
+                OptimizerStep(
+                    config.learning_rate, config.betas, config.eps, config.weight_decay, config.max_grad_norm
+                ),
+                norm,
             )
         else:  # nothing to learn from, and momentum alone must not move the weights
-            session.optimizer.zero()
-    return Update(sums | {"weight": weight}, maxima, picks_that_differ(session), norm)
+            trainer.optimizer.zero()
+    return Update(sums | {"weight": weight}, maxima, picks_that_differ(trainer), norm)
 
 
 def _summary(
-    session: Session, batch: PackedBatch, before: Compared | None, updates: Sequence[Update], clock: Clock
+    trainer: TrainerState, batch: PackedBatch, before: Compared | None, updates: Sequence[Update], clock: Clock
 ) -> dict[str, float]:
     """Sums of all updates are added up, maxima are maxima; what compares server and trainer is of the weights before the first."""
     sums = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
@@ -357,22 +362,22 @@ def _summary(
     metrics["no_signal"] = float(not any(update.norm > 0 for update in updates))
     used = int((batch.nodes_RS >= 0).sum())
     metrics |= {"tokens": float(used), "padding_share": 1.0 - used / batch.nodes_RS.size, "rows": float(batch.rows)}
-    metrics |= {"updates": float(session.optimizer.count), "peak_memory_bytes": float(peak_memory())}
+    metrics |= {"updates": float(trainer.optimizer.count), "peak_memory_bytes": float(peak_memory())}
     busy = clock.seconds.get("forward_backward", 0.0)
     metrics["tokens_per_second"] = used / busy if busy else 0.0
     return metrics | clock.metrics()
 
 
-def score(session: Session, batch: PackedBatch, report: Report) -> np.ndarray:
+def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarray:
     """float32 `[R, S]`: log-probability of every token given the ones before it in its sequence, NaN where there is none.
 
     Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss or not. On every rank.
     """
-    return score_and_rank(session, batch, report, 0)[0]
+    return score_and_rank(trainer, batch, report, 0)[0]
 
 
 def score_and_rank(
-    session: Session, batch: PackedBatch, report: Report, count: int
+    trainer: TrainerState, batch: PackedBatch, report: Report, count: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`score`, and where `count` is not 0 int32 `[R, S, count]`: the ids that were most likely in each token's place, best first,
     -1 where there is no prediction.
@@ -382,10 +387,10 @@ def score_and_rank(
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
     replicas, rank = groups.data().size(), groups.data().rank()
     mine = list(range(batch.rows))[rank::replicas]
-    session.model.replayed.clear()
+    trainer.model.replayed.clear()
     with clock.phase("score"):
-        work = prepare(session, batch, list(range(batch.rows)))
-        check_routes(batch, [micro.row for micro in work], session.config)
+        work = prepare(trainer, batch, list(range(batch.rows)))
+        check_routes(batch, [micro.row for micro in work], trainer.config)
 
         def last(number: int, hidden: Tensor) -> None:
             if number >= len(mine):
@@ -394,21 +399,21 @@ def score_and_rank(
             index_N = np.flatnonzero(batch.previous_RS[at] >= 0)
             predictor_N = batch.previous_RS[at, index_N].astype(np.int64)
             target_N = batch.tokens_RS[at, index_N].astype(np.int64)
-            found, _ = _head(session, hidden, predictor_N, target_N, batch.temperatures_RS[at, index_N])
+            found, _ = _head(trainer, hidden, predictor_N, target_N, batch.temperatures_RS[at, index_N])
             values_RS[at, torch.from_numpy(index_N)] = found.double().cpu()
             if count:
-                top_RSC[at, torch.from_numpy(index_N)] = _most_likely(session, hidden, predictor_N, count)
+                top_RSC[at, torch.from_numpy(index_N)] = _most_likely(trainer, hidden, predictor_N, count)
 
-        forward_only(session.model, [w.row for w in work], last, _shard(session))
-        check_records(session, work)
-        values_RS = _sum_over_ranks(session, values_RS)
-        top_RSC = _sum_over_ranks(session, top_RSC) if count else top_RSC
+        forward_only(trainer.model, [w.row for w in work], last, _shard(trainer))
+        check_records(trainer, work)
+        values_RS = _sum_over_ranks(trainer, values_RS)
+        top_RSC = _sum_over_ranks(trainer, top_RSC) if count else top_RSC
     predicted_RS = batch.previous_RS >= 0
     scores_RS = np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)
     return scores_RS, np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1)) if count else None
 
 
-def _sum_over_ranks(session: Session, values_RS: Tensor) -> Tensor:
+def _sum_over_ranks(trainer: TrainerState, values_RS: Tensor) -> Tensor:
     """Each row was scored on one data-parallel rank's last stage (alike on its TP ranks)."""
     values_RS = values_RS.to(device())
     dist.all_reduce(values_RS, group=groups.data())

@@ -18,13 +18,13 @@ from lockstep.engine.export.merged_weights import WeightsOut
 from lockstep.engine.memory import offload
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
-from lockstep.engine.state import Session, load_step, save_step
+from lockstep.engine.state import TrainerState, load_step, save_step
 from lockstep.engine.train_step import picks_that_differ, score_and_rank, train_step
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.trainer import protocol
 from lockstep.trainer.protocol import SCORING, Request
 from lockstep.weight_sync.control import Endpoint
-from lockstep.weight_sync.sender_group import StoreCrew
+from lockstep.weight_sync.sender_group import StoreSenderGroup
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -32,8 +32,8 @@ Report = Callable[[dict[str, Any]], None]
 class Verbs:
     """One rank's model, and what it keeps between requests: connections to the server, and what lies on the host."""
 
-    def __init__(self, session: Session, agreement: Agreement) -> None:
-        self.session, self.agreement = session, agreement
+    def __init__(self, trainer: TrainerState, agreement: Agreement) -> None:
+        self.trainer, self.agreement = trainer, agreement
         self.weights_out: WeightsOut | None = None
         self.adapters_out: AdaptersOut | None = None
         self.offloaded: offload.Offload | None = None
@@ -52,7 +52,7 @@ class Verbs:
 
     def run(self, request: Request[Any], report: Report) -> Any:
         """The verb's answer. Raises ConfigError or TrainerError where it can't run now."""
-        if not self.session.settings.trains and request.verb not in SCORING:
+        if not self.trainer.settings.trains and request.verb not in SCORING:
             raise ConfigError(
                 f"this trainer was started to score only: {request.verb} needs one with trains = true in engine.json"
             )
@@ -63,38 +63,38 @@ class Verbs:
         config, reference = request.config, request.reference
         if (config.kl_coef > 0) != (reference is not None):
             raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
-        metrics = train_step(self.session, load_batch(request.batch), config, reference, report)
+        metrics = train_step(self.trainer, load_batch(request.batch), config, reference, report)
         check_finite(metrics)
         if request.out is None:
             return protocol.Trained(metrics)
         return protocol.Trained(metrics, self.save(protocol.Save(request.out), report).files)
 
     def score(self, request: protocol.Score, report: Report) -> protocol.Scored:
-        values_RS, top_RSC = score_and_rank(self.session, load_batch(request.batch), report, request.top)
-        picks = picks_that_differ(self.session)
+        values_RS, top_RSC = score_and_rank(self.trainer, load_batch(request.batch), report, request.top)
+        picks = picks_that_differ(self.trainer)
         if self.agreement.rank == 0:
             tops = {} if top_RSC is None else {"top_RSC": top_RSC}
             save_file({"logprobs_RS": values_RS} | tops, request.out)
         return protocol.Scored(len(values_RS), **picks)
 
     def load(self, request: protocol.Load, report: Report) -> protocol.Loaded:
-        return protocol.Loaded(load_step(self.session, request.step_dir))
+        return protocol.Loaded(load_step(self.trainer, request.step_dir))
 
     def save(self, request: protocol.Save, report: Report) -> protocol.Saved:
         report({"kind": "phase", "phase": "save"})
         on_host = self.offloaded.on_host if self.offloaded else None
-        return protocol.Saved(save_step(self.session, request.out, on_host))
+        return protocol.Saved(save_step(self.trainer, request.out, on_host))
 
     def sync_weights(self, request: protocol.SyncWeights, report: Report) -> protocol.SyncReport:
         report({"kind": "phase", "phase": "sync"})
         if self.weights_out is None:
-            self.weights_out = WeightsOut(self.session, self._senders("sync"))
+            self.weights_out = WeightsOut(self.trainer, self._senders("sync"))
         return self.weights_out.push(_server(request), request.version, request.transport, request.deadline_s)
 
     def sync_adapter(self, request: protocol.SyncAdapter, report: Report) -> protocol.SyncReport:
         report({"kind": "phase", "phase": "sync"})
         if self.adapters_out is None:
-            self.adapters_out = AdaptersOut(self.session, self._senders("adapters"), request.deadline_s)
+            self.adapters_out = AdaptersOut(self.trainer, self._senders("adapters"), request.deadline_s)
         return self.adapters_out.push(_server(request), request.version, request.transport, request.deadline_s)
 
     def offload(self, request: protocol.Offload, report: Report) -> protocol.Moved:
@@ -113,12 +113,12 @@ class Verbs:
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return protocol.MemoryReport(**here | {"device_free": int(least)}, resident=resident_bytes())
 
-    def _senders(self, name: str) -> StoreCrew:
-        return StoreCrew(self.agreement.store, self.agreement.rank, self.agreement.world, name)
+    def _senders(self, name: str) -> StoreSenderGroup:
+        return StoreSenderGroup(self.agreement.store, self.agreement.rank, self.agreement.world, name)
 
     def _offload(self) -> offload.Offload:
         if self.offloaded is None:
-            self.offloaded = offload.Offload(self.session)
+            self.offloaded = offload.Offload(self.trainer)
         return self.offloaded
 
     def _check_here(self, verb: str) -> None:

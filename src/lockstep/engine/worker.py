@@ -21,7 +21,7 @@ from typing import Any
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine.parallel import device  # isort: skip
 from lockstep.engine.parallel.coordination import LOST, Agreement
-from lockstep.engine.state import open_session
+from lockstep.engine.state import open_trainer
 from lockstep.engine.verbs import Verbs
 from lockstep.errors import ConfigError, LockstepError, TrainerError
 from lockstep.trainer import channel as channels
@@ -72,7 +72,7 @@ class Worker:
     def answer(self, number: int, request: Json) -> None:
         """Run one verb on this rank, agree on its outcome with the others, and reply."""
         identity, timeout_s = int(request["id"]), float(request.get("timeout_s") or DEFAULT_TIMEOUT_S)
-        before, result, error = self.verbs.session.optimizer.count, None, None
+        before, result, error = self.verbs.trainer.optimizer.count, None, None
 
         def give_up(why: str) -> None:
             self.channel.send(channels.error(identity, "TrainerError", f"rank {self.agreement.rank} was lost: {why}"))
@@ -86,7 +86,7 @@ class Worker:
         if error is None:
             self.channel.send(channels.result(identity, result or {}))
             return
-        self.stale = self.stale or self.verbs.session.optimizer.count != before
+        self.stale = self.stale or self.verbs.trainer.optimizer.count != before
         self.channel.send(channels.error(identity, error["type"], error["message"], error["traceback"]))
         if error.get("fatal"):
             os._exit(LOST)
@@ -147,25 +147,25 @@ def start(config: Path, channel: Channel | Silent) -> Worker:
     settings = from_json(EngineConfig, json.loads(config.read_text()), "engine.json")
     device.start(settings.parallel, settings.seed, settings.timeout_s)
     agreement = Agreement()
-    session, error = None, None
+    trainer, error = None, None
     with agreement.watched(
         0, settings.timeout_s, lambda why: channel.send(channels.error(0, "TrainerError", f"start-up failed: {why}"))
     ):
         try:
-            session = open_session(settings)
+            trainer = open_trainer(settings)
         except Exception as caught:  # noqa: BLE001 (the boundary: every failure becomes a reply)
             error = describe(caught, agreement.rank)
     error = agreement.settle(0, error, settings.timeout_s)
-    if error is not None or session is None:
+    if error is not None or trainer is None:
         channel.send(channels.error(0, error["type"], error["message"], error["traceback"]) if error else {})
         sys.exit(1)
-    return Worker(Verbs(session, agreement), channel, agreement)
+    return Worker(Verbs(trainer, agreement), channel, agreement)
 
 
 def ready(worker: Worker) -> Ready:
     return Ready(
         world=worker.agreement.world,
-        trained_parameters_rank0=sum(one.parameter.numel() for one in worker.verbs.session.trainables),
+        trained_parameters_rank0=sum(one.parameter.numel() for one in worker.verbs.trainer.trainables),
         device=str(device.device()),
         peak_memory_bytes=device.peak_memory(),
     )

@@ -68,7 +68,7 @@ class ServerConfig(BaseModel):
     """Memory of the KV cache. None: 256 MiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     sleeps: bool = False
-    """Shared mode: the server can give its device memory away (vLLM then allocates it in a way that it can)."""
+    """Colocated mode: the server can give its device memory away (vLLM then allocates it in a way that it can)."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of a CPU server. None: `OMP_NUM_THREADS` where it is set, else all of this machine's cores, since the
     trainer rests while the server samples."""

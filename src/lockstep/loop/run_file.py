@@ -38,18 +38,20 @@ class TaskSection(Config):
 
     file: str = Field(description="Python file with scenarios() and rollout(), relative to this config")
     steps: int = Field(gt=0, description="the run ends when the model has this many steps")
-    groups_per_step: int = Field(default=8, gt=0)
+    groups_per_step: int = Field(default=8, gt=0, description="scenarios per training step")
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="of the sampling of training rollouts")
     max_exceptions: int | float = Field(
         default=0,
         ge=0,
         description="failed rollouts tolerated per step and per evaluation: a count, or a fraction below 1",
     )
     evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
-    evaluate_scenarios: int = Field(default=64, gt=0)
+    evaluate_scenarios: int = Field(default=64, gt=0, description="scenarios of an evaluation, at most")
     stop_at_reward: float | None = Field(default=None, description="end early when the greedy reward reaches this")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(
+        default=0, ge=0, description="of the scenarios' order, the adapter's initial values and the sampling"
+    )
 
 
 class TinySection(Config):

@@ -31,7 +31,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Row:
+class StepSummary:
     """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step.
 
     signal: False where no group's rewards differed, so that nothing was trained.
@@ -53,7 +53,7 @@ class Row:
 class Outcome:
     """How a run ended: its rows, the last published step, and whether the target reward was reached."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StepSummary] = field(default_factory=list)
     step: int = 0
     reached: bool = False
     first: float = math.nan
@@ -97,7 +97,7 @@ async def run(
     section: TaskSection,
     config: TrainConfig,
     run_path: Path,
-    on_row: Callable[[Row], None],
+    on_step: Callable[[StepSummary], None],
     rise: float | None = None,
 ) -> Outcome:
     """Train until the greedy reward reaches `stop_at_reward` or the run has `steps` steps.
@@ -118,13 +118,13 @@ async def run(
             outcome.first = greedy
         outcome.reached = any(greedy >= target for target in _targets(section, outcome.first, rise))
         if outcome.reached or last:
-            row = Row(step=step, reward=math.nan, greedy=greedy)
+            row = StepSummary(step=step, reward=math.nan, greedy=greedy)
             outcome.rows.append(row)
-            on_row(row)
+            on_step(row)
             return outcome
         row = await _one_step(model, backend, task, section, config, run_path, greedy)
         outcome.rows.append(row)
-        on_row(row)
+        on_step(row)
 
 
 def _targets(section: TaskSection, first: float, rise: float | None) -> list[float]:
@@ -140,7 +140,7 @@ async def _one_step(
     config: TrainConfig,
     run_path: Path,
     greedy: float,
-) -> Row:
+) -> StepSummary:
     step = model.step
     trajectories = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
     started = time.monotonic()
@@ -154,7 +154,7 @@ async def _one_step(
     result = await backend.train(model, groups, config)
     rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
     metrics = result.metrics
-    return Row(
+    return StepSummary(
         step=step,
         reward=sum(rewards) / len(rewards),
         greedy=greedy,

@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"[0-9]{4,}")
 
 
 @dataclass(frozen=True)
-class Step:
+class RunCheckpoint:
     """A published step: `number`, its folder, and the manifest it was published with."""
 
     number: int
@@ -137,7 +137,7 @@ class RunStore:
         """Numbers of the published steps, ascending."""
         return published_steps(self.path)
 
-    def latest(self) -> Step | None:
+    def latest(self) -> RunCheckpoint | None:
         """The last published step, its files checked against the manifest; None for a new run.
 
         Raises StoreError if a file of it is missing or changed.
@@ -145,7 +145,7 @@ class RunStore:
         numbers = self.published()
         return self.step(numbers[-1]) if numbers else None
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> RunCheckpoint:
         """A published step, its files checked against the manifest."""
         return _read_step(self.path, number)
 
@@ -159,7 +159,7 @@ class RunStore:
 
     def publish(
         self, number: int, staged: Path, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None
-    ) -> Step:
+    ) -> RunCheckpoint:
         """Make a staged folder step `number`: digests, flush, rename, flush. All or nothing.
 
         Raises StoreError if the step exists or leaves a gap.
@@ -187,7 +187,7 @@ class RunStore:
         staged.rename(final)
         _fsync(self.steps_path)
         self.record(number, metrics)
-        return Step(number, final, manifest)
+        return RunCheckpoint(number, final, manifest)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to a step (a later value of the same name replaces the earlier)."""
@@ -243,7 +243,7 @@ def _read_only(run: Path) -> Iterator[sqlite3.Connection]:
         yield database
 
 
-def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
+def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunCheckpoint]:
     """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
 
     Raises StoreError if the folder is no run, or the step is not published or damaged.
@@ -257,7 +257,7 @@ def read_step(run: Path, number: int | None) -> tuple[dict[str, Any], Step]:
     return identity, _read_step(run, steps[-1] if number is None else number)
 
 
-def _read_step(run: Path, number: int) -> Step:
+def _read_step(run: Path, number: int) -> RunCheckpoint:
     folder = run / "steps" / _folder_name(number)
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"step {number} is not published in {run}: it has {published_steps(run) or 'no steps'}")
@@ -277,7 +277,7 @@ def _read_step(run: Path, number: int) -> Step:
             raise StoreError(f"{folder / name} was changed after it was published; delete {folder} to resume before it")
     if extra := found - set(manifest["files"]):
         raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
-    return Step(number, folder, manifest)
+    return RunCheckpoint(number, folder, manifest)
 
 
 def _folder_name(number: int) -> str:

@@ -28,7 +28,7 @@ def table(report: Report) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("")
     policy = None
-    for row in report.rows:
+    for row in report.comparisons:
         if row.policy != policy:
             policy = row.policy
             shown.add_row(f"[bold]{policy}[/]")

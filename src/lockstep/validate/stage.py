@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One line of a stage's table: what was compared, for which policy, and the numbers by column."""
 
     policy: str
@@ -57,11 +57,11 @@ class Report:
     dtype: str
     columns: dict[str, str]
     limits: str
-    rows: list[Row] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return all(row.ok is not False for row in self.rows)
+        return all(row.ok is not False for row in self.comparisons)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"ok": self.ok}

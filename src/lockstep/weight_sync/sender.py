@@ -19,7 +19,7 @@ from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.control import Control, Endpoint
 from lockstep.weight_sync.plan import Plan, SyncPlan
-from lockstep.weight_sync.sender_group import Alone, Crew, together
+from lockstep.weight_sync.sender_group import SenderGroup, SingleSender, run_on_all
 from lockstep.weight_sync.transports import translated
 from lockstep_wire import http_paths
 from lockstep_wire.digest import Digests
@@ -42,25 +42,25 @@ class _Pusher:
         *,
         device: torch.device | str = "cpu",
         deadline_s: float = 300.0,
-        crew: Crew | None = None,
+        senders: SenderGroup | None = None,
         policy: Policy = "auto",
     ) -> None:
         """plan: of all senders, the same on each; a single sender's may come bare. policy: "auto" stages where there is memory for it."""
         self._plan = SyncPlan((plan,)) if isinstance(plan, Plan) else plan
-        self._crew = crew or Alone()
+        self._senders = senders or SingleSender()
         self._control = Control(endpoint, deadline_s)
         self._transport = transport
         self._described = self._plan.to_json()
         self._deadline_s = deadline_s
         self._policy = policy
         self._device = torch.device(device)
-        self._filler = BucketFiller(self._plan.senders[self._crew.rank], self._device)
+        self._filler = BucketFiller(self._plan.senders[self._senders.rank], self._device)
         self._connected = False
         self._queued_at = 0.0
 
     @property
     def _leads(self) -> bool:
-        return self._crew.rank == 0
+        return self._senders.rank == 0
 
     def connect(self) -> None:
         """Brings the server's workers into the transport and gives them the plan. `push` does it when it is needed.
@@ -133,7 +133,7 @@ class _Pusher:
 
     def _step(self, step: Any) -> list[Any]:
         # Twice: one deadline for the step itself, one for those that got to it late.
-        return together(self._crew, translated(step), 2 * self._deadline_s)
+        return run_on_all(self._senders, translated(step), 2 * self._deadline_s)
 
     def _prepare(self, version: str) -> Any:
         if not self._leads:
@@ -203,11 +203,13 @@ class AdapterPusher(_Pusher):
         *,
         device: torch.device | str = "cpu",
         deadline_s: float = 300.0,
-        crew: Crew | None = None,
+        senders: SenderGroup | None = None,
     ) -> None:
         """adapter_config: the fields of PEFT's adapter_config.json."""
         # An adapter is received into memory of its own whatever there is room for, so there is nothing to choose.
-        super().__init__(endpoint, transport, plan, device=device, deadline_s=deadline_s, crew=crew, policy="staged")
+        super().__init__(
+            endpoint, transport, plan, device=device, deadline_s=deadline_s, senders=senders, policy="staged"
+        )
         self._described |= {"adapter": dict(adapter_config)}
         # PEFT lists stacked experts as parameters of the model; vLLM must be told.
         self._extra = {"stacked_experts": bool(adapter_config.get("target_parameters"))}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lockstep.errors import LockstepError, TrainerError, error_of
 
 
-class Crew(Protocol):
+class SenderGroup(Protocol):
     """Sender `rank` of `size`. Rank 0 speaks to the server."""
 
     rank: int
@@ -23,8 +23,8 @@ class Crew(Protocol):
         ...
 
 
-class Alone:
-    """A crew of one."""
+class SingleSender:
+    """One sender alone."""
 
     rank, size = 0, 1
 
@@ -46,11 +46,11 @@ def missing_keys(store: dist.Store, keys: list[str], deadline_s: float) -> list[
     return []
 
 
-class StoreCrew:
-    """A crew that meets in a store; every rank exchanges in the same order."""
+class StoreSenderGroup:
+    """A group that meets in a store; every rank exchanges in the same order."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, name: str = "sync") -> None:
-        """name: of this crew's keys, where several crews meet in one store."""
+        """name: of the keys of this group, where several groups meet in one store."""
         self.rank, self.size = rank, size
         self._store, self._name, self._count = store, name, 0
 
@@ -65,7 +65,7 @@ class StoreCrew:
         return [json.loads(self._store.get(key)) for key in keys]
 
 
-def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any]:
+def run_on_all(senders: SenderGroup, step: Callable[[], Any], deadline_s: float) -> list[Any]:
     """Runs `step` on every rank, and returns what each got. If it failed anywhere, the error that came first is raised everywhere:
     those after it are mostly its consequences.
     """
@@ -75,14 +75,14 @@ def together(crew: Crew, step: Callable[[], Any], deadline_s: float) -> list[Any
     except LockstepError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (the others must hear of it, whatever it is)
-        failure = TrainerError(f"sender {crew.rank}: {type(error).__name__}: {error}")
+        failure = TrainerError(f"sender {senders.rank}: {type(error).__name__}: {error}")
     told = None if failure is None else {"type": type(failure).__name__, "message": str(failure)}
-    outcomes = crew.exchange({"value": value, "error": told, "at": time.time()}, deadline_s)
+    outcomes = senders.exchange({"value": value, "error": told, "at": time.time()}, deadline_s)
     failed = [rank for rank, outcome in enumerate(outcomes) if outcome["error"]]
     if not failed:
         return [outcome["value"] for outcome in outcomes]
     first = min(failed, key=lambda rank: outcomes[rank]["at"])
-    if first == crew.rank and failure is not None:
+    if first == senders.rank and failure is not None:
         raise failure
     error = outcomes[first]["error"]
     raise error_of(error["type"], error["message"], TrainerError(error["message"]))

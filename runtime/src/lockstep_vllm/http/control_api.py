@@ -35,6 +35,6 @@ class LockstepRoutes:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Called once the engine is up. The first version is the name that the base model is served under."""
         assert engine_client is not None
-        state.lockstep_turns = sleep_api.Turns(engine_client)
+        state.lockstep_sleep = sleep_api.SleepControl(engine_client)
         state.lockstep_sync = sync_api.WeightSync(engine_client, state)
         await engine_client.update_weight_version(args.served_model_name[0])

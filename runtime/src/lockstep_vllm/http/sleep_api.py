@@ -1,4 +1,4 @@
-"""Shared mode, the server's side: it gives its device memory away while the trainer works, and takes it back.
+"""Colocated mode, the server's side: it gives its device memory away while the trainer works, and takes it back.
 
 Asleep, requests are accepted and wait in vLLM's queue until the server is awake, as they wait during a swap; the client's own timeout
 bounds that. vLLM has sleep and wake routes of its own, for development servers only and without a deadline.
@@ -27,7 +27,7 @@ class SleepRefusedError(Exception):
     """The server goes on as before."""
 
 
-class Turns:
+class SleepControl:
     """Sleep and wake, one at a time. `engine` is vLLM's EngineClient."""
 
     def __init__(self, engine: Any) -> None:
@@ -73,29 +73,29 @@ class Turns:
 
 
 def add_routes(app: FastAPI) -> None:
-    """`/lockstep/sleep`, `/lockstep/wake`, `/lockstep/version`; `app.state.lockstep_turns` is set once the engine is there."""
+    """`/lockstep/sleep`, `/lockstep/wake`, `/lockstep/version`; `app.state.lockstep_sleep` is set once the engine is there."""
 
-    def turns() -> Turns:
-        return app.state.lockstep_turns
+    def sleep_control() -> SleepControl:
+        return app.state.lockstep_sleep
 
     @app.post(http_paths.SLEEP)
     async def sleep(level: Annotated[Literal[1, 2], Body()], deadline_s: Annotated[float, Body(gt=0)]) -> Any:
         try:
-            return await turns().sleep(level, deadline_s)
+            return await sleep_control().sleep(level, deadline_s)
         except SleepRefusedError as error:
             body = {"error": {"type": "asleep", "message": str(error), "code": 409}}
             return JSONResponse(body, status_code=409)
 
     @app.post(http_paths.WAKE)
     async def wake(parts: Annotated[list[Part], Body(embed=True)]) -> dict[str, Any]:
-        return await turns().wake(parts)
+        return await sleep_control().wake(parts)
 
     @app.get(http_paths.VERSION)
     async def version() -> dict[str, Any]:
         """The version of the base weights, every name they answer to (the first is the current one), and what sleeps."""
         names = [path.name for path in app.state.openai_serving_models.base_model_paths]
         held = await app.state.engine_client.get_weight_version()
-        return {"version": held, "names": names} | turns().state()
+        return {"version": held, "names": names} | sleep_control().state()
 
     @app.get(http_paths.MEMORY)
     async def memory() -> dict[str, Any]:

@@ -235,12 +235,12 @@ class WeightSync:
             raise SyncRefusedError(error_kinds.LOST, f"the swap to {version} failed half-way: {error}") from error
 
     async def _resume(self) -> float:
-        """Lets generation go on; the seconds it stood still. A server that is half awake (shared mode) must not generate yet:
+        """Lets generation go on; the seconds it stood still. A server that is half awake (colocated mode) must not generate yet:
 
         waking the rest resumes it.
         """
         assert self._paused_at is not None
-        if not self._state.lockstep_turns.asleep:
+        if not self._state.lockstep_sleep.asleep:
             await self._engine.resume_generation()
         pause_s, self._paused_at = time.monotonic() - self._paused_at, None
         return pause_s

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new
-from lockstep.backends.megatron.colocated import trainers_turn
+from lockstep.backends.megatron.colocated import give_gpu_to_trainer
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
-from lockstep.backends.megatron.publish import back_to_published, give_up_turn, publish_and_serve, serve
+from lockstep.backends.megatron.publish import back_to_published, give_gpu_back, publish_and_serve, serve
 from lockstep.backends.megatron.resolve import Plan, make_plan
 from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run, all_ended
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise
@@ -26,7 +26,7 @@ from lockstep.errors import ConfigError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
-from lockstep.runs.store import RunStore, Step
+from lockstep.runs.store import RunCheckpoint, RunStore
 from lockstep.trainer.protocol import Load, Save, TrainStep
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class MegatronBackend:
         batch_path = run.store.path / "batches" / f"{current:04d}.safetensors"
         await asyncio.to_thread(save_batch, prepared.batch, batch_path)
         reference = None if config.reference_step is None else run.store.step(config.reference_step).path
-        await trainers_turn(run, forget_weights=run.settings.merged)
+        await give_gpu_to_trainer(run, forget_weights=run.settings.merged)
         try:
             # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
             if run.trainer_ahead:
@@ -173,7 +173,7 @@ class MegatronBackend:
             trained = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
             scores, power = await before.after(run, current + 1)
         except BaseException as error:
-            await give_up_turn(run, error)
+            await give_gpu_back(run, error)
             raise
         run.probe = before.probe
         metrics |= trained.metrics | {"verification_power": power}
@@ -191,7 +191,7 @@ class MegatronBackend:
         await all_ended(*(run.close() for run in runs))
 
 
-async def _publish_first(run: Run) -> Step:
+async def _publish_first(run: Run) -> RunCheckpoint:
     """Step 0: the base model, with an adapter that changes nothing unless all weights are trained."""
     staged = run.store.stage(0)
     await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)

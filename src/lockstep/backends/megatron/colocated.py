@@ -1,4 +1,4 @@
-"""Shared mode: trainer and server on the same GPUs take turns. Everything here does nothing when each has its own.
+"""Colocated mode: trainer and server on the same GPUs take turns. Everything here does nothing when each has its own.
 
 A step: the server sleeps, the trainer's memory comes back to the device, it trains; then it goes to the host again (with `offload`), and
 the server wakes. Merged weights travel in between, when the server's weights are awake and its cache is not: the only moment at which
@@ -18,13 +18,13 @@ IN_FLIGHT_DEADLINE_S = 600.0
 """How long a step waits for requests in flight before the server may sleep."""
 
 
-async def trainers_turn(run: Run, *, forget_weights: bool) -> None:
+async def give_gpu_to_trainer(run: Run, *, forget_weights: bool) -> None:
     """The server sleeps, the trainer has the device.
 
     forget_weights: the server's weights will be sent again before it wakes. Raises ServerError, and the server goes on, when requests
     are in flight for too long.
     """
-    if not run.settings.shared:
+    if not run.settings.colocated:
         return
     await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
     if run.settings.offload:
@@ -38,7 +38,7 @@ async def never_left_asleep(run: Run) -> AsyncIterator[None]:
     try:
         yield
     except BaseException:
-        if run.settings.shared and await _asleep(run):
+        if run.settings.colocated and await _asleep(run):
             await run.server.close()
         raise
 
@@ -52,15 +52,15 @@ async def _asleep(run: Run) -> bool:
 
 async def make_room_for_weights(run: Run) -> None:
     """Both programs' weights on the device, for a merged sync: no optimizer, no cache."""
-    if not run.settings.shared:
+    if not run.settings.colocated:
         return
     await _offload(run, keep_weights=True)
     await run.server.wake("weights")
 
 
-async def servers_turn(run: Run) -> None:
+async def give_gpu_to_server(run: Run) -> None:
     """The trainer's memory leaves the device (with `offload`), and the server is awake."""
-    if not run.settings.shared:
+    if not run.settings.colocated:
         return
     await _offload(run, keep_weights=False)
     await run.server.wake()

@@ -19,7 +19,7 @@ from lockstep.inference.parsers import resolve_tool_calls
 from lockstep.inference.tokenizer_files import read_tokenizer
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
-from lockstep.runs.store import read_settings, read_step
+from lockstep.runs.store import read_checkpoint, read_settings
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import Memory, Offload, Release
 
@@ -45,7 +45,7 @@ async def start_both(
 
     folder: of the run, for the logs. If one fails to start, the other is closed and the error raised.
     """
-    if settings.shared:
+    if settings.colocated:
         return await _start_in_turn(settings, served_name, runtime, folder, say)
     starting = (
         asyncio.ensure_future(start_trainer(settings, folder)),
@@ -93,7 +93,7 @@ def memory_share(free: int, total: int) -> float:
     share = int(90 * free / total) / 100
     if share < _LEAST_SHARE:
         raise ConfigError(
-            f"shared mode: the trainer leaves {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB to the server, too little: "
+            f"colocated mode: the trainer leaves {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB to the server, too little: "
             "use offload = True, a smaller model, or GPUs of their own"
         )
     return share
@@ -106,7 +106,7 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
 
     run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is no run or a step that isn't published.
     """
-    identity, found = read_step(run_path, step)
+    identity, found = read_checkpoint(run_path, step)
     if identity.get("backend") == "tinker":
         raise StoreError(f"{run_path} was trained by TinkerBackend: its weights are with the service, not here")
     base = checkpoint_folder(identity["base_model"])

@@ -18,7 +18,7 @@ class Devices:
 
     trainer: tuple[int, ...] = ()
     inference: tuple[int, ...] = ()
-    shared: bool = False
+    colocated: bool = False
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -37,9 +37,9 @@ def resolve_placement(placement: Placement | None) -> Devices:
     if seen is not None:
         count = min(count, len(seen))
     if placement is None:
-        return (Devices(), Devices((0,), (0,), shared=True), Devices((0,), (1,)))[min(count, 2)]
+        return (Devices(), Devices((0,), (0,), colocated=True), Devices((0,), (1,)))[min(count, 2)]
     if placement.trainer == "cpu" or placement.inference == "cpu":
-        return Devices(shared=True)
+        return Devices(colocated=True)
     wanted = max(*placement.trainer, *placement.inference)
     has = "this machine has" if seen is None else "CUDA_VISIBLE_DEVICES leaves"
     if wanted >= count:
@@ -49,8 +49,8 @@ def resolve_placement(placement: Placement | None) -> Devices:
             else f"placement names GPUs, {has} none: leave placement out to run on the CPU"
         )
     # Shared ones in one order: a handle of GPU memory says which it is by the number that its own process gives it.
-    trainer = placement.inference if placement.shared else placement.trainer
-    return Devices(trainer, placement.inference, placement.shared)
+    trainer = placement.inference if placement.colocated else placement.trainer
+    return Devices(trainer, placement.inference, placement.colocated)
 
 
 def check_processes(devices: Devices, parallel: Parallel) -> None:
@@ -68,7 +68,7 @@ def resolve_transport(transport: str | None, devices: Devices) -> str:
 
     Raises ConfigError for one that can't work there.
     """
-    fitting = "gloo" if devices.kind == "cpu" else "ipc" if devices.shared else "nccl"
+    fitting = "gloo" if devices.kind == "cpu" else "ipc" if devices.colocated else "nccl"
     if transport not in (None, fitting, "disk"):
         raise unsupported("weight_transport", transport, "MegatronBackend", f"here it is {fitting!r} or 'disk'")
     return transport or fitting

@@ -120,7 +120,7 @@ def check_gpus(devices: Devices, trainer_bytes: int, utilization: float | None) 
             )
         if (
             number in devices.inference
-            and not devices.shared
+            and not devices.colocated
             and known.free < (utilization or _UTILIZATION) * known.total
         ):
             raise ConfigError(

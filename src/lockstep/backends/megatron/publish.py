@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron import run as deadlines
-from lockstep.backends.megatron.colocated import make_room_for_weights, never_left_asleep, servers_turn
+from lockstep.backends.megatron.colocated import give_gpu_to_server, make_room_for_weights, never_left_asleep
 from lockstep.backends.megatron.probe import ProbeScores, check_finite
 from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
 from lockstep.backends.megatron.verify import trained_scores, verify
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from lockstep.runs.store import Step
+    from lockstep.runs.store import RunCheckpoint
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:
     """Bring step `number`, which the trainer holds, into the server, verify that it is there, and retire what no rollout uses.
 
-    In shared mode the trainer has the device before and the server has it after, also after a verification that failed; after any other
+    In colocated mode the trainer has the device before and the server has it after, also after a verification that failed; after any other
     error that left it asleep it is ended. Returns what the sync took and what the verification saw (`probe.compare`).
     """
     async with never_left_asleep(run):
@@ -44,7 +44,7 @@ async def serve(run: Run, number: int) -> dict[str, float]:
 
 async def publish_and_serve(
     run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None
-) -> tuple[Step, dict[str, float]]:
+) -> tuple[RunCheckpoint, dict[str, float]]:
     """`serve` for a step that was just trained, and its folder: (the published step, what `serve` returns).
 
     Merged weights take the place of what is served, so the step is published before. An adapter is served beside the others: it leaves the
@@ -71,7 +71,7 @@ async def publish_and_serve(
         return step, figures | {"seconds_publish": seconds}
 
 
-async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float]) -> tuple[Step, float]:
+async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float]) -> tuple[RunCheckpoint, float]:
     """The published step, and the seconds until it was. An adapter's folder is first written; merged weights' was by `train_step`."""
     started = time.monotonic()
     if not run.settings.merged:
@@ -103,7 +103,7 @@ async def _into_server(run: Run, number: int) -> dict[str, float]:
         await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
     await make_room_for_weights(run)
     figures = await _sync(run, number)
-    await servers_turn(run)
+    await give_gpu_to_server(run)
     run.served.add(number)
     return figures | {"seconds_sync": time.monotonic() - started}
 
@@ -129,12 +129,12 @@ async def back_to_published(run: Run, step: int) -> None:
     run.trainer_ahead = False
 
 
-async def give_up_turn(run: Run, error: BaseException) -> None:
-    """After a step that failed with `error`, in shared mode: the server serves the step of before again.
+async def give_gpu_back(run: Run, error: BaseException) -> None:
+    """After a step that failed with `error`, in colocated mode: the server serves the step of before again.
 
     Where that fails too the server is ended: asleep it would let requests wait for ever.
     """
-    if not run.settings.shared:
+    if not run.settings.colocated:
         return
     step = run.store.published()[-1]
     try:
@@ -143,7 +143,7 @@ async def give_up_turn(run: Run, error: BaseException) -> None:
         if run.settings.merged:
             await make_room_for_weights(run)
             await _sync(run, step)
-        await servers_turn(run)
+        await give_gpu_to_server(run)
     except LockstepError as another:
         await run.server.close()
         error.add_note(f"the server could not go on with {run.name(step)} and was ended: {another}")
@@ -153,13 +153,13 @@ async def _sync(run: Run, number: int) -> dict[str, float]:
     """Step `number` from the trainer's memory into the server: merged weights, which from then on are what it serves, or an adapter.
 
     A server that was lost on the way is started anew. Raises ServerError, WeightsError or MismatchError; the server then serves what it
-    served before, but a merged one in shared mode is ended.
+    served before, but a merged one in colocated mode is ended.
     """
     try:
         return await _send(run, number)
     except (ServerError, WeightsError, MismatchError) as error:
         lost = isinstance(error, ServerLostError) or run.server.child.poll() is not None
-        if run.settings.shared and (run.settings.merged or lost):
+        if run.settings.colocated and (run.settings.merged or lost):
             await run.server.close()
             left = "was lost" if lost else "held no weights any more and was ended"  # asleep it forgot those of before
         elif lost:
@@ -167,7 +167,7 @@ async def _sync(run: Run, number: int) -> dict[str, float]:
             return await _send(run, number) | {"server_restarts": 1.0}
         else:
             left = f"still serves {_newest(run)}"
-            await servers_turn(run)
+            await give_gpu_to_server(run)
         raise type(error)(
             f"{run.name(number)} did not reach the server, which {left}: {error}; "
             "close the backend and register again to go on from the last published step"

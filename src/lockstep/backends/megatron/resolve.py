@@ -90,7 +90,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
     devices, log = resolve_placement(asked.placement), _Log()
     check_processes(devices, asked.parallel)
     preflight.check_shape(config, asked.parallel, devices)
-    if asked.offload and not devices.shared:
+    if asked.offload and not devices.colocated:
         raise unsupported("offload", True, "MegatronBackend", "trainer and server don't share GPUs: leave it out")
     tokenizer = read_tokenizer(base, asked.server_args)
     preflight.check_tokenizer(tokenizer, config)
@@ -119,7 +119,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         dtype=dtype,
         parallel=asked.parallel,
         devices=devices,
-        offload=devices.shared and asked.offload is not False,
+        offload=devices.colocated and asked.offload is not False,
         transport=resolve_transport(asked.weight_transport, devices),
         routes=route_shape(config) if asked.enable_expert_replay else None,
         seed=asked.seed,
@@ -161,7 +161,7 @@ def _describe_model(
 
 def _describe_devices(log: _Log, devices: Devices, asked: MegatronConfig) -> None:
     by_itself = (
-        "no GPU here" if devices.kind == "cpu" else "one GPU here, shared" if devices.shared else "two GPUs here"
+        "no GPU here" if devices.kind == "cpu" else "one GPU here, shared" if devices.colocated else "two GPUs here"
     )
     for name, gpus in (("trainer", devices.trainer), ("inference", devices.inference)):
         value = list(gpus) or "cpu"
@@ -250,7 +250,7 @@ def _on_gpus(
     budget = None
     if known:
         left = _OFFLOADED if asked.offload is not False else _OFFLOADED + training + state
-        if devices.shared and utilization is None:
+        if devices.colocated and utilization is None:
             budget = int(0.9 * min(one.free - left for one in known))
         else:
             budget = int((utilization or 0.9) * min(one.total for one in known))
@@ -271,7 +271,9 @@ def _size(count: int) -> str:
 
 def _describe_rest(log: _Log, resolved: ResolvedSettings, asked: MegatronConfig) -> None:
     log.add("weight_transport", resolved.transport, _set(asked.weight_transport, "fits the placement"))
-    log.add("offload", resolved.offload, _set(asked.offload, "shared GPUs" if resolved.shared else "nothing is shared"))
+    log.add(
+        "offload", resolved.offload, _set(asked.offload, "shared GPUs" if resolved.colocated else "nothing is shared")
+    )
     replays = "default" if resolved.routes is not None else "the model has no experts"
     log.add("enable_expert_replay", resolved.routes is not None, replays if asked.enable_expert_replay else "set")
     log.add(

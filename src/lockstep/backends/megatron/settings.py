@@ -33,7 +33,7 @@ class ResolvedSettings:
     parallel: Parallel
     devices: Devices
     offload: bool
-    """Shared mode: the trainer's memory goes to the host while the server serves."""
+    """Colocated mode: the trainer's memory goes to the host while the server serves."""
     routes: RouteShape | None
     """What each choice's expert routes look like; None: none are captured or replayed."""
     seed: int
@@ -55,8 +55,8 @@ class ResolvedSettings:
     """How many servers this run had before."""
 
     @property
-    def shared(self) -> bool:
-        return self.devices.shared
+    def colocated(self) -> bool:
+        return self.devices.colocated
 
     def engine_config(self) -> EngineConfig:
         lora, targets = self.lora, self.spec.default_target_modules
@@ -83,7 +83,7 @@ class ResolvedSettings:
             capture_routes=self.routes is not None,
             gpus=self.devices.inference,
             gpu_memory_utilization=gpu_memory_utilization,
-            sleeps=self.shared,
+            sleeps=self.colocated,
             seed=sampling_seed(self.seed, self.server_start),
             exact=self.exact,
             # Packed, they could not be read back, and so not be verified.

@@ -34,7 +34,7 @@ from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError, TrainerError
 from lockstep.models.checkpoint.hub import is_folder
 from lockstep.models.registry import get_model_support_spec
-from lockstep.runs.store import RunStore, Step
+from lockstep.runs.store import RunCheckpoint, RunStore
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
@@ -146,7 +146,7 @@ class TinkerBackend:
             self._service = await asyncio.to_thread(_sdk().ServiceClient, api_key=key, base_url=self.base_url)
         return self._service
 
-    async def _load(self, step: Step) -> Any:
+    async def _load(self, step: RunCheckpoint) -> Any:
         """A training client that stands at `step`, optimizer included."""
         create = self._service.create_training_client_from_state_with_optimizer
         return await _open(f"loading step {step.number}", create, _paths(step)["state"])
@@ -154,7 +154,9 @@ class TinkerBackend:
     async def _sampler(self, path: str) -> Any:
         return await _open("creating a sampler", self._service.create_sampling_client, model_path=path)
 
-    async def _publish(self, store: RunStore, trainer: Any, number: int, metrics: dict[str, float]) -> tuple[Any, Step]:
+    async def _publish(
+        self, store: RunStore, trainer: Any, number: int, metrics: dict[str, float]
+    ) -> tuple[Any, RunCheckpoint]:
         """Save what the trainer holds as step `number`, with a sampler of it."""
         name = f"step-{number:04d}"
         state = trainer.save_state(name)
@@ -302,7 +304,7 @@ async def _open(what: str, create: Callable[..., Any], *args: Any, **settings: A
             return await future.result_async(_CALL_S)
 
 
-def _paths(step: Step) -> dict[str, str]:
+def _paths(step: RunCheckpoint) -> dict[str, str]:
     file = step.path / _PATHS
     if not file.is_file():
         raise StoreError(f"{file} is missing: step {step.number} was not trained by TinkerBackend")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lockstep.engine.optim.trainable import Trainable
 from lockstep.engine.parallel import device
-from lockstep.engine.state import Session
+from lockstep.engine.state import TrainerState
 from lockstep.errors import ConfigError
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_name
 from lockstep.models.checkpoint.shares import box
@@ -27,7 +27,7 @@ from lockstep.models.contract import Layout, Piece
 from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources
 from lockstep.weight_sync.sender import AdapterPusher, Endpoint
-from lockstep.weight_sync.sender_group import Crew
+from lockstep.weight_sync.sender_group import SenderGroup
 from lockstep.weight_sync.transports import make_transport
 from lockstep_wire.plan import TensorMeta
 
@@ -39,22 +39,22 @@ BUCKET_BYTES = {True: 64 << 20, False: 16 << 20}
 class AdaptersOut:
     """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
 
-    def __init__(self, session: Session, crew: Crew, deadline_s: float) -> None:
+    def __init__(self, trainer: TrainerState, senders: SenderGroup, deadline_s: float) -> None:
         """deadline_s: for the others to come along. Raises ConfigError when all weights are trained: there is no adapter then."""
-        if session.settings.lora is None:
+        if trainer.settings.lora is None:
             raise ConfigError("all weights are trained: there is no adapter to send")
-        self.session, self.crew = session, crew
-        config, layout = session.config, session.checkpoint.layout
-        mine = [_Matrix.of(trainable, config, layout) for trainable in session.trainables]
-        everyones = crew.exchange([one.told() for one in mine], deadline_s)
+        self.trainer, self.senders = trainer, senders
+        config, layout = trainer.config, trainer.checkpoint.layout
+        mine = [_Matrix.of(trainable, config, layout) for trainable in trainer.trainables]
+        everyones = senders.exchange([one.told() for one in mine], deadline_s)
         shares = _share_out(everyones)
-        dtype = session.dtype
+        dtype = trainer.dtype
         plans = [
             plan_sources([_source(everyones[rank][i], dtype) for i in chosen], BUCKET_BYTES[device.CUDA])
             for rank, chosen in enumerate(shares)
         ]
         self.plan = SyncPlan(tuple(plans))
-        self.sent = [session.trainables[i] for i in shares[crew.rank]]
+        self.sent = [trainer.trainables[i] for i in shares[senders.rank]]
         self.pusher: AdapterPusher | None = None
         self.serves: tuple[Endpoint, str, float] | None = None
 
@@ -63,13 +63,13 @@ class AdaptersOut:
 
         deadline_s: of every wait for the server. Raises like `AdapterPusher.push`, on every rank.
         """
-        lora = self.session.settings.lora
+        lora = self.trainer.settings.lora
         assert lora is not None
         if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
             if self.pusher is not None:
                 self.pusher.close()
-            info = AdapterInfo(self.session.settings.model, lora.rank, lora.alpha, lora.targets)
-            carrier, config = make_transport(transport, deadline_s), adapter_config(info, self.session.config)
+            info = AdapterInfo(self.trainer.settings.model, lora.rank, lora.alpha, lora.targets)
+            carrier, config = make_transport(transport, deadline_s), adapter_config(info, self.trainer.config)
             self.pusher = AdapterPusher(
                 endpoint,
                 carrier,
@@ -77,7 +77,7 @@ class AdaptersOut:
                 config,
                 device=device.device(),
                 deadline_s=deadline_s,
-                crew=self.crew,
+                senders=self.senders,
             )
             self.serves = endpoint, transport, deadline_s
         return self.pusher.push(self.tensors(), name)

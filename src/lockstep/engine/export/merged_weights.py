@@ -20,7 +20,7 @@ from torch import Tensor
 from lockstep.engine.build import sizes_here
 from lockstep.engine.export.merge import merge
 from lockstep.engine.parallel import device
-from lockstep.engine.state import Session
+from lockstep.engine.state import TrainerState
 from lockstep.models.checkpoint.load import kept_dtype
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
@@ -29,7 +29,7 @@ from lockstep.models.layout_rules import stage_layers
 from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.sender_group import Crew
+from lockstep.weight_sync.sender_group import SenderGroup
 from lockstep.weight_sync.sources import Supply, share_sources
 from lockstep.weight_sync.transports import make_transport
 
@@ -40,24 +40,24 @@ BUCKET_BYTES = {True: 128 << 20, False: 16 << 20}
 class WeightsOut:
     """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
 
-    def __init__(self, session: Session, crew: Crew) -> None:
-        self.session, self.crew = session, crew
-        self.parameters: dict[str, Tensor] = dict(session.model.named_parameters())
-        shapes = expected_tensors(session.handler, session.config, session.checkpoint.layout)
-        shares = share_out(_everyones_shards(session), shapes)
+    def __init__(self, trainer: TrainerState, senders: SenderGroup) -> None:
+        self.trainer, self.senders = trainer, senders
+        self.parameters: dict[str, Tensor] = dict(trainer.model.named_parameters())
+        shapes = expected_tensors(trainer.handler, trainer.config, trainer.checkpoint.layout)
+        shares = share_out(_everyones_shards(trainer), shapes)
         described = [
             [
                 described
                 for share in mine
                 for described in share_sources(
-                    share, shapes, kept_dtype(session.checkpoint, share.shard, session.dtype)
+                    share, shapes, kept_dtype(trainer.checkpoint, share.shard, trainer.dtype)
                 )
             ]
             for mine in shares
         ]
         bucket_bytes = BUCKET_BYTES[device.CUDA]
         self.plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
-        self.supplies = [(source.key, supply) for source, supply in described[crew.rank]]
+        self.supplies = [(source.key, supply) for source, supply in described[senders.rank]]
         self.pusher: WeightPusher | None = None
         self.serves: tuple[Endpoint, str, float] | None = None
 
@@ -72,7 +72,7 @@ class WeightsOut:
                 self.pusher.close()
             carrier = make_transport(transport, deadline_s)
             self.pusher = WeightPusher(
-                endpoint, carrier, self.plan, device=device.device(), deadline_s=deadline_s, crew=self.crew
+                endpoint, carrier, self.plan, device=device.device(), deadline_s=deadline_s, senders=self.senders
             )
             self.serves = endpoint, transport, deadline_s
         return self.pusher.push(self.tensors(), version, version)
@@ -86,7 +86,7 @@ class WeightsOut:
     def _merged(self, supply: Supply) -> Tensor:
         """A parameter (or some experts of it) with its adapter's product added."""
         owner, _, leaf = supply.name.rpartition(".")
-        module = self.session.model.get_submodule(owner)
+        module = self.trainer.model.get_submodule(owner)
         weight = self.parameters[supply.name].detach()
         slot = "adapter" if supply.experts is None else f"{leaf}_adapter"
         adapter: Any = getattr(module, slot, None) if leaf == "weight" or supply.experts is not None else None
@@ -99,12 +99,12 @@ class WeightsOut:
         return merge(weight[chosen], b_EOR[chosen], a_ERI[chosen], adapter.scale)
 
 
-def _everyones_shards(session: Session) -> list[list[Shard]]:
+def _everyones_shards(trainer: TrainerState) -> list[list[Shard]]:
     """Each rank's parameters, in rank order; what a rank holds follows from its sizes and coordinates."""
     mine = torch.tensor(astuple(sizes_here()), device=device.device())
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, mine)
-    config, layout = session.config, session.checkpoint.layout
-    stages = stage_layers(config.layers, session.parallel.pipeline, session.settings.stages)
+    config, layout = trainer.config, trainer.checkpoint.layout
+    stages = stage_layers(config.layers, trainer.parallel.pipeline, trainer.settings.stages)
     sizes = [Sizes(*one.tolist()) for one in everyones]
-    return [session.handler.shards(config, layout, one, stages[one.pp_rank]) for one in sizes]
+    return [trainer.handler.shards(config, layout, one, stages[one.pp_rank]) for one in sizes]

@@ -1,4 +1,4 @@
-"""Self-attention over a row of packed trees: Megatron's SelfAttention with a forward pass of our own and one mask rule (`tree.Row`).
+"""Self-attention over a row of packed trees: Megatron's SelfAttention with a forward pass of our own and one mask rule (`tree.PackedRow`).
 
 The mask rides in Megatron's `attention_mask` argument as the Row itself. Three renderings compute the same thing: "dense" (softmax
 written out, the reference), "sdpa" (PyTorch's scaled_dot_product_attention with the dense mask: CPU), "flex" (compiled
@@ -19,7 +19,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from lockstep.engine.layers.compiled_ops import rotate, sigmoid_gate, wide
-from lockstep.engine.microbatch import BLOCK, Row
+from lockstep.engine.microbatch import BLOCK, PackedRow
 from lockstep.engine.parallel.context import repeats, to_heads, to_tokens
 from lockstep.engine.parallel.device import CUDA
 from lockstep.errors import DataError
@@ -35,7 +35,7 @@ def _compiled_flex() -> object:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float) -> Tensor:
     """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are constants of the kernels.
 
     Rows are multiples of its blocks, which torch can't see in a symbolic length: told so, the kernels leave out
@@ -53,7 +53,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
     )
 
 
-def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row, scale: float, rendering: Rendering) -> Tensor:
+def attend(q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: PackedRow, scale: float, rendering: Rendering) -> Tensor:
     """softmax(q k^T * scale over what the row's rule lets each query see) v, `[S, N, D]`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SND, k_SGD, v_SGD))
     grouped = q.shape[1] != k.shape[1]
@@ -76,7 +76,7 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.rendering: Rendering = DEFAULT
 
-    def forward(self, q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: Row) -> Tensor:
+    def forward(self, q_SND: Tensor, k_SGD: Tensor, v_SGD: Tensor, row: PackedRow) -> Tensor:
         return attend(q_SND, k_SGD, v_SGD, row, q_SND.shape[-1] ** -0.5, self.rendering)
 
 
@@ -84,7 +84,7 @@ class TreeAttention(SelfAttention):
     """Attention of all families: grouped queries, optional norms of query and key heads, optional output gate (Qwen3.5)."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, hidden_states: Tensor, attention_mask: Row, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: object
+        self, hidden_states: Tensor, attention_mask: PackedRow, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: object
     ) -> tuple[Tensor, None]:
         q, gate, k, v = self._heads(hidden_states)
         length, heads, dim = q.shape
@@ -97,7 +97,7 @@ class TreeAttention(SelfAttention):
         out_S1H, _ = self.linear_proj(out_SND.reshape(length, 1, heads * dim))  # pyright: ignore[reportCallIssue]
         return out_S1H, None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
         """Attention over the whole row; under context parallelism on this rank's share of the heads, then back to its own tokens."""
         dim, times = q.shape[2], repeats(k.shape[1])
         if times > 1:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.engine.layers.compiled_ops import wide
-from lockstep.engine.microbatch import Level, Row
+from lockstep.engine.microbatch import Level, PackedRow
 
 CHUNK = 64
 
@@ -84,7 +84,7 @@ def _level_fla(inputs: Inputs, level: Level, state: Tensor) -> tuple[Tensor, Ten
     return out[0], final
 
 
-def over_tree(inputs: Inputs, row: Row, rule: LevelRule) -> Tensor:
+def over_tree(inputs: Inputs, row: PackedRow, rule: LevelRule) -> Tensor:
     """Outputs `[S, H, V]` of all tokens in row order. Roots start from zero states."""
     q, _, v = inputs[:3]
     roots = torch.zeros(

@@ -27,7 +27,7 @@ from lockstep.engine.layers.delta_rule import over_tree, rule_for
 from lockstep.engine.layers.linear import RowLinear
 from lockstep.engine.layers.lora import LocalAdapter, Part
 from lockstep.engine.layers.norm import GatedRMSNorm
-from lockstep.engine.microbatch import Row
+from lockstep.engine.microbatch import PackedRow
 from lockstep.engine.parallel.context import to_heads, to_tokens, window
 from lockstep.models.config import ModelConfig
 
@@ -79,7 +79,7 @@ class GatedDeltaNet(MegatronModule):
             input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=self.group,
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, attention_mask: Row, **_unused: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, attention_mask: PackedRow, **_unused: Any) -> tuple[Tensor, None]:
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(hidden_states, group=self.group)
         else:
@@ -93,7 +93,7 @@ class GatedDeltaNet(MegatronModule):
         out, _ = self.out_proj(normed.flatten(1)[:, None].contiguous())
         return out, None
 
-    def _mix(self, qkv_SC: Tensor, g_SH: Tensor, beta_SH: Tensor, row: Row) -> Tensor:
+    def _mix(self, qkv_SC: Tensor, g_SH: Tensor, beta_SH: Tensor, row: PackedRow) -> Tensor:
         """Convolution and delta rule over the whole row, value heads x dim of this rank's tokens. Under context parallelism they run on
         this rank's share of the heads."""
         parts = to_heads(*qkv_SC.split(self.split, -1))
@@ -111,7 +111,7 @@ class GatedDeltaNet(MegatronModule):
         """The convolution's weights of the heads that this rank convolves, `[C, taps]`."""
         return torch.cat([window(part) for part in self.conv_weight[:, 0].split(self.split)])
 
-    def convolve(self, x_SC: Tensor, row: Row) -> Tensor:
+    def convolve(self, x_SC: Tensor, row: PackedRow) -> Tensor:
         """silu of the depthwise causal convolution along each token's own sequence; before its beginning there are zeros."""
         taps_KS = row.conv_taps_KS(self.taps)
         beyond = torch.cat((x_SC, x_SC.new_zeros(1, x_SC.shape[1])))

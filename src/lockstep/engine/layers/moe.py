@@ -26,7 +26,7 @@ from lockstep.engine.layers.compiled_ops import gated_silu, wide
 from lockstep.engine.layers.dispatch import through_ranks
 from lockstep.engine.layers.mlp import GatedMLP
 from lockstep.engine.layers.router import Router
-from lockstep.engine.microbatch import Row
+from lockstep.engine.microbatch import PackedRow
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.context import share
 from lockstep.engine.routed_experts import Replay
@@ -133,7 +133,7 @@ class MoE(MegatronModule):
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config) if config.moe_shared_expert_intermediate_size else None
 
-    def forward(self, x_S1H: Tensor, row: Row) -> tuple[Tensor, None]:
+    def forward(self, x_S1H: Tensor, row: PackedRow) -> tuple[Tensor, None]:
         x = scatter_to_sequence_parallel_region(x_S1H, group=self.group) if self.split else x_S1H
         weights_TK, experts_TK = self._route(x[:, 0], row)
         routed_PH = through_ranks(self.experts, x[:, 0], experts_TK)
@@ -145,7 +145,7 @@ class MoE(MegatronModule):
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
         return out, None
 
-    def _route(self, x_TH: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    def _route(self, x_TH: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
         """(weights, experts) of this rank's share of the row; what was replayed is noted with the row."""
         if row.routes_SLK is None:
             return self.router(x_TH, None)[:2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lockstep.engine.parallel.device import CUDA, host_free
-from lockstep.engine.state import Session
+from lockstep.engine.state import TrainerState
 from lockstep.errors import TrainerError
 
 
@@ -44,13 +44,13 @@ class _Held:
 class Offload:
     """Made once, when the model and the optimizer are complete; both keep their tensors for life."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, trainer: TrainerState) -> None:
         """Raises TrainerError for a tensor whose storage can't be emptied."""
         seen: dict[int, _Held] = {}
-        self.buckets = session.optimizer.buckets
-        self.optimizer = [held for one in _of_optimizer(session) if (held := _held(*one, False, seen))]
+        self.buckets = trainer.optimizer.buckets
+        self.optimizer = [held for one in _of_optimizer(trainer) if (held := _held(*one, False, seen))]
         self.weights = [
-            held for name, tensor, fixed in _of_model(session) if (held := _held(name, tensor, False, fixed, seen))
+            held for name, tensor, fixed in _of_model(trainer) if (held := _held(name, tensor, False, fixed, seen))
         ]
 
     @property
@@ -137,9 +137,9 @@ def _fill(held: _Held) -> None:
     bytes_N.copy_(held.host, non_blocking=True)
 
 
-def _of_optimizer(session: Session) -> Iterator[tuple[str, Tensor, bool]]:
+def _of_optimizer(trainer: TrainerState) -> Iterator[tuple[str, Tensor, bool]]:
     """Gradients are zero between two steps (`Optimizer.step` clears them, and so does whatever refuses a step)."""
-    for number, bucket in enumerate(session.optimizer.buckets):
+    for number, bucket in enumerate(trainer.optimizer.buckets):
         for kind in ("master", "exp_avg", "exp_avg_sq", "gradients"):
             yield _name(number, kind), getattr(bucket, kind), kind == "gradients"
 
@@ -148,13 +148,13 @@ def _name(bucket: int, kind: str) -> str:
     return f"{kind} of bucket {bucket}"
 
 
-def _of_model(session: Session) -> Iterator[tuple[str, Tensor, bool]]:
+def _of_model(trainer: TrainerState) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, tensor, whether it is fixed: the base under adapters, which nothing is ever merged into)."""
-    for number, bucket in enumerate(session.optimizer.buckets):
+    for number, bucket in enumerate(trainer.optimizer.buckets):
         yield f"weights of bucket {number}", bucket.weights, False
-    for name, parameter in session.model.named_parameters():
+    for name, parameter in trainer.model.named_parameters():
         yield name, parameter, not parameter.requires_grad
-    for name, buffer in session.model.named_buffers():
+    for name, buffer in trainer.model.named_buffers():
         yield name, buffer, False
 
 

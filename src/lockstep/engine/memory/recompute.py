@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lockstep.engine.layers.lm_head import CHUNK_BYTES
 from lockstep.engine.parallel.device import CUDA, device
-from lockstep.engine.state import Session
+from lockstep.engine.state import TrainerState
 from lockstep.models.config import ModelConfig
 
 MARGIN = 1.4
@@ -64,24 +64,24 @@ def _available() -> int:
     return int(least)
 
 
-def plan(session: Session, tokens: int) -> int:
+def plan(trainer: TrainerState, tokens: int) -> int:
     """Set each layer's `recompute` for rows of up to `tokens` tokens; returns how many layers recompute.
 
     A fixed setting (`Settings.recompute`) stays as it is. Several pipeline stages hold many rows at once and always recompute, and so
     do all ranks alike: a layer that ran its collectives again on one rank alone would hang the others.
     """
-    layers: list[Any] = list(session.model.decoder.layers)
-    if session.settings.recompute is not None or not CUDA:
+    layers: list[Any] = list(trainer.model.decoder.layers)
+    if trainer.settings.recompute is not None or not CUDA:
         return sum(bool(layer.recompute) for layer in layers)
     keep = 0
-    tokens = -(-tokens // session.parallel.context)
-    if session.parallel.pipeline == 1:
-        width, tensor = session.dtype.itemsize, session.parallel.tensor
+    tokens = -(-tokens // trainer.parallel.context)
+    if trainer.parallel.pipeline == 1:
+        width, tensor = trainer.dtype.itemsize, trainer.parallel.tensor
         sizes = [
-            int(MARGIN * tokens * width * kept_elements(session.config, n, tensor))
-            for n in range(session.config.layers)
+            int(MARGIN * tokens * width * kept_elements(trainer.config, n, tensor))
+            for n in range(trainer.config.layers)
         ]
-        head = 3 * CHUNK_BYTES + 4 * tokens * session.config.hidden_size * width
+        head = 3 * CHUNK_BYTES + 4 * tokens * trainer.config.hidden_size * width
         keep = layers_that_fit(sizes, _available() - head)
     for number, layer in enumerate(layers):
         layer.recompute = number < len(layers) - keep

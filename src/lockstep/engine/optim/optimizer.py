@@ -35,7 +35,7 @@ STRIDE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Rates:
+class OptimizerStep:
     """What one update uses. `max_norm` None: no clipping. kind "sgd": `w -= lr * (g + weight_decay * w)`."""
 
     learning_rate: float
@@ -181,7 +181,7 @@ class Optimizer:
         return "on another rank"
 
     @torch.no_grad()
-    def step(self, rates: Rates, norm: float) -> None:
+    def step(self, rates: OptimizerStep, norm: float) -> None:
         """One update with the gradients `reduce` summed; they are cleared. `norm` is what `reduce` returned."""
         self.count += 1
         scale = 1.0 if rates.max_norm is None else min(1.0, rates.max_norm / (norm + 1e-6))
@@ -201,7 +201,7 @@ class Optimizer:
             bucket.publish()
 
 
-def _adamw(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, count: int) -> None:
+def _adamw(bucket: Bucket, piece: slice, gradient: Tensor, rates: OptimizerStep, count: int) -> None:
     first, second = rates.betas
     master, average, square = bucket.master[piece], bucket.exp_avg[piece], bucket.exp_avg_sq[piece]
     if bucket.decays:
@@ -212,7 +212,7 @@ def _adamw(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, count: 
     master.addcdiv_(average, root, value=-rates.learning_rate / (1 - first**count))
 
 
-def _sgd(bucket: Bucket, piece: slice, gradient: Tensor, rates: Rates, _count: int) -> None:
+def _sgd(bucket: Bucket, piece: slice, gradient: Tensor, rates: OptimizerStep, _count: int) -> None:
     master = bucket.master[piece]
     decay = rates.weight_decay if bucket.decays else 0.0
     master.add_(gradient.add(master, alpha=decay), alpha=-rates.learning_rate)

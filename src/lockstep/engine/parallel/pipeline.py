@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.engine.microbatch import Row
+from lockstep.engine.microbatch import PackedRow
 from lockstep.engine.model import Model
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
@@ -31,7 +31,7 @@ class _Links:
     Row numbers say what is sent: `take`/`give` a row's activations (from the stage before, to the stage after) or their gradient.
     """
 
-    def __init__(self, model: Model, rows: Sequence[Row], shard: int) -> None:
+    def __init__(self, model: Model, rows: Sequence[PackedRow], shard: int) -> None:
         self.model, self.rows, self.shard = model, rows, shard
         self.group = groups.pipeline()
         self.first, self.last = model.pre_process, model.post_process
@@ -60,7 +60,7 @@ class _Links:
         return None if self.last else self.swap(groups.next_stage(), give, take)
 
 
-def forward_only(model: Model, rows: Sequence[Row], last: Callable[[int, Tensor], None], shard: int = 1) -> None:
+def forward_only(model: Model, rows: Sequence[PackedRow], last: Callable[[int, Tensor], None], shard: int = 1) -> None:
     """Run every row without gradients; `last` sees each one's hidden states on the last stage. shard: parts a row's tokens are split in."""
     links = _Links(model, rows, shard)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def forward_only(model: Model, rows: Sequence[Row], last: Callable[[int, Tensor]
                 links.after(give=hidden)
 
 
-def forward_backward(model: Model, rows: Sequence[Row], last: LastStage, shard: int = 1) -> None:
+def forward_backward(model: Model, rows: Sequence[PackedRow], last: LastStage, shard: int = 1) -> None:
     """Run every row forward and backward; gradients accumulate in the parameters. `last` returns the loss to differentiate."""
     links = _Links(model, rows, shard)
     ahead = min(links.group.size() - 1 - links.group.rank(), len(rows))

@@ -32,7 +32,7 @@ from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import EngineConfig, Score, from_json
-from lockstep.validate.stage import Report, Request, Row
+from lockstep.validate.stage import Comparison, Report, Request
 from lockstep_wire import http_paths
 
 _DEADLINE_S = 600.0
@@ -79,15 +79,15 @@ async def run(request: Request) -> Report:
     request = replace(request, dtype=request.dtype or checkpoint_dtype(base))
     shape = route_shape(load_model_config(str(base)))
     adapter = await asyncio.to_thread(_adapter, base, request)
-    samples, rows = await _served(base, adapter, shape, request)
+    samples, comparisons = await _served(base, adapter, shape, request)
     for name, folder in ((_BASE, None), (_ADAPTER, adapter)):
         request.say(f"scoring with the trainer: {_policy(name)}")
-        rows += await _trained(base, folder, name, samples[name], request)
+        comparisons += await _trained(base, folder, name, samples[name], request)
     limits = (
         f"trainer against server: KL <= {KL[str(request.dtype)]:g}, largest <= {LARGEST[str(request.dtype)]:g} nats"
     )
-    rows.sort(key=lambda row: row.policy != "base")
-    return Report("train_inf_mismatch", request.base_model, str(request.dtype), COLUMNS, limits, rows)
+    comparisons.sort(key=lambda row: row.policy != "base")
+    return Report("train_inf_mismatch", request.base_model, str(request.dtype), COLUMNS, limits, comparisons)
 
 
 def _policy(name: str) -> str:
@@ -102,7 +102,7 @@ def _adapter(base: Path, request: Request) -> Path:
 
 async def _served(
     base: Path, adapter: Path, shape: RouteShape | None, request: Request
-) -> tuple[dict[str, list[Sample]], list[Row]]:
+) -> tuple[dict[str, list[Sample]], list[Comparison]]:
     """The samples of both policies, and the rows of the server's own noise."""
     from lockstep.validate.random_adapter import RANK
 
@@ -120,7 +120,7 @@ async def _served(
     )
     server = await launch(config, find_runtime(kind), request.folder, request.say)
     samples: dict[str, list[Sample]] = {}
-    rows = []
+    comparisons = []
     try:
         await server.load_adapter(_ADAPTER, adapter)
         for name in (_BASE, _ADAPTER):
@@ -129,10 +129,10 @@ async def _served(
                 *(_sample(server, name, number, shape, request) for number in range(request.prompts))
             )
             again = await asyncio.gather(*(_score_again(server, name, sample) for sample in samples[name]))
-            rows.append(_noise(name, samples[name], again))
+            comparisons.append(_noise(name, samples[name], again))
     finally:
         await server.close()
-    return samples, rows
+    return samples, comparisons
 
 
 def prompt(number: int) -> str:
@@ -175,10 +175,10 @@ async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[
     return logprobs[-count:], most_likely(choice, TOP)[-count:]
 
 
-def _noise(name: str, samples: list[Sample], again: list[tuple[list[float], list[list[int]]]]) -> Row:
+def _noise(name: str, samples: list[Sample], again: list[tuple[list[float], list[list[int]]]]) -> Comparison:
     values = _compare(samples, [logprobs for logprobs, _ in again])
     values |= _overlap(samples, np.array([top for _, tops in again for top in tops]))
-    return Row(_policy(name), "server again", values)
+    return Comparison(_policy(name), "server again", values)
 
 
 def _overlap(samples: list[Sample], other_TV: np.ndarray) -> dict[str, float]:
@@ -192,7 +192,9 @@ def _compare(samples: list[Sample], scored: list[list[float]]) -> dict[str, floa
     return logprob_mismatch(sampled_T, np.concatenate(scored)).as_metrics()
 
 
-async def _trained(base: Path, adapter: Path | None, name: str, samples: list[Sample], request: Request) -> list[Row]:
+async def _trained(
+    base: Path, adapter: Path | None, name: str, samples: list[Sample], request: Request
+) -> list[Comparison]:
     settings = from_json(
         EngineConfig,
         {"model": str(base), "adapter": adapter and str(adapter), "dtype": request.dtype, "trains": False},
@@ -202,16 +204,16 @@ async def _trained(base: Path, adapter: Path | None, name: str, samples: list[Sa
     trainer = await Trainer.start(settings, 1, request.folder / "logs" / "trainer.log", gpus=gpus)
     moe = samples[0].routes_SLK is not None
     ways = {"trainer, replay": True, "trainer, own picks": False} if moe else {"trainer": False}
-    rows = []
+    comparisons = []
     try:
         for what, replay in ways.items():
             values = await _scores(trainer, samples, replay, request.folder)
             limited = replay or not moe
             within = values["kl"] <= KL[str(request.dtype)] and values["largest"] <= LARGEST[str(request.dtype)]
-            rows.append(Row(_policy(name), what, values, within if limited else None))
+            comparisons.append(Comparison(_policy(name), what, values, within if limited else None))
     finally:
         await trainer.close()
-    return rows
+    return comparisons
 
 
 async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder: Path) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Memory of trainer and server over many steps of shared mode: what each holds after each phase of a step, first and last, and growth.
+"""Memory of trainer and server over many steps of colocated mode: what each holds after each phase of a step, first and last, and growth.
 
-    python benchmarks/shared_mode.py                                          # a tiny model on the CPU
-    python benchmarks/shared_mode.py --shape qwen3-8b --mode merged           # one GPU, 50 steps
-    python benchmarks/shared_mode.py --shape qwen3-8b --layers 12 --rank 8 --prompts 2 --tokens 8 --budget 280    # soon over
-    python benchmarks/shared_mode.py --shape qwen3-30b-a3b --mode lora --output h200.json
+    python benchmarks/colocated.py                                          # a tiny model on the CPU
+    python benchmarks/colocated.py --shape qwen3-8b --mode merged           # one GPU, 50 steps
+    python benchmarks/colocated.py --shape qwen3-8b --layers 12 --rank 8 --prompts 2 --tokens 8 --budget 280    # soon over
+    python benchmarks/colocated.py --shape qwen3-30b-a3b --mode lora --output h200.json
 
 Each step is a real one: rollouts from the server, sleep, train, offload, sync, wake, proof. On a GPU `held` is what the process has of the
 device (allocator's reserve for the trainer, the whole device's use for the server's line); on a CPU it is resident host memory, which is
