@@ -245,7 +245,7 @@ def open_engine(folder: Path) -> Any:
 def own_routes(trainer: Any, batch: PackedBatch) -> np.ndarray:
     """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
     from lockstep.engine.layers.moe import MoE
-    from lockstep.engine.train_step import score
+    from lockstep.engine.score import score
 
     picked: list[list[np.ndarray]] = []
     hooks = []

@@ -26,12 +26,13 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
+from lockstep.engine.microbatch import prepare
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, open_trainer
-from lockstep.engine.train_step import _head, _shard, prepare
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.protocol import EngineConfig, LoraSettings
@@ -82,7 +83,7 @@ def loss_and_gradients(trainer: TrainerState, batch: PackedBatch, config: TrainC
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
-        new_N, entropy_N = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        new_N, entropy_N = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         # The reference only has to be the same function of the token in both packings.
         reference_N = torch.from_numpy(scored.sampling_N).to(new_N) - 0.3 if config.kl_coef else None
         part = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), reference_N=reference_N), config)
@@ -90,7 +91,7 @@ def loss_and_gradients(trainer: TrainerState, batch: PackedBatch, config: TrainC
         return part.loss / weight
 
     trainer.optimizer.zero()
-    forward_backward(trainer.model, [one.row for one in work], last, _shard(trainer))
+    forward_backward(trainer.model, [one.row for one in work], last, row_shards(trainer))
     trainer.optimizer.reduce()
     # Where replicas share a bucket, each holds the sum for its own slice only.
     gradients = torch.cat([bucket.gradients[bucket.low : bucket.high] for bucket in trainer.optimizer.buckets]).clone()

@@ -24,22 +24,16 @@ from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
+from lockstep.engine.microbatch import prepare
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.score import score, score_and_rank
+from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step
-from lockstep.engine.train_step import (
-    _head,
-    _shard,
-    check_records,
-    picks_that_differ,
-    prepare,
-    score,
-    score_and_rank,
-    train_step,
-)
+from lockstep.engine.train_step import check_records, picks_that_differ, train_step
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler
@@ -113,7 +107,7 @@ def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
         if number >= len(mine):  # padding: nothing is scored, but the backward pass must run
-            return _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
+            return head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
         whole = hidden.detach()[:, 0]
         if trainer.parallel.sequence_parallel:
             parts = [torch.empty_like(whole) for _ in range(trainer.parallel.tensor)]
@@ -125,14 +119,14 @@ def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple
             whole = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
         row = mine[number]
         logits[row] = whole @ trainer.model.head_weight().detach().T
-        new_N, _ = _head(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
+        new_N, _ = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         pairs = np.flatnonzero(np.repeat(batch.row_Q, np.diff(batch.scored_offsets_Q)) == row)
         loss = (new_N[torch.from_numpy(scored.token_P)] * torch.from_numpy(slope_P[pairs])).sum()
         total.add_(loss.detach().double())
         return loss
 
     trainer.optimizer.zero()
-    forward_backward(trainer.model, [w.row for w in work], last, _shard(trainer))
+    forward_backward(trainer.model, [w.row for w in work], last, row_shards(trainer))
     if trainer.model.post_process:
         dist.all_reduce(total, group=ps.get_data_parallel_group())
     dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())

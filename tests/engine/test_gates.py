@@ -56,7 +56,7 @@ def on_policy(
     trainer: Any, random: np.random.Generator, *, noise: float = 0.0, minibatches: int = 1, count: int = 12
 ) -> PackedBatch:
     """Replies of 4 to 40 random tokens, one a row, whose sampling log-probabilities are the trainer's and Gaussian noise."""
-    from lockstep.engine.train_step import score
+    from lockstep.engine.score import score
 
     made = []
     for number in range(count):
@@ -145,7 +145,7 @@ def test_a3_mismatch_covers_all_minibatches(model, random):
 
 
 def on_policy_scores(trainer: Any, batch: PackedBatch) -> np.ndarray:
-    from lockstep.engine.train_step import score
+    from lockstep.engine.score import score
 
     return score(trainer, batch, SILENT)
 

@@ -52,8 +52,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("family", "lora"), [("qwen3", False), ("qwen3_moe", True)])
 def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: Path) -> None:
     from lockstep.engine.memory.offload import Offload
+    from lockstep.engine.score import score
     from lockstep.engine.state import load_step, save_step
-    from lockstep.engine.train_step import score
 
     rng = np.random.default_rng()
     trainer = opened(family, tmp_path / "model", lora)

@@ -12,7 +12,7 @@ from cases import batch_of, tiny, tree_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine.microbatch import packed_row
+from lockstep.engine.packed_row import packed_row
 from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
 from lockstep.engine.routed_experts import account_of_row, check_routes, first_invalid
 from lockstep.errors import DataError

@@ -18,8 +18,8 @@ from lockstep.engine.token_mismatch import TokenMismatch
 from lockstep.errors import MismatchError, TrainerError
 
 if TYPE_CHECKING:
+    from lockstep.engine.microbatch import MicroBatch
     from lockstep.engine.state import TrainerState
-    from lockstep.engine.train_step import MicroBatch
 
 Sums = dict[str, float]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.layers.moe import MoE
-from lockstep.engine.microbatch import PackedRow
+from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel.context import share
 from lockstep.engine.parallel.device import device
 from lockstep.engine.routed_experts import Replayed, recompute_pass

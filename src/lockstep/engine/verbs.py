@@ -18,8 +18,9 @@ from lockstep.engine.export.merged_weights import WeightsOut
 from lockstep.engine.memory import offload
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
+from lockstep.engine.score import score_and_rank
 from lockstep.engine.state import TrainerState, load_step, save_step
-from lockstep.engine.train_step import picks_that_differ, score_and_rank, train_step
+from lockstep.engine.train_step import picks_that_differ, train_step
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.trainer import protocol
 from lockstep.trainer.protocol import SCORING, Request

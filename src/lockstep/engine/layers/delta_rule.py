@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.engine.layers.compiled_ops import wide
-from lockstep.engine.microbatch import Level, PackedRow
+from lockstep.engine.packed_row import Level, PackedRow
 
 CHUNK = 64
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.engine.microbatch import PackedRow
 from lockstep.engine.model import Model
+from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
 

@@ -1,0 +1,74 @@
+"""Scores of a packed batch: log-probabilities, and the most likely ids.
+
+Shapes: R rows, S row length, N scored tokens of a row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.batching.packed_batch import PackedBatch
+from lockstep.engine.checks import check_records
+from lockstep.engine.microbatch import prepare
+from lockstep.engine.parallel import groups
+from lockstep.engine.parallel.device import device
+from lockstep.engine.parallel.pipeline import forward_only
+from lockstep.engine.routed_experts import check_routes
+from lockstep.engine.scored_tokens import head_outputs, most_likely_ids, row_shards
+from lockstep.engine.state import TrainerState
+from lockstep.engine.timing import Clock, Report
+
+
+def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarray:
+    """float32 `[R, S]`: log-probability of every token given the ones before it in its sequence, NaN where there is none.
+
+    Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss or not. On every rank.
+    """
+    return score_and_rank(trainer, batch, report, 0)[0]
+
+
+def score_and_rank(
+    trainer: TrainerState, batch: PackedBatch, report: Report, count: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`score`, and where `count` is not 0 int32 `[R, S, count]`: the ids that were most likely in each token's place, best first,
+    -1 where there is no prediction.
+    """
+    clock = Clock(report)
+    values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
+    top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
+    replicas, rank = groups.data().size(), groups.data().rank()
+    mine = list(range(batch.rows))[rank::replicas]
+    trainer.model.replayed.clear()
+    with clock.phase("score"):
+        work = prepare(trainer, batch, list(range(batch.rows)))
+        check_routes(batch, [micro.row for micro in work], trainer.config)
+
+        def last(number: int, hidden: Tensor) -> None:
+            if number >= len(mine):
+                return
+            at = mine[number]
+            index_N = np.flatnonzero(batch.previous_RS[at] >= 0)
+            predictor_N = batch.previous_RS[at, index_N].astype(np.int64)
+            target_N = batch.tokens_RS[at, index_N].astype(np.int64)
+            found, _ = head_outputs(trainer, hidden, predictor_N, target_N, batch.temperatures_RS[at, index_N])
+            values_RS[at, torch.from_numpy(index_N)] = found.double().cpu()
+            if count:
+                top_RSC[at, torch.from_numpy(index_N)] = most_likely_ids(trainer, hidden, predictor_N, count)
+
+        forward_only(trainer.model, [w.row for w in work], last, row_shards(trainer))
+        check_records(trainer, work)
+        values_RS = _sum_over_ranks(trainer, values_RS)
+        top_RSC = _sum_over_ranks(trainer, top_RSC) if count else top_RSC
+    predicted_RS = batch.previous_RS >= 0
+    scores_RS = np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)
+    return scores_RS, np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1)) if count else None
+
+
+def _sum_over_ranks(trainer: TrainerState, values_RS: Tensor) -> Tensor:
+    """Each row was scored on one data-parallel rank's last stage (alike on its TP ranks)."""
+    values_RS = values_RS.to(device())
+    dist.all_reduce(values_RS, group=groups.data())
+    dist.broadcast(values_RS, groups.last_stage(), group=groups.pipeline())
+    return values_RS.cpu()

@@ -1,0 +1,90 @@
+"""What the model says about a row's scored tokens: log-probability, entropy, most likely ids.
+
+Shapes: N scored tokens of a row, P pairs (sequence, such a token), T tokens whose C most likely ids are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.batching.packed_batch import ScoredRow
+from lockstep.batching.top_logprobs import TOP, hits
+from lockstep.engine.layers.lm_head import linear_logprob, most_likely
+from lockstep.engine.microbatch import MicroBatch
+from lockstep.engine.parallel import context, groups
+from lockstep.engine.parallel.pipeline import forward_only
+from lockstep.engine.state import TrainerState
+
+
+def head_outputs(
+    trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose predictor is its own."""
+    mine = context.owned(predictor)
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(hidden.device)
+
+    found = linear_logprob(
+        hidden,
+        trainer.model.head_weight(),
+        put(predictor[mine] // trainer.parallel.context),
+        put(target[mine]),
+        put(temperature[mine]),
+        trainer.config.vocab_size,
+        groups.tensor(),
+        trainer.parallel.sequence_parallel,
+    )
+    logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
+    return logprob_N, entropy_N
+
+
+def most_likely_ids(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
+    """int32 `[N, count]` on the CPU of every rank; each computes those whose predictor is its own."""
+    mine = context.owned(predictor)
+    ids = most_likely(
+        hidden,
+        trainer.model.head_weight(),
+        torch.from_numpy(predictor[mine] // trainer.parallel.context).to(hidden.device),
+        count,
+        trainer.config.vocab_size,
+        groups.tensor(),
+        trainer.parallel.sequence_parallel,
+    )
+    return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
+
+
+def top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
+    """How far a row's most likely tokens agree with those that came with its rollouts, over what the trained step sampled: as sums."""
+    assert scored.top_PC is not None
+    known_P = scored.top_PC[:, 0] >= 0
+    if scored.current_N is not None:
+        known_P &= scored.current_N[scored.token_P]
+    # Sequences that share a token have the same ids for it.
+    token_T, first_T = np.unique(scored.token_P[known_P], return_index=True)
+    trainer_TC = most_likely_ids(trainer, hidden, scored.predictor_N[token_T], TOP).numpy()
+    top1, top20 = hits(scored.top_PC[known_P][first_T], trainer_TC)
+    sums = {"top_tokens": float(len(token_T)), "top1": top1, "top20": top20}
+    return {name: hidden.new_tensor(value, dtype=torch.float32) for name, value in sums.items()}
+
+
+def row_shards(trainer: TrainerState) -> int:
+    """In how many parts a row's tokens are split between the layers."""
+    return trainer.parallel.context * (trainer.parallel.tensor if trainer.parallel.sequence_parallel else 1)
+
+
+def logprobs_of_rows(trainer: TrainerState, work: Sequence[MicroBatch]) -> list[Tensor]:
+    """Detached log-probabilities of each row's scored tokens under the present weights; empty on all stages but the last."""
+    found: list[Tensor] = [torch.empty(0)] * len(work)
+
+    def last(number: int, hidden: Tensor) -> None:
+        scored = work[number].scored
+        found[number] = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[
+            0
+        ].detach()
+
+    forward_only(trainer.model, [w.row for w in work], last, row_shards(trainer))
+    return found
