@@ -18,20 +18,23 @@ from drawing import random_sequences, seeds
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight
 from lockstep.config.train import TrainConfig
+from lockstep.engine.losses.check import check_loss
 from lockstep.engine.losses.policy import (
     Scored,
-    cispo,
     finish_metrics,
-    gspo,
     kl_k3,
     masked,
     policy_loss,
-    ppo_clip,
     reduce_sums,
     scored_tensors,
     truncated,
 )
 from lockstep.errors import ConfigError
+from lockstep.losses import find_loss, named_losses
+from lockstep.losses.base import Clips, LossInputs
+from lockstep.losses.cispo import cispo
+from lockstep.losses.gspo import gspo
+from lockstep.losses.ppo import ppo_clip
 
 
 def gradient(function, new_P: torch.Tensor) -> torch.Tensor:
@@ -298,3 +301,68 @@ def test_minibatches_normalise_each_by_its_own_weight():
     batch = pack(sequences, np.ones(12), np.ones(12), row_length=longest, minibatches=2, multiple=1)
     parts = [total_weight(batch, minibatch_rows(batch.rows, 2, index)) for index in range(2)]
     assert sum(parts) == pytest.approx(sum(one.scored for one in sequences))
+
+
+def mine(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    """A user's: plain REINFORCE."""
+    return -pairs.advantage_P * pairs.new_P, torch.zeros_like(pairs.new_P, dtype=torch.bool)
+
+
+def constant(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    return pairs.new_P.detach(), pairs.new_P > 0
+
+
+def one_number(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    return pairs.new_P.sum(), pairs.new_P > 0
+
+
+def half_dead(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    return -pairs.advantage_P.clamp(min=0) * pairs.new_P, pairs.new_P > 0
+
+
+def raises(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    raise KeyError("no such thing")
+
+
+def test_a_users_loss_trains():
+    """Its value and gradient in a row are those of the formula."""
+    config = TrainConfig(loss="test_loss:mine")
+    check_loss(config.policy_loss)
+    new_P = logs(0.5, 0.2, 0.9, 0.3).requires_grad_()
+    row = scored(new_P, logs(0.5, 0.3, 0.8, 0.3))
+    [gradient_N] = torch.autograd.grad(policy_loss(row, config).loss, new_P)
+    factor_P = (row.weight_Q * row.advantage_Q)[row.sequence_P]
+    torch.testing.assert_close(gradient_N, torch.zeros_like(new_P).index_add(0, row.token_P, -factor_P))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("constant", "has no gradient"),
+        ("one_number", r"loss is \[\], expected one value for each pair"),
+        ("half_dead", "gives some pairs no gradient"),
+        ("raises", "KeyError on a trial"),
+    ],
+)
+def test_a_users_loss_that_can_not_train_is_refused(name, says):
+    with pytest.raises(ConfigError, match=says):
+        check_loss(TrainConfig(loss=f"test_loss:{name}").policy_loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere:loss", "can't be imported: No module named 'nowhere'"),
+        ("test_loss:nothing", "can't be imported: module 'test_loss' has no attribute 'nothing'"),
+        ("test_loss:pytestmark_of_nobody", "can't be imported"),
+        ("math:pi", "is a float: expected a PolicyLoss"),
+    ],
+)
+def test_a_users_loss_that_is_none_is_refused(name, says):
+    with pytest.raises(ConfigError, match=says):
+        TrainConfig(loss=name)
+
+
+@pytest.mark.parametrize("name", sorted(named_losses()))
+def test_every_loss_of_the_library_passes_its_own_check(name):
+    check_loss(find_loss(name))

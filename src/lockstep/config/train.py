@@ -7,18 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lockstep.config.base import Config
-
-_CLIP_DEFAULTS = {"cispo": (1.0, 4.0), "ppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
-
-
-_DUAL_CLIP_DEFAULTS = {"cispo": float("inf"), "ppo": 3.0, "gspo": float("inf")}
-
-
-_OLD_DEFAULTS: dict[str, Literal["sampling", "trainer"]] = {"cispo": "sampling", "ppo": "sampling", "gspo": "trainer"}
-
-
-_WEIGHT_DEFAULTS: dict[str, Literal["token", "sequence"]] = {"cispo": "token", "ppo": "token", "gspo": "sequence"}
-
+from lockstep.errors import ConfigError
+from lockstep.losses import find_loss
+from lockstep.losses.base import PolicyLoss
 
 _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
     "truncated": (0.0, 2.0),
@@ -31,10 +22,10 @@ class TrainConfig(Config):
     """One training step: from groups of trajectories to the next version."""
 
     learning_rate: float = Field(default=1e-5, gt=0, description="AdamW step size, constant within the step")
-    loss: Literal["cispo", "ppo", "gspo"] = Field(
+    loss: str = Field(
         default="cispo",
         description="cispo: clipped importance weight times log-probability; ppo: clipped surrogate per token; gspo: "
-        "per sequence",
+        "per sequence; or your own, as module:function (lockstep.losses.base)",
     )
     clip_low: float | None = Field(
         default=None,
@@ -126,6 +117,15 @@ class TrainConfig(Config):
     )
     seed: int = Field(default=0, ge=0, description="order of rows and ties in packing")
 
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, loss: str) -> str:
+        try:
+            find_loss(loss)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return loss
+
     @field_validator("betas")
     @classmethod
     def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
@@ -148,16 +148,16 @@ class TrainConfig(Config):
         if self.clip_low is not None and self.clip_low > 1:
             raise ValueError(f"clip_low = {self.clip_low} has no effect above 1, ratios are never negative: use 1.0")
         if self.clip_dual is not None:
-            if self.loss != "ppo":
+            if self.policy_loss.dual_clip is None:
                 raise ValueError(f"clip_dual has no effect with loss = {self.loss}: leave it out, or set loss = ppo")
             if self.clip_dual <= self.clip_range[1]:
                 raise ValueError(
                     f"clip_dual = {self.clip_dual} must be above 1 + clip_high = {self.clip_range[1]:g}: a lower one "
                     "cuts what the clip lets through"
                 )
-        if self.loss == "gspo" and self.divides_by == "sampling" and None in (self.clip_low, self.clip_high):
+        if self.policy_loss.by_sequence and self.divides_by == "sampling" and None in (self.clip_low, self.clip_high):
             raise ValueError(
-                "loss = gspo with old_logprobs = sampling clips rounding: server and trainer differ by more than the "
+                f"loss = {self.loss} with old_logprobs = sampling clips rounding: server and trainer differ by more than the "
                 "default clips, 3e-4 and 4e-4. Leave old_logprobs out, or set both clip_low and clip_high"
             )
         return self
@@ -189,24 +189,29 @@ class TrainConfig(Config):
         return self
 
     @property
+    def policy_loss(self) -> PolicyLoss:
+        return find_loss(self.loss)
+
+    @property
     def divides_by(self) -> Literal["sampling", "trainer"]:
         """`old_logprobs` with the loss's default filled in."""
-        return self.old_logprobs or _OLD_DEFAULTS[self.loss]
+        return self.old_logprobs or self.policy_loss.old_logprobs
 
     @property
     def weighs_by(self) -> Literal["token", "sequence"]:
         """`token_normalization` with the loss's default filled in."""
-        return self.token_normalization or _WEIGHT_DEFAULTS[self.loss]
+        return self.token_normalization or self.policy_loss.token_normalization
 
     @property
     def dual_clip(self) -> float:
         """`clip_dual` with the loss's default filled in; inf for a loss without one."""
-        return _DUAL_CLIP_DEFAULTS[self.loss] if self.clip_dual is None else self.clip_dual
+        default = self.policy_loss.dual_clip
+        return self.clip_dual or default or float("inf")
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """(1 - clip_low, 1 + clip_high) with the loss's defaults filled in."""
-        low, high = _CLIP_DEFAULTS[self.loss]
+        low, high = self.policy_loss.clip
         low = low if self.clip_low is None else self.clip_low
         return 1 - low, 1 + (high if self.clip_high is None else self.clip_high)
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from lockstep.batching.pack import load_batch
 from lockstep.engine.export.adapters import AdaptersOut
 from lockstep.engine.export.merged_weights import WeightsOut
+from lockstep.engine.losses.check import check_loss
 from lockstep.engine.memory import offload
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
@@ -64,6 +65,7 @@ class Verbs:
         config, reference = request.config, request.reference
         if (config.kl_coef > 0) != (reference is not None):
             raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
+        check_loss(config.policy_loss)
         metrics = train_step(self.trainer, load_batch(request.batch), config, reference, report)
         check_finite(metrics)
         if request.out is None:

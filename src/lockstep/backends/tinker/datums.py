@@ -17,6 +17,7 @@ import numpy as np
 from lockstep.batching.packed_batch import PackedBatch, total_weight, unpacked_weight
 from lockstep.config.base import unsupported
 from lockstep.errors import DataError, MismatchError, TrainerError
+from lockstep.losses import named_losses
 
 if TYPE_CHECKING:
     from lockstep.config.lora import LoraConfig
@@ -65,6 +66,7 @@ def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, boo
 def check_train_config(config: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that the service can't honour."""
     refused = (
+        ("loss", config.loss, config.loss not in named_losses(), "the service computes losses of its own only"),
         ("kl_coef", config.kl_coef, config.kl_coef > 0, "the service's losses have no KL penalty"),
         (
             "old_logprobs",

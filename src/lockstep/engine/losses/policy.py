@@ -1,5 +1,6 @@
-"""Policy losses as pure functions of log-probabilities. Each returns a sum over pairs; the caller divides by the global
-weight.
+"""A row's loss: the policy loss of `lockstep.losses`, importance correction and KL penalty, with metrics, all as sums over pairs.
+
+The caller divides by the global weight.
 
 A *pair* is a sampled token together with one of the sequences that own it (siblings in a prefix tree may share a
 computed token). Since every value here is a sum over pairs, k micro-batches on d ranks add up to exactly what one big
@@ -8,8 +9,7 @@ batch gives.
 Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64),
 natural logs.
 
-Sources: PPO arXiv 1707.06347, its dual clip arXiv 1912.09729 (eq. 5);
-CISPO arXiv 2506.13585; GSPO arXiv 2507.18071; k3 estimator: J. Schulman, "Approximating
+Sources: k3 estimator: J. Schulman, "Approximating
 KL divergence" (2020), as a penalty in GRPO arXiv 2402.03300; truncated importance sampling: Ionides 2008 and, between
 engines, "Your efficient RL framework secretly brings you off-policy RL training" (2025); IcePop: arXiv 2510.18855.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from lockstep.batching.packed_batch import ScoredRow
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
+from lockstep.losses.base import Clips, LossInputs, mean_by_sequence
 
 COMPARED = (
     "compared",
@@ -68,60 +69,6 @@ class LossSums:
     maxima: dict[str, Tensor]  # take the maximum
 
 
-def cispo(new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """CISPO: `-sg(clip(new/old, low, high)) * A * log new`. Every token keeps a gradient, with a bounded weight.
-
-    Returns (loss per pair, bool: the weight was clipped).
-    """
-    ratio_P = (new_P.detach() - old_P).exp()
-    clipped_P = (ratio_P < low) | (ratio_P > high)
-    return -ratio_P.clamp(low, high) * advantage_P * new_P, clipped_P
-
-
-def ppo_clip(
-    new_P: Tensor, old_P: Tensor, advantage_P: Tensor, low: float, high: float, dual: float = float("inf")
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate: `-min(r A, clip(r, low, high) A)` with r = new/old; where A < 0 it ends at `-dual A`.
-
-    Without the second clip, one token that the old policy all but excluded can outweigh a batch.
-    Returns (loss per pair, bool: a clip cut the gradient).
-    """
-    ratio_P = (new_P - old_P).exp()
-    free_P, bound_P = ratio_P * advantage_P, ratio_P.clamp(low, high) * advantage_P
-    loss_P, clipped_P = -torch.minimum(free_P, bound_P), bound_P < free_P
-    if dual < float("inf"):
-        most_P = -dual * advantage_P
-        beyond_P = (advantage_P < 0) & (loss_P > most_P)
-        loss_P, clipped_P = torch.where(beyond_P, most_P, loss_P), clipped_P | beyond_P
-    return loss_P, clipped_P.detach()
-
-
-def sum_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
-    """[P] -> [Q]: the sum over each sequence's own tokens, shared or not."""
-    return values_P.new_zeros(sequences).index_add(0, sequence_P, values_P)
-
-
-def mean_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
-    """[P] -> [Q]: the mean over each sequence's own tokens; 0 for a sequence without any."""
-    counts_Q = sum_by_sequence(torch.ones_like(values_P), sequence_P, sequences)
-    return sum_by_sequence(values_P, sequence_P, sequences) / counts_Q.clamp(min=1)
-
-
-def gspo(
-    new_P: Tensor, old_P: Tensor, advantage_Q: Tensor, sequence_P: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
-    """GSPO: PPO's surrogate with the sequence's ratio `s = exp(mean over its tokens of log(new/old))` in place of the
-    token's.
-
-    A sequence's tokens are found through its pairs, so tokens it shares with siblings count as they do unpacked.
-    Returns (loss per pair: its sequence's value, so that weighting works as for tokens; bool: the clip cut the
-    gradient).
-    """
-    log_ratio_Q = mean_by_sequence(new_P - old_P, sequence_P, len(advantage_Q))
-    loss_Q, clipped_Q = ppo_clip(log_ratio_Q, torch.zeros_like(log_ratio_Q), advantage_Q, low, high)
-    return loss_Q[sequence_P], clipped_Q[sequence_P]
-
-
 def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) per token, `r - 1 - log r` with r = reference/new; never negative.
 
@@ -148,13 +95,13 @@ _CORRECTIONS = {"truncated": truncated, "masked": masked, "icepop": masked}
 
 
 def importance_weight_P(scored: Scored, config: TrainConfig) -> Tensor | None:
-    """Detached weight trainer/server of each pair, or None without a correction. GSPO uses the sequence's geometric
-    mean.
+    """Detached weight trainer/server of each pair, or None without a correction. A loss by sequence uses the sequence's
+    geometric mean.
     """
     if config.importance_correction is None:
         return None
     log_weight_P = (scored.old_N - scored.sampling_N).detach()[scored.token_P]
-    if config.loss == "gspo":
+    if config.policy_loss.by_sequence:
         log_weight_P = mean_by_sequence(log_weight_P, scored.sequence_P, len(scored.weight_Q))[scored.sequence_P]
     return _CORRECTIONS[config.importance_correction](log_weight_P, *config.importance_bounds)
 
@@ -170,13 +117,8 @@ def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
     low, high = config.clip_range
     new_P, old_P = scored.new_N[scored.token_P], scored.old_N[scored.token_P]
     weight_P = scored.weight_Q[scored.sequence_P]
-    if config.loss == "gspo":
-        loss_P, clipped_P = gspo(new_P, old_P, scored.advantage_Q, scored.sequence_P, low, high)
-    elif config.loss == "ppo":
-        advantage_P = scored.advantage_Q[scored.sequence_P]
-        loss_P, clipped_P = ppo_clip(new_P, old_P, advantage_P, low, high, config.dual_clip)
-    else:
-        loss_P, clipped_P = cispo(new_P, old_P, scored.advantage_Q[scored.sequence_P], low, high)
+    pairs = LossInputs(new_P, old_P, scored.sequence_P, scored.advantage_Q)
+    loss_P, clipped_P = config.policy_loss.function(pairs, Clips(low, high, config.dual_clip))
     sums = _base_sums(scored, weight_P, clipped_P)
     correction_P = importance_weight_P(scored, config)
     if correction_P is not None:

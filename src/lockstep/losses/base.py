@@ -1,0 +1,79 @@
+"""What a policy loss is: a function of a row's pairs, and the settings that go with it. Imports no torch.
+
+A *pair* is a sampled token together with one of the sequences that own it (siblings in a prefix tree may share a computed token).
+A loss gives one value a pair, so k micro-batches on d ranks add up to exactly what one big batch gives.
+
+Shape suffixes: P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64), natural logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """A row's pairs.
+
+    new_P: log-probabilities of the policy that is trained, with gradient.
+    old_P: what the importance ratio divides by: the server's, or the trainer's own before the step.
+    sequence_P: int64, the sequence of each pair.
+    advantage_Q: of each sequence.
+    """
+
+    new_P: Tensor
+    old_P: Tensor
+    sequence_P: Tensor
+    advantage_Q: Tensor
+
+    @property
+    def advantage_P(self) -> Tensor:
+        return self.advantage_Q[self.sequence_P]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Bounds of the importance ratio new/old. dual: where a negative advantage's loss stops growing; inf: nowhere."""
+
+    low: float
+    high: float
+    dual: float
+
+
+LossFunction = Callable[[LossInputs, Clips], "tuple[Tensor, Tensor]"]
+"""(loss per pair, bool per pair: a clip bounded its weight or cut its gradient)."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss and the defaults of the settings that belong to it.
+
+    clip: (clip_low, clip_high): the ratio is clipped below 1 - clip_low and above 1 + clip_high.
+    dual_clip: default of clip_dual; None: the loss has no such clip.
+    old_logprobs, token_normalization: defaults of these settings.
+    by_sequence: ratios are those of whole sequences, and so are importance corrections.
+    """
+
+    name: str
+    function: LossFunction
+    clip: tuple[float, float] = (1.0, float("inf"))
+    dual_clip: float | None = None
+    old_logprobs: Literal["sampling", "trainer"] = "sampling"
+    token_normalization: Literal["token", "sequence"] = "token"
+    by_sequence: bool = False
+
+
+def sum_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
+    """[P] -> [Q]: the sum over each sequence's own tokens, shared or not."""
+    return values_P.new_zeros(sequences).index_add(0, sequence_P, values_P)
+
+
+def mean_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
+    """[P] -> [Q]: the mean over each sequence's own tokens; 0 for a sequence without any."""
+    counts_Q = sum_by_sequence(values_P.new_ones(values_P.shape), sequence_P, sequences)
+    return sum_by_sequence(values_P, sequence_P, sequences) / counts_Q.clamp(min=1)
