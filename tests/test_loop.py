@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from drawing import trajectory
-from lockstep.backends.megatron import run as backend_run
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
 from lockstep.cli.quickstart import examples_folder
 from lockstep.cli.tiny_sft import teach
+from lockstep.config import deadlines
 from lockstep.errors import (
     ConfigError,
     DataError,
@@ -414,7 +414,7 @@ async def check_torn_sync(model, backend, groups, monkeypatch):
     """
     run, step = backend._run(model), model.step
     before = await run.server.score(model.inference_name(), PROBE_S)
-    monkeypatch.setattr(backend_run, "SYNC_DEADLINE_S", 3.0)
+    monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"loop@{step + 1} did not reach the server, which still serves loop@{step}"
     with stopped_at(monkeypatch, run, "sync_adapter"), pytest.raises(ServerError, match=missed):
         await backend.train(model, groups, CONFIG)

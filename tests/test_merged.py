@@ -15,12 +15,12 @@ import torch
 import lockstep as ls
 from inflight import sampled_tokens, seen_running, seen_sampling
 from lockstep.backends.megatron import colocated
-from lockstep.backends.megatron import run as backend_run
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
 from lockstep.cli.quickstart import examples_folder
 from lockstep.cli.tiny_sft import teach
+from lockstep.config import deadlines
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
 from lockstep.loop.run_file import load_run_file
 from lockstep.loop.synchronous import roll_out
@@ -204,7 +204,7 @@ async def check_stalled_sync(model, backend, task, section, monkeypatch):
     """A server that stops in the middle: a named error within the deadline, the old version served, and the way on."""
     step = model.step
     groups = await roll_out(model, task, section, step)
-    monkeypatch.setattr(backend_run, "SYNC_DEADLINE_S", 3.0)
+    monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"merged@{step + 1} did not reach the server, which still serves merged@{step}"
     with stopped_at(monkeypatch, backend._run(model), "sync"), pytest.raises(ServerError, match=missed):
         await backend.train(model, groups, CONFIG)
@@ -344,7 +344,7 @@ async def trained_in_turns(model, backend, groups, monkeypatch):
 
 async def check_server_does_not_sleep_over_requests(model, backend, groups, monkeypatch):
     """A request that does not end in time stops the step before it begins, and is not harmed."""
-    monkeypatch.setattr(colocated, "IN_FLIGHT_DEADLINE_S", 0.3)
+    monkeypatch.setattr(colocated, "deadlines.IN_FLIGHT_S", 0.3)
     body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
     server = backend._run(model).server
     sleep, running = server.sleep, []

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from drawing import choice, trajectory
+from lockstep.config import deadlines
 from lockstep.errors import ConfigError, DataError, RolloutError, StoreError
-from lockstep.rollouts import gather
 from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.rollouts.parquet import read_parquet, write_parquet
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
@@ -199,7 +199,7 @@ async def test_cancelling_the_gather_cancels_its_rollouts():
 
 
 async def test_a_rollout_that_does_not_end_is_not_waited_for_for_ever(monkeypatch):
-    monkeypatch.setattr(gather, "_CANCEL_S", 0.2)
+    monkeypatch.setattr(deadlines, "CANCEL_S", 0.2)
     let_go = asyncio.Event()
 
     async def stubborn() -> Trajectory:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
+from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
 from lockstep.rollouts.leases import Leases, current_scope
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from lockstep.backends.base import Backend, Endpoint
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_REQUEST_SECONDS = 600.0
-_CONNECT_SECONDS = 10.0
 _RETRIES = 3
 _DEFAULT_LORA = LoraConfig()
 
@@ -47,13 +46,13 @@ def open_client(endpoint: Endpoint) -> AsyncOpenAI:
 
     class Client(SlotSending, DefaultAsyncHttpxClient):
         slots = None if endpoint.slots is None else Slots(endpoint.slots)
-        default_s = _REQUEST_SECONDS
+        default_s = deadlines.REQUEST_S
         longest = endpoint.max_model_len or 0
 
     return AsyncOpenAI(
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
-        timeout=Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS),
+        timeout=Timeout(deadlines.REQUEST_S, connect=deadlines.CONNECT_S),
         max_retries=_RETRIES,
         http_client=Client(trust_env=False),  # a proxy must not catch the run's own server
     )

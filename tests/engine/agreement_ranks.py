@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lockstep.config import deadlines
 from lockstep.engine.parallel import coordination
 from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.parallel.launch import group_settings
@@ -15,7 +16,7 @@ from lockstep.engine.parallel.launch import group_settings
 
 def main() -> None:
     case, out = sys.argv[1], Path(sys.argv[2])
-    coordination.GRACE_S, coordination.POLL_S = 2.0, 0.1
+    deadlines.LOST_RANK_S, coordination.POLL_S = 2.0, 0.1
     dist.init_process_group("gloo", **group_settings())
     agreed = Agreement()
 

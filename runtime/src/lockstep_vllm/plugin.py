@@ -13,8 +13,8 @@ from lockstep_vllm.version import VLLM_SERIES, vllm_version
 
 def register() -> None:
     """`vllm.general_plugins`: called in the API process, the engine core and each worker."""
+    from lockstep_vllm import patches
     from lockstep_vllm.patches import process_lifetime
-    from lockstep_vllm.routed_experts import capture
 
     process_lifetime.die_with_parent()
     version = vllm_version()
@@ -23,28 +23,9 @@ def register() -> None:
             f"lockstep-vllm is written for vLLM {VLLM_SERIES}x and found {version}: run `lockstep runtime install`, "
             "or point LOCKSTEP_RUNTIME_PYTHON at an environment that has it"
         )
-    capture.apply()
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        from lockstep_vllm.patches import (
-            cpu_fork,
-            cpu_lora,
-            cpu_moe_lora,
-            cpu_plain_weights,
-            cpu_reload,
-            cpu_waiting,
-            exact_fp64,
-        )
-
-        cpu_reload.apply()
-        cpu_lora.apply()
-        cpu_waiting.apply()
-        cpu_moe_lora.apply()
-        if cpu_plain_weights.wanted():
-            cpu_plain_weights.apply()
-        exact_fp64.apply()
-        cpu_fork.apply()
+    patches.apply("every", current_platform.is_cpu())
 
 
 def endpoints():

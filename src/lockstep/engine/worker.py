@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.config import deadlines
+
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine.parallel import device  # isort: skip
 from lockstep.engine.parallel.coordination import LOST, Agreement
@@ -27,10 +29,6 @@ from lockstep.errors import ConfigError, LockstepError, TrainerError
 from lockstep.trainer import channel as channels
 from lockstep.trainer.channel import Channel, ChannelClosed
 from lockstep.trainer.protocol import REQUESTS, EngineConfig, Load, Ready, from_json, to_json
-
-HEARTBEAT_S = 5.0
-SHUTDOWN_S = 10.0
-DEFAULT_TIMEOUT_S = 24 * 3600.0
 
 Json = dict[str, Any]
 
@@ -60,7 +58,7 @@ class Worker:
         while True:
             request = receive(number)
             if request.get("verb") == "shutdown":
-                self.agreement.settle(number, None, SHUTDOWN_S)  # rank 0 holds the store: it leaves last
+                self.agreement.settle(number, None, deadlines.SHUTDOWN_S)  # rank 0 holds the store: it leaves last
                 if request["id"] >= 0:  # below: the parent has gone, and nobody listens
                     self.channel.send(channels.result(request["id"], {}))
                 return
@@ -71,7 +69,7 @@ class Worker:
 
     def answer(self, number: int, request: Json) -> None:
         """Run one verb on this rank, agree on its outcome with the others, and reply."""
-        identity, timeout_s = int(request["id"]), float(request.get("timeout_s") or DEFAULT_TIMEOUT_S)
+        identity, timeout_s = int(request["id"]), float(request.get("timeout_s") or deadlines.RANKS_S)
         before, result, error = self.verbs.trainer.optimizer.count, None, None
 
         def give_up(why: str) -> None:
@@ -134,7 +132,7 @@ class heartbeat:
         return self.report
 
     def _beat(self) -> None:
-        while not self.done.wait(HEARTBEAT_S):
+        while not self.done.wait(deadlines.HEARTBEAT_S):
             self.channel.send(channels.event(self.identity, {"kind": "heartbeat", "phase": self.phase}))
 
     def __exit__(self, *_exception: object) -> None:

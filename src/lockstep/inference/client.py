@@ -8,14 +8,12 @@ from typing import Any
 
 import httpx
 
+from lockstep.config import deadlines
 from lockstep.errors import ServerError
 from lockstep.inference.log import why_it_ended
 from lockstep.inference.vllm_args import adapter_fields
 from lockstep.process.child import Child
 from lockstep_wire import http_paths
-
-_CALL_DEADLINE_S = 60.0
-_ADAPTER_DEADLINE_S = 300.0
 
 
 class Server:
@@ -38,14 +36,14 @@ class Server:
         Raises ServerError if the name is taken, the folder is not an adapter for this model, or the slot holds anything else.
         """
         body = {"lora_name": name, "lora_path": str(path.resolve()), **adapter_fields(path)}
-        await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=deadlines.ADAPTER_S)
         body = {"name": name, "path": str(path.resolve())}
-        await self.call("POST", http_paths.SYNC_VERIFY_FOLDER, body, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", http_paths.SYNC_VERIFY_FOLDER, body, deadline_s=deadlines.ADAPTER_S)
 
     async def unload_adapter(self, name: str) -> None:
         """Stops serving an adapter. Raises ServerError if it isn't served."""
-        await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, deadline_s=_ADAPTER_DEADLINE_S)
-        await self.call("POST", http_paths.SYNC_FORGET_ADAPTER, {"name": name}, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, deadline_s=deadlines.ADAPTER_S)
+        await self.call("POST", http_paths.SYNC_FORGET_ADAPTER, {"name": name}, deadline_s=deadlines.ADAPTER_S)
 
     async def models(self) -> list[str]:
         """Names served now: the base model's first, then the adapters'."""
@@ -74,7 +72,7 @@ class Server:
             if len(tokens) < 2:
                 raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
         body = {"model": model, "prompt": sequences, "max_tokens": 1, "prompt_logprobs": top, "temperature": 1.0}
-        reply = (await self.call("POST", http_paths.COMPLETIONS, body, deadline_s=_ADAPTER_DEADLINE_S)).json()
+        reply = (await self.call("POST", http_paths.COMPLETIONS, body, deadline_s=deadlines.ADAPTER_S)).json()
         return sorted(reply["choices"], key=lambda choice: choice["index"])
 
     async def tokenize(self, text: str) -> list[int]:
@@ -105,12 +103,12 @@ class Server:
         flight after `deadline_s`.
         """
         body = {"level": level, "deadline_s": deadline_s}
-        await self.call("POST", http_paths.SLEEP, body, deadline_s=deadline_s + _CALL_DEADLINE_S)
+        await self.call("POST", http_paths.SLEEP, body, deadline_s=deadline_s + deadlines.CALL_S)
 
     async def wake(self, *parts: str) -> None:
         """Takes the memory of `parts` ("weights", "kv_cache") back; all of them, and requests go on, when none is named."""
         body = {"parts": list(parts or ("weights", "kv_cache"))}
-        await self.call("POST", http_paths.WAKE, body, deadline_s=_ADAPTER_DEADLINE_S)
+        await self.call("POST", http_paths.WAKE, body, deadline_s=deadlines.ADAPTER_S)
 
     async def memory(self) -> list[dict[str, int]]:
         """Bytes of each worker: `resident` on the host; on a GPU also `reserved`, `device_free` and `device_total`."""
@@ -125,7 +123,7 @@ class Server:
         return (await self.call("GET", http_paths.STATUS)).json()
 
     async def call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = _CALL_DEADLINE_S
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = deadlines.CALL_S
     ) -> httpx.Response:
         """One request with the token. Raises ServerError on a refusal, a missed deadline or a dead server."""
         headers = {"Authorization": f"Bearer {self.api_key}"}

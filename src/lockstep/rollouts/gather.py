@@ -11,14 +11,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lockstep.config import deadlines
 from lockstep.errors import ConfigError, DataError, RolloutError
 from lockstep.rollouts.leases import rollout_scope
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
 AfterEach = Callable[[TrajectoryGroup], Any]
-_CANCEL_S = 60.0
-"""How long a cancelled rollout may take to end."""
 _Report = Callable[[Sequence[Trajectory] | None], None]
 """Told of each slot that ended: its trajectories, or None for a failure."""
 
@@ -196,12 +195,12 @@ class _Gathering:
         for task in tasks:
             task.cancel()
         if tasks:
-            ended, going_on = await asyncio.wait(tasks, timeout=_CANCEL_S)
+            ended, going_on = await asyncio.wait(tasks, timeout=deadlines.CANCEL_S)
             for task in ended:
                 _ = task.cancelled() or task.exception()  # looked at, or asyncio would complain that nobody did
             if going_on:
                 warnings.warn(
-                    f"{len(going_on)} rollouts go on {_CANCEL_S:g} s after they were cancelled: they must let CancelledError pass",
+                    f"{len(going_on)} rollouts go on {deadlines.CANCEL_S:g} s after they were cancelled: they must let CancelledError pass",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from lockstep_vllm.http import openai_fields, sleep_api, sync_api, weight_versions
+from lockstep_vllm import patches
+from lockstep_vllm.http import openai_fields, sleep_api, sync_api
 from lockstep_vllm.version import vllm_version
 from lockstep_wire import http_paths
 
@@ -30,7 +31,7 @@ class LockstepRoutes:
 
         sync_api.add_routes(app)
         sleep_api.add_routes(app)
-        weight_versions.apply()
+        patches.apply("api", on_cpu=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Called once the engine is up. The first version is the name that the base model is served under."""

@@ -1,1 +1,72 @@
-"""Changes to vLLM's own code, one module each."""
+"""Every change that Lockstep makes to vLLM's own code: where, on which platform, why, and the test that says when it can go.
+
+All of them are written for vLLM `VLLM_SERIES`; another version is refused before any is applied (`plugin.py`). Modules are imported when
+they are applied, since vLLM may not be imported earlier.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Patch:
+    """module: below `lockstep_vllm`, with a function `apply()`, which does nothing where its own variable says so.
+
+    process: "every" of the server, or the "api" process or a "worker" alone.
+    gone_when: the tests that fail once vLLM does without the patch; empty where it brings what vLLM does not mean to have.
+    """
+
+    module: str
+    process: Literal["every", "api", "worker"]
+    platform: Literal["any", "cpu"]
+    why: str
+    gone_when: str
+
+
+PATCHES = (
+    Patch(
+        "routed_experts.capture",
+        "every",
+        "any",
+        "vLLM copies routed experts per request and token; the pool keeps them where the keys are",
+        "tests/runtime/test_route_capture.py",
+    ),
+    Patch(
+        "patches.cpu_reload",
+        "every",
+        "cpu",
+        "packed experts and a tied output head keep old weights after a reload",
+        "tests/runtime/test_cpu_reload.py",
+    ),
+    Patch(
+        "patches.cpu_lora",
+        "every",
+        "cpu",
+        "adapters gather a matrix per token, and give wrong results in mixed batches",
+        "tests/runtime/test_lora_cpu.py",
+    ),
+    Patch("patches.cpu_waiting", "every", "cpu", "processes spin while they wait for each other", ""),
+    Patch(
+        "patches.cpu_moe_lora",
+        "every",
+        "cpu",
+        "adapters on routed experts are accepted at the start and end the server at the first request",
+        "tests/families/test_served_adapters.py",
+    ),
+    Patch("patches.cpu_plain_weights", "every", "cpu", "packed weights can't be read back or written in place", ""),
+    Patch("patches.exact_fp64", "every", "cpu", "numerics = exact computes in fp64", "tests/test_exact.py"),
+    Patch("patches.cpu_fork", "every", "cpu", "spawning engine core and workers imports torch and vLLM again", ""),
+    Patch("http.weight_versions", "api", "any", "tokens carry the version of the weights that sampled them", ""),
+    Patch("adapters.from_memory", "worker", "any", "adapters come from memory and not from a folder", ""),
+)
+"""In the order in which they are applied."""
+
+
+def apply(process: Literal["every", "api", "worker"], on_cpu: bool) -> None:
+    """Apply what belongs to this kind of process here."""
+    for patch in PATCHES:
+        if patch.process == process and (on_cpu or patch.platform == "any"):
+            importlib.import_module(f"lockstep_vllm.{patch.module}").apply()

@@ -13,12 +13,10 @@ import os
 VARIABLE = "LOCKSTEP_PLAIN_CPU_WEIGHTS"
 
 
-def wanted() -> bool:
-    return os.environ.get(VARIABLE) == "1"
-
-
 def apply() -> None:
-    """For the CPU platform only. After `moe_lora_cpu.apply`, whose experts are plain already."""
+    """Patches this process if the server was started for it. After `cpu_moe_lora`, whose experts are plain already."""
+    if os.environ.get(VARIABLE) != "1":
+        return
     from vllm.model_executor.layers import utils
 
     from lockstep_vllm.patches.cpu_moe_lora import choose_torch_experts

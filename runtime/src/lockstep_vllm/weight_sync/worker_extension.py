@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lockstep_vllm import patches
 from lockstep_vllm.adapters import from_folder, from_memory
 from lockstep_vllm.names import UnknownWeightError, resolve
 from lockstep_vllm.weight_sync import coverage
@@ -113,7 +114,7 @@ class Receiver:
             plan = parse(raw)
             if "adapter" in raw:
                 from_memory.check_config(raw["adapter"], self.vllm_config.lora_config)
-                from_memory.apply()
+                patches.apply("worker", on_cpu=False)
                 state.places = from_memory.make_places(self.model_runner.lora_manager, raw["adapter"], plan)
             else:
                 model = self.model_runner.get_model()

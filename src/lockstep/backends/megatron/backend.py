@@ -16,10 +16,11 @@ from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import back_to_published, give_gpu_back, publish_and_serve, serve
 from lockstep.backends.megatron.resolve import Plan, make_plan
-from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run, all_ended
+from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
+from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
@@ -105,7 +106,7 @@ class MegatronBackend:
             await measure_noise(run)
             step = store.latest()
             if step is not None:
-                await trainer.call(Load(step.path), deadline_s=STEP_DEADLINE_S)
+                await trainer.call(Load(step.path), deadline_s=deadlines.STEP_S)
             else:
                 step = await _publish_first(run)
             self._runs[model] = run
@@ -170,7 +171,7 @@ class MegatronBackend:
             before = await BeforeStep.score(run, prepared.sequences)
             # An adapter leaves before its folder is written.
             asked = TrainStep(batch_path, config, out=staged if run.settings.merged else None, reference=reference)
-            trained = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
+            trained = await run.trainer.call(asked, deadline_s=deadlines.STEP_S)
             scores, power = await before.after(run, current + 1)
         except BaseException as error:
             await give_gpu_back(run, error)
@@ -194,5 +195,5 @@ class MegatronBackend:
 async def _publish_first(run: Run) -> RunCheckpoint:
     """Step 0: the base model, with an adapter that changes nothing unless all weights are trained."""
     staged = run.store.stage(0)
-    await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Save(staged), deadline_s=deadlines.STEP_S)
     return await asyncio.to_thread(run.store.publish, 0, staged, {})

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
+from lockstep.backends.megatron.run import Run
+from lockstep.config import deadlines
 from lockstep.errors import ServerError
 from lockstep.trainer.protocol import Offload, Onload, Release
-
-IN_FLIGHT_DEADLINE_S = 600.0
-"""How long a step waits for requests in flight before the server may sleep."""
 
 
 async def give_gpu_to_trainer(run: Run, *, forget_weights: bool) -> None:
@@ -26,10 +24,10 @@ async def give_gpu_to_trainer(run: Run, *, forget_weights: bool) -> None:
     """
     if not run.settings.colocated:
         return
-    await run.server.sleep(2 if forget_weights else 1, deadline_s=IN_FLIGHT_DEADLINE_S)
+    await run.server.sleep(2 if forget_weights else 1, deadline_s=deadlines.IN_FLIGHT_S)
     if run.settings.offload:
         async with never_left_asleep(run):
-            await run.trainer.call(Onload(), deadline_s=STEP_DEADLINE_S)
+            await run.trainer.call(Onload(), deadline_s=deadlines.STEP_S)
 
 
 @asynccontextmanager
@@ -69,6 +67,6 @@ async def give_gpu_to_server(run: Run) -> None:
 async def _offload(run: Run, *, keep_weights: bool) -> None:
     # Also a trainer that stays gives back what its step took beside its tensors: the server counts on that memory.
     if run.settings.offload:
-        await run.trainer.call(Offload(keep_weights), deadline_s=STEP_DEADLINE_S)
+        await run.trainer.call(Offload(keep_weights), deadline_s=deadlines.STEP_S)
     else:
-        await run.trainer.call(Release(), deadline_s=STEP_DEADLINE_S)
+        await run.trainer.call(Release(), deadline_s=deadlines.STEP_S)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.placement import resolve_placement
 from lockstep.backends.megatron.settings import ResolvedSettings, lora_serving
+from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.client import Server
@@ -26,7 +27,6 @@ from lockstep.trainer.protocol import Memory, Offload, Release
 if TYPE_CHECKING:
     pass
 
-_OFFLOAD_DEADLINE_S = 600.0
 _LEAST_SHARE = 0.1
 _SERVED_LENGTH = 2048
 """Tokens of the longest conversation with a step of a run that did not store its own length."""
@@ -71,10 +71,10 @@ async def _start_in_turn(
     trainer = await start_trainer(settings, folder)
     try:
         if settings.offload:
-            await trainer.call(Offload(), deadline_s=_OFFLOAD_DEADLINE_S)
+            await trainer.call(Offload(), deadline_s=deadlines.OFFLOAD_S)
         else:
-            await trainer.call(Release(), deadline_s=_OFFLOAD_DEADLINE_S)
-        memory = await trainer.call(Memory(), deadline_s=_OFFLOAD_DEADLINE_S)
+            await trainer.call(Release(), deadline_s=deadlines.OFFLOAD_S)
+        memory = await trainer.call(Memory(), deadline_s=deadlines.OFFLOAD_S)
         share = memory_share(memory.device_free, memory.device_total)
         return trainer, await launch(settings.server_config(served_name, share), runtime, folder, say)
     except BaseException:

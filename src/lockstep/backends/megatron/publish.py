@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lockstep.backends.megatron import run as deadlines
 from lockstep.backends.megatron.colocated import give_gpu_to_server, make_room_for_weights, never_left_asleep
 from lockstep.backends.megatron.probe import ProbeScores, check_finite
-from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
+from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import trained_scores, verify
+from lockstep.config import deadlines
 from lockstep.errors import (
     LockstepError,
     MismatchError,
@@ -75,7 +75,7 @@ async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, fl
     """The published step, and the seconds until it was. An adapter's folder is first written; merged weights' was by `train_step`."""
     started = time.monotonic()
     if not run.settings.merged:
-        await run.trainer.call(Save(staged), deadline_s=STEP_DEADLINE_S)
+        await run.trainer.call(Save(staged), deadline_s=deadlines.STEP_S)
     step = await asyncio.to_thread(run.store.publish, number, staged, metrics)
     run.trainer_ahead = False
     return step, time.monotonic() - started
@@ -121,7 +121,7 @@ async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[st
 
 async def back_to_published(run: Run, step: int) -> None:
     """After a step that never got published: whatever trainer and server did with it, they stand at `step`, the last that was, again."""
-    await run.trainer.call(Load(run.store.step(step).path), deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Load(run.store.step(step).path), deadline_s=deadlines.STEP_S)
     unpublished = run.name(step + 1)  # no rollout was ever told its name
     if not run.settings.merged and unpublished in await run.server.models():
         await run.server.unload_adapter(unpublished)
@@ -188,10 +188,10 @@ async def _send(run: Run, number: int) -> dict[str, float]:
         root_url=run.server.root_url,
         version=name,
         transport=f"disk:{run.store.path.resolve() / 'weights'}" if transport == "disk" else transport,
-        deadline_s=deadlines.SYNC_DEADLINE_S,
+        deadline_s=deadlines.SYNC_S,
         api_key=run.server.api_key,
     )
-    report = await run.trainer.call(asked, deadline_s=STEP_DEADLINE_S)
+    report = await run.trainer.call(asked, deadline_s=deadlines.STEP_S)
     if run.settings.merged:
         run.server.served_name = name
     return {

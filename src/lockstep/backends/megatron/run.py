@@ -14,11 +14,6 @@ from lockstep.model import TrainableModel, version_name
 from lockstep.runs.store import RunStore
 from lockstep.trainer.client import Trainer
 
-STEP_DEADLINE_S = 600.0
-"""Longest silence of the trainer while it works; it sends heartbeats, so this bounds a hang and not a long step."""
-SYNC_DEADLINE_S = 300.0
-"""Longest single wait of a sync: to join, for the receiver of a bucket, for the swap."""
-
 
 @dataclass
 class Run:

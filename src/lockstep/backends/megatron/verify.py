@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from lockstep.backends.megatron import probe as probing
 from lockstep.backends.megatron.colocated import give_gpu_to_server, give_gpu_to_trainer
 from lockstep.backends.megatron.probe import ROW, TOKENS, Probe, ProbeScores
-from lockstep.backends.megatron.run import STEP_DEADLINE_S, Run
+from lockstep.backends.megatron.run import Run
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import decode_routes
 from lockstep.batching.top_logprobs import TOP
+from lockstep.config import deadlines
 from lockstep.inference.client import logprobs_of, most_likely
 from lockstep.trainer.protocol import Score
 
@@ -98,7 +99,7 @@ async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
     count = len(probe.sequences)
     batch = pack(probe.sequences, np.zeros(count), np.ones(count), row_length=ROW, data=run.settings.parallel.data)
     await asyncio.to_thread(save_batch, batch, batch_path)
-    await run.trainer.call(Score(batch_path, out, TOP), deadline_s=STEP_DEADLINE_S)
+    await run.trainer.call(Score(batch_path, out, TOP), deadline_s=deadlines.STEP_S)
     scores = await asyncio.to_thread(load_file, out)
     logprobs_T, top_TV = (np.concatenate(unpack_scores(batch, scores[name])) for name in ("logprobs_RS", "top_RSC"))
     return ProbeScores(logprobs_T.astype(np.float64), top_TV)

@@ -29,6 +29,7 @@ from lockstep.backends.tinker.datums import (
 )
 from lockstep.batching.packed_batch import has_signal
 from lockstep.batching.prepare import prepare
+from lockstep.config import deadlines
 from lockstep.config.base import unsupported
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError, TrainerError
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from lockstep.models.spec import ModelSupportSpec
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
-_CALL_S = 3600.0
-"""Longest wait for one answer of the service, which queues requests while it has no room."""
-_SAMPLE_S = 600.0
-_CLOSE_S = 30.0
 _PATHS = "tinker.json"
 """In a step's folder: where the service keeps its training state and its sampler weights."""
 
@@ -162,8 +159,8 @@ class TinkerBackend:
         state = trainer.save_state(name)
         weights = trainer.save_weights_for_sampler(name)
         paths = {
-            "state": (await _answer(state, f"saving step {number}", _CALL_S)).path,
-            "sampler": (await _answer(weights, f"saving the sampler of step {number}", _CALL_S)).path,
+            "state": (await _answer(state, f"saving step {number}", deadlines.TINKER_CALL_S)).path,
+            "sampler": (await _answer(weights, f"saving the sampler of step {number}", deadlines.TINKER_CALL_S)).path,
         }
         sampler = await self._sampler(paths["sampler"])
         staged = store.stage(number)
@@ -225,7 +222,9 @@ class TinkerBackend:
         )
         inputs = _sdk().ModelInput.from_ints(prompt)
         try:
-            reply = await _answer(sampler.sample(inputs, request.n or 1, settings), "sampling", _SAMPLE_S)
+            reply = await _answer(
+                sampler.sample(inputs, request.n or 1, settings), "sampling", deadlines.TINKER_SAMPLE_S
+            )
         except TrainerError as error:
             raise RequestError(502, str(error)) from None
         choices = []
@@ -245,7 +244,7 @@ class TinkerBackend:
             run.store.close()
         service, self._service = self._service, None
         if service is not None:
-            await _answer(service.close("success"), "the end of the session", _CLOSE_S)
+            await _answer(service.close("success"), "the end of the session", deadlines.TINKER_CLOSE_S)
 
 
 async def _one_update(trainer: Any, examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
@@ -256,9 +255,9 @@ async def _one_update(trainer: Any, examples: Sequence[Example], config: TrainCo
         config.loss,
         loss_fn_config={"clip_low_threshold": low, "clip_high_threshold": high},
     )
-    output = await _answer(passed, "the forward and backward pass", _CALL_S)
+    output = await _answer(passed, "the forward and backward pass", deadlines.TINKER_CALL_S)
     metrics = step_metrics(examples, output, config)
-    await _answer(trainer.optim_step(_adam(config)), "the optimizer step", _CALL_S)
+    await _answer(trainer.optim_step(_adam(config)), "the optimizer step", deadlines.TINKER_CALL_S)
     return metrics | {"no_signal": 0.0}
 
 
@@ -298,10 +297,10 @@ async def _answer(future: Any, what: str, deadline_s: float) -> Any:
 
 async def _open(what: str, create: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     """A new client of the service. The first one opens the session, which blocks, so each is asked for in a thread."""
-    with _named(what, _CALL_S):
-        async with asyncio.timeout(_CALL_S):
+    with _named(what, deadlines.TINKER_CALL_S):
+        async with asyncio.timeout(deadlines.TINKER_CALL_S):
             future = await asyncio.to_thread(create, *args, **settings)
-            return await future.result_async(_CALL_S)
+            return await future.result_async(deadlines.TINKER_CALL_S)
 
 
 def _paths(step: RunCheckpoint) -> dict[str, str]:

@@ -11,10 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lockstep.backends.base import Endpoint
+from lockstep.config import deadlines
 from lockstep.errors import ConfigError, ServerError
-
-_START_S = 60.0
-_CLOSE_S = 10.0
 
 Answer = Callable[[bytes], Awaitable[dict[str, Any]]]
 
@@ -63,10 +61,10 @@ class ChatEndpoint:
             target=self._server.run, kwargs={"sockets": [listener]}, name="lockstep-chat-endpoint", daemon=True
         )
         self._thread.start()
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + deadlines.ENDPOINT_START_S
         while not self._server.started:
             if time.monotonic() > end or not self._thread.is_alive():
-                raise ServerError(f"the chat endpoint did not start within {_START_S:g} s")
+                raise ServerError(f"the chat endpoint did not start within {deadlines.ENDPOINT_START_S:g} s")
             time.sleep(0.01)
         self.endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", self._token)
         return self.endpoint
@@ -75,7 +73,7 @@ class ChatEndpoint:
         """Stop listening; requests in flight get a few seconds. Harmless when it never started."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
-            self._thread.join(_CLOSE_S)
+            self._thread.join(deadlines.ENDPOINT_CLOSE_S)
 
     def _application(self) -> Any:
         from starlette.applications import Starlette

@@ -19,12 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lockstep.config import deadlines
 from lockstep.engine.parallel.launch import rank_store
 from lockstep.errors import ConfigError
 from lockstep.weight_sync.sender_group import missing_keys
-
-GRACE_S = 15.0
-"""How long a rank may stay inside a verb after another one failed in it."""
 
 POLL_S = 0.5
 LOST = 13
@@ -60,7 +58,7 @@ class Agreement:
             self.store.set(f"failed/{number}", json.dumps(error))
         self.store.set(f"outcome/{number}/{self.rank}", json.dumps(error))
         keys = [f"outcome/{number}/{rank}" for rank in range(self.world)]
-        wait_s = GRACE_S if error is not None else timeout_s
+        wait_s = deadlines.LOST_RANK_S if error is not None else timeout_s
         if missing := missing_keys(self.store, keys, wait_s):
             late = [keys.index(key) for key in missing]
             message = f"ranks {late} did not finish within {wait_s:.0f} s"
@@ -100,7 +98,7 @@ class Agreement:
             if now > deadline:
                 give_up(f"the verb did not finish within {timeout_s:.0f} s")
                 os._exit(LOST)
-            if failed_at is not None and now > failed_at + GRACE_S:
+            if failed_at is not None and now > failed_at + deadlines.LOST_RANK_S:
                 failure = json.loads(self.watch.get(f"failed/{number}"))
                 give_up(f"another rank failed: {failure['message']}")
                 os._exit(LOST)

@@ -24,6 +24,7 @@ from pathlib import Path
 import filelock
 import httpx
 
+from lockstep.config import deadlines
 from lockstep.errors import RuntimeNotInstalledError
 from lockstep.inference.environment.locate import (
     MARKER,
@@ -46,8 +47,6 @@ Progress = Callable[[str], None]
 # Disk the finished environment and its downloads need together (measured for cpu: 3.4 GB).
 _NEEDED_BYTES: dict[Kind, int] = {"cpu": 5_000_000_000, "cuda": 20_000_000_000}
 _DOWNLOADS: dict[Kind, str] = {"cpu": "about 0.9 GB", "cuda": "about 6 GB"}
-_STEP_DEADLINE_S = 3600.0
-_LOCK_DEADLINE_S = 3600.0
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -223,10 +222,10 @@ def _exclusive(folder: Path, progress: Progress) -> Iterator[None]:
     except filelock.Timeout:
         progress(f"another process is installing {folder.name}: waiting for it")
         try:
-            lock.acquire(timeout=_LOCK_DEADLINE_S)
+            lock.acquire(timeout=deadlines.INSTALL_STEP_S)
         except filelock.Timeout:
             raise RuntimeNotInstalledError(
-                f"another process has held {folder.with_suffix('.lock')} for {_LOCK_DEADLINE_S / 60:.0f} minutes: "
+                f"another process has held {folder.with_suffix('.lock')} for {deadlines.INSTALL_STEP_S / 60:.0f} minutes: "
                 "end it, then retry"
             ) from None
     try:
@@ -240,12 +239,12 @@ def _step(what: str, command: list[str | Path], log: Path, progress: Progress) -
     progress(what)
     offset = log.stat().st_size if log.exists() else 0
     child = spawn([str(part) for part in command], child_env(installer=True), log, what)
-    deadline = time.monotonic() + _STEP_DEADLINE_S
+    deadline = time.monotonic() + deadlines.INSTALL_STEP_S
     try:
         while child.poll() is None:
             if time.monotonic() > deadline:
                 raise RuntimeNotInstalledError(
-                    f"{what} took more than {_STEP_DEADLINE_S / 60:.0f} minutes (log: {log})"
+                    f"{what} took more than {deadlines.INSTALL_STEP_S / 60:.0f} minutes (log: {log})"
                 )
             time.sleep(0.1)
             offset = _report_downloads(log, offset, progress)

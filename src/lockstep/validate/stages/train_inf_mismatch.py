@@ -22,6 +22,7 @@ from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.routed_experts import RouteShape, decode_routes
 from lockstep.batching.top_logprobs import TOP
+from lockstep.config import deadlines
 from lockstep.inference.client import Server, most_likely
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
@@ -35,7 +36,6 @@ from lockstep.trainer.protocol import EngineConfig, Score, from_json
 from lockstep.validate.stage import Comparison, Report, Request
 from lockstep_wire import http_paths
 
-_DEADLINE_S = 600.0
 _PROMPT_ROOM = 128
 _BASE, _ADAPTER = "validate@base", "validate@adapter"
 COLUMNS = {
@@ -150,7 +150,9 @@ async def _sample(server: Server, name: str, number: int, shape: RouteShape | No
         "logprobs": TOP,
         "return_tokens_as_token_ids": True,
     }
-    choice = (await server.call("POST", http_paths.COMPLETIONS, body, deadline_s=_DEADLINE_S)).json()["choices"][0]
+    choice = (await server.call("POST", http_paths.COMPLETIONS, body, deadline_s=deadlines.SCORING_S)).json()[
+        "choices"
+    ][0]
     ids, sampled = choice["prompt_token_ids"], choice["token_ids"]
     routes_SLK = None
     if shape is not None:
@@ -224,7 +226,7 @@ async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder:
     batch = pack(sequences, np.zeros(len(samples)), np.ones(len(samples)))
     path, out = folder / "batch.safetensors", folder / "scores.safetensors"
     await asyncio.to_thread(save_batch, batch, path)
-    reply = await trainer.call(Score(path, out, TOP), deadline_s=_DEADLINE_S)
+    reply = await trainer.call(Score(path, out, TOP), deadline_s=deadlines.SCORING_S)
     scores = load_file(out)
     values = _compare(samples, [found.tolist() for found in _of_sampled(samples, batch, scores["logprobs_RS"])])
     values |= _overlap(samples, np.concatenate(_of_sampled(samples, batch, scores["top_RSC"])))

@@ -1,0 +1,49 @@
+"""Every deadline of a run, in seconds: who waits for whom, and for how long.
+
+A trainer that works sends heartbeats, so deadlines of its requests bound a silence and not a long step.
+"""
+
+from __future__ import annotations
+
+STEP_S = 600.0
+"""The backend for the trainer: longest silence while it trains, scores, saves or loads."""
+SYNC_S = 300.0
+"""Trainer and server for each other in a weight sync: to join, for the receiver of a bucket, for the swap."""
+OFFLOAD_S = 600.0
+"""The backend for the trainer, to move its memory before the server starts."""
+IN_FLIGHT_S = 600.0
+"""The backend for requests in flight, before a colocated server may sleep."""
+CALL_S = 60.0
+"""The backend for the server's answer to a short call."""
+ADAPTER_S = 300.0
+"""The backend for the server to load, unload or score with an adapter, or to wake."""
+REQUEST_S = 600.0
+"""A user's client for the reply to one request."""
+CONNECT_S = 10.0
+"""A user's client for a connection."""
+CANCEL_S = 60.0
+"""Gathering for the rollouts that it cancelled."""
+HEARTBEAT_S = 5.0
+"""Between two signs of life of a trainer that works."""
+SHUTDOWN_S = 10.0
+"""Rank 0 for the other ranks, when the trainer ends."""
+RANKS_S = 24 * 3600.0
+"""Ranks for each other within one request that names no deadline."""
+LOST_RANK_S = 15.0
+"""A rank inside a verb, after another one failed in it."""
+SCORING_S = 600.0
+"""`lockstep score` and `lockstep validate` for the trainer."""
+DOWNLOAD_S = 600.0
+"""Whoever downloads a model from the package index."""
+INSTALL_STEP_S = 3600.0
+"""`lockstep runtime install` for one step of it, and for another installation of the same environment."""
+TINKER_CALL_S = 3600.0
+"""TinkerBackend for the service's answer to a step."""
+TINKER_SAMPLE_S = 600.0
+"""TinkerBackend for the service's samples."""
+TINKER_CLOSE_S = 30.0
+"""TinkerBackend for the end of the service's session."""
+ENDPOINT_START_S = 60.0
+"""TinkerBackend for its own endpoint, to start."""
+ENDPOINT_CLOSE_S = 10.0
+"""TinkerBackend for its own endpoint, to end."""
