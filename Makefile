@@ -48,10 +48,12 @@ checked: setup-dev
 	@$(MAKE) --no-print-directory -j2 runtime check
 
 check: setup-dev
-	@echo "== style and types"
+	@echo "== style, types, imports, dead code"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports --no-logo
+	@! $(BIN)/vulture | grep -E '^(src|runtime)/'
 
 .venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lockstep needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'

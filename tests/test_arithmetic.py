@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lockstep.cli.quickstart import examples_folder
+from lockstep.cli.examples import examples_folder
 from lockstep.cli.real_quickstart import Replies
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import load_run_file

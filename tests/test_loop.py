@@ -22,7 +22,7 @@ from drawing import trajectory
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
-from lockstep.cli.quickstart import examples_folder
+from lockstep.cli.examples import examples_folder
 from lockstep.cli.tiny_sft import teach
 from lockstep.config import deadlines
 from lockstep.errors import (

@@ -30,7 +30,7 @@ from lockstep.engine.microbatch import prepare
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, open_trainer
 from lockstep.models.registry import default_target_modules_for_model

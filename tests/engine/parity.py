@@ -29,7 +29,7 @@ from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.parallel.pipeline import forward_backward
+from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.score import score, score_and_rank
 from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step

@@ -7,19 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lockstep.cli.examples import examples_folder, placed
 from lockstep.cli.exclusive import alone
 from lockstep.cli.train import execute
 from lockstep.errors import ConfigError
-from lockstep.loop.run_file import RunFile, load_run_file
-
-
-def examples_folder() -> Path:
-    """The examples: beside the package in an installed wheel, at the top of a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "_examples", package.parents[1] / "examples"):
-        if folder.is_dir():
-            return folder
-    raise ConfigError(f"the examples are missing beside {package}: install lockstep-rl again, or use a source checkout")
+from lockstep.loop.run_file import load_run_file
 
 
 async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
@@ -48,12 +40,6 @@ async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, r
             return await train_real(path, seed, console)
         config = examples_folder() / "yes_no_maybe" / "config.toml"
         return await execute(placed(load_run_file(config), path, seed), config, tiny=True, console=console)
-
-
-def placed(file: RunFile, path: Path, seed: int) -> RunFile:
-    """The run in another folder and with another seed."""
-    backend, task = file.backend.model_copy(update={"path": str(path)}), file.task.model_copy(update={"seed": seed})
-    return file.model_copy(update={"backend": backend, "task": task})
 
 
 def _empty(folder: Path, keep: tuple[Path, ...]) -> None:

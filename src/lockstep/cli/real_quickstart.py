@@ -65,7 +65,7 @@ class Replies:
 
 async def train_real(path: Path, seed: int, console: Console) -> int:
     """Fetch the model, train it until the reward has risen by RISE, and print replies. Returns the exit code."""
-    from lockstep.cli.quickstart import examples_folder, placed
+    from lockstep.cli.examples import examples_folder, placed
     from lockstep.cli.train import execute
 
     def say(line: str) -> None:

@@ -14,7 +14,7 @@ from lockstep.engine.checks import check_records
 from lockstep.engine.microbatch import prepare
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
-from lockstep.engine.parallel.pipeline import forward_only
+from lockstep.engine.pipeline import forward_only
 from lockstep.engine.routed_experts import check_routes
 from lockstep.engine.scored_tokens import head_outputs, most_likely_ids, row_shards
 from lockstep.engine.state import TrainerState

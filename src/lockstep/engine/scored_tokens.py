@@ -15,7 +15,7 @@ from lockstep.batching.top_logprobs import TOP, hits
 from lockstep.engine.layers.lm_head import linear_logprob, most_likely
 from lockstep.engine.microbatch import MicroBatch
 from lockstep.engine.parallel import context, groups
-from lockstep.engine.parallel.pipeline import forward_only
+from lockstep.engine.pipeline import forward_only
 from lockstep.engine.state import TrainerState
 
 

@@ -29,7 +29,7 @@ from lockstep.engine.memory.recompute import plan as plan_recompute
 from lockstep.engine.microbatch import MicroBatch, prepare
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.parallel.device import peak_memory
-from lockstep.engine.parallel.pipeline import forward_backward, forward_only
+from lockstep.engine.pipeline import forward_backward, forward_only
 from lockstep.engine.routed_experts import check_routes
 from lockstep.engine.scored_tokens import head_outputs, logprobs_of_rows, row_shards, top_sums
 from lockstep.engine.state import TrainerState, reference_weights

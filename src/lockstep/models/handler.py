@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lockstep.errors import WeightsError
 from lockstep.models.config import ModelConfig
@@ -15,25 +14,20 @@ from lockstep.models.spec import ModelSupportSpec
 
 @dataclass(frozen=True)
 class CompilePolicy:
-    """regions: parts of the engine worth compiling on a GPU. workarounds: named fixes for known compiler faults that
-    these regions need.
-    """
+    """regions: parts of the engine worth compiling on a GPU."""
 
     regions: tuple[str, ...] = ("attention", "norm", "mlp")
-    workarounds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelSupportHandler:
     """A family's contract and engine policy.
 
-    contract: every parameter of a rank. megatron_options: fields of Megatron's TransformerConfig that this family sets
-    beyond what follows from the model's sizes.
+    contract: every parameter of a rank.
     """
 
     spec: ModelSupportSpec
     contract: Callable[[Stage], list[Shard]]
-    megatron_options: dict[str, Any] = field(default_factory=dict)
     compile: CompilePolicy = CompilePolicy()
 
     def shards(self, config: ModelConfig, layout: Layout, sizes: Sizes, layers: range) -> list[Shard]:

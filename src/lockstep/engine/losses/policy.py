@@ -27,20 +27,6 @@ from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.losses.base import Clips, LossInputs, mean_by_sequence
 
-COMPARED = (
-    "compared",
-    "kl",
-    "importance_raw",
-    "importance_squared",
-    "current",
-    "drift_abs",
-    "sampling_abs",
-    "drift_kl",
-)
-"""Sums that compare the server with the trainer: only those of the weights before the first update mean that."""
-TOPS = ("top_tokens", "top1", "top20")
-"""The same, of the most likely tokens, where the rollouts bring them."""
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -150,7 +136,10 @@ def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str,
 
 
 def compared_sums(scored: Scored) -> dict[str, Tensor]:
-    """How far the server's log-probabilities are from these, as the sums named in `COMPARED`."""
+    """How far the server's log-probabilities are from these, as sums.
+
+    Only those of the weights before the first update compare the server with the trainer.
+    """
     drift_N = scored.new_N.detach() - scored.sampling_N
     importance_N = drift_N.exp()
     kl_N = kl_k3(scored.sampling_N, scored.new_N.detach())
