@@ -42,11 +42,13 @@ def test_heads_must_divide(
 
 
 def test_sizes_must_agree() -> None:
-    settings = from_json(EngineConfig, {"model": "x", "parallel": {"context": 2, "data": 2, "tensor": 2}})
+    settings = from_json(
+        EngineConfig, {"model": "x", "parallel": {"context": 2, "data": 2, "tensor": 2}}, "engine.json"
+    )
     check_world(settings.parallel, 8)
     with pytest.raises(
         ConfigError, match="tensor 2 x pipeline 1 x context 2 x data 2 need 8 processes, but 4 were started"
     ):
         check_world(settings.parallel, 4)
     with pytest.raises(ConfigError, match="expert x expert_tensor = 4 must divide tensor x data x context = 2"):
-        from_json(EngineConfig, {"model": "x", "parallel": {"context": 2, "expert": 4}})
+        from_json(EngineConfig, {"model": "x", "parallel": {"context": 2, "expert": 4}}, "engine.json")

@@ -160,8 +160,9 @@ class Blocked(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in {"torch", "transformers", "megatron", "vllm", "peft", "safetensors", "numpy", "huggingface_hub"}:
             raise ModuleNotFoundError(f"blocked: {name}")
 sys.meta_path.insert(0, Blocked())
-from lockstep.families import contract, config, rules, spec, discovery, targets, hub, handler
-from lockstep.families import registry as r
+from lockstep.models import contract, config, layout_rules, spec, discovery, targets, handler
+from lockstep.models.checkpoint import hub
+from lockstep.models import registry as r
 from lockstep.errors import UnsupportedModelError
 for s in r.list_model_support_specs():
     name = s.model_names[0]

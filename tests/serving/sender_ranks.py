@@ -20,7 +20,7 @@ from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.state import open_trainer
 from lockstep.inference.client import Server
-from lockstep.trainer.protocol import EngineConfig, from_json
+from lockstep.trainer.protocol import EngineConfig, from_json, to_json
 from lockstep.weight_sync.sender import Endpoint
 from lockstep.weight_sync.sender_group import StoreSenderGroup
 
@@ -61,7 +61,7 @@ def merged(weights: dict[str, torch.Tensor], pairs: dict[str, torch.Tensor]) -> 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    settings = from_json(EngineConfig, job["settings"])
+    settings = from_json(EngineConfig, job["settings"], "the job")
     device.start(settings.parallel, 0)
     agreement = Agreement()
     trainer = open_trainer(settings)
@@ -72,7 +72,7 @@ def main() -> None:
         base |= load_file(path)
     modules = {site.module: (site.out_features, site.in_features) for site in trainer.sites}
     server = Server(None, int(job["port"]), job["api_key"], "")  # pyright: ignore[reportArgumentType]
-    scores, report = [], {}
+    scores, report = [], None
     for step in range(1, job["steps"] + 1):
         assign(trainer.trainables, changed(base, step) if settings.lora is None else adapter(modules, step))
         endpoint = Endpoint(server.root_url, server.api_key)
@@ -81,7 +81,7 @@ def main() -> None:
             scores.append(asyncio.run(server.score(f"ranks@{step}", job["tokens"])))
     sizes = [plan.nbytes for plan in out.plan.senders]
     if agreement.rank == 0:
-        Path(job["answer"]).write_text(json.dumps({"scores": scores, "report": report, "sizes": sizes}))
+        Path(job["answer"]).write_text(json.dumps({"scores": scores, "report": to_json(report), "sizes": sizes}))
     torch.distributed.barrier()  # rank 0 holds the store that the ranks meet in: it leaves when the other is done
 
 

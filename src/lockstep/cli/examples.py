@@ -19,5 +19,5 @@ def examples_folder() -> Path:
 
 def placed(file: RunFile, path: Path, seed: int) -> RunFile:
     """The run in another folder and with another seed."""
-    backend, task = file.backend.model_copy(update={"path": str(path)}), file.task.model_copy(update={"seed": seed})
+    backend, task = file.backend.model_copy(update={"path": path}), file.task.model_copy(update={"seed": seed})
     return file.model_copy(update={"backend": backend, "task": task})

@@ -39,9 +39,11 @@ from lockstep.trainer.protocol import EngineConfig, Score, from_json
 class Line(Config):
     """One input line."""
 
-    id: str
-    tokens: list[int] = Field(min_length=2)
-    routes: list[list[list[int]]] | None = None
+    id: str = Field(description="names the line in the output")
+    tokens: list[int] = Field(min_length=2, description="ids of a sequence")
+    routes: list[list[list[int]]] | None = Field(
+        default=None, description="experts of each token and layer, for a mixture of experts; none: the router's own"
+    )
 
 
 @dataclass(frozen=True)
