@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 40, 44
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 56, 44
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 DASHES = ("", "6 4", "2 4", "8 3 2 3")
 
