@@ -27,6 +27,7 @@ ON_A_CPU: dict[str, dict[str, Any]] = {
     "backend": {"dtype": "float32"},  # which its cores multiply faster than bf16
     "task": {
         "groups_per_step": 16,
+        "group_size": 8,
         "temperature": 0.7,
         "evaluate_every": 3,
         "evaluate_scenarios": 64,
