@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart real test test-all test-oldest checked check setup-train setup-real setup-dev runtime clean
+.PHONY: quickstart real test test-all test-oldest checked check reference setup-train setup-real setup-dev runtime clean
 
 quickstart: setup-train runtime
 	@$(BIN)/lockstep quickstart
@@ -84,6 +84,10 @@ setup-dev: .venv/made-dev
 runtime: setup-train
 	@echo "== server environment"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" lockstep runtime install
+
+# The pages of docs/reference, from the code.
+reference: setup-dev
+	@$(BIN)/python -m lockstep.cli.reference docs/reference
 
 clean:
 	rm -rf .venv .oldest .pytest_cache .ruff_cache .hypothesis

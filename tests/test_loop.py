@@ -38,6 +38,7 @@ from lockstep.errors import (
 from lockstep.loop.run_file import load_run_file
 from lockstep.loop.synchronous import greedy_reward, roll_out
 from lockstep.loop.task import Task, load_task
+from lockstep.metrics.names import is_known
 from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import published_steps
@@ -193,6 +194,8 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
     for one in ("seconds_sync", "seconds_sync_transfer", "seconds_sync_pause", "seconds_publish"):
         assert result.metrics[one] > 0, one
     assert run.store.metrics()[result.step]["sync_bytes"] == result.metrics["sync_bytes"]
+    names = {name for metrics in run.store.metrics().values() for name in metrics}
+    assert not {name for name in names if not is_known(name)}
 
 
 async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, task, section):

@@ -25,6 +25,7 @@ from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import scored_row, total_weight
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
 from lockstep.errors import ConfigError, DataError, MismatchError, StaleRolloutError, StoreError, TrainerError
+from lockstep.metrics.names import is_known
 from lockstep.models.registry import get_model_support_spec
 from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
@@ -121,6 +122,7 @@ async def test_training_moves_the_answers_and_a_new_process_goes_on(service, tmp
     assert resumed.step == STEPS
     assert await greedy(resumed) == after
     recorded = again._run(resumed).store.metrics()
+    assert all(is_known(name) for metrics in recorded.values() for name in metrics)
     assert recorded[STEPS]["reward"] == rewards[-1]
     await again.close()
 

@@ -1,0 +1,92 @@
+"""The pages below docs/reference, made from the code: `python -m lockstep.cli.reference docs/reference`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lockstep import errors
+from lockstep.config.base import Config
+from lockstep.config.lora import LoraConfig
+from lockstep.config.megatron import MegatronConfig, Parallel, Placement
+from lockstep.config.train import TrainConfig
+from lockstep.loop.run_file import ModelSection, TaskSection, TinySection
+from lockstep.metrics.names import METRICS, SECTIONS
+
+_MADE = "Made by `make reference` from the code; a test compares the two.\n"
+
+
+def configuration() -> str:
+    """Every setting, by its table in a run's file."""
+    tables: tuple[tuple[str, type[Config]], ...] = (
+        ("[model]", ModelSection),
+        ("[model] lora, `LoraConfig`", LoraConfig),
+        ("[backend], `MegatronConfig`", MegatronConfig),
+        ("[backend] placement, `Placement`", Placement),
+        ("[backend] parallel, `Parallel`", Parallel),
+        ("[task]", TaskSection),
+        ("[train], `TrainConfig`", TrainConfig),
+        ("[tiny]", TinySection),
+    )
+    parts = ["# Settings\n", _MADE]
+    for title, schema in tables:
+        parts.append(f"\n## {title}\n\n| setting | default | meaning |\n|---|---|---|")
+        for name, field in schema.model_fields.items():
+            default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            parts.append(f"| `{name}` | {default} | {_cell(field.description or 'a table of its own')} |")
+    return "\n".join(parts) + "\n"
+
+
+def metrics() -> str:
+    """Every metric, by section."""
+    parts = [
+        "# Metrics\n",
+        _MADE,
+        "Read them with `RunStore.metrics()`, or from the run's SQLite file, table `metrics`.",
+    ]
+    for section, title in SECTIONS.items():
+        parts.append(f"\n## {title}\n\n| metric | unit | meaning |\n|---|---|---|")
+        rows = ((name, metric) for name, metric in METRICS.items() if metric.section == section)
+        parts += [f"| `{name}` | {metric.unit} | {_cell(metric.says)} |" for name, metric in rows]
+    return "\n".join(parts) + "\n"
+
+
+def errors_page() -> str:
+    """Every error that is the user's to fix, with the exit code of the command line."""
+    kinds = [errors.LockstepError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    parts = ["# Errors\n", _MADE, "The command line prints each as one line.\n"]
+    parts.append("| error | is a | exit code | meaning |\n|---|---|---|---|")
+    for kind in kinds:
+        says = " ".join((kind.__doc__ or "").split())
+        parts.append(f"| `{kind.__name__}` | `{kind.__bases__[0].__name__}` | {kind.exit_code} | {_cell(says)} |")
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "metrics.md": metrics, "errors.md": errors_page}
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, Config):
+        return "each its own"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value if isinstance(value, str | int | float) else str(value)}`" if value not in ((), {}) else "empty"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

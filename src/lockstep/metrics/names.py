@@ -1,0 +1,156 @@
+"""Every metric that a training step records: its unit, its section, and what it says. The reference page is made from this table.
+
+A user's own metrics (`Trajectory.metrics`) are recorded as `rollout/NAME`, the mean over the trajectories that have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SECTIONS = {
+    "rollouts": "What was sampled",
+    "batch": "What is trained on, and how it is packed",
+    "loss": "The step",
+    "mismatch": "Server against trainer, over what the trained step sampled",
+    "verification": "The new version in the server",
+    "time": "Where the seconds went",
+    "memory": "Memory",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """unit: of the value. says: what it is, and what to do about it where that is known."""
+
+    unit: str
+    section: str
+    says: str
+
+
+def _of(section: str, **metrics: tuple[str, str]) -> dict[str, Metric]:
+    return {name: Metric(unit, section, says) for name, (unit, says) in metrics.items()}
+
+
+METRICS: dict[str, Metric] = {
+    **_of(
+        "rollouts",
+        reward=("reward", "Mean over the trajectories of the step."),
+        reward_std=("reward", "Standard deviation over the same."),
+        groups=("count", "Groups that are trained on."),
+        groups_skipped=("count", "Groups that hold too few trajectories to compare."),
+        groups_without_signal=(
+            "count",
+            "Groups whose rewards are all equal: they teach nothing. Many: the task is too easy or too hard.",
+        ),
+        trajectories=("count", "Trajectories that are trained on."),
+        rollouts_failed=("count", "Rollouts that raised, as far as max_exceptions tolerates them."),
+        turns_split=(
+            "count",
+            "Turns that did not continue an earlier one: the chat template rewrote the conversation.",
+        ),
+        tokens_sampled=("tokens", "Sampled tokens that carry loss."),
+        steps_off_policy=("steps", "Age of the oldest rollout."),
+        routes_differ_between_turns=("tokens", "Tokens for which two turns recorded different experts."),
+        routes_differ_between_siblings=("share", "Shared-prefix tokens for which siblings recorded different experts."),
+    ),
+    **_of(
+        "batch",
+        rows=("count", "Packed rows."),
+        row_length=("tokens", "Length of a row."),
+        sequences=("count", "Sequences in the rows."),
+        sequences_dropped=("count", "Sequences longer than row_length, with over_length = drop."),
+        sequences_truncated=("count", "The same, with over_length = truncate."),
+        sequences_not_computed=("count", "Sequences of groups without signal, which are left out."),
+        tokens=("tokens", "Tokens in the rows, padding not counted."),
+        tokens_computed=("tokens", "The same: what is computed, shared prefixes once."),
+        tokens_unpacked=("tokens", "Tokens of all sequences, shared prefixes as often as they occur."),
+        tokens_scored=("tokens", "Tokens that carry loss, shared ones once."),
+        shared_share=("share", "Tokens that need not be computed, since sequences share them."),
+        padding_share=("share", "Padding in the rows. High: rows are much longer than what fills them."),
+    ),
+    **_of(
+        "loss",
+        loss=("loss", "Policy loss and KL penalty, mean by weight."),
+        loss_policy=("loss", "The policy loss alone."),
+        kl_reference=("nats", "KL penalty towards the reference step, before kl_coef."),
+        entropy=("nats/token", "Entropy of the predictions. Near 0: the policy has stopped exploring."),
+        clip_fraction=(
+            "share",
+            "Pairs whose weight or gradient was clipped. Above a few percent on policy: the clip cuts noise.",
+        ),
+        ratio_mean=("ratio", "Mean of new over old probability."),
+        ratio_max=("ratio", "The largest."),
+        importance_mean=("weight", "Mean importance correction trainer over server."),
+        importance_zeroed=("share", "Pairs that the correction masks."),
+        grad_norm=("norm", "Global L2 norm of the gradient, before clipping; the mean over the updates."),
+        no_signal=("0 or 1", "1: no update was made, since nothing had an advantage."),
+        updates=("count", "Optimizer steps since step 0."),
+        updates_skipped=("count", "Minibatches of this step without signal."),
+    ),
+    **_of(
+        "mismatch",
+        mismatch=(
+            "nats/token",
+            "Mean |log-probability difference|. It is bf16 rounding, 0.01 to 0.04, if all is right; max_mismatch refuses more.",
+        ),
+        mismatch_pct=("%", "The same over the mean |log-probability|."),
+        mismatch_max=("nats", "The largest difference on a token."),
+        mismatch_kl=("nats/token", "KL(sampling policy || trained policy), k3 estimate."),
+        kl=("nats/token", "The same over all tokens, older ones too, where the policy itself has moved."),
+        ess=("share", "Effective sample size of the weights trainer over server; 1: on policy."),
+        rollout_top1_overlap=(
+            "share",
+            "The server's most likely tokens that are also the trainer's, where rollouts bring them.",
+        ),
+        rollout_top20_overlap=("share", "The same of the 20 most likely."),
+        picks_differ=("share", "Replayed expert choices that the trainer's router would not have made."),
+    ),
+    **_of(
+        "verification",
+        verified_identity=("0 or 1", "1: the live memory was read back and is what was sent."),
+        verification_power=(
+            "ratio",
+            "How far the step moved the policy on the probe, in units of the noise. Below 1, only digests tell the steps apart.",
+        ),
+        probe=("nats/token", "Mean |difference| between server and trainer on the probe."),
+        probe_p99=("nats", "Its 99th percentile."),
+        probe_noise=("nats/token", "The same mean on the base weights, measured at registration."),
+        probe_ratio=(
+            "ratio",
+            "The difference by the tokens' surprisal, in units of the noise; more than 5 is refused.",
+        ),
+        top1_overlap=("share", "The trainer's most likely tokens on the probe that are also the server's."),
+        top20_overlap=("share", "The same of the 20 most likely."),
+        sync_bytes=("bytes", "Weights that travelled."),
+        server_restarts=("count", "Servers that were lost in this step and started again."),
+    ),
+    **_of(
+        "time",
+        seconds_train=("s", "`train` from its call until the weights leave: packing, scoring the probe, the updates."),
+        seconds_prepare=("s", "Rows to the device."),
+        seconds_old_logprobs=("s", "The forward pass before the first update, where several updates need it."),
+        seconds_reference=("s", "The forward pass of the KL reference."),
+        seconds_forward_backward=("s", "Forward and backward passes."),
+        seconds_optimizer=("s", "Gradient sums and optimizer steps."),
+        seconds_compile=("s", "Compiling, inside the others. Above 1 after the first step: report it."),
+        compilations=("count", "Programs that torch compiled."),
+        seconds_sync=("s", "The weights into the server."),
+        seconds_sync_transfer=("s", "Of that, until the last byte left."),
+        seconds_sync_pause=("s", "Of that, generation stood still."),
+        seconds_verify=("s", "The verification after the sync."),
+        seconds_publish=("s", "The checkpoint on disk."),
+        tokens_per_second=("tokens/s", "Tokens computed by the second of forward and backward pass."),
+    ),
+    **_of(
+        "memory",
+        peak_memory_bytes=("bytes", "Largest allocation of the trainer's device in this step, of rank 0."),
+        layers_recomputed=("count", "Layers whose activations are computed again in the backward pass."),
+    ),
+}
+
+USERS = "rollout/"
+"""What a user's own metrics begin with."""
+
+
+def is_known(name: str) -> bool:
+    return name in METRICS or name.startswith(USERS)
