@@ -31,7 +31,14 @@ class UnsupportedModelError(LockstepError):
 
 
 class DataError(LockstepError):
-    """Rollouts that can't be trained on: NaN rewards, no sampled token, a group of one, an empty batch."""
+    """Rollouts that can't be trained on: NaN rewards, no sampled token, a group of one, an empty batch.
+
+    unusable: what is wrong with one trajectory ("stale", ...), which a step may do without; None where nothing may be left out.
+    """
+
+    def __init__(self, message: str, unusable: str | None = None):
+        super().__init__(message)
+        self.unusable = unusable
 
 
 class StaleRolloutError(DataError):

@@ -16,7 +16,7 @@ REWARD_EPS = 1e-5
 """Rewards that differ by at most this share of the largest one are equal. Summing the fp32 terms of a reward in another order
 changes it by up to 8e-7 of its size (100 terms of one sign, 2,000 draws), and where terms cancel by up to 1e-5 (20 terms, 99 of 100).
 """
-_LARGEST = 1e30
+LARGEST_REWARD = 1e30
 
 
 def group_advantages(
@@ -38,7 +38,7 @@ def group_advantages(
         raise DataError(
             f"{name} has {len(reward_G)} trajectory: a group needs at least 2, its mean reward is the baseline"
         )
-    bad = ~(np.abs(reward_G) <= _LARGEST)
+    bad = ~(np.abs(reward_G) <= LARGEST_REWARD)
     if bad.any():
         raise DataError(f"{name}, trajectory {int(bad.argmax())}: reward {reward_G[bad][0]} is not a usable number")
     largest = np.abs(reward_G).max()

@@ -51,7 +51,8 @@ def fit(
         if over_length == "error":
             raise DataError(
                 f"{sequence.name} has {len(sequence)} tokens, a row holds {row_length}: raise row_length, "
-                "or set over_length to truncate or drop"
+                "or set over_length to truncate or drop",
+                unusable="too_long",
             )
         cut = sequence.cut(row_length)
         if over_length == "truncate" and cut.scored:

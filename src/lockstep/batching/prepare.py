@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +17,13 @@ from lockstep.batching.pack import fit, pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
-from lockstep.batching.tokenize import Tokenized, check_staleness, tokenize
+from lockstep.batching.select import Selected, select
+from lockstep.batching.tokenize import Tokenized
 from lockstep.batching.top_logprobs import TOP
-from lockstep.errors import DataError
 
 if TYPE_CHECKING:
     from lockstep.config.train import TrainConfig
-    from lockstep.rollouts.trajectory import TrajectoryGroup
+    from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -34,30 +33,6 @@ class Prepared:
     batch: PackedBatch
     metrics: dict[str, float]
     sequences: list[TokenSequence]
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """Groups that can be trained on, by their index among all groups."""
-
-    groups: dict[int, TrajectoryGroup]
-    skipped: int  # groups that tolerated failures left with fewer than two trajectories
-
-
-def _select(groups: Sequence[TrajectoryGroup]) -> _Selected:
-    if not groups:
-        raise DataError("the batch is empty: there is no group to train on")
-    kept, skipped = {}, 0
-    for number, group in enumerate(groups):
-        if len(group.trajectories) < 2 and group.exceptions:
-            skipped += 1
-        else:
-            kept[number] = group
-    if not kept:
-        raise DataError(
-            f"the batch is empty: failed rollouts left each of its {skipped} groups with fewer than 2 trajectories"
-        )
-    return _Selected(kept, skipped)
 
 
 def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> np.ndarray:
@@ -80,24 +55,21 @@ def prepare(
     """Check, tokenize and pack what step `step` of `model_name` is to be trained on.
 
     data: data-parallel size, the number of rows becomes a multiple of it (times config.minibatches). multiple: of the
-    row length. Groups that tolerated failures left with fewer than two trajectories are skipped and counted.
+    row length. A trajectory that can't be trained on is left out and counted (see `select`): its group's baseline is that of the
+    others. Groups that are left with fewer than two trajectories are skipped and counted.
 
-    Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, a bad
-    reward or metric, a trajectory with nothing sampled, missing ids, logprobs or versions, sampling that can't be trained on,
-    stale or foreign versions, a sequence longer than a row.
+    Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, missing ids,
+    logprobs, versions or routes, another model's versions; and what `select` leaves out, where it is more than config.max_dropped:
+    a bad reward or metric, nothing sampled, sampling that can't be trained on, stale versions, a sequence longer than a row.
     """
-    selected = _select(groups)
-    tokenized: list[Tokenized] = []
+    selected = select(groups, model_name, step, config, routes)
+    tokenized = [one.tokenized for one in selected.usable]
     advantages: list[float] = []
     for number, group in selected.groups.items():
-        rewards = [trajectory.reward for trajectory in group.trajectories]
+        rewards = [one.trajectory.reward for one in group]
         advantages += group_advantages(
             rewards, config.advantage_normalization, f"group {number}", config.reward_eps
         ).tolist()
-        for index, trajectory in enumerate(group.trajectories):
-            one = tokenize(trajectory, model_name, number, index, routes)
-            check_staleness(one.steps, step, config.max_steps_off_policy, f"group {number}, trajectory {index}")
-            tokenized.append(one)
     owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}
     fitted = fit([sequence for one in tokenized for sequence in one.sequences], config.row_length, config.over_length)
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
@@ -173,20 +145,20 @@ def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -
     }
 
 
-def _without_signal(selected: _Selected, advantages: list[float]) -> float:
+def _without_signal(selected: Selected, advantages: list[float]) -> float:
     """How many groups have all rewards equal, and so no gradient."""
     count, start = 0, 0
     for group in selected.groups.values():
-        size = len(group.trajectories)
+        size = len(group)
         count += not any(advantages[start : start + size])
         start += size
     return float(count)
 
 
 def _rollout_metrics(
-    selected: _Selected, groups: Sequence[TrajectoryGroup], tokenized: list[Tokenized], step: int
+    selected: Selected, groups: Sequence[TrajectoryGroup], tokenized: list[Tokenized], step: int
 ) -> dict[str, float]:
-    trajectories = [trajectory for group in selected.groups.values() for trajectory in group.trajectories]
+    trajectories = [one.trajectory for one in selected.usable]
     rewards = np.array([trajectory.reward for trajectory in trajectories])
     metrics = {
         "reward": float(rewards.mean()),
@@ -199,18 +171,13 @@ def _rollout_metrics(
         "tokens_sampled": float(sum(sequence.scored for one in tokenized for sequence in one.sequences)),
         "steps_off_policy": float(max(step - min(one.steps) for one in tokenized)),
     }
-    return metrics | _means(selected)
+    return metrics | selected.dropped_metrics() | _means(trajectories)
 
 
-def _means(selected: _Selected) -> dict[str, float]:
-    """The mean of each metric over the trajectories that have it. Raises DataError for one that is no finite number."""
-    found: dict[str, list[float]] = {}
-    for number, group in selected.groups.items():
-        for index, trajectory in enumerate(group.trajectories):
-            for name, value in trajectory.metrics.items():
-                if not (isinstance(value, Real) and math.isfinite(value)):
-                    raise DataError(
-                        f"group {number}, trajectory {index}: metrics[{name!r}] is {value!r}: give a finite number, or leave it out"
-                    )
-                found.setdefault(name, []).append(float(value))
-    return {f"rollout/{name}": math.fsum(found[name]) / len(found[name]) for name in sorted(found)}
+def _means(trajectories: list[Trajectory]) -> dict[str, float]:
+    """The mean of each metric over the trajectories that have it."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in trajectory.metrics.items():
+            values.setdefault(name, []).append(float(value))
+    return {f"rollout/{name}": math.fsum(values[name]) / len(values[name]) for name in sorted(values)}

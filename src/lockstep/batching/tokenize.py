@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.batching.advantages import LARGEST_REWARD
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, align, decode_routes
 from lockstep.batching.top_logprobs import TOP, top_ids
@@ -88,16 +89,19 @@ def _temperature(sampling: object, name: str) -> float:
         if value not in _NEUTRAL.get(setting, (0, False, "", [], {})):
             raise DataError(
                 f"{name} was sampled with {setting} = {value}, which can't be trained on: "
-                f"leave {setting} at its default for training rollouts (it is fine for evaluation)"
+                f"leave {setting} at its default for training rollouts (it is fine for evaluation)",
+                unusable="sampling",
             )
     temperature = float(sampling["temperature"])
     if not (temperature > 0 and math.isfinite(temperature)):
         raise DataError(
-            f"{name} was sampled with temperature = {temperature}, which can't be trained on: use one above 0"
+            f"{name} was sampled with temperature = {temperature}, which can't be trained on: use one above 0",
+            unusable="sampling",
         )
     if temperature < LEAST_TEMPERATURE:
         raise DataError(
-            f"{name} was sampled with temperature = {temperature}, which vLLM raises to {LEAST_TEMPERATURE}: use that or more"
+            f"{name} was sampled with temperature = {temperature}, which vLLM raises to {LEAST_TEMPERATURE}: use that or more",
+            unusable="sampling",
         )
     return temperature
 
@@ -235,8 +239,8 @@ def tokenize(
     Raises DataError naming trajectory and choice, also if nothing in it was sampled.
     """
     name = f"group {group}, trajectory {index}"
-    if not math.isfinite(trajectory.reward):
-        raise DataError(f"{name}: reward is {trajectory.reward}")
+    if not abs(trajectory.reward) <= LARGEST_REWARD:
+        raise DataError(f"{name}: reward {trajectory.reward} is not a usable number", unusable="reward")
     try:
         choices = trajectory.choices
     except DataError as error:
@@ -244,7 +248,10 @@ def tokenize(
     turns = [read_turn(choice, model_name, f"{name}, choice {k}", routes) for k, choice in enumerate(choices)]
     if not any(len(turn.sampled_S) for turn in turns):
         what = "no choice" if not turns else "no sampled token in any choice"
-        raise DataError(f"{name} has {what}: put the server's choices (response.choices[0]) into messages_and_choices")
+        raise DataError(
+            f"{name} has {what}: put the server's choices (response.choices[0]) into messages_and_choices",
+            unusable="nothing_sampled",
+        )
     merged = merge_turns([turn for turn in turns if len(turn.sampled_S)])
     names = [name] if len(merged) == 1 else [f"{name}, sequence {k}" for k in range(len(merged))]
     made = [sequence_of(part, one, group, index) for one, part in zip(names, merged, strict=True)]
@@ -265,5 +272,6 @@ def check_staleness(steps: frozenset[int], step: int, max_steps_off_policy: int,
     if step - min(steps) > max_steps_off_policy:
         raise StaleRolloutError(
             f"{name} was sampled by step {min(steps)}, {step - min(steps)} steps before the current one: "
-            f"roll out again, or raise max_steps_off_policy (now {max_steps_off_policy})"
+            f"roll out again, or raise max_steps_off_policy (now {max_steps_off_policy})",
+            unusable="stale",
         )

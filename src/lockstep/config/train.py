@@ -97,10 +97,19 @@ class TrainConfig(Config):
         default=True, description="compute tokens that sequences share once (prefix-tree packing)"
     )
     over_length: Literal["error", "truncate", "drop"] = Field(
-        default="error", description="what to do with a sequence longer than row_length"
+        default="error",
+        description="what to do with a sequence longer than row_length; error: leave its trajectory out, within max_dropped",
     )
     max_steps_off_policy: int = Field(
-        default=0, ge=0, description="refuse rollouts sampled more than this many steps before the current one"
+        default=0,
+        ge=0,
+        description="rollouts sampled more than this many steps before the current one are left out, within max_dropped",
+    )
+    max_dropped: int | float = Field(
+        default=0.1,
+        ge=0,
+        description="trajectories of a step that may be left out because they can't be trained on (stale, too long, nothing "
+        "sampled, sampling settings, reward or metric): a count, or a share below 1, rounded up",
     )
     max_mismatch: float | None = Field(
         default=0.2,
@@ -125,6 +134,13 @@ class TrainConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return loss
+
+    @field_validator("max_dropped")
+    @classmethod
+    def _count_or_share(cls, limit: int | float) -> int | float:
+        if limit > 1 and limit != int(limit):
+            raise ValueError("must be a count, or a share below 1")
+        return limit
 
     @field_validator("betas")
     @classmethod

@@ -43,6 +43,16 @@ METRICS: dict[str, Metric] = {
             "Groups whose rewards are all equal: they teach nothing. Many: the task is too easy or too hard.",
         ),
         trajectories=("count", "Trajectories that are trained on."),
+        trajectories_dropped=(
+            "count",
+            "Trajectories that can't be trained on, as far as max_dropped tolerates them; a warning names each.",
+        ),
+        trajectories_dropped_metric=("count", "Of those: a metric is no finite number."),
+        trajectories_dropped_nothing_sampled=("count", "Of those: no choice, or none with a token."),
+        trajectories_dropped_reward=("count", "Of those: the reward is no usable number."),
+        trajectories_dropped_sampling=("count", "Of those: sampled with settings that can't be trained on."),
+        trajectories_dropped_stale=("count", "Of those: older than max_steps_off_policy."),
+        trajectories_dropped_too_long=("count", "Of those: longer than row_length, with over_length = error."),
         rollouts_failed=("count", "Rollouts that raised, as far as max_exceptions tolerates them."),
         turns_split=(
             "count",
