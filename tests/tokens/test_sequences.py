@@ -228,3 +228,32 @@ def test_temperatures_that_vllm_raises_are_refused():
     with pytest.raises(DataError, match=r"temperature = 0.002, which vLLM raises to 0.01"):
         tokenize(trajectory(choice([1], [2], sampling={"temperature": 0.002})), "m", 0, 0)
     assert tokenize(trajectory(choice([1], [2], sampling={"temperature": 0.01})), "m", 0, 0).sequences
+
+
+def test_b3_lengths_of_replies_and_their_cuts_are_reported():
+    """Four replies of 2, 3, 1 and 2 tokens in two trajectories; the server cut one of them."""
+    cut = trajectory(choice([1], [2, 3]), choice([1, 2, 3, 4], [5, 6, 7], finish_reason="length"), reward=1.0)
+    full = trajectory(choice([1], [8]), choice([1, 8, 9], [4, 2]), reward=0.0)
+    metrics = ready(TrajectoryGroup(trajectories=[cut, full])).metrics
+    assert metrics["reply_tokens_mean"] == 2.0
+    assert metrics["reply_tokens_max"] == 3.0
+    assert metrics["replies_truncated"] == 0.25
+    assert metrics["turns_mean"] == 2.0
+    assert metrics["trajectories_masked"] == 0.0
+
+
+def test_b3_masked_replies_count_in_the_baseline_and_carry_no_loss():
+    """Rewards 0, 1, 5: without the truncated 5 the baseline would be 0.5."""
+    cut = trajectory(choice([1], [6, 7], finish_reason="length"), reward=5.0)
+    short, long = trajectory(choice([1], [2]), reward=0.0), trajectory(choice([1], [3, 4]), reward=1.0)
+    group = TrajectoryGroup(trajectories=[short, cut, long])
+    every = ready(group, advantage_normalization="none")
+    masked = ready(group, advantage_normalization="none", mask_truncated=True)
+    assert every.batch.sequence_advantage_Q.tolist() == [-2.0, 3.0, -1.0]
+    assert masked.batch.sequence_ids == ("group 0, trajectory 0", "group 0, trajectory 2")
+    assert masked.batch.sequence_advantage_Q.tolist() == [-2.0, -1.0]
+    assert (masked.metrics["trajectories_masked"], masked.metrics["tokens_sampled"]) == (1.0, 3.0)
+    assert masked.metrics["reward"] == 2.0
+    assert not np.isin(masked.batch.tokens_RS, (6, 7)).any()
+    with pytest.raises(DataError, match="each of its 2 trajectories has a truncated reply"):
+        ready(TrajectoryGroup(trajectories=[cut, cut]), mask_truncated=True)

@@ -20,6 +20,7 @@ from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
 from lockstep.batching.select import Selected, select
 from lockstep.batching.tokenize import Tokenized
 from lockstep.batching.top_logprobs import TOP
+from lockstep.errors import DataError
 
 if TYPE_CHECKING:
     from lockstep.config.train import TrainConfig
@@ -71,7 +72,8 @@ def prepare(
             rewards, config.advantage_normalization, f"group {number}", config.reward_eps
         ).tolist()
     owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}
-    fitted = fit([sequence for one in tokenized for sequence in one.sequences], config.row_length, config.over_length)
+    unmasked = _unmasked(tokenized) if config.mask_truncated else tokenized
+    fitted = fit([sequence for one in unmasked for sequence in one.sequences], config.row_length, config.over_length)
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
     advantage_Q, weight_Q = np.array(advantages)[owner_Q], _weights(config, scored_Q, owner_Q)
@@ -92,13 +94,26 @@ def prepare(
     batch = replace(
         batch, current_RS=_current(batch, sequences, step), top_PC=_top(sequences), unpacked_weight=left_out
     )
-    metrics = _rollout_metrics(selected, groups, tokenized, step)
+    metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized)
+    metrics |= {"trajectories_masked": float(len(tokenized) - len(unmasked))}
+    metrics |= {"tokens_sampled": float(sum(sequence.scored for one in unmasked for sequence in one.sequences))}
     metrics |= {"sequences_truncated": float(len(fitted.truncated)), "sequences_dropped": float(len(fitted.dropped))}
     metrics |= {"groups_without_signal": _without_signal(selected, advantages)}
     metrics |= {"sequences_not_computed": float((~trained_Q).sum())}
     if routes is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
+
+
+def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
+    """Trajectories without a truncated reply. The others count in their group's baseline only. Raises DataError if there are none."""
+    unmasked = [one for one in tokenized if not one.truncated]
+    if not unmasked:
+        raise DataError(
+            f"the batch is empty: each of its {len(tokenized)} trajectories has a truncated reply, and mask_truncated leaves these out: "
+            "let the rollouts sample more tokens (max_tokens, max_model_len), or set mask_truncated = false"
+        )
+    return unmasked
 
 
 def _trained(config: TrainConfig, advantage_Q: np.ndarray, group_Q: np.ndarray) -> np.ndarray:
@@ -168,10 +183,20 @@ def _rollout_metrics(
         "trajectories": float(len(trajectories)),
         "rollouts_failed": float(sum(len(group.exceptions) for group in groups)),
         "turns_split": float(sum(one.splits for one in tokenized)),
-        "tokens_sampled": float(sum(sequence.scored for one in tokenized for sequence in one.sequences)),
         "steps_off_policy": float(max(step - min(one.steps) for one in tokenized)),
     }
     return metrics | selected.dropped_metrics() | _means(trajectories)
+
+
+def _reply_metrics(tokenized: list[Tokenized]) -> dict[str, float]:
+    """How long replies are, how many of them a limit cut off, and how many a trajectory has."""
+    replies = [size for one in tokenized for size in one.replies]
+    return {
+        "reply_tokens_mean": sum(replies) / len(replies),
+        "reply_tokens_max": float(max(replies)),
+        "replies_truncated": sum(one.truncated for one in tokenized) / len(replies),
+        "turns_mean": len(replies) / len(tokenized),
+    }
 
 
 def _means(trajectories: list[Trajectory]) -> dict[str, float]:

@@ -52,6 +52,7 @@ class Turn:
     # [P + N - 1 or P + N, L, K] expert ids, see routes.py; None where experts are not replayed
     routes_SLK: np.ndarray | None = None
     top_SC: np.ndarray | None = None  # int32, the server's most likely ids in the place of sampled_S, see top.py
+    truncated: bool = False  # cut off by a limit of tokens
 
 
 def _ids(value: object, what: str) -> np.ndarray:
@@ -148,6 +149,7 @@ def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | N
         if routes is None or not len(sampled_S)
         else decode_routes(extra.get("routed_experts"), extra.get("routes_digest"), prompt_S, sampled_S, routes, name),
         top_SC=top_ids(choice),
+        truncated=choice.finish_reason == "length",
     )
 
 
@@ -222,12 +224,15 @@ class Tokenized:
     """A trajectory's sequences. `splits`: turns that did not continue an earlier one. `steps`: versions that sampled
     it.
 
-    `disagreeing`: tokens for which two turns recorded different experts.
+    `replies`: sampled tokens of each turn. `truncated`: how many of these a limit of tokens cut off. `disagreeing`: tokens for which
+    two turns recorded different experts.
     """
 
     sequences: list[TokenSequence]
     splits: int
     steps: frozenset[int]
+    replies: tuple[int, ...]
+    truncated: int
     disagreeing: int = 0
 
 
@@ -259,6 +264,8 @@ def tokenize(
         sequences=[sequence for sequence, _ in made],
         splits=len(merged) - 1,
         steps=frozenset(step for turn in turns for step in np.unique(turn.steps_S).tolist()),
+        replies=tuple(len(turn.sampled_S) for turn in turns),
+        truncated=sum(turn.truncated for turn in turns),
         disagreeing=sum(count for _, count in made),
     )
 

@@ -100,6 +100,10 @@ class TrainConfig(Config):
         default="error",
         description="what to do with a sequence longer than row_length; error: leave its trajectory out, within max_dropped",
     )
+    mask_truncated: bool = Field(
+        default=False,
+        description="a trajectory with a reply that a limit of tokens cut off counts in its group's baseline, and isn't trained on",
+    )
     max_steps_off_policy: int = Field(
         default=0,
         ge=0,
