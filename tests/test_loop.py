@@ -35,8 +35,8 @@ from lockstep.errors import (
     StoreError,
     TrainerError,
 )
-from lockstep.loop.run_file import load_run_file
-from lockstep.loop.synchronous import greedy_reward, roll_out
+from lockstep.loop.run_file import TaskSection, load_run_file
+from lockstep.loop.synchronous import evaluate, mean_reward, roll_out
 from lockstep.loop.task import Task, load_task
 from lockstep.metrics.names import is_known
 from lockstep.models.tiny.write import write_tiny
@@ -376,11 +376,11 @@ async def test_a_rollout_that_raises_loses_nothing(running, task, section, tmp_p
         return await task.rollout(model, scenario, temperature)
 
     broken = replace(task, rollout=sometimes)
-    limited = section.model_copy(update={"steps": model.step + 1, "stop_at_reward": None})
+    limited = section.model_copy(update={"steps": model.step + 1, "stop_at_reward": None, "max_exceptions": 0})
     step = model.step
     with pytest.raises(RolloutError, match="the environment fell over"):
         await run(model, backend, broken, limited, CONFIG, tmp_path, lambda row: None)
-    kept = read_parquet(tmp_path / "trajectories" / "train" / f"{step:04d}.parquet")
+    kept = read_parquet(tmp_path / "trajectories" / "train" / f"{step + 1:04d}.parquet")
     assert any(failure.message == "the environment fell over" for group in kept for failure in group.exceptions)
     assert model.step == step
 
@@ -392,10 +392,12 @@ async def test_an_evaluation_tolerates_what_a_step_does():
         return trajectory(reward=scenario)
 
     some = Task(Path("task.py"), [0.0, 1.0, 2.5], flaky, None)
-    assert await greedy_reward(None, some, 3, 0.4) == 1.25
-    assert math.isnan(await greedy_reward(None, replace(some, scenarios=[1]), 3, 1))
+    section = TaskSection(file="task.py", steps=1, evaluate_scenarios=3, max_exceptions=0.4)
+    assert mean_reward(await evaluate(None, some, section)) == 1.25
+    everything = section.model_copy(update={"max_exceptions": 1})
+    assert math.isnan(mean_reward(await evaluate(None, replace(some, scenarios=[1]), everything)))
     with pytest.raises(RolloutError, match="fell over"):
-        await greedy_reward(None, some, 3)
+        await evaluate(None, some, section.model_copy(update={"max_exceptions": 0}))
 
 
 async def test_a_nan_reward_is_named(running, task):

@@ -116,7 +116,7 @@ async def test_tolerated_failures_stay_with_their_group():
 
 
 @pytest.mark.parametrize(
-    ("allowed", "passes"), [(0, False), (1, False), (2, True), (0.49, False), (0.5, True), (2.0, True)]
+    ("allowed", "passes"), [(0, False), (1, False), (2, True), (0.25, False), (0.26, True), (0.5, True), (2.0, True)]
 )
 async def test_tolerance_is_a_count_or_a_fraction(allowed, passes):
     work = [[rollout(0.0), rollout(1.0)], [failing("a"), failing("b")]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -49,6 +49,10 @@ class Backend(Protocol):
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
     ) -> TrainResult: ...
+
+    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
+        """Keep metrics with those of the model's current step."""
+        ...
 
     async def close(self) -> None: ...
 

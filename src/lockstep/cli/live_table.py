@@ -33,13 +33,18 @@ def _cells(row: StepSummary) -> list[str]:
     ]
 
 
+def _compiled(row: StepSummary) -> str:
+    programs = "1 program" if row.compilations == 1 else f"{row.compilations} programs"
+    return f"step {row.step} compiled {programs} in {row.compile_s:.1f} s"
+
+
 class LiveTable:
-    """Context manager; call it with each Row. `reward` is sampled at the step, `greedy` measured before training it."""
+    """Context manager; call it with each StepSummary. `reward` is that of a step's training rollouts, `greedy` that of the step itself."""
 
     def __init__(self, console: Console, title: str):
         self._console = console
         # Fits 80 columns: what does not fit would be cut off, without a word.
-        self._table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+        self._table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
         for name in _COLUMNS:
             self._table.add_column(name, justify="right", min_width=7, no_wrap=True)
         self._live = Live(self._table, console=console, refresh_per_second=4) if console.is_terminal else None
@@ -52,10 +57,14 @@ class LiveTable:
         return self
 
     def __call__(self, row: StepSummary) -> None:
+        said = _compiled(row) if row.compilations else None
         if self._live:
             self._table.add_row(*_cells(row))
+            self._table.caption = said or self._table.caption  # of the last step that compiled
         else:
             self._line(_cells(row))
+            if said:
+                self._line([said])
 
     def _line(self, cells: Sequence[str]) -> None:
         text = "  ".join(f"{cell:>9}" for cell in cells)

@@ -42,10 +42,11 @@ class TaskSection(Config):
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
     temperature: float = Field(default=1.0, gt=0, description="of the sampling of training rollouts")
     max_exceptions: int | float = Field(
-        default=0,
+        default=0.1,
         ge=0,
-        description="failed rollouts tolerated per step and per evaluation: a count, or a fraction below 1",
+        description="failed rollouts tolerated per step and per evaluation: a count, or a fraction below 1, rounded up but never all",
     )
+    rollout_timeout_s: float = Field(default=1800.0, gt=0, description="seconds after which a rollout counts as failed")
     evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
     evaluate_scenarios: int = Field(default=64, gt=0, description="scenarios of an evaluation, at most")
     stop_at_reward: float | None = Field(default=None, description="end early when the greedy reward reaches this")

@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RolloutError
 from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.rollouts.parquet import write_parquet
-from lockstep.rollouts.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from lockstep.loop.run_file import TaskSection
     from lockstep.loop.task import Task
     from lockstep.model import TrainableModel
+    from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 
 
 _ROUNDING = 1e-9
@@ -34,7 +34,10 @@ _ROUNDING = 1e-9
 class StepSummary:
     """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step.
 
+    step: the checkpoint that all of the line is about, as in the run's metrics and folders.
+    reward: of the rollouts that the step was trained on. greedy: of the checkpoint itself.
     signal: False where no group's rewards differed, so that nothing was trained.
+    compilations, compile_s: programs that the step compiled, and the time within train_s for that.
     """
 
     step: int
@@ -47,6 +50,8 @@ class StepSummary:
     train_s: float = math.nan
     sync_s: float = math.nan
     signal: bool = True
+    compilations: int = 0
+    compile_s: float = 0.0
 
 
 @dataclass
@@ -64,30 +69,49 @@ class Outcome:
         return self.rows[-1].greedy if self.rows else math.nan
 
 
-async def greedy_reward(model: TrainableModel, task: Task, limit: int, max_exceptions: int | float = 0) -> float:
-    """Mean reward of one rollout per scenario at temperature 0 (the first `limit` of the task's evaluation scenarios, of its
-    scenarios if it has none), without those that failed; NaN if all did, which `max_exceptions` has to tolerate.
+async def evaluate(model: TrainableModel, task: Task, section: TaskSection) -> list[TrajectoryGroup]:
+    """A group of one rollout per scenario at temperature 0: the first `evaluate_scenarios` of the task's evaluation scenarios, of
+    its scenarios if it has none.
     """
-    groups = await gather_trajectory_groups(
-        [[task.rollout(model, scenario, 0.0)] for scenario in (task.evaluation_scenarios or task.scenarios)[:limit]],
-        max_exceptions=max_exceptions,
-        progress=False,
-    )
-    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-    return sum(rewards) / len(rewards) if rewards else math.nan
+    scenarios = (task.evaluation_scenarios or task.scenarios)[: section.evaluate_scenarios]
+    return await _gather(model, task, section, scenarios, tries=1, temperature=0.0)
 
 
 async def roll_out(model: TrainableModel, task: Task, section: TaskSection, step: int) -> list[TrajectoryGroup]:
     """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
     scenarios = task.draw(section.groups_per_step, section.seed, step)
+    return await _gather(model, task, section, scenarios, tries=section.group_size, temperature=section.temperature)
+
+
+async def _gather(
+    model: TrainableModel, task: Task, section: TaskSection, scenarios: Sequence[Any], tries: int, temperature: float
+) -> list[TrajectoryGroup]:
+    def attempt(scenario: Any) -> Awaitable[Trajectory]:
+        return _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
+
     return await gather_trajectory_groups(
-        [
-            [task.rollout(model, scenario, section.temperature) for _ in range(section.group_size)]
-            for scenario in scenarios
-        ],
+        [[attempt(scenario) for _ in range(tries)] for scenario in scenarios],
         max_exceptions=section.max_exceptions,
         progress=False,
     )
+
+
+async def _limited(rollout: Callable[[], Awaitable[Trajectory]], limit_s: float) -> Trajectory:
+    """A rollout with a time limit. Its own TimeoutErrors pass as they are."""
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            return await rollout()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise TimeoutError(f"it took longer than {limit_s:g} s ([task] rollout_timeout_s)") from error
+
+
+def mean_reward(groups: Sequence[TrajectoryGroup]) -> float:
+    """Mean over the trajectories of all groups; NaN if there is none."""
+    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 async def run(
@@ -104,27 +128,24 @@ async def run(
 
     rise: the greedy reward also suffices once it is this much above the first one measured here.
 
-    The model must be registered. Trajectories of every step are on disk before it is trained, those of a failed gather too.
+    The model must be registered. Below `run_path`, trajectories/train/0003.parquet has what step 3 was trained on, before it is
+    trained, and trajectories/evaluation/0003.parquet what step 3 answered; those of a failed gather too.
     """
     outcome = Outcome(step=model.step)
+    row = StepSummary(step=model.step, reward=math.nan, greedy=math.nan)
     while True:
-        step = model.step
-        greedy = math.nan
-        last = step >= section.steps
-        if last or step % section.evaluate_every == 0:
-            greedy = await greedy_reward(model, task, section.evaluate_scenarios, section.max_exceptions)
-        outcome.step = step
+        last = row.step >= section.steps
+        if last or row.step % section.evaluate_every == 0:
+            row = replace(row, greedy=await _evaluated(model, backend, task, section, run_path))
+        outcome.step = row.step
         if math.isnan(outcome.first):
-            outcome.first = greedy
-        outcome.reached = any(greedy >= target for target in _targets(section, outcome.first, rise))
-        if outcome.reached or last:
-            row = StepSummary(step=step, reward=math.nan, greedy=greedy)
-            outcome.rows.append(row)
-            on_step(row)
-            return outcome
-        row = await _one_step(model, backend, task, section, config, run_path, greedy)
+            outcome.first = row.greedy
+        outcome.reached = any(row.greedy >= target for target in _targets(section, outcome.first, rise))
         outcome.rows.append(row)
         on_step(row)
+        if outcome.reached or last:
+            return outcome
+        row = await _one_step(model, backend, task, section, config, run_path)
 
 
 def _targets(section: TaskSection, first: float, rise: float | None) -> list[float]:
@@ -132,32 +153,46 @@ def _targets(section: TaskSection, first: float, rise: float | None) -> list[flo
     return [target for target in (section.stop_at_reward, risen) if target is not None]
 
 
-async def _one_step(
-    model: TrainableModel,
-    backend: Backend,
-    task: Task,
-    section: TaskSection,
-    config: TrainConfig,
-    run_path: Path,
-    greedy: float,
-) -> StepSummary:
-    step = model.step
-    trajectories = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
-    started = time.monotonic()
+async def _evaluated(
+    model: TrainableModel, backend: Backend, task: Task, section: TaskSection, run_path: Path
+) -> float:
+    """The greedy reward of the model's step, kept with its metrics; its rollouts are on disk."""
+    file = run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet"
+    groups = await _kept(evaluate(model, task, section), file, model.step, f"evaluation of step {model.step}")
+    greedy = mean_reward(groups)
+    failed = sum(len(group.exceptions) for group in groups)
+    measured = {} if math.isnan(greedy) else {"greedy_reward": greedy}
+    await asyncio.to_thread(backend.record, model, {**measured, "greedy_rollouts_failed": float(failed)})
+    return greedy
+
+
+async def _kept(gathering: Awaitable[list[TrajectoryGroup]], file: Path, step: int, what: str) -> list[TrajectoryGroup]:
+    """What a gather gives, once it is on disk. The error of one that failed says what failed and where its tracebacks are."""
     try:
-        groups = await roll_out(model, task, section, step)
+        groups = await gathering
     except RolloutError as error:
-        await asyncio.to_thread(write_parquet, trajectories, error.groups, step)
-        raise
-    await asyncio.to_thread(write_parquet, trajectories, groups, step)
+        await asyncio.to_thread(write_parquet, file, error.groups, step)
+        raise RolloutError(
+            f"{what}: {error}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions", error.groups
+        ) from None
+    await asyncio.to_thread(write_parquet, file, groups, step)
+    return groups
+
+
+async def _one_step(
+    model: TrainableModel, backend: Backend, task: Task, section: TaskSection, config: TrainConfig, run_path: Path
+) -> StepSummary:
+    before, step = model.step, model.step + 1
+    started = time.monotonic()
+    file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
+    groups = await _kept(roll_out(model, task, section, before), file, step, f"rollouts for step {step}")
     rollout_s = time.monotonic() - started
     result = await backend.train(model, groups, config)
-    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
     metrics = result.metrics
     return StepSummary(
-        step=step,
-        reward=sum(rewards) / len(rewards),
-        greedy=greedy,
+        step=result.step,
+        reward=mean_reward(groups),
+        greedy=math.nan,
         loss=metrics["loss"],
         kl=metrics.get("kl", math.nan),
         mismatch=metrics.get("mismatch", math.nan),
@@ -165,4 +200,6 @@ async def _one_step(
         train_s=metrics["seconds_train"],
         sync_s=metrics["seconds_sync"],
         signal=not metrics.get("no_signal"),
+        compilations=int(metrics.get("compilations", 0)),
+        compile_s=metrics.get("seconds_compile", 0.0),
     )

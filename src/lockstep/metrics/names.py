@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SECTIONS = {
+    "evaluation": "What the step answers at temperature 0",
     "rollouts": "What was sampled",
     "batch": "What is trained on, and how it is packed",
     "loss": "The step",
@@ -32,6 +33,14 @@ def _of(section: str, **metrics: tuple[str, str]) -> dict[str, Metric]:
 
 
 METRICS: dict[str, Metric] = {
+    **_of(
+        "evaluation",
+        greedy_reward=("reward", "Mean over the evaluation's scenarios."),
+        greedy_rollouts_failed=(
+            "count",
+            "Rollouts of the evaluation that raised, as far as max_exceptions tolerates them.",
+        ),
+    ),
     **_of(
         "rollouts",
         reward=("reward", "Mean over the trajectories of the step."),

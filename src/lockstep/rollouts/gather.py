@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import traceback
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 from lockstep.config import deadlines
 from lockstep.errors import ConfigError, DataError, RolloutError
+from lockstep.rollouts.failures import failure_of, one_line
 from lockstep.rollouts.leases import rollout_scope
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
@@ -35,8 +35,8 @@ async def gather_trajectory_groups(
     groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an awaitable that
     gives a TrajectoryGroup. Give coroutines: a task that you started yourself is awaited, but the first
     `model.inference_name()` in it does not decide the version of the whole rollout.
-    max_exceptions: failed rollouts to tolerate in all, as a count, or below 1 as a fraction of the rollouts. Those are
-    kept on their group.
+    max_exceptions: failed rollouts to tolerate in all, as a count, or below 1 as a fraction of the rollouts,
+    rounded up but never all of them. Those are kept on their group.
     after_each: called with each finished group (may be async); returns the group to keep, or a list of groups (an empty
     one drops it).
 
@@ -51,14 +51,11 @@ async def gather_trajectory_groups(
 def _tolerated(max_exceptions: int | float, rollouts: int) -> int:
     if not math.isfinite(max_exceptions) or max_exceptions < 0:
         raise ConfigError(f"max_exceptions = {max_exceptions} must be a count, or a fraction below 1")
-    if isinstance(max_exceptions, float) and max_exceptions < 1:
-        return math.floor(max_exceptions * rollouts)
+    if max_exceptions < 1:
+        return max(0, min(math.ceil(max_exceptions * rollouts), rollouts - 1))
+    if max_exceptions != int(max_exceptions):
+        raise ConfigError(f"max_exceptions = {max_exceptions} must be a whole number, or a fraction below 1")
     return int(max_exceptions)
-
-
-def _failure(error: BaseException) -> RolloutFailure:
-    text = "".join(traceback.format_exception(error))
-    return RolloutFailure(type=type(error).__name__, message=str(error), traceback=text)
 
 
 async def _scoped(attempt: Awaitable[Any]) -> Any:
@@ -139,7 +136,7 @@ class _Gathering:
         self._report(trajectories)
 
     def _fail(self, group: int, index: int, error: BaseException) -> None:
-        self._failures[group][index] = _failure(error)
+        self._failures[group][index] = failure_of(error)
         self._report(None)
 
     def _check_failures(self) -> None:
@@ -151,7 +148,7 @@ class _Gathering:
         rollout = "" if self._whole[group] else f", rollout {index}"
         raise RolloutError(
             f"{failed} of {self.expected} rollouts failed, {self._allowed} tolerated (max_exceptions); "
-            f"first: group {group}{rollout}: {first.type}: {first.message}",
+            f"first: group {group}{rollout}: {one_line(first)}",
             self._partial(),
         )
 

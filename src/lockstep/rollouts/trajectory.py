@@ -109,12 +109,13 @@ class Trajectory(BaseModel):
 
 
 class RolloutFailure(BaseModel):
-    """A rollout that raised: the exception's type and message, and its traceback as text."""
+    """A rollout that raised: the exception's type and message, the last frames in the user's own files, and its traceback as text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: str
     message: str
+    where: str = ""
     traceback: str = ""
 
 

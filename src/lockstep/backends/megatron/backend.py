@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,13 @@ class MegatronBackend:
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
         return self._run(model).store.path
+
+    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
+        """Keep metrics, such as an evaluation's, with those of the model's current step in the run's SQLite file.
+
+        Raises ConfigError if the model is not registered.
+        """
+        self._run(model).store.record(model.step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         run = self._run(model)

@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,13 @@ class TinkerBackend:
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
         return self._run(model).store.path
+
+    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
+        """Keep metrics, such as an evaluation's, with those of the model's current step in the run's SQLite file.
+
+        Raises ConfigError if the model is not registered.
+        """
+        self._run(model).store.record(model.step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         found = self._run(model).endpoint.endpoint
