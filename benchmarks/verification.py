@@ -29,7 +29,7 @@ from real_steps import conclude, keep_logs, measured, model_options, rollouts, s
 
 import lockstep as ls
 from lockstep.backends.megatron import backend as megatron
-from lockstep.backends.megatron import publish
+from lockstep.backends.megatron import publish, recovery
 from lockstep.errors import LockstepError, MismatchError
 from lockstep.inference.environment.install import find_runtime
 
@@ -75,7 +75,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
                 plots.append(Plot(find_runtime(kind), Path(scratch) / "plugin"))
             return plots[0].runtime
 
-        megatron.find_runtime = publish.find_runtime = planted_runtime
+        megatron.find_runtime = recovery.find_runtime = planted_runtime
         lora = None if options.full else ls.LoraConfig(rank=options.rank, alpha=2 * options.rank)
         backend = ls.MegatronBackend(
             path=runs,

@@ -14,7 +14,6 @@ import torch
 
 import lockstep as ls
 from inflight import sampled_tokens, seen_running, seen_sampling
-from lockstep.backends.megatron import colocated
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
@@ -344,7 +343,7 @@ async def trained_in_turns(model, backend, groups, monkeypatch):
 
 async def check_server_does_not_sleep_over_requests(model, backend, groups, monkeypatch):
     """A request that does not end in time stops the step before it begins, and is not harmed."""
-    monkeypatch.setattr(colocated, "deadlines.IN_FLIGHT_S", 0.3)
+    monkeypatch.setattr(deadlines, "IN_FLIGHT_S", 0.3)
     body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
     server = backend._run(model).server
     sleep, running = server.sleep, []

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new
-from lockstep.backends.megatron.colocated import give_gpu_to_trainer
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
-from lockstep.backends.megatron.publish import back_to_published, give_gpu_back, publish_and_serve, serve
+from lockstep.backends.megatron.publish import publish_and_serve, serve
+from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back
 from lockstep.backends.megatron.resolve import Plan, make_plan
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise
@@ -31,6 +31,8 @@ from lockstep.runs.store import RunCheckpoint, RunStore
 from lockstep.trainer.protocol import Load, Save, TrainStep
 
 if TYPE_CHECKING:
+    from lockstep.backends.megatron.probe import ProbeScores
+    from lockstep.batching.prefix_tree import TokenSequence
     from lockstep.model import TrainableModel
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
@@ -152,51 +154,78 @@ class MegatronBackend:
             return await self._train(run, groups, config)
 
     async def _train(self, run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> TrainResult:
-        started = time.monotonic()
-        model, current = run.model, run.model.step
+        started, number = time.monotonic(), run.model.step + 1
         run.check_in_step()
-        prepared = await asyncio.to_thread(
-            prepare,
-            groups,
-            model_name=model.name,
-            step=current,
-            config=config,
-            data=run.settings.parallel.data,
-            routes=run.settings.routes,
-        )
-        metrics = dict(prepared.metrics)
-        batch_path = run.store.path / "batches" / f"{current:04d}.safetensors"
-        await asyncio.to_thread(save_batch, prepared.batch, batch_path)
-        reference = None if config.reference_step is None else run.store.step(config.reference_step).path
-        await give_gpu_to_trainer(run, forget_weights=run.settings.merged)
-        try:
-            # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
-            if run.trainer_ahead:
-                await back_to_published(run, current)
-            staged = run.store.stage(current + 1)
-            run.trainer_ahead = True
-            before = await BeforeStep.score(run, prepared.sequences)
-            # An adapter leaves before its folder is written.
-            asked = TrainStep(batch_path, config, out=staged if run.settings.merged else None, reference=reference)
-            trained = await run.trainer.call(asked, deadline_s=deadlines.STEP_S)
-            scores, power = await before.after(run, current + 1)
-        except BaseException as error:
-            await give_gpu_back(run, error)
-            raise
-        run.probe = before.probe
-        metrics |= trained.metrics | {"verification_power": power}
-        metrics["seconds_train"] = time.monotonic() - started
-        self._say(f"loading {run.name(current + 1)}")
-        step, synced = await publish_and_serve(run, current + 1, staged, metrics, scores)
-        model._advance(step.number)
-        run.store.record(step.number, synced)
-        batch_path.unlink()
-        return TrainResult(step.number, metrics | synced, step.path)
+        batch = await _packed(run, groups, config)
+        await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
+        step = await _trained(run, batch, config)
+        metrics = batch.metrics | step.metrics | {"seconds_train": time.monotonic() - started}
+        self._say(f"loading {run.name(number)}")
+        checkpoint, synced = await publish_and_serve(run, number, step.staged, metrics, step.scores)
+        run.model._advance(number)
+        run.store.record(number, synced)
+        batch.path.unlink()
+        return TrainResult(number, metrics | synced, checkpoint.path)
 
     async def close(self) -> None:
         """End server and trainer of every model; published steps stay. Safe to call twice."""
         runs, self._runs = list(self._runs.values()), {}
         await all_ended(*(run.close() for run in runs))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A packed batch on disk."""
+
+    path: Path
+    sequences: Sequence[TokenSequence]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was trained and not published. scores: of the probe, by the weights after the step."""
+
+    staged: Path
+    scores: ProbeScores
+    metrics: dict[str, float]
+
+
+async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> _Batch:
+    settings, current = run.settings, run.model.step
+    prepared = await asyncio.to_thread(
+        prepare,
+        groups,
+        model_name=run.model.name,
+        step=current,
+        config=config,
+        data=settings.parallel.data,
+        routes=settings.routes,
+    )
+    path = run.store.path / "batches" / f"{current:04d}.safetensors"
+    await asyncio.to_thread(save_batch, prepared.batch, path)
+    return _Batch(path, prepared.sequences, dict(prepared.metrics))
+
+
+async def _trained(run: Run, batch: _Batch, config: TrainConfig) -> _Step:
+    """The trainer's step. Whatever it raises, a colocated server serves the step of before again."""
+    current = run.model.step
+    try:
+        reference = None if config.reference_step is None else run.store.step(config.reference_step).path
+        # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
+        if run.trainer_ahead:
+            await back_to_published(run, current)
+        staged = run.store.stage(current + 1)
+        run.trainer_ahead = True
+        before = await BeforeStep.score(run, batch.sequences)
+        request = TrainStep(batch.path, config, out=run.delivery.written_by_step(staged), reference=reference)
+        trained = await run.trainer.call(request, deadline_s=deadlines.STEP_S)
+        scores, power = await before.after(run, current + 1)
+    except BaseException as error:
+        await give_gpu_back(run, error)
+        raise
+    run.probe = before.probe
+    return _Step(staged, scores, trained.metrics | {"verification_power": power})
 
 
 async def _publish_first(run: Run) -> RunCheckpoint:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
+from lockstep.backends.megatron.colocated import DedicatedGpus, Gpus, SharedGpus
+from lockstep.backends.megatron.delivery import AdapterDelivery, Delivery, MergedDelivery
 from lockstep.backends.megatron.probe import Noise, Probe
 from lockstep.backends.megatron.settings import ResolvedSettings
 from lockstep.errors import StoreError
@@ -34,6 +36,12 @@ class Run:
     """The trainer was asked for a step that is not published: nobody knows which weights it holds."""
     training: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by `train`: one step at a time."""
+    gpus: Gpus = field(init=False)
+    delivery: Delivery = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gpus = SharedGpus(self) if self.settings.colocated else DedicatedGpus()
+        self.delivery = MergedDelivery(self) if self.settings.merged else AdapterDelivery(self)
 
     def name(self, step: int) -> str:
         """What the step is served as."""

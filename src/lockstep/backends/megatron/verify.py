@@ -13,7 +13,6 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lockstep.backends.megatron import probe as probing
-from lockstep.backends.megatron.colocated import give_gpu_to_server, give_gpu_to_trainer
 from lockstep.backends.megatron.probe import ROW, TOKENS, Probe, ProbeScores
 from lockstep.backends.megatron.run import Run
 from lockstep.batching.pack import pack, save_batch
@@ -79,7 +78,7 @@ async def measure_noise(run: Run) -> None:
     """
     run.probe = await first_probe(run)
     served, choices = await served_scores(run, f"{run.model.name}@base", run.probe)
-    await give_gpu_to_trainer(run, forget_weights=run.settings.merged)
+    await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
     trained = await trained_scores(run, on_served_routes(run, run.probe, choices))
     run.noise = probing.base_noise(served, trained, run.numerics, run.server.child.log_path)
 
@@ -153,7 +152,7 @@ async def verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str
     name = run.name(number)
     served, choices = await served_scores(run, name, run.probe)
     if trained is None:
-        await give_gpu_to_trainer(run, forget_weights=False)
+        await run.gpus.give_to_trainer(forget_weights=False)
         trained = await trained_scores(run, on_served_routes(run, run.probe, choices))
-        await give_gpu_to_server(run)
+        await run.gpus.give_to_server()
     return probing.compare(name, served, trained, run.noise, run.numerics, run.server.child.log_path)
