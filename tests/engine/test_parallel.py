@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def sizes_of(family: str) -> dict[str, dict[str, Any]]:
 
 
 CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
+FAST_KIND = {"qwen3": "check", "qwen3_moe": "lora", "qwen3_5": "lora", "qwen3_5_moe": "check"}
+"""Every family at every size, once: adapters for two of them, all weights for the others. The slow tier has both for all."""
+SLOW = {(f, s, kind) for f, s, kind in CASES if kind != FAST_KIND[f]}
 CASES += [("qwen3_5_moe", s, "exact") for s in sizes_of("qwen3_5_moe")] + [("qwen3", "tp2-sp", "exact")]
 """Exact: the family with every kind of layer, and plain attention."""
 ROUTED = [(f, s) for f in ("qwen3_moe", "qwen3_5_moe") for s in sizes_of(f)]
@@ -91,14 +95,30 @@ def models(folder: Path, families: tuple[str, ...], seed: int, **fixed: Any) -> 
     return made
 
 
+def slow(case: tuple[str, ...]) -> Any:
+    """The case as a parameter of its tier."""
+    return pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case
+
+
+def checks_of(cases: Iterable[tuple[str, str, str]], made: dict[str, str], seed: int) -> list[dict[str, Any]]:
+    return [
+        {"name": f"{f}/{s}/{kind}", "kind": kind, "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
+        for f, s, kind in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, seed = tmp_path_factory.mktemp("two-slow"), draw_seed()
+    checks = checks_of(sorted(SLOW), models(folder, FAMILIES, seed), seed)
+    return {"seed": seed, **launch(folder, checks, 2)}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, seed = tmp_path_factory.mktemp("two"), draw_seed()
     made = models(folder, FAMILIES, seed)
-    checks = [
-        {"name": f"{f}/{s}/{kind}", "kind": kind, "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
-        for f, s, kind in CASES
-    ]
+    checks = checks_of((case for case in CASES if case not in SLOW), made, seed)
     checks += [
         {"name": f"{f}/{s}/routes", "kind": "routes", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
         for f, s in ROUTED
@@ -143,10 +163,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "size", "kind"), CASES)
-def test_two_processes(two: dict[str, Any], family: str, size: str, kind: str) -> None:
-    measured = two[f"{family}/{size}/{kind}"]
-    assert (exact if kind == "exact" else within)(measured), (two["seed"], measured)
+@pytest.mark.parametrize(("family", "size", "kind"), [slow(case) for case in CASES])
+def test_two_processes(request: pytest.FixtureRequest, family: str, size: str, kind: str) -> None:
+    launched = request.getfixturevalue("two_slow" if (family, size, kind) in SLOW else "two")
+    measured = launched[f"{family}/{size}/{kind}"]
+    assert (exact if kind == "exact" else within)(measured), (launched["seed"], measured)
 
 
 @pytest.mark.distributed
