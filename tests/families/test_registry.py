@@ -13,6 +13,7 @@ import pytest
 from checkpoints import Recipe, config_json
 
 from lockstep.errors import ConfigError, UnsupportedModelError
+from lockstep.inference.vllm_args import model_arguments, server_facts
 from lockstep.models.contract import Layout
 from lockstep.models.discovery import inspect_architecture
 from lockstep.models.registry import (
@@ -26,6 +27,7 @@ from lockstep.models.registry import (
     load_model_config,
     model_is_moe,
     native_vllm_lora_status_for_model,
+    spec_of_folder,
 )
 from lockstep.models.spec import DependencyFloor
 from lockstep.models.targets import available_targets, check_targets
@@ -192,3 +194,24 @@ def test_status_is_a_known_word_and_evidence_is_named() -> None:
         assert (Path(__file__).parents[2] / spec.evidence).is_file()
         assert default_target_modules_for_model(spec.model_names[0])
     assert set(tiny_models()) == {s.key for s in SPECS}
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "plain", "with_adapters", "short_prompts"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", [], [], True),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", ["--language-model-only"], [], False),
+        ("qwen3_5_moe", "Qwen3_5MoeForCausalLM", [], ["--enable-mixed-moe-lora-format"], False),
+        ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", ["--language-model-only"], [], False),
+        (None, "SomebodysForCausalLM", [], [], True),
+    ],
+)
+def test_what_the_server_is_told_of_a_family(
+    tmp_path, family, architecture, plain, with_adapters, short_prompts
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    spec = spec_of_folder(tmp_path)
+    assert (spec and spec.key) == family
+    assert model_arguments(tmp_path, lora=False) == plain
+    assert model_arguments(tmp_path, lora=True) == plain + with_adapters
+    assert server_facts(tmp_path).one_token_prompts_on_cpu is short_prompts

@@ -18,7 +18,7 @@ from lockstep.errors import ServerError
 from lockstep.inference.client import Server
 from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.log import last_words, why_it_ended
-from lockstep.inference.vllm_args import model_arguments, needs_two_tokens
+from lockstep.inference.vllm_args import model_arguments, server_facts
 from lockstep.process.child import LONGEST_SOCKET, child_env, spawn, visible_gpus
 from lockstep_wire import http_paths
 
@@ -153,7 +153,7 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     # The last one is the outermost.
     command += ["--middleware", "lockstep_vllm.http.openai_fields.ChoiceFields"]
-    if runtime.kind == "cpu" and needs_two_tokens(config.model):
+    if runtime.kind == "cpu" and not server_facts(config.model).one_token_prompts_on_cpu:
         command += ["--middleware", "lockstep_vllm.http.short_prompts.TwoTokenPrompts"]
     if config.tools_off is not None:
         command += ["--middleware", "lockstep_vllm.http.tools_off.ToolsOff"]
@@ -172,7 +172,7 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
         command += ["--enable-return-routed-experts", "--enable-prefix-caching"]
     if runtime.kind == "cpu":
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_bytes or 256 << 20)]
-        if not config.capture_routes and not needs_two_tokens(config.model):
+        if not config.capture_routes and not server_facts(config.model).own_block_size_on_cpu:
             # vLLM's own 128 reuses no prefix of a short prompt; its kernels want multiples of 32. Hybrid models choose theirs.
             command += ["--block-size", "32"]
     else:

@@ -6,32 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-_STACKED_ADAPTERS_IN_A_2D_CLASS = "Qwen3_5MoeForCausalLM"
-"""vLLM's text-only class takes one pair per expert only; stacked ones, which PEFT and the released class want, need a flag."""
+from lockstep.models.registry import spec_of_folder
+from lockstep.models.spec import ServerFacts
 
 
-_CONVOLUTIONS = "Qwen3_5"
-"""Start of the names of the classes with convolutions, which die of a prompt of one token on a CPU."""
-
-
-def _classes(model: Path) -> list[str]:
-    return json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-
-
-def needs_two_tokens(model: Path) -> bool:
-    """Whether vLLM's CPU build dies of a prompt of one token for this checkpoint's class."""
-    return any(name.startswith(_CONVOLUTIONS) for name in _classes(model))
+def server_facts(model: Path) -> ServerFacts:
+    """Those of the checkpoint's family; of a model that is not registered nothing is known."""
+    spec = spec_of_folder(model)
+    return ServerFacts() if spec is None else spec.server
 
 
 def model_arguments(model: Path, *, lora: bool) -> list[str]:
-    """Command-line arguments that follow from the checkpoint's class."""
-    classes = _classes(model)
-    arguments = []
-    if any(name.endswith("ForConditionalGeneration") for name in classes):
-        arguments.append("--language-model-only")
-    if lora and _STACKED_ADAPTERS_IN_A_2D_CLASS in classes:
-        arguments.append("--enable-mixed-moe-lora-format")
-    return arguments
+    """Command-line arguments that follow from the checkpoint's architecture."""
+    facts = server_facts(model)
+    named = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    known = facts.arguments + (facts.lora_arguments if lora else ())
+    return [argument for architecture, argument in known if architecture in named]
 
 
 def adapter_fields(folder: Path) -> dict[str, Any]:

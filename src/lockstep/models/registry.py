@@ -55,7 +55,7 @@ def get_model_support_spec(base_model: str, *, allow_unvalidated_arch: bool = Fa
     An unregistered model raises UnsupportedModelError; with `allow_unvalidated_arch` the family that looks nearest is
     tried, with a warning that says so.
     """
-    found = _spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
+    found = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
     if found is not None:
         return found
     if not allow_unvalidated_arch:
@@ -71,7 +71,7 @@ def get_model_support_spec(base_model: str, *, allow_unvalidated_arch: bool = Fa
 
 def is_model_support_registered(base_model: str) -> bool:
     """True when `get_model_support_spec` knows the model."""
-    found = _spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
+    found = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
     return found is not None
 
 
@@ -168,7 +168,8 @@ def _spec_of_name(name: str) -> ModelSupportSpec | None:
     return next((s for s in list_model_support_specs() if name in s.model_names), None)
 
 
-def _spec_of_folder(folder: Path) -> ModelSupportSpec | None:
+def spec_of_folder(folder: Path) -> ModelSupportSpec | None:
+    """The family whose architecture or model type a checkpoint's config.json names; None: no family's."""
     raw = read_json(folder)
     named = architecture(raw)
     if named is not None:

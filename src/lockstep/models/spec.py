@@ -44,6 +44,22 @@ class Traits:
 
 
 @dataclass(frozen=True)
+class ServerFacts:
+    """What vLLM must be told about a family's models, since it doesn't find out by itself.
+
+    arguments: (architecture, argument of the command line).
+    lora_arguments: the same, where adapters are served.
+    one_token_prompts_on_cpu: False where its CPU build dies of a prompt of one token.
+    own_block_size_on_cpu: the model chooses the KV cache's block size itself.
+    """
+
+    arguments: tuple[tuple[str, str], ...] = ()
+    lora_arguments: tuple[tuple[str, str], ...] = ()
+    one_token_prompts_on_cpu: bool = True
+    own_block_size_on_cpu: bool = False
+
+
+@dataclass(frozen=True)
 class ModelSupportSpec:
     """One model family as users, the registry and the command line see it.
 
@@ -67,4 +83,5 @@ class ModelSupportSpec:
     skipped: tuple[tuple[str, str], ...] = ()
     tool_call_parser: str = "hermes"
     """vLLM's name of the parser for this family's tool calls."""
+    server: ServerFacts = ServerFacts()
     evidence: str = ""

@@ -9,7 +9,7 @@ weights (`streamed`): what fails on the way ends the server, and ServerLostError
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -177,6 +177,11 @@ class _Pusher:
 
 class WeightPusher(_Pusher):
     """All weights of the base model, again and again: merged weights and full fine-tuning."""
+
+    def __init__(self, *arguments: Any, skipped: Sequence[str] = (), **options: Any) -> None:
+        """skipped: starts of names of the checkpoint that are never sent, since the server does not load them. Else as `_Pusher`."""
+        super().__init__(*arguments, **options)
+        self._described |= {"skipped": list(skipped)}
 
     def push(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: str, served_name: str | None = None

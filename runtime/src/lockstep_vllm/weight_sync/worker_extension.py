@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Receiver:
                 model = self.model_runner.get_model()
                 shapes = {name: meta.shape for name, meta in plan.metas.items()}
                 state.names = _resolved(model, shapes)
-                _check_coverage(model, shapes, Path(self.vllm_config.model_config.model))
+                _check_coverage(model, shapes, Path(self.vllm_config.model_config.model), raw.get("skipped", ()))
                 state.direct = self._lockstep_sync_direct(plan)
                 state.identity = None if state.direct is None else Identity(state.direct, self.device)
         except (UnknownWeightError, ValueError) as error:
@@ -368,17 +368,19 @@ def _resolved(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: resolve(name, live, packed, map_name) for name in names}
 
 
-def _check_coverage(model: torch.nn.Module, sent: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check_coverage(
+    model: torch.nn.Module, sent: dict[str, tuple[int, ...]], folder: Path, skipped: Sequence[str]
+) -> None:
+    """skipped: starts of names that the trainer carries over untouched and the server does not load."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
 
     def optional(name: str) -> bool:
         if tied and name.endswith("lm_head.weight"):
             return True
-        # What the model itself drops or has no tower for: vision weights of a text-only server, draft layers.
-        if mapper is not None and mapper.map_name(name) is None:
+        if mapper is not None and mapper.map_name(name) is None:  # the model itself drops it
             return True
-        return ".visual." in f".{name}" or name.startswith("mtp.")
+        return name.startswith(tuple(skipped))
 
     coverage.check(sent, coverage.checkpoint_shapes(folder), optional)
 

@@ -72,7 +72,13 @@ class WeightsOut:
                 self.pusher.close()
             carrier = make_transport(transport, deadline_s)
             self.pusher = WeightPusher(
-                endpoint, carrier, self.plan, device=device.device(), deadline_s=deadline_s, senders=self.senders
+                endpoint,
+                carrier,
+                self.plan,
+                skipped=[prefix for prefix, _ in self.trainer.handler.spec.skipped],
+                device=device.device(),
+                deadline_s=deadline_s,
+                senders=self.senders,
             )
             self.serves = endpoint, transport, deadline_s
         return self.pusher.push(self.tensors(), version, version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lockstep.models.spec import DependencyFloor, ModelSupportSpec, Traits
+from lockstep.models.spec import DependencyFloor, ModelSupportSpec, ServerFacts, Traits
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = ("in_proj_qkv", "in_proj_z", "out_proj")
@@ -16,6 +16,17 @@ _FLOORS = (
 _SKIPPED = (
     ("mtp.", "multi-token-prediction layers are not trained"),
     ("model.visual.", "the vision tower is not trained"),
+)
+_SERVER = ServerFacts(
+    arguments=(
+        ("Qwen3_5ForConditionalGeneration", "--language-model-only"),
+        ("Qwen3_5MoeForConditionalGeneration", "--language-model-only"),
+    ),
+    # vLLM's text-only class takes one pair per expert only; stacked ones, which PEFT and the released class want, need a flag.
+    lora_arguments=(("Qwen3_5MoeForCausalLM", "--enable-mixed-moe-lora-format"),),
+    # The convolutions of GatedDeltaNet want two tokens there, and hybrid models choose the block size.
+    one_token_prompts_on_cpu=False,
+    own_block_size_on_cpu=True,
 )
 
 
@@ -51,6 +62,7 @@ DENSE = ModelSupportSpec(
     dependency_floors=_FLOORS,
     skipped=_SKIPPED,
     tool_call_parser="qwen3_coder",
+    server=_SERVER,
     evidence="docs/models/qwen3_5.md",
 )
 
@@ -75,6 +87,7 @@ MOE = ModelSupportSpec(
     dependency_floors=_FLOORS,
     skipped=_SKIPPED,
     tool_call_parser="qwen3_coder",
+    server=_SERVER,
     evidence="docs/models/qwen3_5.md",
 )
 
