@@ -13,6 +13,7 @@ import pytest
 import lockstep as ls
 from lockstep.backends.megatron import capacity, placement, preflight, resolve
 from lockstep.backends.megatron.capacity import GIB, Footprint
+from lockstep.batching.pack import AUTO_ROW_LENGTH, MOST_ROW_LENGTH
 from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.models.config import parse_config
@@ -202,6 +203,16 @@ def test_length_and_slots_follow_model_and_memory():
     assert cpu.cache == 2 * GIB
     assert 4 <= cpu.slots <= 64
     assert cpu.max_model_len * token <= cpu.cache
+
+
+def test_c1_rows_grow_as_far_as_the_trainers_memory_carries():
+    """Qwen3-8B in bf16: a layer's activations and the layers' inputs are some 0.6 MB per token."""
+    config, one = sizes_of("Qwen/Qwen3-8B", **QWEN3_8B), Parallel()
+    limits = [capacity.row_limit(config, 2, one, free * GIB) for free in (4, 10, 60)]
+    assert limits[0] == AUTO_ROW_LENGTH
+    assert AUTO_ROW_LENGTH < limits[1] < limits[2] == MOST_ROW_LENGTH == capacity.row_limit(config, 2, one, None)
+    assert 0.4e6 < 7 * GIB / limits[1] < 0.8e6
+    assert capacity.row_limit(config, 2, Parallel(context=2), 10 * GIB) >= 2 * limits[1] - 256
 
 
 def test_a_small_model_takes_a_small_cache(qwen):

@@ -348,3 +348,40 @@ def test_b1_equal_sequences_spread_over_minibatches():
     batch = packed(sequences, minibatches=4)
     validate(batch)
     assert sorted(batch.row_Q) == [0, 1, 2, 3]
+
+
+def agents(groups: int, prompt: int, reply: int, common: int = 0) -> list[TokenSequence]:
+    """Groups of eight replies to a prompt of `prompt` tokens, the first `common` of which all groups share."""
+    random = np.random.default_rng(groups + prompt)
+    head = random.integers(0, 50_000, common)
+    sequences = []
+    for group in range(groups):
+        question = np.concatenate([head, random.integers(0, 50_000, prompt - common)])
+        for index in range(8):
+            tokens_S = np.concatenate([question, random.integers(0, 50_000, reply)]).astype(np.int32)
+            mask_S = np.arange(len(tokens_S)) >= prompt
+            logprobs_S = np.where(mask_S, -1.0, np.nan).astype(np.float32)
+            sequences.append(
+                TokenSequence(f"{group}, {index}", tokens_S, mask_S, logprobs_S, np.ones(len(tokens_S), np.float32))
+            )
+    return sequences
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reply", "common"),
+    [(2048, 1024, 0), (3000, 500, 0), (6000, 500, 0), (12_000, 1000, 0), (600, 100, 500), (100, 100, 0)],
+)
+def test_c1_default_rows_compute_a_shared_prompt_once(prompt, reply, common):
+    sequences = agents(4, prompt, reply, common)
+    unique = common + 4 * (prompt - common) + 32 * reply
+    found = packing_metrics(packed(sequences))
+    assert found["tokens_computed"] <= 1.02 * unique
+    assert found["padding_share"] < 0.05
+
+
+def test_c1_default_rows_stay_within_what_memory_carries():
+    """A tree of 10,240 tokens in rows of at most 6,000 is cut; a sequence that is longer than the limit still gets its row."""
+    found = packing_metrics(packed(agents(4, 2048, 1024), row_limit=6000))
+    assert 4096 < found["row_length"] <= 6016
+    assert found["tokens_computed"] > 4 * 10_240
+    assert packing_metrics(packed(agents(4, 6000, 500), row_limit=4096))["row_length"] == 6528

@@ -99,6 +99,12 @@ def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[li
     return fill(below[-1], row_length), copies
 
 
+def computed_tokens(tree: Tree, copies: Copies) -> int:
+    """Tokens of all rows of a partition: the tree's, and once more for every further copy of a node."""
+    copied = np.array([node for node, _ in copies], dtype=np.int64)
+    return int(tree.size_N.sum() + tree.size_N[copied].sum() - tree.size_N[np.unique(copied)].sum())
+
+
 def _below(tree: Tree, order_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Tokens in each subtree, least rank of a sequence that ends there)."""
     node_N = np.arange(len(tree.start_N))

@@ -15,14 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-from lockstep.batching.bin_packing import Layout, lay_out, partition_into
+from lockstep.batching.bin_packing import Layout, computed_tokens, lay_out, partition, partition_into
 from lockstep.batching.packed_batch import PackedBatch
-from lockstep.batching.prefix_tree import Flat, TokenSequence, build, end_to_end, spread
+from lockstep.batching.prefix_tree import Flat, TokenSequence, Tree, build, end_to_end, spread
 from lockstep.errors import DataError
 
 SCHEMA = "lockstep.packed/1"
 AUTO_ROW_LENGTH = 4096
 """Rows grow to this many tokens before a second one is opened, when the caller leaves the length open."""
+MOST_ROW_LENGTH = 32768
+"""Rows grow to this many tokens, where memory carries them, before what sequences share is computed again."""
+_REPEATED = 1.02
+"""Rows grow until at most so many times the unique tokens are computed."""
 _MULTIPLE = 64
 
 
@@ -77,13 +81,14 @@ def pack(
     minibatches: int = 1,
     data: int = 1,
     multiple: int = _MULTIPLE,
+    row_limit: int = MOST_ROW_LENGTH,
 ) -> PackedBatch:
     """Pack `sequences` with one advantage and one weight per scored token each; sequence order is kept in the Q fields.
 
-    row_length: tokens per row; None: the longest sequence, or up to 4096 if there are that many tokens. `multiple`:
-    lengths chosen here, and the given one, are rounded up to it. The number of rows is a multiple of `minibatches` x
-    `data`: trees are cut further until there are so many, and where too few sequences exist, rows of padding go to the
-    end of each minibatch. Equal input and seed give equal bytes.
+    row_length: tokens per row; None: the longest sequence, or up to 4096 if there are that many tokens, and further up to
+    `row_limit` where shorter rows would compute what sequences share more than once. `multiple`: the length is rounded up
+    to it. The number of rows is a multiple of `minibatches` x `data`: trees are cut further until there are so many, and
+    where too few sequences exist, rows of padding go to the end of each minibatch. Equal input and seed give equal bytes.
 
     Raises DataError: nothing to pack, a sequence longer than a row (see `fit`) or that can't be packed (see `end_to_end`), fewer
     sequences than minibatches.
@@ -98,9 +103,9 @@ def pack(
     mask_X = flat.sampled_X.copy()  # before sharers learn from each other
     tree = build(flat, share_prefixes)
     longest = int((flat.stop_Q - flat.start_Q).max())
+    chosen = row_length is None
     if row_length is None:
-        share = -(-int(tree.size_N.sum()) // (minibatches * data))
-        row_length = max(longest, min(share, AUTO_ROW_LENGTH))
+        row_length = _grown(tree, order_Q, longest, minibatches * data, row_limit)
     elif longest > row_length:
         fit(sequences, row_length, "error")
     row_length = -(-row_length // multiple) * multiple
@@ -115,9 +120,25 @@ def pack(
     rows = [rows[i] for i in random.permutation(len(rows))]
     dealt = _deal(rows, minibatches, data)
     layout = lay_out(tree, dealt, copies)
+    if chosen:  # no longer than what fills the longest row
+        row_length = -(-int(layout.stop_M.max()) // multiple) * multiple
     scored = _scored(layout, mask_X, flat.stop_Q)
     owned = (*scored, np.asarray(weights_Q, np.float32), np.asarray(advantages_Q, np.float32))
     return _batch(flat, layout, (len(dealt), row_length), owned, tuple([sequence.name for sequence in sequences]))
+
+
+def _grown(tree: Tree, order_Q: np.ndarray, longest: int, rows: int, limit: int) -> int:
+    """The row length to pack with: grown from that of short prompts by a quarter at a time, until hardly a token is computed twice.
+
+    rows: as many are wanted, so that none may be longer than its share of the tokens.
+    """
+    unique = int(tree.size_N.sum())
+    share = -(-unique // rows)
+    length = max(longest, min(share, AUTO_ROW_LENGTH))
+    most = max(length, min(share, limit))
+    while length < most and computed_tokens(tree, partition(tree, length, order_Q)[1]) > _REPEATED * unique:
+        length = min(length * 5 // 4, most)
+    return length
 
 
 def minibatch_rows(rows: int, minibatches: int, index: int) -> range:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lockstep.batching.advantages import group_advantages
-from lockstep.batching.pack import fit, pack, packing_metrics
+from lockstep.batching.pack import MOST_ROW_LENGTH, fit, pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
@@ -52,11 +52,14 @@ def prepare(
     data: int = 1,
     multiple: int = 64,
     routes: RouteShape | None = None,
+    row_limit: int = MOST_ROW_LENGTH,
 ) -> Prepared:
     """Check, tokenize and pack what step `step` of `model_name` is to be trained on.
 
     data: data-parallel size, the number of rows becomes a multiple of it (times config.minibatches). multiple: of the
-    row length. A trajectory that can't be trained on is left out and counted (see `select`): its group's baseline is that of the
+    row length. row_limit: tokens that a row may grow to where config.row_length is None.
+
+    A trajectory that can't be trained on is left out and counted (see `select`): its group's baseline is that of the
     others. Groups that are left with fewer than two trajectories are skipped and counted.
 
     Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, missing ids,
@@ -89,6 +92,7 @@ def prepare(
         minibatches=config.minibatches,
         data=data,
         multiple=multiple,
+        row_limit=row_limit,
     )
     left_out = np.array([(weight_Q * scored_Q)[~trained_Q].sum()])
     batch = replace(

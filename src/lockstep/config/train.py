@@ -90,8 +90,8 @@ class TrainConfig(Config):
     row_length: int | None = Field(
         default=None,
         gt=0,
-        description="tokens per packed row; None: fits the batch (its longest sequence, at least 4096 if there are "
-        "that many tokens)",
+        description="tokens per packed row; None: fits the batch (its longest sequence, or 4096 if there are that many tokens, and "
+        "more where shared prompts would be computed twice and the trainer's memory carries longer rows)",
     )
     share_prefixes: bool = Field(
         default=True, description="compute tokens that sequences share once (prefix-tree packing)"

@@ -9,11 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lockstep.batching.pack import AUTO_ROW_LENGTH, MOST_ROW_LENGTH
+from lockstep.models.activations import row_tokens
 from lockstep.models.handler import tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lockstep.config.megatron import Parallel
     from lockstep.models.config import ModelConfig
     from lockstep.models.contract import Shard
 
@@ -31,6 +34,8 @@ _CPU_CACHE = (256 * 2**20, 4 * GIB)
 """Least and most bytes of KV cache on a CPU."""
 _CPU_SHARE = 8
 """One part in so many of the free host memory is the KV cache's: trainer and weights need the rest."""
+_TRAINER_OVERHEAD = 3 * GIB
+"""Of a trainer: CUDA's context, logits by the chunk, buffers that the ranks share."""
 _GPU_OVERHEAD = 3 * GIB
 """Of a GPU server: CUDA's context, activations while it reads prompts, CUDA graphs."""
 
@@ -111,6 +116,14 @@ def on_gpu(
     logits = 4 * 4 * (asked_slots or most) * config.vocab_size
     cache = max(budget - weights - logits - _GPU_OVERHEAD, 0)
     return _capacity(config, dtype, ranks, cache, most, asked_length, asked_slots)
+
+
+def row_limit(config: ModelConfig, width: int, parallel: Parallel, free: int | None) -> int:
+    """Tokens that a packed row may grow to, so that a trainer rank with `free` bytes for activations carries it; None: nobody knows."""
+    if free is None:
+        return MOST_ROW_LENGTH
+    fits = row_tokens(config, width, parallel.tensor, free - _TRAINER_OVERHEAD) * parallel.context
+    return max(AUTO_ROW_LENGTH, min(MOST_ROW_LENGTH, fits // _BLOCK * _BLOCK))
 
 
 def is_large(total: int) -> bool:

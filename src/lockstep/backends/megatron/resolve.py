@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.backends.megatron import preflight
-from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu
+from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu, row_limit
 from lockstep.backends.megatron.exact import check_exact
 from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.backends.megatron.settings import ResolvedSettings, route_shape
+from lockstep.batching.pack import MOST_ROW_LENGTH
 from lockstep.config.base import unsupported
 from lockstep.config.megatron import MegatronConfig, Parallel
 from lockstep.errors import ConfigError
@@ -105,7 +106,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
     preflight.check_lora(model.lora, spec, shards)
     targets = (model.lora.target_modules or spec.default_target_modules) if model.lora else ()
     footprint = Footprint.of(shards, targets, model.lora.rank if model.lora else 0)
-    capacity = _capacity(log, asked, model, config, dtype, devices, footprint)
+    capacity, rows = _capacity(log, asked, model, config, dtype, devices, footprint)
     own = asked.tool_call_parser is not None or argument(asked.server_args, "tool-call-parser") is not None
     log.add("tool_call_parser", tools.parser, "set" if own else tools.off or "the family's")
     log.notes += [tools.note] if tools.note else []
@@ -130,6 +131,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         tools=tools,
         server_args=asked.server_args,
         exact=asked.exact,
+        row_limit=rows,
     )
     _describe_rest(log, resolved, asked)
     return Plan(resolved, config.vocab_size, tuple(log.settings), tuple(log.notes))
@@ -203,8 +205,10 @@ def _capacity(
     dtype: str,
     devices: Devices,
     footprint: Footprint,
-) -> Capacity:
-    """How long and how many, checked against positions and memory; `server_args` win, as they do in the server."""
+) -> tuple[Capacity, int]:
+    """How long and how many, checked against positions and memory, and the tokens that a packed row may grow to; `server_args` win,
+    as they do in the server.
+    """
     inside = _number(asked.server_args, "max-model-len")
     length, slots = inside or asked.max_model_len, _number(asked.server_args, "max-num-seqs")
     if length is not None:
@@ -213,8 +217,9 @@ def _capacity(
     if devices.kind == "cpu":
         capacity = on_cpu(config, dtype, host_available(), length, slots)
         room = None
+        free = host_available() // 4  # of several processes, and weights that no GPU's figures hold
     else:
-        capacity = _on_gpus(asked, model, config, dtype, devices, footprint, width, length, slots)
+        capacity, free = _on_gpus(asked, model, config, dtype, devices, footprint, width, length, slots)
         room = capacity.cache_tokens
     if length is not None:
         preflight.check_length(length, config, model.base_model, room)
@@ -223,7 +228,10 @@ def _capacity(
     log.add("max_num_seqs", capacity.slots, "set in server_args" if slots else f"memory{holds}")
     if capacity.cache is not None:
         log.add("kv_cache_bytes", capacity.cache, "a share of the host's free memory")
-    return capacity
+    rows = row_limit(config, width, asked.parallel, free)
+    why = "no longer row is worth it" if rows == MOST_ROW_LENGTH else "memory of the trainer"
+    log.add("row_limit", rows, f"where [train] row_length is open: {why}")
+    return capacity, rows
 
 
 def _on_gpus(
@@ -236,7 +244,8 @@ def _on_gpus(
     width: int,
     length: int | None,
     slots: int | None,
-) -> Capacity:
+) -> tuple[Capacity, int | None]:
+    """What the server holds, and the bytes that a trainer rank has left for activations; None where nobody knows."""
     per_rank = asked.parallel.tensor * asked.parallel.pipeline
     training = footprint.parameters * width // per_rank
     state = (footprint.adapter if model.lora else footprint.parameters) * 12 // per_rank
@@ -255,7 +264,8 @@ def _on_gpus(
         else:
             budget = int((utilization or 0.9) * min(one.total for one in known))
     large = bool(known) and all(is_large(one.total) for one in known)
-    return on_gpu(config, dtype, budget, large, ranks, weights, length, slots)
+    training_free = [memory[number].free - training - state for number in devices.trainer if number in memory]
+    return on_gpu(config, dtype, budget, large, ranks, weights, length, slots), min(training_free, default=None)
 
 
 def _describe_disk(log: _Log, asked: MegatronConfig, model: TrainableModel, footprint: Footprint, dtype: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lockstep.backends.megatron.placement import Devices
+from lockstep.batching.pack import MOST_ROW_LENGTH
 from lockstep.batching.routed_experts import RouteShape
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import Parallel
@@ -51,6 +52,8 @@ class ResolvedSettings:
     """How weights and adapters travel from the trainer's memory to the server."""
     exact: bool
     """Trainer and server compute the fp32 weights in fp64."""
+    row_limit: int = MOST_ROW_LENGTH
+    """Tokens that a packed row may grow to, where the user left its length open."""
     server_start: int = 0
     """How many servers this run had before."""
 

@@ -14,34 +14,7 @@ import torch.distributed as dist
 from lockstep.engine.layers.lm_head import CHUNK_BYTES
 from lockstep.engine.parallel.device import CUDA, device
 from lockstep.engine.state import TrainerState
-from lockstep.models.config import ModelConfig
-
-MARGIN = 1.4
-"""Estimates are multiplied by this: temporaries, and memory the allocator can't use."""
-_STATE_CHUNK = 64
-"""Tokens per chunk of the GatedDeltaNet kernels; they keep one state per chunk."""
-
-
-def kept_elements(config: ModelConfig, layer: int, tensor: int) -> int:
-    """Elements per token that the backward pass of layer `layer` needs on one of `tensor` ranks when nothing is recomputed."""
-    stream = 6 * config.hidden_size
-    if config.layer_types[layer] == "linear_attention":
-        keys, values = (
-            config.linear_key_heads * config.linear_key_dim,
-            config.linear_value_heads * config.linear_value_dim,
-        )
-        states = config.linear_value_heads * config.linear_key_dim * config.linear_value_dim // _STATE_CHUNK
-        mixer = 4 * (2 * keys + 2 * values) + 2 * states
-    else:
-        queries = config.heads * config.head_dim
-        mixer = 3 * (queries * (2 if config.output_gate else 1) + 2 * config.kv_heads * config.head_dim) + 2 * queries
-    if config.moe_layers[layer]:
-        mlp = (
-            config.experts_per_token * (4 * config.expert_size + 3 * config.hidden_size) + 4 * config.shared_expert_size
-        )
-    else:
-        mlp = 4 * config.mlp_size
-    return stream + (mixer + mlp) // tensor
+from lockstep.models.activations import MARGIN, kept_elements
 
 
 def layers_that_fit(bytes_per_layer: list[int], available: int) -> int:
