@@ -1,6 +1,6 @@
 """A run on disk: immutable steps published atomically, metrics in one SQLite file, logs and trajectories beside them.
 
-    <path>/<project>/<name>/
+    <path>/<project>/<name>/   only its owner can read it: prompts, answers and weights are in there
         run.sqlite            what the run is (base model, LoRA), metrics of each step
         run.lock              held by the process that trains the run
         steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
@@ -11,50 +11,22 @@ A step is written under a temporary name, flushed to disk, and renamed. Whatever
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
 from lockstep.errors import StoreError
+from lockstep.runs.checkpoint import MANIFEST, RunCheckpoint, fsync, read_checked, read_manifest, write_manifest
+from lockstep.runs.database import RunDatabase, read_identity
 
-MANIFEST = "manifest.json"
-SCHEMA = 1
 _STAGING = ".staging-"
 _NUMBER = re.compile(r"[0-9]{4,}")
-
-
-@dataclass(frozen=True)
-class RunCheckpoint:
-    """A published step: `number`, its folder, and the manifest it was published with."""
-
-    number: int
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def trainer(self) -> Path:
-        return self.path / "trainer"
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        """What the caller stored with the step (position in the data, and the like)."""
-        return self.manifest["state"]
 
 
 class RunStore:
@@ -64,9 +36,10 @@ class RunStore:
         self.path = Path(path).expanduser().resolve() / project / name
         self.steps_path = self.path / "steps"
         try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.chmod(0o700)  # a run of an earlier version
             for folder in (self.steps_path, self.path / "logs", self.path / "batches"):
-                folder.mkdir(parents=True, exist_ok=True)
-            (self.path / "logs").chmod(0o700)
+                folder.mkdir(exist_ok=True)
             self._lock = FileLock(self.path / "run.lock")
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -77,61 +50,65 @@ class RunStore:
             raise StoreError(f"{self.path} can't be written ({error.strerror}): choose another path") from None
         try:
             self._remove_unpublished()
-            self._make_tables()
+            self._check_steps()
+            self._database = RunDatabase(self.path)
+            self._identity = self._database.identity()
+            self._restore_metrics()
         except BaseException:
             self.close()
             raise
 
-    def _make_tables(self) -> None:
-        with self._database() as database:
-            database.executescript(
-                "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
-                "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
-                " PRIMARY KEY (step, name));"
-                "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
-                "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
-            )
-
     def close(self) -> None:
         self._lock.release()
-
-    @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
-        with _named(self.path / "run.sqlite") as file, closing(sqlite3.connect(file, timeout=30)) as database, database:
-            yield database
 
     def _remove_unpublished(self) -> None:
         for leftover in self.steps_path.glob(f"{_STAGING}*"):
             shutil.rmtree(leftover)
 
+    def _check_steps(self) -> None:
+        """Raise StoreError for a step without a manifest: the run would go on before it, and could never publish its number again."""
+        for folder in _step_folders(self.path):
+            if not (folder / MANIFEST).is_file():
+                raise StoreError(
+                    f"{folder} has no {MANIFEST}: the step is damaged; delete {folder} to resume before it"
+                )
+
+    def _restore_metrics(self) -> None:
+        """Metrics of a step that was published and not recorded any more, from its manifest."""
+        recorded = self._database.metrics()
+        for number in self.published():
+            if number not in recorded:
+                self._database.record(number, read_manifest(self._folder(number))["metrics"])
+
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Record what this run trains; raise StoreError if the folder already belongs to something else."""
-        with self._database() as database:
-            known = dict(database.execute("SELECT key, value FROM identity"))
-            for key, value in identity.items():
-                text = json.dumps(value, sort_keys=True)
-                if key in known and known[key] != text:
-                    raise StoreError(
-                        f"{self.path} was started with {key} = {known[key]}, not {text}: "
-                        "use the same setting, or another model name or path"
-                    )
-                database.execute("INSERT OR IGNORE INTO identity VALUES (?, ?)", (key, text))
+        """Record what this run trains; raise StoreError if the folder already belongs to something else.
+
+        An identity that run.sqlite has lost comes from the newest step's manifest.
+        """
+        known = self._identity
+        if not known and (steps := self.published()):
+            known = read_manifest(self._folder(steps[-1])).get("identity", {})
+            if not known:
+                raise StoreError(
+                    f"{self.path} has {len(steps)} steps, but run.sqlite doesn't say of which model: restore the file, or choose "
+                    "another model name or path"
+                )
+        for key, value in identity.items():
+            if key in known and known[key] != value:
+                raise StoreError(
+                    f"{self.path} was started with {key} = {known[key]!r}, not {value!r}: "
+                    "use the same setting, or another model name or path"
+                )
+        self._identity = {**identity, **known}
+        self._database.add_identity(self._identity)
 
     def keep_settings(self, settings: Mapping[str, Any]) -> None:
         """Record what the run was started with this time; a later start may differ, and replaces it."""
-        with self._database() as database:
-            database.execute("DELETE FROM settings")
-            database.executemany(
-                "INSERT INTO settings VALUES (?, ?)",
-                [(name, json.dumps(value)) for name, value in settings.items()],
-            )
+        self._database.keep_settings(settings)
 
     def next_server_start(self) -> int:
         """Count one more start of the run's server; how many there were before, in all processes that worked on the run."""
-        with self._database() as database:
-            (before,) = database.execute("SELECT COUNT(*) FROM server_starts").fetchone()
-            database.execute("INSERT INTO server_starts VALUES (?)", (before,))
-        return before
+        return self._database.next_server_start()
 
     def published(self) -> list[int]:
         """Numbers of the published steps, ascending."""
@@ -167,80 +144,37 @@ class RunStore:
         numbers = self.published()
         if number != (numbers[-1] + 1 if numbers else 0):
             raise StoreError(f"step {number} can't follow {numbers[-1] if numbers else 'nothing'} in {self.path}")
-        files = {}
-        for file in _files(staged):
-            _fsync(file)
-            files[str(file.relative_to(staged))] = _sha256(file)
-        manifest = {
-            "schema": SCHEMA,
-            "step": number,
-            "published": time.time(),
-            "files": files,
-            "metrics": dict(metrics),
-            "state": dict(state or {}),
-        }
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        _fsync(staged / MANIFEST)
-        for folder in [staged, *(child for child in staged.rglob("*") if child.is_dir())]:
-            _fsync(folder)
-        final = self.steps_path / _folder_name(number)
+        manifest = write_manifest(
+            staged,
+            {
+                "step": number,
+                "published": time.time(),
+                "identity": self._identity,
+                "metrics": dict(metrics),
+                "state": dict(state or {}),
+            },
+        )
+        final = self._folder(number)
         staged.rename(final)
-        _fsync(self.steps_path)
+        fsync(self.steps_path)
         self.record(number, metrics)
         return RunCheckpoint(number, final, manifest)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to a step (a later value of the same name replaces the earlier)."""
-        with self._database() as database:
-            database.executemany(
-                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
-                [(step, name, value) for name, value in metrics.items()],
-            )
+        self._database.record(step, metrics)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """All recorded metrics by step."""
-        rows: dict[int, dict[str, float]] = {}
-        with self._database() as database:
-            for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
-                rows.setdefault(step, {})[name] = value
-        return rows
+        return self._database.metrics()
 
-
-@contextmanager
-def _named(file: Path) -> Iterator[Path]:
-    """Errors of SQLite as StoreError, with the file's name: damaged, read-only, or a full disk."""
-    try:
-        yield file
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"{file}: {error}; if it is damaged, restore it, or choose another model name or path"
-        ) from None
+    def _folder(self, number: int) -> Path:
+        return self.steps_path / _folder_name(number)
 
 
 def published_steps(run: Path) -> list[int]:
     """Numbers of the steps published under a run's folder, ascending; takes no lock."""
-    folders = (folder for folder in (run / "steps").glob("*") if _NUMBER.fullmatch(folder.name))
-    return sorted(int(folder.name) for folder in folders if (folder / MANIFEST).is_file())
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """What the run was started with last, by name; empty for a run of an older version. Takes no lock."""
-    with _read_only(run.expanduser().resolve()) as database:
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
-            return {}
-        return {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM settings")}
-
-
-@contextmanager
-def _read_only(run: Path) -> Iterator[sqlite3.Connection]:
-    """The run's database. Raises StoreError if the folder is no run."""
-    if not (run / "run.sqlite").is_file():
-        raise StoreError(f"{run} is no run: give the folder PATH/PROJECT/NAME that holds run.sqlite and steps")
-    with (
-        _named(run / "run.sqlite") as file,
-        closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=30)) as database,
-    ):
-        yield database
+    return sorted(int(folder.name) for folder in _step_folders(run) if (folder / MANIFEST).is_file())
 
 
 def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunCheckpoint]:
@@ -249,8 +183,7 @@ def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunC
     Raises StoreError if the folder is no run, or the step is not published or damaged.
     """
     run = run.expanduser().resolve()
-    with _read_only(run) as database:
-        identity = {key: json.loads(value) for key, value in database.execute("SELECT key, value FROM identity")}
+    identity = read_identity(run)
     steps = published_steps(run)
     if not steps:
         raise StoreError(f"{run} has no published step yet")
@@ -261,41 +194,12 @@ def _read_step(run: Path, number: int) -> RunCheckpoint:
     folder = run / "steps" / _folder_name(number)
     if not (folder / MANIFEST).is_file():
         raise StoreError(f"step {number} is not published in {run}: it has {published_steps(run) or 'no steps'}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise StoreError(
-            f"{folder / MANIFEST} is no JSON: the step is damaged; delete {folder} to resume before it"
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise StoreError(f"{folder / MANIFEST} is not of schema {SCHEMA}, which this version reads")
-    found = {str(file.relative_to(folder)) for file in _files(folder)}
-    for name, digest in manifest["files"].items():
-        if name not in found:
-            raise StoreError(f"{folder / name} is missing: the step is damaged; delete {folder} to resume before it")
-        if _sha256(folder / name) != digest:
-            raise StoreError(f"{folder / name} was changed after it was published; delete {folder} to resume before it")
-    if extra := found - set(manifest["files"]):
-        raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
-    return RunCheckpoint(number, folder, manifest)
+    return read_checked(number, folder)
+
+
+def _step_folders(run: Path) -> list[Path]:
+    return sorted(folder for folder in (run / "steps").glob("*") if _NUMBER.fullmatch(folder.name))
 
 
 def _folder_name(number: int) -> str:
     return f"{number:04d}"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

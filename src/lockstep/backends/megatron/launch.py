@@ -20,7 +20,8 @@ from lockstep.inference.parsers import resolve_tool_calls
 from lockstep.inference.tokenizer_files import read_tokenizer
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
-from lockstep.runs.store import read_checkpoint, read_settings
+from lockstep.runs.database import read_settings
+from lockstep.runs.store import read_checkpoint
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import Memory, Offload, Release
 

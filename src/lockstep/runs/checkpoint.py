@@ -1,0 +1,110 @@
+"""A published step: an immutable folder with a manifest that holds the SHA-256 of every file, and its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import StoreError
+
+MANIFEST = "manifest.json"
+SCHEMA = 2
+_READABLE = (1, SCHEMA)
+"""Schema 1 has neither the run's identity nor a digest of the manifest itself."""
+_FIELDS = {"step": int, "files": dict, "metrics": dict, "state": dict}
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A published step: `number`, its folder, and the manifest it was published with."""
+
+    number: int
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def trainer(self) -> Path:
+        return self.path / "trainer"
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What the caller stored with the step (position in the data, and the like)."""
+        return self.manifest["state"]
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Digest and flush every file of `folder`, and write its manifest with these fields."""
+    files = {}
+    for file in _files(folder):
+        fsync(file)
+        files[str(file.relative_to(folder))] = _sha256(file)
+    manifest = {"schema": SCHEMA, "files": files, **fields}
+    manifest["digest"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+    fsync(folder / MANIFEST)
+    for inner in [folder, *(child for child in folder.rglob("*") if child.is_dir())]:
+        fsync(inner)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A step's manifest. Raises StoreError where it was changed, or is not one that this version reads."""
+    file, remedy = folder / MANIFEST, f"the step is damaged; delete {folder} to resume before it"
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:
+        raise StoreError(f"{file} is not JSON: {remedy}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") not in _READABLE:
+        raise StoreError(f"{file} is not of schema {' or '.join(map(str, _READABLE))}, which this version reads")
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise StoreError(f"{file} has no {name}: {remedy}")
+    if manifest["schema"] > 1 and manifest.get("digest") != _digest(manifest):
+        raise StoreError(f"{file} was changed after it was published: {remedy}")
+    return manifest
+
+
+def read_checked(number: int, folder: Path) -> RunCheckpoint:
+    """The step in `folder`, its files compared with the manifest. Raises StoreError for a file that is missing, changed or new."""
+    manifest = read_manifest(folder)
+    present = {str(file.relative_to(folder)) for file in _files(folder)}
+    for name, digest in manifest["files"].items():
+        if name not in present:
+            raise StoreError(f"{folder / name} is missing: the step is damaged; delete {folder} to resume before it")
+        if _sha256(folder / name) != digest:
+            raise StoreError(f"{folder / name} was changed after it was published; delete {folder} to resume before it")
+    if extra := present - set(manifest["files"]):
+        raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
+    return RunCheckpoint(number, folder, manifest)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,145 @@
+"""A run's SQLite file: what the run is, its settings, and its metrics.
+
+Write-ahead logging: readers never wait for the process that trains, and a commit that was cut off is undone by whoever opens the file next.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lockstep.errors import StoreError
+
+FILE = "run.sqlite"
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
+    "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
+    " PRIMARY KEY (step, name));"
+    "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
+    "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
+)
+_WAIT_S = 30.0
+"""For another process's commit."""
+
+
+class RunDatabase:
+    """The file as the process that trains the run sees it. Every error is a StoreError that names the file."""
+
+    def __init__(self, run: Path) -> None:
+        """Make the tables that are missing. Raises StoreError for a damaged file."""
+        self.file = run / FILE
+        with self._open() as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.executescript(_TABLES)
+            [problem] = database.execute("PRAGMA quick_check(1)").fetchone()
+            if problem != "ok":
+                raise StoreError(
+                    f"{self.file} is damaged ({problem}): restore it, or choose another model name or path"
+                )
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """One transaction."""
+        with _named(self.file), closing(sqlite3.connect(self.file, timeout=_WAIT_S)) as database, database:
+            database.execute("PRAGMA synchronous = FULL")
+            yield database
+
+    def identity(self) -> dict[str, Any]:
+        with self._open() as database:
+            return _values(self.file, database, "identity", "key")
+
+    def add_identity(self, identity: Mapping[str, Any]) -> None:
+        """Keep what is not known yet; what is known stays."""
+        with self._open() as database:
+            database.executemany("INSERT OR IGNORE INTO identity VALUES (?, ?)", _rows(identity))
+
+    def keep_settings(self, settings: Mapping[str, Any]) -> None:
+        with self._open() as database:
+            database.execute("DELETE FROM settings")
+            database.executemany("INSERT INTO settings VALUES (?, ?)", _rows(settings))
+
+    def next_server_start(self) -> int:
+        with self._open() as database:
+            (before,) = database.execute("SELECT COUNT(*) FROM server_starts").fetchone()
+            database.execute("INSERT INTO server_starts VALUES (?)", (before,))
+        return before
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._open() as database:
+            rows = [(step, name, value) for name, value in metrics.items()]
+            database.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        metrics: dict[int, dict[str, float]] = {}
+        with self._open() as database:
+            for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
+                metrics.setdefault(step, {})[name] = value
+        return metrics
+
+
+def read_identity(run: Path) -> dict[str, Any]:
+    """What a run trains. Takes no lock. Raises StoreError if the folder is no run."""
+    with _reading(run) as database:
+        return _values(run / FILE, database, "identity", "key")
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """What the run was started with last, by name; empty for a run of an older version. Takes no lock."""
+    run = run.expanduser().resolve()
+    with _reading(run) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
+            return {}
+        return _values(run / FILE, database, "settings", "name")
+
+
+@contextmanager
+def _reading(run: Path) -> Iterator[sqlite3.Connection]:
+    if not (run / FILE).is_file():
+        raise StoreError(f"{run} is not a run: give the folder PATH/PROJECT/NAME that holds {FILE} and steps")
+    with _named(run / FILE), closing(_connected(run / FILE)) as database:
+        yield database
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    """Read-only, or, where a commit was cut off and has to be undone first, for writing too."""
+    database = sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=_WAIT_S)
+    try:
+        database.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        database.close()
+        return sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=_WAIT_S)
+    return database
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of SQLite as StoreError, with the file's name: damaged, read-only, or a full disk."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if "full" in str(error):
+            raise StoreError(f"{file}: {error}: make room on that disk and run again") from None
+        raise StoreError(
+            f"{file}: {error}; if it is damaged, restore it, or choose another model name or path"
+        ) from None
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, json.dumps(value, sort_keys=True)) for name, value in values.items()]
+
+
+def _values(file: Path, database: sqlite3.Connection, table: str, key: str) -> dict[str, Any]:
+    values = {}
+    for name, text in database.execute(f"SELECT {key}, value FROM {table}"):
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            raise StoreError(
+                f"{file} is damaged: {table} has {name} = {text!r}, which is not JSON; restore it, or choose another name"
+            ) from None
+    return values
