@@ -338,3 +338,31 @@ def test_b7_numpy_scalars_are_numbers(tmp_path):
     one.metadata["bad"] = {1}
     with pytest.raises(DataError, match="metadata can't be written to Parquet: set is not JSON"):
         write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[one])], 0)
+
+
+def test_m7_no_flipped_bit_reads_back_different(tmp_path):
+    """30 of 350 single flips once gave other trajectories, without a word."""
+    random = np.random.default_rng()
+    groups = [
+        TrajectoryGroup(
+            trajectories=[
+                Trajectory(
+                    messages_and_choices=[{"role": "user", "content": "é" * k}], reward=k / 3, metadata={"k": str(k)}
+                )
+                for k in range(4)
+            ],
+            metadata={"scenario": "s"},
+        )
+    ]
+    path = tmp_path / "0000.parquet"
+    write_parquet(path, groups, 0)
+    content, refused = path.read_bytes(), 0
+    for position, bit in zip(random.integers(0, len(content), 300), random.integers(0, 8, 300), strict=True):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(bit)
+        path.write_bytes(bytes(damaged))
+        try:
+            assert read_parquet(path) == groups, (position, bit)
+        except StoreError:
+            refused += 1
+    assert refused > 100

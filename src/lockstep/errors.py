@@ -88,5 +88,14 @@ def error_of(name: str, message: str, otherwise: LockstepError) -> LockstepError
 
 _BY_NAME: dict[str, type[LockstepError]] = {
     kind.__name__: kind
-    for kind in (ConfigError, DataError, MismatchError, ServerError, ServerLostError, TrainerError, WeightsError)
+    for kind in (
+        ConfigError,
+        DataError,
+        MismatchError,
+        ServerError,
+        ServerLostError,
+        StoreError,
+        TrainerError,
+        WeightsError,
+    )
 }

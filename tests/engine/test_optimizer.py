@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+
+from lockstep.config.megatron import Parallel
+from lockstep.errors import StoreError
 
 pytestmark = pytest.mark.usefixtures("groups")
 
@@ -145,3 +149,22 @@ def test_a10_a_tied_head_on_another_stage_is_an_embedding() -> None:
     assert not decays("output_layer.weight", tied=True)
     assert decays("output_layer.weight", tied=False)
     assert decays("decoder.layers.0.self_attention.linear_qkv.adapter.lora_A.q_proj", tied=True)
+
+
+def test_h4_a_full_disk_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    """The file was sparse once, and a rank that wrote into its memory map died by SIGBUS. A limit of file sizes stands for the disk."""
+    from lockstep.engine.optim.optimizer import Optimizer
+    from lockstep.engine.optim.state import FILE, write_state
+
+    optimizer = Optimizer(trainables([nn.Parameter(torch.zeros(512, 512))]), Parallel(), tied=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(StoreError, match=rf"{FILE} needs 3145728 bytes: File too large; make room there"):
+            write_state(optimizer, tmp_path, {"hf0": (512, 512)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    write_state(optimizer, tmp_path, {"hf0": (512, 512)})
+    file = tmp_path / FILE
+    assert file.stat().st_blocks * 512 >= file.stat().st_size  # reserved, not sparse

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "lockstep.trajectories/1"
 _KEY = b"lockstep"
+_DIGEST = b"lockstep.sha256"
+"""Of what is said of the groups. Parquet's own checksums cover the columns, not that."""
 
 
 def _columns() -> pyarrow.Schema:
@@ -157,12 +160,11 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
             for group in groups
         ],
     }
-    table = pa.Table.from_pylist(
-        rows, schema=_columns().with_metadata({_KEY: _json(about, "what is said of the groups")})
-    )
+    said = _json(about, "what is said of the groups")
+    table = pa.Table.from_pylist(rows, schema=_columns().with_metadata({_KEY: said, _DIGEST: _sha256(said)}))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -176,10 +178,21 @@ def read_parquet(path: str | Path) -> list[TrajectoryGroup]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} is not a readable Parquet file: {error}") from None
-    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+        table = pq.read_table(path, page_checksum_verification=True)
+        metadata = table.schema.metadata or {}
+        said = metadata.get(_KEY, b"{}").decode()
+        if _DIGEST in metadata and metadata[_DIGEST].decode() != _sha256(said):
+            raise StoreError(f"{path} is damaged: what it says of the groups was changed after it was written")
+        return _groups(path, json.loads(said), table.to_pylist())
+    except (OSError, ValueError, KeyError, IndexError, TypeError, pa.ArrowException) as error:
+        raise StoreError(f"{path} is not a readable Parquet file of trajectories: {error}") from None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _groups(path: str | Path, about: Any, rows: list[dict[str, Any]]) -> list[TrajectoryGroup]:
     if about.get("schema") != SCHEMA:
         raise StoreError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}")
     groups = [
@@ -190,7 +203,7 @@ def read_parquet(path: str | Path) -> list[TrajectoryGroup]:
         )
         for group in about["groups"]
     ]
-    for row in table.to_pylist():
+    for row in rows:
         groups[row["group"]].trajectories.append(_trajectory(row))
     return groups
 

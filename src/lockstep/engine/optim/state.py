@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from lockstep.engine.optim.optimizer import Bucket, Optimizer
 from lockstep.engine.optim.state_file import StateFile, create, rectangles
-from lockstep.errors import WeightsError
+from lockstep.engine.parallel.broadcast import broadcast_json
+from lockstep.errors import StoreError, WeightsError
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"
@@ -34,14 +35,22 @@ def write_state(
 ) -> None:
     """Write the state of all ranks to `folder/optimizer.safetensors`, which must not exist. Collective; returns on all ranks together.
 
+    Raises StoreError, on every rank, where the disk has no room.
+
     shapes: of every Hugging Face (or adapter) tensor that is trained anywhere. on_host: None when nothing was moved off the device.
     """
     path = folder / FILE
     wide = "F64" if any(b.master.dtype == torch.float64 for b in optimizer.buckets) else "F32"
+    failure: dict[str, str] = {}
     if dist.get_rank() == 0:
         everything = {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes.items()}
-        create(path, everything, wide, {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
-    dist.barrier()
+        try:
+            create(path, everything, wide, {"count": str(optimizer.count), "format": "lockstep-optimizer-1"})
+        except StoreError as error:
+            failure = {"error": str(error)}
+    assert dist.group.WORLD is not None
+    if failure := broadcast_json(failure, 0, dist.group.WORLD):
+        raise StoreError(failure["error"])
     file = StateFile(path, writable=True)
     for number, bucket in enumerate(optimizer.buckets):
         if _owns(bucket):

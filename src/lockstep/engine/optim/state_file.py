@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.engine.optim.trainable import Trainable
-from lockstep.errors import WeightsError
+from lockstep.errors import StoreError, WeightsError
 from lockstep.models.checkpoint.read import read_header
 from lockstep.models.contract import Piece
 
@@ -65,7 +65,10 @@ def _split(piece: Piece, row: int, width: int, low: int, high: int, first: int) 
 
 
 def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write the header and reserve the data, zeros. One rank calls this before any writes."""
+    """Write the header and reserve the data, zeros. One rank calls this before any writes.
+
+    Raises StoreError where the disk has no room: a rank that writes through its memory map would die of it, without a word.
+    """
     item, offset = DTYPES[dtype].itemsize, 0
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     for name in sorted(shapes):
@@ -76,9 +79,14 @@ def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
         file.flush()
-        os.fsync(file.fileno())
+        try:
+            if offset:
+                os.posix_fallocate(file.fileno(), 8 + len(text), offset)
+            os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink()
+            raise StoreError(f"{path} needs {offset} bytes: {error.strerror}; make room there and run again") from None
 
 
 class StateFile:
