@@ -186,7 +186,7 @@ def one_line(result, says: str, code: int) -> None:
         (("tiny", "qwen3", "new", "--set", "hidden_size=many"), "hidden_size = 'many'", 2),
         (("tiny", "qwen3", "new", "--set", "hidden_size"), "not KEY=VALUE", 2),
         (("quickstart", "--path", "raw.jsonl"), "raw.jsonl is a file", 2),
-        (("chat", "."), "is no run", 1),
+        (("chat", "."), "is not a run", 1),
     ],
 )
 def test_wrong_places_and_values_get_one_line(tmp_path, tiny_qwen3, arguments, says, code):

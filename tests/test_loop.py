@@ -465,7 +465,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
 
 
 async def test_serve_step_needs_a_run(tmp_path):
-    with pytest.raises(StoreError, match="is no run"):
+    with pytest.raises(StoreError, match="is not a run"):
         await serve_step(tmp_path, None, lambda line: None)
 
 
