@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 
+def children(pid: int) -> list[int]:
+    """Ids of the processes that `pid` started."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 def below(pid: int) -> list[int]:
     """Ids of all processes under `pid`."""
-    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
-    return [*children, *(deeper for child in children for deeper in below(child))]
+    return [*children(pid), *(deeper for child in children(pid) for deeper in below(child))]
+
+
+def engine_core(server: Any) -> int:
+    """The process of a running server that schedules: a child of the API process, and the parent of the workers."""
+    return next(child for api in children(server.child.pid) for child in children(api) if children(child))
 
 
 def shared_memory(pid: int) -> set[Path]:

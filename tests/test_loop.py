@@ -7,8 +7,11 @@ import asyncio
 import errno
 import json
 import math
+import os
 import random
 import re
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,14 +39,14 @@ from lockstep.errors import (
     TrainerError,
 )
 from lockstep.loop.run_file import TaskSection, load_run_file
-from lockstep.loop.synchronous import evaluate, mean_reward, roll_out
+from lockstep.loop.synchronous import _kept, evaluate, mean_reward, roll_out
 from lockstep.loop.task import Task, load_task
 from lockstep.metrics.names import is_known
 from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import published_steps
 from lockstep.trainer.protocol import Save, SyncReport
-from stopping import stopped_at
+from stopping import children, engine_core, stopped_at
 
 pytestmark = pytest.mark.server
 CONFIG = ls.TrainConfig(learning_rate=1e-2)
@@ -429,6 +432,66 @@ async def check_torn_sync(model, backend, groups, monkeypatch):
     assert f"loop@{step + 1}" not in await run.server.models()
     with pytest.raises(StoreError, match=f"published step {step + 1} but serves step {step}"):
         await backend.train(model, groups, CONFIG)
+
+
+async def test_c3_an_engine_that_dies_at_a_sync_is_noticed_and_replaced(running, task, section, monkeypatch):
+    """The sync once waited five minutes for it, then ended the run with a sentence that was not true."""
+    model, backend = running
+    run, lost = backend._run(model), backend._run(model).server
+    groups = with_signal(await roll_out(model, task, section, model.step))
+    call, asked = run.trainer.call, []
+
+    async def killing(request, **kwargs):
+        if request.verb == "sync_adapter" and not asked:
+            asked.append(time.monotonic())
+            os.kill(engine_core(lost), signal.SIGKILL)
+        return await call(request, **kwargs)
+
+    monkeypatch.setattr(run.trainer, "call", killing)
+    result = await backend.train(model, groups, CONFIG)
+    assert time.monotonic() - asked[0] < 120  # of which the new server's start takes some 20
+    assert result.metrics["server_restarts"] == 1.0
+    assert run.server is not lost
+    assert result.metrics["probe_ratio"] <= 5
+    assert (await run.server.models())[-1] == model.inference_name()
+
+
+@pytest.mark.slow
+async def test_c4_a_server_that_dies_in_the_verification_is_replaced(running, task, section, monkeypatch):
+    model, backend = running
+    run, lost = backend._run(model), backend._run(model).server
+    groups = with_signal(await roll_out(model, task, section, model.step))
+    score = lost.score_choices
+
+    async def killed(*arguments):
+        os.kill(engine_core(lost), signal.SIGKILL)
+        return await score(*arguments)
+
+    monkeypatch.setattr(lost, "score_choices", killed)
+    result = await backend.train(model, groups, CONFIG)
+    assert result.metrics["server_restarts"] == 1.0
+    assert run.server is not lost
+    assert result.metrics["mismatch_max"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["engine", "api"])
+async def test_h3_rollouts_of_a_lost_server_begin_again_on_a_new_one(running, task, section, tmp_path, killed):
+    """The error once named no server, and the run ended; with failures tolerated, all of them failed without a word."""
+    model, backend = running
+    lost, attempts = backend._run(model).server, []
+
+    async def gather():
+        attempts.append(backend._run(model).server)
+        if attempts == [lost]:
+            os.kill(engine_core(lost) if killed == "engine" else children(lost.child.pid)[0], signal.SIGKILL)
+        return await roll_out(model, task, section, model.step)
+
+    groups = await _kept(gather, model, backend, tmp_path / "kept.parquet", model.step, "rollouts")
+    assert attempts == [lost, backend._run(model).server]
+    assert attempts[1] is not lost
+    assert not any(group.exceptions for group in groups)
+    assert (await backend.train(model, with_signal(groups), CONFIG)).metrics["mismatch_max"] < 1e-5
 
 
 async def test_resume_continues_from_the_last_step(running, task, section, base_model, monkeypatch):

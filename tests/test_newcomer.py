@@ -33,6 +33,9 @@ class Backend:
     def record(self, model, metrics):
         self.store.record(model.step, metrics)
 
+    async def recover(self, model):
+        return False
+
     async def train(self, model, groups, config=None):
         model.step += 1
         seconds = {

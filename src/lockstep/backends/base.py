@@ -54,6 +54,10 @@ class Backend(Protocol):
         """Keep metrics with those of the model's current step."""
         ...
 
+    async def recover(self, model: TrainableModel) -> bool:
+        """Serve the model again if its server was lost. Returns whether it was."""
+        ...
+
     async def close(self) -> None: ...
 
 

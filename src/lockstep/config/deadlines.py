@@ -15,6 +15,8 @@ IN_FLIGHT_S = 600.0
 """The backend for requests in flight, before a colocated server may sleep."""
 CALL_S = 60.0
 """The backend for the server's answer to a short call."""
+HEALTH_S = 10.0
+"""The backend for the server to say that its engine lives."""
 ADAPTER_S = 300.0
 """The backend for the server to load, unload or score with an adapter, or to wake."""
 REQUEST_S = 600.0

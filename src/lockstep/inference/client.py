@@ -150,6 +150,14 @@ class Server:
             )
         return response
 
+    async def problem(self) -> str:
+        """Why the server can't serve any more, in one line; empty while its engine lives."""
+        try:
+            await self.call("GET", "/health", deadline_s=deadlines.HEALTH_S)
+        except ServerError as error:
+            return str(error)
+        return ""
+
     def check_alive(self) -> None:
         """Raises ServerError, with the log's last lines, if the server has ended."""
         status = self.child.poll()

@@ -158,7 +158,9 @@ async def _evaluated(
 ) -> float:
     """The greedy reward of the model's step, kept with its metrics; its rollouts are on disk."""
     file = run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet"
-    groups = await _kept(evaluate(model, task, section), file, model.step, f"evaluation of step {model.step}")
+    groups = await _kept(
+        lambda: evaluate(model, task, section), model, backend, file, model.step, f"evaluation of step {model.step}"
+    )
     greedy = mean_reward(groups)
     failed = sum(len(group.exceptions) for group in groups)
     measured = {} if math.isnan(greedy) else {"greedy_reward": greedy}
@@ -166,17 +168,34 @@ async def _evaluated(
     return greedy
 
 
-async def _kept(gathering: Awaitable[list[TrajectoryGroup]], file: Path, step: int, what: str) -> list[TrajectoryGroup]:
-    """What a gather gives, once it is on disk. The error of one that failed says what failed and where its tracebacks are."""
-    try:
-        groups = await gathering
-    except RolloutError as error:
-        await asyncio.to_thread(write_parquet, file, error.groups, step)
+async def _kept(
+    gather: Callable[[], Awaitable[list[TrajectoryGroup]]],
+    model: TrainableModel,
+    backend: Backend,
+    file: Path,
+    step: int,
+    what: str,
+) -> list[TrajectoryGroup]:
+    """What a gather gives, once it is on disk. Where rollouts failed because the server was lost, they begin again on a new one, once.
+
+    The error of a gather that failed says what failed and where its tracebacks are.
+    """
+    for attempt in range(2):
+        failure = None
+        try:
+            groups = await gather()
+        except RolloutError as error:
+            failure, groups = error, error.groups
+        failed = failure is not None or any(group.exceptions for group in groups)
+        if attempt == 0 and failed and await backend.recover(model):
+            continue
+        await asyncio.to_thread(write_parquet, file, groups, step)
+        if failure is None:
+            return groups
         raise RolloutError(
-            f"{what}: {error}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions", error.groups
+            f"{what}: {failure}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions", groups
         ) from None
-    await asyncio.to_thread(write_parquet, file, groups, step)
-    return groups
+    raise AssertionError("the second attempt returns or raises")
 
 
 async def _one_step(
@@ -185,7 +204,9 @@ async def _one_step(
     before, step = model.step, model.step + 1
     started = time.monotonic()
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
-    groups = await _kept(roll_out(model, task, section, before), file, step, f"rollouts for step {step}")
+    groups = await _kept(
+        lambda: roll_out(model, task, section, before), model, backend, file, step, f"rollouts for step {step}"
+    )
     rollout_s = time.monotonic() - started
     result = await backend.train(model, groups, config)
     metrics = result.metrics

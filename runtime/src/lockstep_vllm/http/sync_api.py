@@ -10,6 +10,7 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Awaitable
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
@@ -26,6 +27,7 @@ logger = logging.getLogger("vllm.lockstep")
 _POLL_S = 0.005
 _STANDING_POLL_S = 0.5
 _FIRST_WAIT_S = 0.004
+_ENGINE_POLL_S = 0.5
 """The senders are done when they ask for a commit, so the last bucket is about to be there: workers wait for it this long."""
 
 
@@ -53,11 +55,20 @@ class WeightSync:
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Runs a receiver method on every worker. Raises SyncRefusedError with the first refusal."""
-        answers = await self._engine.collective_rpc(method, args=args)
+        answers = await self._while_engine_lives(self._engine.collective_rpc(method, args=args))
         for answer in answers:
             if "error" in answer:
                 raise SyncRefusedError(answer["error"], answer["message"])
         return answers
+
+    async def _while_engine_lives(self, awaited: Awaitable[Any]) -> Any:
+        """What `awaited` gives. vLLM waits for ever for an engine that has ended: raises SyncRefusedError (`lost`) then."""
+        task = asyncio.ensure_future(awaited)
+        while not (await asyncio.wait({task}, timeout=_ENGINE_POLL_S))[0]:
+            if self._engine.errored:
+                task.cancel()
+                raise SyncRefusedError(error_kinds.LOST, "vLLM's engine has ended; see the server's log")
+        return task.result()
 
     async def locked(self, method: str, *args: Any) -> dict[str, Any]:
         async with self._lock:
@@ -77,7 +88,7 @@ class WeightSync:
                 await self.call("lockstep_sync_choose", plan_id, chosen)
             if chosen == "streamed":
                 self._paused_at = time.monotonic()
-                await self._engine.pause_generation(mode="keep", clear_cache=True)
+                await self._while_engine_lives(self._engine.pause_generation(mode="keep", clear_cache=True))
             await self.call("lockstep_sync_receive", plan_id, version, chosen)
         return {"policy": chosen}
 
@@ -101,7 +112,7 @@ class WeightSync:
                 self._paused_at = received
                 # Requests in flight are kept: their cached keys and values go, and are computed again under the new
                 # weights.
-                await self._engine.pause_generation(mode="keep", clear_cache=True)
+                await self._while_engine_lives(self._engine.pause_generation(mode="keep", clear_cache=True))
             path, compared = await self._swap(version)
             if served_name is not None:
                 rename_base(self._state, served_name)

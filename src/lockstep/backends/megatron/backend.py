@@ -14,10 +14,10 @@ from lockstep.backends.base import Endpoint, TrainResult, check_new
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import publish_and_serve, serve
-from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back
+from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
 from lockstep.backends.megatron.resolve import Plan, make_plan
 from lockstep.backends.megatron.run import Run, all_ended
-from lockstep.backends.megatron.verify import BeforeStep, measure_noise
+from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
 from lockstep.config import deadlines
@@ -166,6 +166,20 @@ class MegatronBackend:
         run.store.record(number, synced)
         batch.path.unlink()
         return TrainResult(number, metrics | synced, checkpoint.path)
+
+    async def recover(self, model: TrainableModel) -> bool:
+        """Start the model's server again, with its current step, if it was lost. Returns whether it was.
+
+        Rollouts that were under way have failed; a client made after this call has the new address. Raises ServerError where a new
+        server can't take the step.
+        """
+        run = self._run(model)
+        async with run.training:
+            restarted = await replace_lost_server(run, model.step)
+            if restarted is None:
+                return False
+            run.store.record(model.step, restarted | await verify(run, model.step, None))
+        return True
 
     async def close(self) -> None:
         """End server and trainer of every model; published steps stay. Safe to call twice."""

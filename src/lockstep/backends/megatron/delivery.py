@@ -95,7 +95,7 @@ class AdapterDelivery:
         return run.name(max(run.served)) if run.served else run.server.served_name
 
     def older(self, number: int) -> set[int]:
-        return self._run.kept(number) & self._run.served
+        return self._run.kept(number) & self._run.served - {number}
 
 
 class MergedDelivery:

@@ -7,9 +7,10 @@ import time
 from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.probe import ProbeScores, check_finite
-from lockstep.backends.megatron.recovery import sync
+from lockstep.backends.megatron.recovery import replace_lost_server, sync
 from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import trained_scores, verify
+from lockstep.errors import ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +99,13 @@ async def _into_server(run: Run, number: int) -> dict[str, float]:
 async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
     """The server computes what the trainer does; older steps that no rollout uses are retired. trained: the trainer's scores, if known."""
     started = time.monotonic()
-    seen = await verify(run, number, trained)
+    try:
+        seen = await verify(run, number, trained)
+    except ServerError:
+        restarted = await replace_lost_server(run, number)
+        if restarted is None:
+            raise
+        seen = await verify(run, number, trained) | restarted
     for old in sorted(run.served - run.kept(number)):
         await run.delivery.retire(old)
         run.served.discard(old)

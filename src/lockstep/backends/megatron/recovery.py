@@ -49,13 +49,12 @@ async def sync(run: Run, number: int) -> dict[str, float]:
     try:
         return await _send(run, number)
     except (ServerError, WeightsError, MismatchError) as error:
-        lost = isinstance(error, ServerLostError) or run.server.child.poll() is not None
+        lost = isinstance(error, ServerLostError) or bool(await run.server.problem())
         if run.settings.colocated and (run.delivery.replaces or lost):
             await run.server.close()
             left = "was lost" if lost else "held no weights any more and was ended"  # asleep it forgot those of before
         elif lost:
-            await _start_server_again(run, number)
-            return await _send(run, number) | {"server_restarts": 1.0}
+            return await _on_a_new_server(run, number)
         else:
             left = f"still serves {run.delivery.served()}"
             await run.gpus.give_to_server()
@@ -63,6 +62,27 @@ async def sync(run: Run, number: int) -> dict[str, float]:
             f"{run.name(number)} did not reach the server, which {left}: {error}; "
             "close the backend and register again to go on from the last published step"
         ) from error
+
+
+async def replace_lost_server(run: Run, number: int) -> dict[str, float] | None:
+    """A new server with step `number`, which the trainer holds, where the server was lost; None where it lives.
+
+    Raises ServerError, colocated: the trainer has the device then, and the run has to be registered again.
+    """
+    problem = await run.server.problem()
+    if not problem:
+        return None
+    if run.settings.colocated:
+        await run.server.close()
+        raise ServerError(f"the server was lost: {problem}; close the backend and register again to go on")
+    return await _on_a_new_server(run, number)
+
+
+async def _on_a_new_server(run: Run, number: int) -> dict[str, float]:
+    await _start_server_again(run, number)
+    figures = await _send(run, number) | {"server_restarts": 1.0}
+    run.served.add(number)
+    return figures
 
 
 async def _send(run: Run, number: int) -> dict[str, float]:

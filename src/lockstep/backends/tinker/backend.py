@@ -242,6 +242,10 @@ class TinkerBackend:
             choices.append(chat_format.choice(request, run.tokenizer, prompt, tokens, one.logprobs, stopped, index))
         return chat_format.completion(request, choices)
 
+    async def recover(self, model: TrainableModel) -> bool:
+        """The service's servers are its own to restart."""
+        return False
+
     async def close(self) -> None:
         """Close endpoints and end the session with the service; published steps stay. Safe to call twice."""
         runs, self._runs = self._runs, {}
