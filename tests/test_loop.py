@@ -212,6 +212,7 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
             await backend.train(model, groups, ls.TrainConfig(learning_rate=1e-6, max_steps_off_policy=5))
         assert model.inference_name() == pinned
         assert pinned in await server.models()
+        assert before in published_steps(backend.run_path(model))  # audit B5: its folder, too
         return await task.rollout(model, scenario, 1.0)
 
     before = model.step
@@ -223,6 +224,10 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
     (memory,) = (await server.call("GET", "/lockstep/memory")).json()["workers"]
     assert memory["adapters"] == 2 * result.metrics["sync_bytes"]
     assert model.step == before + 4
+    kept = sorted({0, *range(before + 2, before + 5)})
+    assert published_steps(backend.run_path(model)) == kept
+    steps = backend.run_path(model) / "steps"
+    assert [(steps / f"{step:04d}" / "trainer").is_dir() for step in kept] == [False] * (len(kept) - 1) + [True]
 
 
 async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monkeypatch):

@@ -91,6 +91,21 @@ def chat(
 
 
 @app.command()
+def steps(
+    run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)],
+    delete: Annotated[
+        list[int] | None, typer.Option("--delete", help="delete this step; its metrics and manifest stay (repeatable)")
+    ] = None,
+) -> None:
+    """List a run's published steps and why each is kept; --delete removes some of a run that is not in use."""
+    from lockstep.cli.steps import delete_steps, show_steps
+
+    if delete:
+        delete_steps(run, delete, console)
+    show_steps(run, console)
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
     input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routes": null}')],  # noqa: A002

@@ -150,6 +150,22 @@ class MegatronConfig(Config):
     enable_expert_replay: bool = Field(
         default=True, description="mixture-of-experts only: train on the experts that the server used"
     )
+    keep_newest: int = Field(
+        default=3,
+        ge=1,
+        description="published steps that stay on disk: this many of the last ones, and those that the next settings name",
+    )
+    keep_best: str | None = Field(
+        default="greedy_reward",
+        description="the step with the highest value of this metric stays, too; none if no step has it",
+    )
+    keep_every: int | None = Field(
+        default=None, ge=1, description="steps whose number is a multiple of this stay, too; 1: every step"
+    )
+    keep_optimizer_states: bool = Field(
+        default=False,
+        description="kept steps keep their optimizer's state, so that training can go on from each; false: from the newest only",
+    )
     seed: int = Field(default=0, ge=0, description="of the adapter's initial values and the server's sampling")
 
     @property

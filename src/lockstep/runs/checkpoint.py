@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 SCHEMA = 2
 _READABLE = (1, SCHEMA)
 """Schema 1 has neither the run's identity nor a digest of the manifest itself."""
+STATELESS = "optimizer-state-removed"
+"""In a step's folder: its files below trainer/ are gone, or about to go."""
 _FIELDS = {"step": int, "files": dict, "metrics": dict, "state": dict}
 
 
@@ -34,6 +36,11 @@ class RunCheckpoint:
     @property
     def trainer(self) -> Path:
         return self.path / "trainer"
+
+    @property
+    def resumable(self) -> bool:
+        """Training can go on from here: retention has left the optimizer's state."""
+        return not (self.path / STATELESS).exists()
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -77,7 +84,10 @@ def read_checked(number: int, folder: Path) -> RunCheckpoint:
     """The step in `folder`, its files compared with the manifest. Raises StoreError for a file that is missing, changed or new."""
     manifest = read_manifest(folder)
     present = {str(file.relative_to(folder)) for file in _files(folder)}
+    stateless = (folder / STATELESS).exists()
     for name, digest in manifest["files"].items():
+        if stateless and name.startswith("trainer/"):
+            continue
         if name not in present:
             raise StoreError(f"{folder / name} is missing: the step is damaged; delete {folder} to resume before it")
         if _sha256(folder / name) != digest:
@@ -97,7 +107,9 @@ def fsync(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    return sorted(
+        file for file in folder.rglob("*") if file.is_file() and file not in (folder / MANIFEST, folder / STATELESS)
+    )
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

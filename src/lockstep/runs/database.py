@@ -22,6 +22,7 @@ _TABLES = (
     " PRIMARY KEY (step, name));"
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
     "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
+    "CREATE TABLE IF NOT EXISTS kl_references (step INTEGER PRIMARY KEY);"
 )
 _WAIT_S = 30.0
 """For another process's commit."""
@@ -75,11 +76,16 @@ class RunDatabase:
             database.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        metrics: dict[int, dict[str, float]] = {}
         with self._open() as database:
-            for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
-                metrics.setdefault(step, {})[name] = value
-        return metrics
+            return _metrics(database)
+
+    def add_reference(self, step: int) -> None:
+        with self._open() as database:
+            database.execute("INSERT OR IGNORE INTO kl_references VALUES (?)", (step,))
+
+    def references(self) -> set[int]:
+        with self._open() as database:
+            return _references(database)
 
 
 def read_identity(run: Path) -> dict[str, Any]:
@@ -95,6 +101,31 @@ def read_settings(run: Path) -> dict[str, Any]:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
             return {}
         return _values(run / FILE, database, "settings", "name")
+
+
+def read_metrics(run: Path) -> dict[int, dict[str, float]]:
+    """All recorded metrics by step, also of steps that were removed. Takes no lock."""
+    with _reading(run) as database:
+        return _metrics(database)
+
+
+def read_references(run: Path) -> set[int]:
+    """Steps that a KL penalty of the run has pulled towards; none for a run of an older version. Takes no lock."""
+    with _reading(run) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'kl_references'").fetchone():
+            return set()
+        return _references(database)
+
+
+def _metrics(database: sqlite3.Connection) -> dict[int, dict[str, float]]:
+    metrics: dict[int, dict[str, float]] = {}
+    for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
+        metrics.setdefault(step, {})[name] = value
+    return metrics
+
+
+def _references(database: sqlite3.Connection) -> set[int]:
+    return {number for (number,) in database.execute("SELECT step FROM kl_references")}
 
 
 @contextmanager

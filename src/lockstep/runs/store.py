@@ -4,9 +4,11 @@
         run.sqlite            what the run is (base model, LoRA), metrics of each step
         run.lock              held by the process that trains the run
         steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
+        removed/0002.json     the manifest of a step that retention removed
         trajectories/ logs/ batches/
 
 A step is written under a temporary name, flushed to disk, and renamed. Whatever still has a temporary name was never published.
+A step is removed in the other order: it loses its name first. One that loses only its optimizer state is marked before.
 """
 
 from __future__ import annotations
@@ -22,10 +24,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lockstep.errors import StoreError
-from lockstep.runs.checkpoint import MANIFEST, RunCheckpoint, fsync, read_checked, read_manifest, write_manifest
+from lockstep.runs.checkpoint import (
+    MANIFEST,
+    STATELESS,
+    RunCheckpoint,
+    fsync,
+    read_checked,
+    read_manifest,
+    write_manifest,
+)
 from lockstep.runs.database import RunDatabase, read_identity
 
 _STAGING = ".staging-"
+REMOVED = ".removed-"
 _NUMBER = re.compile(r"[0-9]{4,}")
 
 
@@ -35,6 +46,7 @@ class RunStore:
     def __init__(self, path: str | Path, project: str, name: str):
         self.path = Path(path).expanduser().resolve() / project / name
         self.steps_path = self.path / "steps"
+        self._references: dict[int, RunCheckpoint] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.chmod(0o700)  # a run of an earlier version
@@ -62,8 +74,10 @@ class RunStore:
         self._lock.release()
 
     def _remove_unpublished(self) -> None:
-        for leftover in self.steps_path.glob(f"{_STAGING}*"):
+        for leftover in (*self.steps_path.glob(f"{_STAGING}*"), *self.steps_path.glob(f"{REMOVED}*")):
             shutil.rmtree(leftover)
+        for marked in self.steps_path.glob(f"*/{STATELESS}"):
+            shutil.rmtree(marked.parent / "trainer", ignore_errors=True)
 
     def _check_steps(self) -> None:
         """Raise StoreError for a step without a manifest: the run would go on before it, and could never publish its number again."""
@@ -126,9 +140,30 @@ class RunStore:
         """A published step, its files checked against the manifest."""
         return _read_step(self.path, number)
 
+    def reference(self, number: int, with_state: bool) -> Path:
+        """The folder of the step that a KL penalty pulls towards: checked once, and kept from then on.
+
+        with_state: full weights are read from the optimizer's state. Raises StoreError if that, or the whole step, was removed.
+        """
+        known = self._references.get(number)
+        if known is None or not (known.path / MANIFEST).is_file():
+            known = self.step(number)
+            if with_state and not known.resumable:
+                raise StoreError(
+                    f"kl_reference_step = {number}: retention removed its optimizer state, which holds the full weights; train with the "
+                    "penalty from the start, or set [backend] keep_optimizer_states = true"
+                )
+            self._database.add_reference(number)
+            self._references[number] = known
+        return known.path
+
+    def references(self) -> set[int]:
+        """Steps that a KL penalty of this run has pulled towards."""
+        return self._database.references()
+
     def stage(self, number: int) -> Path:
         """An empty folder to write step `number` into before `publish`."""
-        folder = self.steps_path / f"{_STAGING}{_folder_name(number)}-{os.getpid()}"
+        folder = self.steps_path / f"{_STAGING}{folder_name(number)}-{os.getpid()}"
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
@@ -169,7 +204,7 @@ class RunStore:
         return self._database.metrics()
 
     def _folder(self, number: int) -> Path:
-        return self.steps_path / _folder_name(number)
+        return self.steps_path / folder_name(number)
 
 
 def published_steps(run: Path) -> list[int]:
@@ -191,9 +226,12 @@ def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunC
 
 
 def _read_step(run: Path, number: int) -> RunCheckpoint:
-    folder = run / "steps" / _folder_name(number)
+    folder = run / "steps" / folder_name(number)
     if not (folder / MANIFEST).is_file():
-        raise StoreError(f"step {number} is not published in {run}: it has {published_steps(run) or 'no steps'}")
+        removed = " any more" if (run / "removed" / f"{folder.name}.json").is_file() else ""
+        raise StoreError(
+            f"step {number} is not published in {run}{removed}: it has {published_steps(run) or 'no steps'}"
+        )
     return read_checked(number, folder)
 
 
@@ -201,5 +239,5 @@ def _step_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in (run / "steps").glob("*") if _NUMBER.fullmatch(folder.name))
 
 
-def _folder_name(number: int) -> str:
+def folder_name(number: int) -> str:
     return f"{number:04d}"

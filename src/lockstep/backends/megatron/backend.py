@@ -15,7 +15,7 @@ from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
-from lockstep.backends.megatron.resolve import Plan, make_plan
+from lockstep.backends.megatron.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
 from lockstep.batching.pack import save_batch
@@ -23,10 +23,11 @@ from lockstep.batching.prepare import prepare
 from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
+from lockstep.runs.retention import prune
 from lockstep.runs.store import RunCheckpoint, RunStore
 from lockstep.trainer.protocol import Load, Save, TrainStep
 
@@ -115,6 +116,11 @@ class MegatronBackend:
             await measure_noise(run)
             step = store.latest()
             if step is not None:
+                if not step.resumable:
+                    raise StoreError(
+                        f"{step.path} has no optimizer state, retention keeps the newest step's only: start a run of another name, or "
+                        "set [backend] keep_optimizer_states = true before steps are deleted"
+                    )
                 await trainer.call(Load(step.path), deadline_s=deadlines.STEP_S)
             else:
                 step = await _publish_first(run)
@@ -165,6 +171,7 @@ class MegatronBackend:
         run.model._advance(number)
         run.store.record(number, synced)
         batch.path.unlink()
+        await asyncio.to_thread(prune, run.store, retention(self.config), run.needed(number), run.settings.lora is None)
         return TrainResult(number, metrics | synced, checkpoint.path)
 
     async def recover(self, model: TrainableModel) -> bool:
@@ -226,7 +233,9 @@ async def _trained(run: Run, batch: _Batch, config: TrainConfig) -> _Step:
     """The trainer's step. Whatever it raises, a colocated server serves the step of before again."""
     current = run.model.step
     try:
-        reference = None if config.reference_step is None else run.store.step(config.reference_step).path
+        full = run.settings.lora is None
+        number = config.reference_step
+        reference = None if number is None else await asyncio.to_thread(run.store.reference, number, full)
         # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
         if run.trainer_ahead:
             await back_to_published(run, current)

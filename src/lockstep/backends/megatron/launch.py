@@ -21,6 +21,7 @@ from lockstep.inference.tokenizer_files import read_tokenizer
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.runs.database import read_settings
+from lockstep.runs.retention import reading
 from lockstep.runs.store import read_checkpoint
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import Memory, Offload, Release
@@ -130,12 +131,13 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
         gpus=devices.inference,
         extra_args=server_args,
     )
-    server = await launch(config, find_runtime(devices.kind), run_path, progress)
-    if lora is None:
+    with reading(found):
+        server = await launch(config, find_runtime(devices.kind), run_path, progress)
+        if lora is None:
+            return server, name
+        try:
+            await server.load_adapter(name, found.adapter)
+        except BaseException:
+            await server.close()
+            raise
         return server, name
-    try:
-        await server.load_adapter(name, found.adapter)
-    except BaseException:
-        await server.close()
-        raise
-    return server, name

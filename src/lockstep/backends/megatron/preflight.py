@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from lockstep.models.config import ModelConfig
     from lockstep.models.contract import Shard
     from lockstep.models.spec import ModelSupportSpec
+    from lockstep.runs.retention import Retention
 
-KEPT_STEPS = 3
-"""Published steps that a run keeps; the newest of them with its optimizer's state."""
 _STATE_BYTES = 12
 """Per trained element: an fp32 master and two fp32 moments."""
 _UTILIZATION = 0.9
@@ -84,10 +83,14 @@ def step_bytes(footprint: Footprint, dtype: str, lora: bool) -> tuple[int, int]:
     return trained * WIDTH[dtype], trained * _STATE_BYTES
 
 
-def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool) -> int:
-    """Disk that a run needs at most: the steps it keeps, and the next one before the oldest goes."""
+def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool, rule: Retention) -> int:
+    """Disk that a run needs: the steps it keeps, step 0 of adapters among them, and the next one before the oldest goes.
+
+    Steps that `rule.every` keeps come on top.
+    """
     weights, state = step_bytes(footprint, dtype, lora)
-    return (KEPT_STEPS + 1) * weights + 2 * state
+    kept = rule.newest + (rule.best is not None) + lora
+    return (kept + 1) * weights + (kept + 1 if rule.states else 2) * state
 
 
 def check_disk(path: Path, run: Path, needed: int) -> None:

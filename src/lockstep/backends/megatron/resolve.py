@@ -22,6 +22,7 @@ from lockstep.models.config import ModelConfig, checkpoint_dtype, parse_config, 
 from lockstep.models.contract import Layout
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.process.free_memory import host_available
+from lockstep.runs.retention import Retention
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
@@ -269,10 +270,17 @@ def _on_gpus(
 
 
 def _describe_disk(log: _Log, asked: MegatronConfig, model: TrainableModel, footprint: Footprint, dtype: str) -> None:
-    needed = preflight.checkpoint_bytes(footprint, dtype, model.lora is not None)
+    needed = preflight.checkpoint_bytes(footprint, dtype, model.lora is not None, retention(asked))
     preflight.check_disk(asked.path, asked.path / model.project / model.name, needed)
     step = sum(preflight.step_bytes(footprint, dtype, model.lora is not None))
     log.add("path", str(asked.path), f"a step takes {_size(step)} of disk, the run at most {_size(needed)}")
+    for name in ("keep_newest", "keep_best", "keep_every", "keep_optimizer_states"):
+        log.add(name, getattr(asked, name), "set" if name in asked.model_fields_set else "default")
+
+
+def retention(config: MegatronConfig) -> Retention:
+    """Which published steps the settings keep."""
+    return Retention(config.keep_newest, config.keep_best, config.keep_every, config.keep_optimizer_states)
 
 
 def _size(count: int) -> str:

@@ -51,6 +51,12 @@ class Run:
         """Steps that rollouts may still ask for when `current` is served: it, the one before it, and what running rollouts hold."""
         return {current, current - 1} | self.model.leased_steps()
 
+    def needed(self, current: int) -> set[int]:
+        """Steps whose folders stay while `current` is served: a server that starts again loads them. Step 0 of adapters is small, and
+        a KL penalty that is set later pulls towards it.
+        """
+        return self.kept(current) | self.served | ({0} if self.settings.lora is not None else set())
+
     @property
     def numerics(self) -> str:
         """What both sides compute in: the weights' dtype, or "exact"."""
