@@ -61,7 +61,7 @@ def read_lines(path: Path) -> list[Line]:
     try:
         whole = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no text in UTF-8: give a JSON-lines file with id and tokens") from None
+        raise DataError(f"{path} is not text in UTF-8: give a JSON-lines file with id and tokens") from None
     lines, seen = [], set()
     for number, text in enumerate(whole.split("\n"), 1):  # only these: JSON strings may hold other line separators
         if not text.strip():

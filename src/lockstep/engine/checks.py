@@ -58,7 +58,7 @@ def check_average(trainer: TrainerState, sums: Sums, limit: float | None) -> Non
     if limit is None or not sums["current"]:
         return
     mismatch = sums["drift_abs"] / sums["current"]
-    if not mismatch <= limit:  # also where it is no number
+    if not mismatch <= limit:  # also where it is NaN
         trainer.optimizer.zero()
         raise MismatchError(
             f"server and trainer disagree by {mismatch:.4f} nats per token on average, more than max_mismatch = "

@@ -16,7 +16,7 @@ def check_parallel(config: ModelConfig, parallel: Parallel) -> None:
 
 
 def check_heads(config: ModelConfig, parallel: Parallel) -> None:
-    """Raise ConfigError unless every kind of head of this model can be dealt to the context ranks."""
+    """Raise ConfigError unless every kind of head of this model can be distributed over the context ranks."""
     if parallel.context == 1:
         return
     counts = {"num_attention_heads": config.heads}

@@ -89,7 +89,7 @@ class RunDatabase:
 
 
 def read_identity(run: Path) -> dict[str, Any]:
-    """What a run trains. Takes no lock. Raises StoreError if the folder is no run."""
+    """What a run trains. Takes no lock. Raises StoreError if the folder is not a run."""
     with _reading(run) as database:
         return _values(run / FILE, database, "identity", "key")
 

@@ -215,7 +215,7 @@ def published_steps(run: Path) -> list[int]:
 def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunCheckpoint]:
     """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
 
-    Raises StoreError if the folder is no run, or the step is not published or damaged.
+    Raises StoreError if the folder is not a run, or the step is not published or damaged.
     """
     run = run.expanduser().resolve()
     identity = read_identity(run)

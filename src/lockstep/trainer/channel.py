@@ -37,7 +37,7 @@ class Channel:
             self._connection.sendall(line)
 
     def receive(self) -> dict[str, Any]:
-        """The next message. Raises ChannelClosed at end of file and ValueError on a line that is no message."""
+        """The next message. Raises ChannelClosed at end of file and ValueError on a line that is not a message."""
         line = self._reader.readline(MAX_LINE)
         if not line.endswith(b"\n"):
             raise ChannelClosed("the other side closed the connection")

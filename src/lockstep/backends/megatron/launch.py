@@ -106,7 +106,7 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
 
     A run of adapters serves base model and adapter, a run of all weights the model that the step holds.
 
-    run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is no run or a step that isn't published.
+    run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is not a run or a step that isn't published.
     """
     identity, found = read_checkpoint(run_path, step)
     if identity.get("backend") == "tinker":

@@ -159,7 +159,7 @@ def base_noise(served: ProbeScores, trained: ProbeScores, dtype: str, log: Path)
 
 
 def check_finite(version: str, scores: ProbeScores, remedy: str) -> None:
-    """Raise TrainerError when the trainer itself computes anything that is no number: such a step is never served."""
+    """Raise TrainerError when the trainer itself computes anything that is not finite: such a step is never served."""
     bad = int(np.count_nonzero(~np.isfinite(scores.logprobs_T)))
     if bad:
         raise TrainerError(
