@@ -152,6 +152,35 @@ def test_b5_killed_at_any_moment_only_whole_steps_remain(tmp_path):
         store.close()
 
 
+@pytest.mark.parametrize("removal", [remove, remove_state])
+def test_b5_a_removal_that_ends_half_way_leaves_whole_steps(tmp_path, monkeypatch, removal):
+    """The process dies when the first file is gone; the next start clears the rest away."""
+    store = RunStore(tmp_path, "project", "name")
+    for step in range(3):
+        publish(store, step)
+
+    def die(folder: Path, **_options: object) -> None:
+        next(file for file in sorted(folder.rglob("*")) if file.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            removal(store, 1)
+    store.close()
+    again = RunStore(tmp_path, "project", "name")
+    assert again.published() == ([0, 2] if removal is remove else [0, 1, 2])
+    assert [again.step(step).resumable for step in again.published()] == [
+        True,
+        *[False] * (removal is remove_state),
+        True,
+    ]
+    assert states(again) == [0, 2]
+    assert [manifest_of(again.path, step)["step"] for step in range(3)] == [0, 1, 2]
+    assert not [file for file in again.steps_path.iterdir() if file.name.startswith(".")]
+    again.close()
+
+
 def test_lockstep_steps_lists_and_deletes(store):
     for step in range(5):
         publish(store, step, greedy_reward=0.5, reward=0.25)
