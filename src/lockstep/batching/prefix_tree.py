@@ -2,7 +2,7 @@
 
 Two sequences share a token when everything that its computation depends on agrees: all ids up to it, the experts that
 must be replayed, and, if both were sampled there, the temperature and the sampling log-probability. Loss mask,
-advantage and weight need not agree, since the loss of a token is kept per sequence (see `batch.py`).
+advantage and weight need not agree, since the loss of a token is kept per sequence (see `packed_batch.py`).
 
 A batch may have hundreds of thousands of sequences, so what is done per sequence is done for all at once, in arrays.
 
@@ -43,7 +43,7 @@ class TokenSequence:
     group: int = 0
     trajectory: int = 0
     steps_S: np.ndarray | None = None  # int32, the step that sampled the token; -1 where not sampled
-    # int32, the server's most likely ids in the token's place, see top.py; -1 where unknown
+    # int32, the server's most likely ids in the token's place, see top_logprobs.py; -1 where unknown
     top_SC: np.ndarray | None = None
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ nor attached to another choice.
 
 Rules where two records of one token disagree: within a trajectory the token keeps the experts of the turn that first
 saw it (it was sampled with them); between siblings the prefix tree splits there, so that each sequence keeps its own
-(`tree.py`). Both are counted.
+(`prefix_tree.py`). Both are counted.
 
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 """

@@ -49,9 +49,11 @@ class Turn:
     logprobs_S: np.ndarray  # float32, of sampled_S
     temperature: float
     steps_S: np.ndarray  # int32, the step that sampled each token
-    # [P + N - 1 or P + N, L, K] expert ids, see routes.py; None where experts are not replayed
+    # [P + N - 1 or P + N, L, K] expert ids, see routed_experts.py; None where experts are not replayed
     routes_SLK: np.ndarray | None = None
-    top_SC: np.ndarray | None = None  # int32, the server's most likely ids in the place of sampled_S, see top.py
+    top_SC: np.ndarray | None = (
+        None  # int32, the server's most likely ids in the place of sampled_S, see top_logprobs.py
+    )
     truncated: bool = False  # cut off by a limit of tokens
 
 

@@ -1,7 +1,7 @@
 """The model a rank holds: Megatron's GPTModel and TransformerLayer with forward passes of our own.
 
 Rotary angles come from each token's own position (rows hold many sequences), and the model returns hidden states: logits exist only
-in chunks, inside `head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over context-parallel ranks, and over TP under
+in chunks, inside `lm_head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over context-parallel ranks, and over TP under
 sequence parallelism.
 
 Shapes: S tokens, H hidden, D rotary dims.

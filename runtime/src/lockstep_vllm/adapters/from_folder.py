@@ -1,7 +1,7 @@
 """Adapters that vLLM loaded from a folder, compared with the folder's file: the slot has to hold what a sync from memory would put there.
 
 A PEFT file has one pair for each expert, or all experts of a layer in one matrix; here they are stacked as adapters from memory come
-(`memory_adapters.py`), and the same planned places say which element of a slot each is.
+(`from_memory.py`), and the same planned places say which element of a slot each is.
 
 Shapes: E experts, R LoRA rank, I inputs, O outputs.
 """

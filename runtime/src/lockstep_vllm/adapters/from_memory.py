@@ -4,7 +4,7 @@ vLLM 0.32 loads an adapter from a folder only. Its manager's `_load_adapter` is 
 a weight sync has staged. They stay staged as long as the adapter is served, since vLLM loads it again after it fell out
 of its cache. A path is used once: vLLM keys its prefix cache on an adapter's name and path.
 
-Where this model's layers take an adapter by plain copies (`adapter_places.py`), vLLM's manager keeps its books and the copies are
+Where this model's layers take an adapter by plain copies (`slot_writer.py`), vLLM's manager keeps its books and the copies are
 made at once; else the tensors go through vLLM's own loading and filling.
 """
 

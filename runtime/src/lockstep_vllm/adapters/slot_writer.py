@@ -1,9 +1,9 @@
 """Where an adapter's bytes go in vLLM's slots: planned once, so that a new adapter is a few batched copies.
 
 vLLM keeps room for some adapters in each layer and fills a slot layer by layer: every matrix set to zero, scaled and copied by kernels
-of its own, thousands for a large model. Here its own loading and filling run once for each slot on matrices that have shape and no bytes,
-and the copies they would make are noted (`direct.py`); from then on a slot is filled by repeating them. Scaling B happens in the slot, so
-what was received stays as it was and can fill a slot again.
+of its own, thousands for a large model. Here its own loading and filling run once for each slot on meta tensors, and the copies they would
+make are noted (`in_place_load.py`). From then on a slot is filled by repeating them. B is scaled in the slot, so what was received stays as
+it was and can fill a slot again.
 """
 
 # pyright: reportMissingImports=false

@@ -4,7 +4,7 @@ vLLM 0.32 keeps what its routers picked (`RoutedExpertsCapturer`, used here as i
 buffers, keyed blocks and a store with a thread of its own, and sends it to the API process with the token. With 64 requests that is some
 0.5 ms of Python between two steps, which is lost where the GPU waits for Python, and a tenth of the API process's time for a token. A
 reply has its routes at its end only. So here a step's rows go into a pool as one array, each at the place of its token in the KV cache
-(`route_pool.py`), and a request's rows are read from it once, when it ends.
+(`pool.py`), and a request's rows are read from it once, when it ends.
 
 A request that is preempted loses its blocks: its rows are read before, so that it keeps those it was sampled with. A request with stop
 strings gets its rows step by step, as from vLLM: the API process finds those strings, and ends the request without asking the engine for

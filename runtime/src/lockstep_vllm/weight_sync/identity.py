@@ -1,8 +1,8 @@
 """What the server holds is what was sent: digests of the live memory, read back piece by piece, against those of what arrived.
 
-What arrived is known to be what the trainer sent (`digest.py`). For every piece of memory that a plan copies (`direct.py`) the digest of
-what has to lie there is taken when its bucket arrives, through the plan's layout: fused owners, this worker's shard, the slot's dtype,
-B times alpha/rank. After the swap one pass over the live pieces takes theirs. Equal digests tell a version from every other in any
+What arrived is known to be what the trainer sent (`digest.py`). A plan copies pieces of memory (`in_place_load.py`). When a bucket
+arrives, the digest of what has to lie in each piece is taken through the plan's layout: fused owners, this worker's shard, the slot's
+dtype, B times alpha/rank. After the swap one pass over the live pieces takes theirs. Equal digests tell a version from every other in any
 precision, and a digest that differs names its weight.
 
 Only numbers are kept in between: what overwrites a buffer or a parameter afterwards shows.

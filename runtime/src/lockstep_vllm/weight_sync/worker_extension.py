@@ -2,7 +2,7 @@
 
 A `staged` sync has two halves. Buckets are received into memory of their own while the engine goes on; then `lockstep_sync_apply`,
 called while generation is paused, puts them into the model. Until that call nothing live is touched. A `streamed` one is for a server
-without room for a second copy: while generation is paused, buckets go straight into the live parameters (`direct.py`).
+without room for a second copy: while generation is paused, buckets go straight into the live parameters (`in_place_load.py`).
 
 Methods answer `{"error": kind, "message": text}` for what is the sender's to fix; an exception would be vLLM's end.
 """
