@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lockstep.batching.advantages import group_advantages
-from lockstep.batching.pack import MOST_ROW_LENGTH, fit, pack, packing_metrics
+from lockstep.batching.pack import MOST_ROW_LENGTH, Fitted, fit, pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
@@ -98,12 +98,8 @@ def prepare(
     batch = replace(
         batch, current_RS=_current(batch, sequences, step), top_PC=_top(sequences), unpacked_weight=left_out
     )
-    metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized)
-    metrics |= {"trajectories_masked": float(len(tokenized) - len(unmasked))}
-    metrics |= {"tokens_sampled": float(sum(sequence.scored for one in unmasked for sequence in one.sequences))}
-    metrics |= {"sequences_truncated": float(len(fitted.truncated)), "sequences_dropped": float(len(fitted.dropped))}
-    metrics |= {"groups_without_signal": _without_signal(selected, advantages)}
-    metrics |= {"sequences_not_computed": float((~trained_Q).sum())}
+    metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
+    metrics |= {"groups_without_signal": _without_signal(selected, advantages)} | _sequence_metrics(fitted, trained_Q)
     if routes is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
@@ -192,14 +188,24 @@ def _rollout_metrics(
     return metrics | selected.dropped_metrics() | _means(trajectories)
 
 
-def _reply_metrics(tokenized: list[Tokenized]) -> dict[str, float]:
-    """How long replies are, how many of them a limit cut off, and how many a trajectory has."""
+def _sequence_metrics(fitted: Fitted, trained_Q: np.ndarray) -> dict[str, float]:
+    return {
+        "sequences_truncated": float(len(fitted.truncated)),
+        "sequences_dropped": float(len(fitted.dropped)),
+        "sequences_not_computed": float((~trained_Q).sum()),
+    }
+
+
+def _reply_metrics(tokenized: list[Tokenized], unmasked: list[Tokenized]) -> dict[str, float]:
+    """How long replies are, how many of them a limit cut off, how many a trajectory has, and what is left for the loss."""
     replies = [size for one in tokenized for size in one.replies]
     return {
         "reply_tokens_mean": sum(replies) / len(replies),
         "reply_tokens_max": float(max(replies)),
         "replies_truncated": sum(one.truncated for one in tokenized) / len(replies),
         "turns_mean": len(replies) / len(tokenized),
+        "trajectories_masked": float(len(tokenized) - len(unmasked)),
+        "tokens_sampled": float(sum(sequence.scored for one in unmasked for sequence in one.sequences)),
     }
 
 
