@@ -26,7 +26,8 @@ from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.config import ModelConfig, parse_config, read_json
 from lockstep.models.contract import Piece, Shard, Sizes
 from lockstep.models.handler import ModelSupportHandler
-from lockstep.models.layout_rules import padded_vocab, stage_layers
+from lockstep.models.layout_rules import padded_vocab
+from lockstep.models.parallel_sizes import stage_layers
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.plan import SyncPlan, plan_sources

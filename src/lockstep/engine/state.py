@@ -28,8 +28,7 @@ from lockstep.models.checkpoint.read import Checkpoint, expected_tensors, open_c
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import LoraSite, Shard
 from lockstep.models.handler import ModelSupportHandler
-from lockstep.models.layout_rules import stage_layers
-from lockstep.models.parallel_sizes import check_heads
+from lockstep.models.parallel_sizes import check_heads, stage_layers
 from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.trainer.protocol import EngineConfig, LoraSettings
 

@@ -25,7 +25,7 @@ from lockstep.models.checkpoint.load import kept_dtype
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Shard, Sizes
-from lockstep.models.layout_rules import stage_layers
+from lockstep.models.parallel_sizes import stage_layers
 from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
