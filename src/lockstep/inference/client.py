@@ -151,12 +151,20 @@ class Server:
         return response
 
     async def problem(self) -> str:
-        """Why the server can't serve any more, in one line; empty while its engine lives."""
-        try:
-            await self.call("GET", "/health", deadline_s=deadlines.HEALTH_S)
-        except ServerError as error:
-            return str(error)
-        return ""
+        """Why the server can't serve any more, in one line: it ended, or its engine did. Empty for a server that lives, slow or not."""
+        async with httpx.AsyncClient(timeout=deadlines.HEALTH_S, verify=False, trust_env=False) as client:
+            try:
+                reply = await client.get(f"{self.root_url}/health", headers={"Authorization": f"Bearer {self.api_key}"})
+            except httpx.TimeoutException:
+                status = self.child.poll()
+                return "" if status is None else why_it_ended(self.child, f"ended with status {status}")
+            except httpx.TransportError as error:
+                try:
+                    await self._noticed_end()
+                except ServerError as ended:
+                    return str(ended)
+                return f"{self.child.name} takes no connection: {error or type(error).__name__}"
+        return "" if reply.status_code < 400 else why_it_ended(self.child, "has lost its engine")
 
     def check_alive(self) -> None:
         """Raises ServerError, with the log's last lines, if the server has ended."""
