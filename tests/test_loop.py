@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from openai import NotFoundError
 from safetensors.torch import load_file
 
 import lockstep as ls
@@ -228,6 +229,12 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
     assert published_steps(backend.run_path(model)) == kept
     steps = backend.run_path(model) / "steps"
     assert [(steps / f"{step:04d}" / "trainer").is_dir() for step in kept] == [False] * (len(kept) - 1) + [True]
+    with pytest.raises(
+        NotFoundError, match=rf"`loop@{before}` is no longer served: ask for .*, which is loop@{model.step} now"
+    ):
+        await model.openai_client().chat.completions.create(
+            model=f"loop@{before}", messages=[{"role": "user", "content": "?"}]
+        )
 
 
 async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monkeypatch):

@@ -1,14 +1,18 @@
 """What a new user stumbles over in the first hour, each with what is shown instead."""
 
 import asyncio
+import re
 import sqlite3
 from contextlib import closing
 
 import pytest
+from openai.types.chat.chat_completion import Choice
 
 import lockstep as ls
+from drawing import choice, trajectory
 from lockstep.backends.base import TrainResult
-from lockstep.errors import ConfigError, RolloutError
+from lockstep.batching.tokenize import tokenize
+from lockstep.errors import ConfigError, DataError, RolloutError
 from lockstep.loop.run_file import TaskSection
 from lockstep.loop.synchronous import run
 from lockstep.loop.task import load_task
@@ -16,6 +20,8 @@ from lockstep.metrics.names import is_known
 from lockstep.rollouts.failures import failure_of
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import RunStore
+from lockstep_vllm.http.served_names import unknown_name
+from lockstep_wire.reply_digest import reply_digest
 
 
 class Model:
@@ -98,10 +104,10 @@ def look_up(d, asked):
 
 def test_newcomer_a1_a_bad_reward_is_told_in_one_line():
     try:
-        ls.Trajectory(messages_and_choices=[], reward="good")
+        ls.Trajectory(messages_and_choices=[], reward=None)
     except ValueError as error:
         failure = failure_of(error)
-    assert failure.message.startswith("Trajectory: reward = 'good': input should be a valid number")
+    assert failure.message.startswith("Trajectory: reward = None: input should be a valid number")
     assert "test_newcomer.py" in failure.where
 
 
@@ -166,3 +172,93 @@ async def test_newcomer_b7_row_metrics_files_and_checkpoint_have_one_number(stor
         assert {each.reward for group in groups for each in group.trajectories} == {row.reward}
     assert outcome.step == 2
     assert [row.compilations for row in rows] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TaskSection(file="task.py", steps="3"), "steps = '3': must be a number, not a text"),
+        (
+            lambda: TaskSection(file="task.py", steps=3, max_exceptions=1.5),
+            "max_exceptions = 1.5: must be a whole number",
+        ),
+        (lambda: TaskSection(file="task.py", steps=True), "steps = True: must be a number, not a truth value"),
+        (lambda: ls.TrainConfig(learning_rate="1e-4"), "learning_rate = '1e-4': must be a number, not a text"),
+        (lambda: ls.LoraConfig(rank="16"), "rank = '16': must be a number, not a text"),
+        (lambda: ls.MegatronBackend(max_model_len="4096"), "max_model_len = '4096': must be a number, not a text"),
+        (lambda: ls.MegatronBackend(enable_expert_replay=1), "enable_expert_replay = 1: must be true or false"),
+        (lambda: ls.Placement(trainer=["0"], inference=[1]), "trainer = ['0']: must be a number, not a text"),
+        (lambda: TaskSection(file="task.py", steps=2, temperature=1), None),
+        (lambda: ls.Placement(trainer=[0], inference=[1]), None),
+    ],
+)
+def test_newcomer_b4_settings_are_not_converted(make, says):
+    if says is None:
+        make()
+        return
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        make()
+
+
+def test_newcomer_b4_a_reward_is_no_text():
+    with pytest.raises(DataError, match=r"'0\.5' is a text: rewards and metrics must be numbers"):
+        ls.Trajectory(messages_and_choices=[], reward="0.5")
+    with pytest.raises(DataError, match="'2' is a text"):
+        ls.Trajectory(messages_and_choices=[], reward=1, metrics={"turns": "2"})
+
+
+async def test_newcomer_b4_a_dict_is_no_train_config():
+    backend = ls.MegatronBackend()
+    model = ls.TrainableModel(name="m", project="p", base_model="none")
+    with pytest.raises(ConfigError, match=r"train takes a TrainConfig, not a dict: write TrainConfig\(\*\*settings\)"):
+        await backend.train(model, [], {"learning_rate": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "says"),
+    [
+        (
+            "m@0",
+            ["m@11", "m@12"],
+            "`m@0` is no longer served: ask for model.inference_name(), which is m@12 now (m@11 too)",
+        ),
+        ("m", ["m@12"], "`m` does not exist: ask for model.inference_name(), which is m@12 now"),
+        ("Qwen/Qwen3-8B", ["m@12"], "does not exist"),
+    ],
+)
+def test_newcomer_b6_a_404_names_what_is_served(asked, served, says):
+    assert says in unknown_name(asked, served)
+
+
+def answered(text, **changes):
+    """A choice as the server sends it, with its digest."""
+    made = choice([1, 2], [3, 4]).model_dump()
+    made["message"] = {"role": "assistant", "content": text, "tool_calls": []}
+    made["reply_digest"] = reply_digest(made["token_ids"], made["message"])
+    return Choice.model_validate(made | changes)
+
+
+def test_newcomer_b8_what_has_no_ids_says_what_to_ask_for():
+    with pytest.raises(
+        DataError,
+        match=r"no prompt_token_ids: .*ask without stream; a choice that is put together from a stream has none",
+    ):
+        tokenize(trajectory(answered("yes", prompt_token_ids=None)), "m", 0, 0)
+    with pytest.raises(
+        DataError,
+        match=r"has no logprobs though it has token ids: leave logprobs at its default in the request, not False",
+    ):
+        tokenize(trajectory(answered("yes", logprobs=None)), "m", 0, 0)
+
+
+def test_newcomer_b9_an_edited_choice_is_refused():
+    """Text, tool calls, or the ids below them; what clients add on their way changes nothing."""
+    call = {"id": "1", "type": "function", "function": {"name": "pay", "arguments": "{}"}}
+    good = answered("yes")
+    assert len(tokenize(trajectory(good, Choice.model_validate_json(good.model_dump_json())), "m", 0, 0).sequences) == 2
+    edited, called = answered("yes"), answered("yes")
+    edited.message.content = "edited!"
+    called.message = type(called.message).model_validate({"role": "assistant", "content": "yes", "tool_calls": [call]})
+    for bad in (edited, called, answered("yes", token_ids=[3, 5])):
+        with pytest.raises(DataError, match="group 0, trajectory 0, choice 0 was edited after it was sampled"):
+            tokenize(trajectory(bad), "m", 0, 0)

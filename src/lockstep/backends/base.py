@@ -61,6 +61,15 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
 
+def train_config(config: TrainConfig | None) -> TrainConfig:
+    """The settings of a step, the defaults for None. Raises ConfigError for anything else, such as a dict."""
+    from lockstep.config.train import TrainConfig
+
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ConfigError(f"train takes a TrainConfig, not a {type(config).__name__}: write TrainConfig(**settings)")
+    return config or TrainConfig()
+
+
 def check_new(model: TrainableModel, registered: Iterable[TrainableModel]) -> None:
     """Raise ConfigError if a model with this project and name is registered."""
     if any((one.project, one.name) == (model.project, model.name) for one in registered):

@@ -22,6 +22,7 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, align, decode_routes
 from lockstep.batching.top_logprobs import TOP, top_ids
 from lockstep.errors import DataError, StaleRolloutError
+from lockstep_wire.reply_digest import reply_digest
 from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
@@ -59,14 +60,20 @@ class Turn:
 
 def _ids(value: object, what: str) -> np.ndarray:
     if not isinstance(value, list | tuple) or not all(isinstance(one, int) for one in value):
-        raise DataError(f"{what}: keep the choice exactly as the server returned it (client = model.openai_client())")
+        raise DataError(
+            f"{what}: keep the choice exactly as the server returned it (client = model.openai_client()), and ask without stream; "
+            "a choice that is put together from a stream has none"
+        )
     return np.asarray(value, dtype=np.int32)
 
 
 def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
     content = choice.logprobs.content if choice.logprobs is not None else None
     if content is None:
-        raise DataError(f"{name} has no logprobs: keep the choice exactly as the server returned it")
+        raise DataError(
+            f"{name} has no logprobs though it has token ids: leave logprobs at its default in the request, not False, "
+            "and keep the choice exactly as the server returned it"
+        )
     if len(content) != count:
         raise DataError(f"{name} has {len(content)} logprobs for {count} sampled tokens")
     values = np.array([entry.logprob for entry in content], dtype=np.float32)
@@ -76,6 +83,17 @@ def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
             f"{name}, token {int(bad.argmax())}: sampling logprob {values[bad][0]} is not a log-probability"
         )
     return values
+
+
+def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: str) -> None:
+    """Raise DataError if the choice's text or tool calls are not those that the server made of the ids. A service that binds them by
+    no digest is believed.
+    """
+    if digest is not None and reply_digest(token_ids, choice.message.model_dump(mode="json")) != digest:
+        raise DataError(
+            f"{name} was edited after it was sampled, and would be trained as sampled: keep it exactly as the server returned it, "
+            "and put changes into a message of their own"
+        )
 
 
 LEAST_TEMPERATURE = 0.01
@@ -140,6 +158,7 @@ def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | N
     sampled_S = _ids(extra.get("token_ids"), f"{name} has no token_ids")
     if not len(prompt_S):
         raise DataError(f"{name} has an empty prompt: its first token was predicted by nothing")
+    _check_unedited(choice, sampled_S.tolist(), extra.get("reply_digest"), name)
     return Turn(
         name=name,
         prompt_S=prompt_S,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from lockstep.config.messages import describe
 from lockstep.errors import ConfigError
@@ -22,6 +22,12 @@ class Config(BaseModel):
     """Base of all configs: frozen, unknown keys refused, and every error one line (ConfigError)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_converted(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take "3" for 3 and true for 1. (Its strict mode would also refuse the lists and paths of a file.)"""
+        return _checked(value, _types(cls.model_fields[info.field_name].annotation)) if info.field_name else value
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -39,6 +45,32 @@ class Config(BaseModel):
             raise ConfigError(describe(error, type(self), type(self).__name__)) from None
         finally:
             _building.reset(token)
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The plain types below an annotation: {int, NoneType} of `int | None`, and likewise of `tuple[int, ...]`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        parts = parts[:1]
+    return set().union(*map(_types, parts)) if parts else {annotation}
+
+
+def _checked(value: Any, types: set[Any]) -> Any:
+    """value, if it is no text for a number, no number for a truth value, and no truth value for a number."""
+    if isinstance(value, list | tuple):
+        plain = {
+            kind for kind in types if not isinstance(kind, str)
+        }  # without the words that may stand in the list's place
+        for entry in value if plain & {int, float, bool} else ():
+            _checked(entry, plain)
+    elif isinstance(value, str) and types <= {int, float, bool, type(None), ...}:
+        what = "true or false" if bool in types else "a number"
+        raise ValueError(f"must be {what}, not a text: write it without quotes")
+    elif isinstance(value, bool) and types <= {int, float, type(None), ...}:
+        raise ValueError("must be a number, not a truth value")
+    elif isinstance(value, int) and not isinstance(value, bool) and types <= {bool, type(None)}:
+        raise ValueError("must be true or false")
+    return value
 
 
 def settings_text(schema: type[BaseModel]) -> str:

@@ -54,6 +54,13 @@ class TaskSection(Config):
         default=0, ge=0, description="of the scenarios' order, the adapter's initial values and the sampling"
     )
 
+    @field_validator("max_exceptions")
+    @classmethod
+    def _count_or_fraction(cls, allowed: int | float) -> int | float:
+        if allowed >= 1 and allowed != int(allowed):
+            raise ValueError("must be a whole number, or a fraction below 1")
+        return allowed
+
 
 class TinySection(Config):
     """[tiny]: what `--tiny` changes, so that the run needs no GPU and no download."""

@@ -81,6 +81,15 @@ class Trajectory(BaseModel):
     def _items(cls, items: list[Any]) -> list[Any]:
         return [_as_item(item) for item in items]
 
+    @field_validator("reward", "metrics", mode="before")
+    @classmethod
+    def _no_text(cls, value: object) -> object:
+        numbers = value.values() if isinstance(value, Mapping) else [value]
+        for number in numbers:
+            if isinstance(number, str):
+                raise DataError(f"{number!r} is a text: rewards and metrics must be numbers")
+        return value
+
     @field_validator("reward")
     @classmethod
     def _finite(cls, reward: float) -> float:

@@ -8,6 +8,7 @@ Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logpr
     weight_versions   [{"version": str, "start": 0, "end": n}, ...]   spans over token_ids
     sampling          {"temperature", "top_p", "top_k", "min_p", and the three penalties}   as they took effect,
                       and what else the request set that changes the distribution (a logit bias, a schema, ...)
+    reply_digest      str         of a chat: binds the message's text and tool calls to token_ids (see lockstep_wire/reply_digest.py)
     routes_digest     str         where vLLM sent routed experts: binds them to the choice's ids (see lockstep_wire/routed_experts.py)
 
 A stream passes through untouched apart from the request's defaults.
@@ -25,6 +26,7 @@ from lockstep_vllm.http import weight_versions
 from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
 from lockstep_wire.http_paths import CHAT_COMPLETIONS as CHAT
 from lockstep_wire.http_paths import COMPLETIONS
+from lockstep_wire.reply_digest import reply_digest
 from lockstep_wire.routed_experts import routes_digest
 from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
@@ -108,6 +110,8 @@ def add_choice_fields(
             choice["prompt_token_ids"] = reply.get("prompt_token_ids")
         choice["weight_versions"] = versions[position] if tracked else None
         choice["sampling"] = sampling
+        if "message" in choice:
+            choice["reply_digest"] = reply_digest(token_ids, choice["message"])
         if choice.get("routed_experts") is not None:
             choice["routes_digest"] = routes_digest(
                 choice["prompt_token_ids"], token_ids, base64.b64decode(choice["routed_experts"])

@@ -9,9 +9,11 @@ trained on is for the trainer to decide (`max_steps_off_policy`). A name that no
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import State
+if TYPE_CHECKING:
+    from starlette.datastructures import State
 
 
 def keep_names(state: State, names: list[str]) -> list[str]:
@@ -26,3 +28,44 @@ def rename_base(state: State, name: str) -> list[str]:
     kept = [one for one in getattr(state, "lockstep_kept_names", []) if one != name]
     paths[:] = [type(paths[0])(name=one, model_path=paths[0].model_path) for one in [name, *kept]]
     return [name, *kept]
+
+
+def unknown_name(asked: str, served: Sequence[str]) -> str:
+    """The text of a 404. served: versions of the model, the current one last."""
+    name, _, step = asked.rpartition("@")
+    gone = step.isdecimal() and any(other.rpartition("@")[0] == name for other in served)
+    others = f" ({', '.join(served[:-1])} too)" if served[:-1] else ""
+    return (
+        f"The model `{asked}` {'is no longer served' if gone else 'does not exist'}: "
+        f"ask for model.inference_name(), which is {served[-1]} now{others}"
+    )
+
+
+def apply() -> None:
+    """Names the versions that are served in vLLM's answer to an unknown name. Called once, in the API process."""
+    from http import HTTPStatus
+
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    original = BaseServing._check_model
+
+    async def check_model(self, request: Any) -> Any:
+        answer = await original(self, request)
+        if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND.value:
+            answer.error.message = unknown_name(str(request.model), _served(self.models))
+        return answer
+
+    BaseServing._check_model = check_model
+
+
+def _served(models: Any) -> list[str]:
+    """Names that requests may ask for, the current version last: the adapters', or the base weights' if there are none."""
+    if models.lora_requests:
+        return sorted(models.lora_requests, key=_step)
+    return [path.name for path in reversed(models.base_model_paths)]
+
+
+def _step(name: str) -> int:
+    step = name.rpartition("@")[2]
+    return int(step) if step.isdecimal() else -1

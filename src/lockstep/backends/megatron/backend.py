@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.base import Endpoint, TrainResult, check_new
+from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import publish_and_serve, serve
@@ -153,7 +153,8 @@ class MegatronBackend:
         changes; TrainerError or MismatchError leave step N published and served. After a step that failed or was cancelled before it
         was published, the next one starts from the published weights.
         """
-        run, config = self._run(model), config or TrainConfig()
+        config = train_config(config)
+        run = self._run(model)
         if run.settings.exact:
             config = exact_config(config)
         async with run.training:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.base import Endpoint, TrainResult, check_new
+from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.tinker import chat_format
 from lockstep.backends.tinker.chat_server import ChatEndpoint, RequestError
 from lockstep.backends.tinker.datums import (
@@ -182,7 +182,8 @@ class TinkerBackend:
         Raises ConfigError naming a setting that the service can't honour; DataError or StaleRolloutError for groups that can't be
         trained on, before anything changes; TrainerError or MismatchError leave step N published, served and trained on.
         """
-        run, config = self._run(model), config or TrainConfig()
+        config = train_config(config)
+        run = self._run(model)
         check_train_config(config)
         current, started = model.step, time.monotonic()
         prepared = await asyncio.to_thread(prepare, groups, model_name=model.name, step=current, config=config)
