@@ -68,12 +68,7 @@ def prepare(
     """
     selected = select(groups, model_name, step, config, routes)
     tokenized = [one.tokenized for one in selected.usable]
-    advantages: list[float] = []
-    for number, group in selected.groups.items():
-        rewards = [one.trajectory.reward for one in group]
-        advantages += group_advantages(
-            rewards, config.advantage_normalization, f"group {number}", config.reward_eps
-        ).tolist()
+    advantages = _advantages(selected, config)
     owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}
     unmasked = _unmasked(tokenized) if config.mask_truncated else tokenized
     fitted = fit([sequence for one in unmasked for sequence in one.sequences], config.row_length, config.over_length)
@@ -103,6 +98,17 @@ def prepare(
     if routes is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
+
+
+def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
+    """One for each usable trajectory, group by group."""
+    advantages: list[float] = []
+    for number, group in selected.groups.items():
+        rewards = [usable.trajectory.reward for usable in group]
+        advantages += group_advantages(
+            rewards, config.advantage_normalization, f"group {number}", config.reward_eps
+        ).tolist()
+    return advantages
 
 
 def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:

@@ -315,6 +315,10 @@ def add_routes(app: FastAPI) -> None:
     async def abort() -> Any:
         return await _answer(sync().abort())
 
+    _add_name_routes(app)
+
+
+def _add_name_routes(app: FastAPI) -> None:
     @app.post(http_paths.SERVED_NAME)
     async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         rename_base(app.state, name)
