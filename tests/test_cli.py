@@ -180,7 +180,7 @@ def one_line(result, says: str, code: int) -> None:
     ("arguments", "says", "code"),
     [
         (("score", "{model}", "--input", "in.jsonl", "--output", "none/out.jsonl"), "a folder that exists", 2),
-        (("score", "{model}", "--input", "raw.jsonl", "--output", "out.jsonl"), "raw.jsonl is no text", 1),
+        (("score", "{model}", "--input", "raw.jsonl", "--output", "out.jsonl"), "raw.jsonl is not text", 1),
         (("tiny", "qwen3", "raw.jsonl"), "raw.jsonl is a file", 2),
         (("tiny", "qwen3", "raw.jsonl/below"), "raw.jsonl", 1),
         (("tiny", "qwen3", "new", "--set", "hidden_size=many"), "hidden_size = 'many'", 2),

@@ -10,6 +10,7 @@ import pytest
 import lockstep as ls
 from lockstep import model as model_module
 from lockstep.backends.base import Endpoint
+from lockstep.config import deadlines
 from lockstep.model import open_client
 from lockstep.rollouts.leases import rollout_scope
 from lockstep.rollouts.slots import Slots
@@ -69,7 +70,7 @@ async def rollout(client):
 @pytest.mark.parametrize("slots", [4, None])
 async def test_c2_nothing_is_lost_to_repeats(monkeypatch, slots):
     """64 rollouts on 4 places of 0.1 s, a deadline of 0.8 s (and one for the token): 1.6 s in all. Without slots they begin again."""
-    monkeypatch.setattr(model_module, "_REQUEST_SECONDS", 0.8)
+    monkeypatch.setattr(deadlines, "REQUEST_S", 0.8)
     async with Queueing(4, 0.1 if slots else 0.2) as server:
         async with open_client(Endpoint(server.base_url, "key", slots, 512)) as client:
             gathering = ls.gather_trajectory_groups(
@@ -110,7 +111,7 @@ async def test_rollouts_under_way_go_first():
 
 
 async def test_a_deadline_grows_with_the_tokens_and_the_users_own_stays(monkeypatch):
-    monkeypatch.setattr(model_module, "_REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(deadlines, "REQUEST_S", 0.1)
     monkeypatch.setattr(model_module, "_RETRIES", 0)
     from openai import APITimeoutError
 

@@ -227,7 +227,7 @@ async def test_a_run_belongs_to_one_backend(service, tmp_path):
     backend = ls.TinkerBackend(path=tmp_path, api_key=KEY)
     await make().register(backend)
     await backend.close()
-    with pytest.raises(StoreError, match='backend = "tinker", not "megatron"'):
+    with pytest.raises(StoreError, match="backend = 'tinker', not 'megatron'"):
         await make(base_model=str(service.folder)).register(other)
     with pytest.raises(StoreError, match="trained by TinkerBackend"):
         await serve_step(tmp_path / "p" / "m", None, print)
