@@ -102,21 +102,30 @@ class _Gathering:
         return [group for number in sorted(self._finished) for group in self._finished[number]]
 
     async def _wait(self, tasks: dict[asyncio.Future[Any], tuple[int, int]]) -> None:
-        pending = set(tasks)
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        for task in tasks:
+            task.add_done_callback(ended.put_nowait)
+        left = len(tasks)
+        while left:
+            done = [await ended.get()]
+            while not ended.empty():
+                done.append(ended.get_nowait())
+            left -= len(done)
             for task in sorted(done, key=lambda task: tasks[task]):
-                group, index = tasks[task]
-                error = asyncio.CancelledError("the rollout was cancelled") if task.cancelled() else task.exception()
-                if error is None:
-                    self._keep(group, index, task.result())
-                elif isinstance(error, Exception | asyncio.CancelledError):
-                    self._fail(group, index, error)
-                else:
-                    raise error
+                self._take(task, *tasks[task])
             self._check_failures()
             for group in sorted({tasks[task][0] for task in done}):
                 await self._finish(group)
+
+    def _take(self, task: asyncio.Future[Any], group: int, index: int) -> None:
+        """Keep what an ended rollout gave, or its failure. Raises what must not be taken for a failure, such as KeyboardInterrupt."""
+        error = asyncio.CancelledError("the rollout was cancelled") if task.cancelled() else task.exception()
+        if error is None:
+            self._keep(group, index, task.result())
+        elif isinstance(error, Exception | asyncio.CancelledError):
+            self._fail(group, index, error)
+        else:
+            raise error
 
     def _keep(self, group: int, index: int, result: object) -> None:
         expected = TrajectoryGroup if self._whole[group] else Trajectory
