@@ -42,6 +42,7 @@ def open_client(endpoint: Endpoint) -> AsyncOpenAI:
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
+    from lockstep.rollouts.connections import connections_for
     from lockstep.rollouts.slots import Slots, SlotSending
 
     class Client(SlotSending, DefaultAsyncHttpxClient):
@@ -54,7 +55,9 @@ def open_client(endpoint: Endpoint) -> AsyncOpenAI:
         api_key=endpoint.api_key,
         timeout=Timeout(deadlines.REQUEST_S, connect=deadlines.CONNECT_S),
         max_retries=_RETRIES,
-        http_client=Client(trust_env=False),  # a proxy must not catch the run's own server
+        http_client=Client(
+            trust_env=False, transport=connections_for(Client)
+        ),  # a proxy must not catch the run's own server
     )
 
 
