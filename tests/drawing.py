@@ -90,26 +90,29 @@ def choice(
     version: str = "m@0",
     sampling: dict[str, Any] | None = None,
     logprobs: list[float] | None = None,
+    openai_logprobs: bool = False,
     **extra: Any,
 ) -> Choice:
-    """A choice as the server returns it."""
+    """A choice as the server returns it; with `openai_logprobs`, to a client that asked for logprobs."""
     logprobs = [-0.5 - 0.01 * k for k in range(len(sampled))] if logprobs is None else logprobs
     fields = {
         "finish_reason": "stop",
         "index": 0,
         "message": {"role": "assistant", "content": " ".join(map(str, sampled))},
-        "logprobs": {
-            "content": [
-                {"token": f"t{token}", "bytes": [token % 256], "logprob": value, "top_logprobs": []}
-                for token, value in zip(sampled, logprobs, strict=False)
-            ],
-            "refusal": None,
-        },
+        "logprobs": None,
         "prompt_token_ids": prompt,
         "token_ids": sampled,
         "weight_versions": [{"version": version, "start": 0, "end": len(sampled)}],
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | (sampling or {}),
     }
+    if openai_logprobs:
+        content = [
+            {"token": f"t{token}", "bytes": [token % 256], "logprob": value, "top_logprobs": []}
+            for token, value in zip(sampled, logprobs, strict=False)
+        ]
+        fields["logprobs"] = {"content": content, "refusal": None}
+    else:
+        fields["sampled_logprobs"] = logprobs
     return Choice.model_validate(fields | extra)
 
 

@@ -73,7 +73,7 @@ async def check_one_token_off(model, backend):
     """Planted fault: one log-probability moved by 2e-6, the error names its trajectory and its token."""
     found = await roll_out(model, [words(40)], n=3, tokens=12)
     choice = found[1].choices[0]
-    choice.logprobs.content[5].logprob -= 2e-6
+    choice.sampled_logprobs[5] -= 2e-6
     place = len(choice.prompt_token_ids) + 5
     step = model.step
     with pytest.raises(MismatchError, match=f"group 0, trajectory 1, token {place}: .*max_token_mismatch = 1e-06"):

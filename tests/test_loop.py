@@ -119,7 +119,7 @@ async def test_what_was_sampled_is_what_is_trained(running, task, section, base_
         assert (moved > 1e-3) == (step > 0)
         choice = groups[0].trajectories[0].choices[0]
         ids = choice.prompt_token_ids + choice.token_ids
-        sampled = [entry.logprob for entry in choice.logprobs.content]
+        sampled = choice.sampled_logprobs
         expected = hugging_face_logprobs(base_model, adapter, ids, temperature=0.8)[-len(sampled) :]
         np.testing.assert_allclose(sampled, expected, atol=1e-5)
         assert choice.weight_versions[0]["version"] == f"loop@{step}"

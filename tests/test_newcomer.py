@@ -246,9 +246,9 @@ def test_newcomer_b8_what_has_no_ids_says_what_to_ask_for():
         tokenize(trajectory(answered("yes", prompt_token_ids=None)), "m", 0, 0)
     with pytest.raises(
         DataError,
-        match=r"has no logprobs though it has token ids: leave logprobs at its default in the request, not False",
+        match=r"has no logprobs though it has token ids: keep the choice exactly as the server returned it",
     ):
-        tokenize(trajectory(answered("yes", logprobs=None)), "m", 0, 0)
+        tokenize(trajectory(answered("yes", sampled_logprobs=None)), "m", 0, 0)
 
 
 def test_newcomer_b9_an_edited_choice_is_refused():

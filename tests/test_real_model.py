@@ -94,7 +94,7 @@ async def _short(model, question):
 
 
 def _difference(model, choice):
-    sampled = [entry.logprob for entry in choice.logprobs.content]
+    sampled = choice.sampled_logprobs
     ids = choice.prompt_token_ids + choice.token_ids
     return np.abs(np.asarray(sampled) - logprobs_of(model, ids)[-len(sampled) :]).max()
 

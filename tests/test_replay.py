@@ -85,7 +85,7 @@ async def test_replayed_routes_are_the_servers(running, base_model):
                 logprobs, expected_SLK = hugging_face(base_model, adapter, ids)
                 assert len(rows_SLK) == len(ids) - 1
                 np.testing.assert_array_equal(rows_SLK, expected_SLK[: len(rows_SLK)], err_msg=way)
-                sampled = [entry.logprob for entry in choice.logprobs.content]
+                sampled = choice.sampled_logprobs
                 np.testing.assert_allclose(sampled, logprobs[-len(sampled) :], atol=1e-5)
     assert prompt_tokens(found["chunked prefill"]) > 3 * 2048
     everything = [one for part in found.values() for one in part]

@@ -260,7 +260,9 @@ def groups(draw) -> TrajectoryGroup:
             extra = draw(
                 st.sampled_from([{}, {"routed_experts": routes}, {"routed_experts": "not base64"}, {"other": [1]}])
             )
-            items.append(choice(draw(st.lists(st.integers(0, 250000), max_size=5)), sampled, logprobs=values, **extra))
+            prompt = draw(st.lists(st.integers(0, 250000), max_size=5))
+            openai_logprobs = draw(st.booleans())
+            items.append(choice(prompt, sampled, logprobs=values, openai_logprobs=openai_logprobs, **extra))
             items.append({"role": "tool", "tool_call_id": "x", "content": draw(st.text())})
         trajectories.append(
             Trajectory(

@@ -10,7 +10,7 @@ import pytest
 
 from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.launch import ServerConfig, _command
-from lockstep_vllm.http import weight_versions
+from lockstep_vllm.http import sampled_tokens
 from lockstep_vllm.http.auth import BearerAuth
 from lockstep_vllm.http.openai_fields import ChoiceFields, in_flight, sampling_of
 from lockstep_vllm.http.short_prompts import TwoTokenPrompts
@@ -41,7 +41,9 @@ class Echo:
         self.seen_in_flight = dict(in_flight)
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode()
         for index, sequence_spans in enumerate(self.spans):
-            weight_versions.record(f"chatcmpl-{request_id}", index, sequence_spans)
+            listed = sampled_tokens.wants_list(f"chatcmpl-{request_id}")
+            sampled = sampled_tokens.Sampled(sequence_spans, [-0.5] * len(sequence_spans) if listed else None)
+            sampled_tokens.record(f"chatcmpl-{request_id}", index, sampled)
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-length", b"1")]})
         await send({"type": "http.response.body", "body": self.reply[:5], "more_body": True})
         await send({"type": "http.response.body", "body": self.reply[5:], "more_body": False})
@@ -124,7 +126,31 @@ async def test_requests_and_replies_in_pieces():
     choices = json.loads(body)["choices"]
     assert [choice["prompt_token_ids"] for choice in choices] == [[1], [1]]
     assert [choice["weight_versions"] for choice in choices] == app.spans
-    assert not weight_versions._collected
+    assert [choice["sampled_logprobs"] for choice in choices] == [[-0.5, -0.5], []]
+    assert not sampled_tokens._announced
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "sent"),
+    [
+        ({}, True, True),
+        ({"logprobs": False}, True, True),
+        ({"logprobs": True}, False, True),
+        ({"top_logprobs": 3}, False, True),
+        ({"prompt_logprobs": 1}, False, True),
+    ],
+)
+async def test_openai_logprobs_come_where_the_client_asks(asked, listed, sent):
+    """All others cost more than the rest of a request, and training reads the numbers alone."""
+    app = Echo(json.dumps({"prompt_token_ids": [1], "choices": [{"token_ids": [4]}]}).encode())
+    app.spans = [[{"version": "m@2", "start": 0, "end": 1}]]
+    body = json.dumps({"model": "m@2", **asked}).encode()
+    reply = await call(ChoiceFields(app), path="/v1/chat/completions", chunks=(body,))
+    assert json.loads(app.body)["logprobs"] is sent
+    assert ("sampled_logprobs" in json.loads(reply[1]["body"])["choices"][0]) is listed
+    stream = json.dumps({"model": "m@2", "stream": True, **asked}).encode()
+    await call(ChoiceFields(app), path="/v1/chat/completions", chunks=(stream,))
+    assert not sampled_tokens._announced
 
 
 @pytest.mark.parametrize(

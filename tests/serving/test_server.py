@@ -122,9 +122,30 @@ async def test_a_plain_chat_call_brings_ids_logprobs_version_and_sampling(server
         assert tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == choice.message.content.rstrip(
             "\ufffd"
         )
-        logprobs = [entry.logprob for entry in choice.logprobs.content]
+        assert choice.logprobs is None
         reference = hf_logprobs(model, expected + ids)[-len(ids) :]
-        torch.testing.assert_close(torch.tensor(logprobs), reference, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(fields["sampled_logprobs"]), reference, atol=1e-5, rtol=0)
+    asked = await client.chat.completions.create(
+        model="base", messages=messages, n=2, max_tokens=9, seed=5, logprobs=True
+    )
+    for choice, other in zip(reply.choices, asked.choices, strict=True):
+        assert "sampled_logprobs" not in other.model_extra
+        assert other.model_extra["token_ids"] == choice.model_extra["token_ids"]
+        assert [entry.logprob for entry in other.logprobs.content] == choice.model_extra["sampled_logprobs"]
+        assert [entry.token for entry in other.logprobs.content if entry.token]  # with their text, as OpenAI sends them
+
+
+async def test_listed_logprobs_end_where_a_stop_string_cuts_the_reply(server, client):
+    """vLLM drops the tokens after a stop string; the list of log-probabilities must lose the same."""
+    prompt = [70, 71, 72, 73]
+    settings = {"model": "base", "prompt": prompt, "max_tokens": 40, "seed": 3, "extra_body": {"ignore_eos": True}}
+    whole = (await client.completions.create(**settings)).choices[0]
+    stop = next(text for text in whole.text[3:] if text.isascii() and text.isalnum())
+    cut = (await client.completions.create(**settings, stop=[stop])).choices[0]
+    count = len(cut.model_extra["token_ids"])
+    assert cut.finish_reason == "stop"
+    assert 0 < count < 40
+    assert cut.model_extra["sampled_logprobs"] == whole.model_extra["sampled_logprobs"][:count]
 
 
 async def test_what_the_client_says_is_kept_and_reported(server, client, tiny_qwen3):
@@ -143,13 +164,13 @@ async def test_what_the_client_says_is_kept_and_reported(server, client, tiny_qw
     assert [choice.model_extra["prompt_token_ids"] for choice in reply.choices] == [prompt] * 2 + [prompt[:2]] * 2
     for choice in reply.choices:
         assert choice.model_extra["sampling"] == SAMPLING | changed
-        assert len(choice.logprobs.token_logprobs) == len(choice.model_extra["token_ids"]) == 6
+        assert len(choice.model_extra["sampled_logprobs"]) == len(choice.model_extra["token_ids"]) == 6
     reply = await client.completions.create(model="base", prompt=prompt, max_tokens=6, temperature=0.5, seed=1)
     choice = reply.choices[0]
     ids = choice.model_extra["token_ids"]
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
     reference = hf_logprobs(model, prompt + ids, temperature=0.5)[-len(ids) :]
-    torch.testing.assert_close(torch.tensor(choice.logprobs.token_logprobs), reference, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(choice.sampled_logprobs), reference, atol=1e-5, rtol=0)
     plain = await client.chat.completions.create(
         model="base",
         messages=[{"role": "user", "content": "x"}],

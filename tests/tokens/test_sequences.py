@@ -4,6 +4,8 @@ named.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryG
 
 
 def test_turns_that_continue_each_other_are_one_sequence():
-    first = choice([1, 2, 3], [4, 5], logprobs=[-0.1, -0.2])
+    first = choice([1, 2, 3], [4, 5], logprobs=[-0.1, -0.2], openai_logprobs=True)
     second = choice([1, 2, 3, 4, 5, 6, 7], [8], logprobs=[-0.3], sampling={"temperature": 0.5})
     result = tokenize(trajectory(first, second), "m", 0, 0)
     (sequence,) = result.sequences
@@ -60,7 +62,8 @@ def test_every_sampled_token_carries_loss_exactly_once(seed, turns):
         if random.random() < 0.3:
             history = history[: int(random.integers(1, len(history) + 1))]  # drift
         reply = random.integers(9, size=int(random.integers(1, 5))).tolist()
-        choices.append(choice(list(history), reply, logprobs=(-random.exponential(size=len(reply))).tolist()))
+        logprobs = (-random.exponential(size=len(reply))).tolist()
+        choices.append(choice(list(history), reply, logprobs=logprobs, openai_logprobs=bool(random.integers(2))))
         history = [*history, *reply, *random.integers(9, size=int(random.integers(0, 4))).tolist()]
     sequences = tokenize(trajectory(*choices), "m", 0, 0).sequences
     trained = [
@@ -69,18 +72,24 @@ def test_every_sampled_token_carries_loss_exactly_once(seed, turns):
         for t, p in zip(one.tokens_S[one.loss_mask_S], one.logprobs_S[one.loss_mask_S], strict=True)
     ]
     sampled = [
-        (token, np.float32(entry.logprob))
+        (token, np.float32(logprob))
         for one in choices
-        for token, entry in zip(one.model_extra["token_ids"], one.logprobs.content, strict=True)
+        for token, logprob in zip(one.model_extra["token_ids"], logprobs_of(one), strict=True)
     ]
     assert sorted(trained) == sorted(sampled)
 
 
+def logprobs_of(made):
+    """A choice's log-probabilities, in whichever form it has them."""
+    return made.model_extra.get("sampled_logprobs") or [entry.logprob for entry in (made.logprobs or EMPTY).content]
+
+
+EMPTY = SimpleNamespace(content=[])
 FAULTS = {
     "no prompt_token_ids": {"prompt_token_ids": None},
     "no token_ids": {"token_ids": None},
     "empty prompt": {"prompt_token_ids": []},
-    "has no logprobs": {"logprobs": None},
+    "has no logprobs": {"sampled_logprobs": None},
     "3 logprobs for 2": {"token_ids": [4, 5], "weight_versions": [{"version": "m@0", "start": 0, "end": 2}]},
     "does not say how it was sampled": {"sampling": None},
     "top_p = 0.9": {"sampling": {"temperature": 1.0, "top_p": 0.9}},

@@ -37,7 +37,7 @@ def served(random: np.random.Generator, prompt: list[int], count: int, form: str
         entries = [{"token": form.format(one), "logprob": float(row[one]), "bytes": []} for one in listed]
         content.append(entries[0] | {"token": form.format(token), "top_logprobs": entries})
     known[ranks >= TOP - 1, -1] = -1
-    made = choice(prompt, sampled, logprobs=[entry["logprob"] for entry in content])
+    made = choice(prompt, sampled, logprobs=[entry["logprob"] for entry in content], openai_logprobs=True)
     fields = made.model_dump()
     fields["logprobs"]["content"] = content
     return type(made).model_validate(fields), known

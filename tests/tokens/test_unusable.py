@@ -112,7 +112,7 @@ def test_b2_a_group_that_is_left_with_one_trajectory_is_skipped():
         ),
         ({"weight_versions": []}, "carries no weight version"),
         ({"token_ids": None}, "no token_ids"),
-        ({"logprobs": None}, "has no logprobs"),
+        ({"sampled_logprobs": None}, "has no logprobs"),
         ({"sampling": None}, "does not say how it was sampled"),
     ],
 )

@@ -68,15 +68,16 @@ def _ids(value: object, what: str) -> np.ndarray:
 
 
 def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
-    content = choice.logprobs.content if choice.logprobs is not None else None
-    if content is None:
+    logprobs = (choice.model_extra or {}).get("sampled_logprobs")
+    if logprobs is None and choice.logprobs is not None and choice.logprobs.content is not None:
+        logprobs = [entry.logprob for entry in choice.logprobs.content]  # the client asked for OpenAI's
+    if logprobs is None:
         raise DataError(
-            f"{name} has no logprobs though it has token ids: leave logprobs at its default in the request, not False, "
-            "and keep the choice exactly as the server returned it"
+            f"{name} has no logprobs though it has token ids: keep the choice exactly as the server returned it"
         )
-    if len(content) != count:
-        raise DataError(f"{name} has {len(content)} logprobs for {count} sampled tokens")
-    values = np.array([entry.logprob for entry in content], dtype=np.float32)
+    if len(logprobs) != count:
+        raise DataError(f"{name} has {len(logprobs)} logprobs for {count} sampled tokens")
+    values = np.array(logprobs, dtype=np.float32)
     bad = ~(np.isfinite(values) & (values <= 0))
     if bad.any():
         raise DataError(

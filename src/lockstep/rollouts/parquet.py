@@ -68,7 +68,9 @@ def _split_choice(choice: Any) -> dict[str, Any]:
         "token_ids": rest.pop("token_ids", None),
     }
     content = (rest.get("logprobs") or {}).get("content")
-    struct["logprobs"] = None if content is None else [entry.pop("logprob") for entry in content]
+    struct["logprobs"] = rest.pop("sampled_logprobs", None)
+    if struct["logprobs"] is None and content is not None:
+        struct["logprobs"] = [entry.pop("logprob") for entry in content]
     routes = rest.get("routed_experts")
     struct["routed_experts"] = None
     if isinstance(routes, str):
@@ -92,8 +94,11 @@ def _join_choice(struct: dict[str, Any]) -> dict[str, Any]:
             choice[name] = struct[name]
     if struct["routed_experts"] is not None:
         choice["routed_experts"] = base64.b64encode(struct["routed_experts"]).decode()
-    if struct["logprobs"] is not None:
-        for entry, logprob in zip(choice["logprobs"]["content"], struct["logprobs"], strict=True):
+    content = (choice.get("logprobs") or {}).get("content")
+    if struct["logprobs"] is not None and content is None:
+        choice["sampled_logprobs"] = struct["logprobs"]
+    elif struct["logprobs"] is not None:
+        for entry, logprob in zip(content, struct["logprobs"], strict=True):
             entry["logprob"] = logprob
     return choice
 

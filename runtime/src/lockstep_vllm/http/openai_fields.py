@@ -5,6 +5,7 @@ Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logpr
 
     prompt_token_ids  list[int]
     token_ids         list[int]   what was sampled, the end-of-turn token included
+    sampled_logprobs  list[float] nats, one per token; where the client asked for `logprobs`, OpenAI's objects have them
     weight_versions   [{"version": str, "start": 0, "end": n}, ...]   spans over token_ids
     sampling          {"temperature", "top_p", "top_k", "min_p", and the three penalties}   as they took effect,
                       and what else the request set that changes the distribution (a logit bias, a schema, ...)
@@ -22,7 +23,7 @@ import uuid
 from collections import Counter
 from typing import Any
 
-from lockstep_vllm.http import weight_versions
+from lockstep_vllm.http import sampled_tokens
 from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
 from lockstep_wire.http_paths import CHAT_COMPLETIONS as CHAT
 from lockstep_wire.http_paths import COMPLETIONS
@@ -45,6 +46,8 @@ CONSTRAINTS = (
 """Request settings that change which tokens can be sampled, or how likely they are; absent or neutral as a rule."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"response_format": ({"type": "text"},), "tool_choice": ("auto", "none")}
 
+_MORE_LOGPROBS = ("top_logprobs", "prompt_logprobs", "logprob_token_ids", "echo")
+
 in_flight: Counter[str] = Counter()
 """Requests being served now, by the model name they asked for."""
 
@@ -65,6 +68,7 @@ class ChoiceFields:
         if request is None:  # vLLM answers a malformed body with its own error
             await self._app(scope, _replay(body, receive), send)
             return
+        listed = not request.get("stream") and not _asks_for_logprobs(request)
         add_request_defaults(request, chat=path == CHAT)
         body = json.dumps(request).encode()
         request_id = uuid.uuid4().hex
@@ -73,12 +77,12 @@ class ChoiceFields:
         model = str(request.get("model"))
         in_flight[model] += 1
         if not request.get("stream"):
-            weight_versions.expect(request_id)
+            sampled_tokens.expect(request_id, listed=listed)
             send = _ReplyEditor(send, request, request_id)
         try:
             await self._app(dict(scope, headers=headers), _replay(body, receive), send)
         finally:
-            weight_versions.forget(request_id)
+            sampled_tokens.forget(request_id)
             in_flight[model] -= 1
             if not in_flight[model]:
                 del in_flight[model]
@@ -86,29 +90,37 @@ class ChoiceFields:
 
 def add_request_defaults(request: dict[str, Any], *, chat: bool) -> None:
     """Turns logprobs and token ids on and the temperature to 1.0 where the request says nothing."""
+    if request.get("logprobs") is False:  # the client needs none; training does
+        del request["logprobs"]
     defaults = {"logprobs": True if chat else 0, "return_token_ids": True, "temperature": 1.0}
     for name, value in defaults.items():
         if request.get(name) is None:
             request[name] = value
 
 
-def add_choice_fields(
-    reply: dict[str, Any], request: dict[str, Any], versions: list[list[weight_versions.Span]]
-) -> None:
-    """Adds prompt ids, weight versions and sampling settings to each choice of a parsed reply, in place.
+def _asks_for_logprobs(request: dict[str, Any]) -> bool:
+    """Whether the client wants OpenAI's log-probabilities in the reply. `logprobs: 0` of a completion does, false does not."""
+    logprobs = request.get("logprobs")
+    return (logprobs is not None and logprobs is not False) or any(request.get(name) for name in _MORE_LOGPROBS)
 
-    versions: the spans of each choice, in their order. Other than one per choice, vLLM did not track them (a beam
+
+def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], sampled: list[sampled_tokens.Sampled]) -> None:
+    """Adds prompt ids, log-probabilities, weight versions and sampling settings to each choice of a parsed reply, in place.
+
+    sampled: what is known of each choice, in their order. Other than one per choice, vLLM did not track them (a beam
     search), and the choices say null: nothing can be trained on them.
     """
     sampling = sampling_of(request)
-    tracked = len(versions) == len(reply["choices"])
+    tracked = len(sampled) == len(reply["choices"])
     for position, choice in enumerate(reply["choices"]):
         token_ids = choice.get("token_ids")
         if token_ids is None:  # the client asked for a reply without them
             continue
         if choice.get("prompt_token_ids") is None:  # a chat reply has them once, at its top
             choice["prompt_token_ids"] = reply.get("prompt_token_ids")
-        choice["weight_versions"] = versions[position] if tracked else None
+        choice["weight_versions"] = sampled[position].spans if tracked else None
+        if tracked and sampled[position].logprobs is not None:
+            choice["sampled_logprobs"] = sampled[position].logprobs
         choice["sampling"] = sampling
         if "message" in choice:
             choice["reply_digest"] = reply_digest(token_ids, choice["message"])
@@ -151,7 +163,7 @@ class _ReplyEditor:
     async def _finish(self, start: Message) -> None:
         reply = json.loads(self._body)
         if reply is not None:  # null: what vLLM answers a client that has left
-            add_choice_fields(reply, self._request, weight_versions.take(self._request_id))
+            add_choice_fields(reply, self._request, sampled_tokens.take(self._request_id))
         body = json.dumps(reply, ensure_ascii=False).encode()
         await self._send(dict(start, headers=_with_length(start["headers"], len(body))))
         await self._send({"type": "http.response.body", "body": body})

@@ -59,7 +59,13 @@ PATCHES = (
     Patch("patches.cpu_plain_weights", "every", "cpu", "packed weights can't be read back or written in place", ""),
     Patch("patches.exact_fp64", "every", "cpu", "numerics = exact computes in fp64", "tests/test_exact.py"),
     Patch("patches.cpu_fork", "every", "cpu", "spawning engine core and workers imports torch and vLLM again", ""),
-    Patch("http.weight_versions", "api", "any", "tokens carry the version of the weights that sampled them", ""),
+    Patch(
+        "http.sampled_tokens",
+        "api",
+        "any",
+        "tokens carry the version of the weights that sampled them, and log-probabilities come as numbers alone",
+        "",
+    ),
     Patch("http.served_names", "api", "any", "a 404 lists the base weights' names, and no version that is served", ""),
     Patch("adapters.from_memory", "worker", "any", "adapters come from memory and not from a folder", ""),
 )
