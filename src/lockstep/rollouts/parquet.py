@@ -95,9 +95,11 @@ def _join_choice(struct: dict[str, Any]) -> dict[str, Any]:
     if struct["routed_experts"] is not None:
         choice["routed_experts"] = base64.b64encode(struct["routed_experts"]).decode()
     content = (choice.get("logprobs") or {}).get("content")
-    if struct["logprobs"] is not None and content is None:
+    if struct["logprobs"] is None:
+        return choice
+    if content is None:
         choice["sampled_logprobs"] = struct["logprobs"]
-    elif struct["logprobs"] is not None:
+    else:
         for entry, logprob in zip(content, struct["logprobs"], strict=True):
             entry["logprob"] = logprob
     return choice
