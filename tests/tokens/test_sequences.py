@@ -266,3 +266,20 @@ def test_b3_masked_replies_count_in_the_baseline_and_carry_no_loss():
     assert not np.isin(masked.batch.tokens_RS, (6, 7)).any()
     with pytest.raises(DataError, match="each of its 2 trajectories has a truncated reply"):
         ready(TrajectoryGroup(trajectories=[cut, cut]), mask_truncated=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampled", "token"),
+    [([1, -1], [2], -1), ([1], [2, 40], 40), ([1], [10**6], 10**6), ([10**12], [1], 10**12)],
+)
+def test_m11_an_id_that_the_model_does_not_have_is_named(prompt, sampled, token):
+    groups = [
+        TrajectoryGroup(
+            trajectories=[trajectory(choice([1], [2]), reward=0.0), trajectory(choice(prompt, sampled), reward=1.0)]
+        )
+    ]
+    config = TrainConfig(learning_rate=1e-3)
+    with pytest.raises(
+        DataError, match=f"group 0, trajectory 1, choice 0: token id {token} is not one of the model's 40"
+    ):
+        prepare(groups, model_name="m", step=0, config=config, vocabulary=40)

@@ -18,7 +18,7 @@ from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
 from lockstep.batching.select import Selected, select
-from lockstep.batching.tokenize import Tokenized
+from lockstep.batching.tokenize import MOST_IDS, Tokenized
 from lockstep.batching.top_logprobs import TOP
 from lockstep.errors import DataError
 
@@ -53,11 +53,13 @@ def prepare(
     multiple: int = 64,
     routes: RouteShape | None = None,
     row_limit: int = MOST_ROW_LENGTH,
+    vocabulary: int = MOST_IDS,
 ) -> Prepared:
     """Check, tokenize and pack what step `step` of `model_name` is to be trained on.
 
     data: data-parallel size, the number of rows becomes a multiple of it (times config.minibatches). multiple: of the
-    row length. row_limit: tokens that a row may grow to where config.row_length is None.
+    row length. row_limit: tokens that a row may grow to where config.row_length is None. vocabulary: how many token ids
+    the model has.
 
     A trajectory that can't be trained on is left out and counted (see `select`): its group's baseline is that of the
     others. Groups that are left with fewer than two trajectories are skipped and counted.
@@ -66,7 +68,7 @@ def prepare(
     logprobs, versions or routes, another model's versions; and what `select` leaves out, where it is more than config.max_dropped:
     a bad reward or metric, nothing sampled, sampling that can't be trained on, stale versions, a sequence longer than a row.
     """
-    selected = select(groups, model_name, step, config, routes)
+    selected = select(groups, model_name, step, config, routes, vocabulary)
     tokenized = [one.tokenized for one in selected.usable]
     advantages = _advantages(selected, config)
     owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}

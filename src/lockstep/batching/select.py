@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.batching.pack import fit
 from lockstep.batching.routed_experts import RouteShape
-from lockstep.batching.tokenize import Tokenized, check_staleness, tokenize
+from lockstep.batching.tokenize import MOST_IDS, Tokenized, check_staleness, tokenize
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ class Selected:
 
 
 def select(
-    groups: Sequence[TrajectoryGroup], model_name: str, step: int, config: TrainConfig, routes: RouteShape | None
+    groups: Sequence[TrajectoryGroup],
+    model_name: str,
+    step: int,
+    config: TrainConfig,
+    routes: RouteShape | None,
+    vocabulary: int = MOST_IDS,
 ) -> Selected:
     """Check and tokenize every trajectory, and leave out those that can't be trained on, each named in a warning.
 
@@ -65,7 +70,7 @@ def select(
     for number, group in enumerate(groups):
         for index, trajectory in enumerate(group.trajectories):
             try:
-                usable[number].append(_checked(trajectory, model_name, number, index, step, config, routes))
+                usable[number].append(_checked(trajectory, model_name, number, index, step, config, routes, vocabulary))
             except DataError as error:
                 if error.unusable is None:
                     raise
@@ -95,9 +100,10 @@ def _checked(
     step: int,
     config: TrainConfig,
     routes: RouteShape | None,
+    vocabulary: int,
 ) -> Usable:
     name = f"group {group}, trajectory {index}"
-    tokenized = tokenize(trajectory, model_name, group, index, routes)
+    tokenized = tokenize(trajectory, model_name, group, index, routes, vocabulary)
     check_staleness(tokenized.steps, step, config.max_steps_off_policy, name)
     if config.over_length == "error":
         fit(tokenized.sequences, config.row_length, "error")

@@ -58,11 +58,20 @@ class Turn:
     truncated: bool = False  # cut off by a limit of tokens
 
 
-def _ids(value: object, what: str) -> np.ndarray:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, int) for one in value):
+MOST_IDS = 2**31
+"""As many ids as a batch can tell apart."""
+
+
+def _ids(value: object, what: str, name: str, vocabulary: int) -> np.ndarray:
+    if not isinstance(value, list | tuple) or not all(isinstance(token, int) for token in value):
         raise DataError(
             f"{what}: keep the choice exactly as the server returned it (client = model.openai_client()), and ask without stream; "
             "a choice that is put together from a stream has none"
+        )
+    unknown = next((token for token in value if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise DataError(
+            f"{name}: token id {unknown} is not one of the model's {vocabulary}: keep the choice exactly as the server returned it"
         )
     return np.asarray(value, dtype=np.int32)
 
@@ -150,13 +159,17 @@ def _steps(spans: object, count: int, model_name: str, name: str) -> np.ndarray:
     return np.array(steps, dtype=np.int32)
 
 
-def read_turn(choice: Choice, model_name: str, name: str, routes: RouteShape | None = None) -> Turn:
-    """Check one choice. Raises DataError (or StaleRolloutError) naming it: ids, logprobs, sampling settings or version
+def read_turn(
+    choice: Choice, model_name: str, name: str, routes: RouteShape | None = None, vocabulary: int = MOST_IDS
+) -> Turn:
+    """Check one choice. vocabulary: how many ids the model has.
+
+    Raises DataError (or StaleRolloutError) naming it: ids, logprobs, sampling settings or version
     missing or wrong.
     """
     extra: dict[str, Any] = choice.model_extra or {}
-    prompt_S = _ids(extra.get("prompt_token_ids"), f"{name} has no prompt_token_ids")
-    sampled_S = _ids(extra.get("token_ids"), f"{name} has no token_ids")
+    prompt_S = _ids(extra.get("prompt_token_ids"), f"{name} has no prompt_token_ids", name, vocabulary)
+    sampled_S = _ids(extra.get("token_ids"), f"{name} has no token_ids", name, vocabulary)
     if not len(prompt_S):
         raise DataError(f"{name} has an empty prompt: its first token was predicted by nothing")
     _check_unedited(choice, sampled_S.tolist(), extra.get("reply_digest"), name)
@@ -259,9 +272,14 @@ class Tokenized:
 
 
 def tokenize(
-    trajectory: Trajectory, model_name: str, group: int, index: int, routes: RouteShape | None = None
+    trajectory: Trajectory,
+    model_name: str,
+    group: int,
+    index: int,
+    routes: RouteShape | None = None,
+    vocabulary: int = MOST_IDS,
 ) -> Tokenized:
-    """The training sequences of one trajectory. `routes`: the model's, where experts are replayed.
+    """The training sequences of one trajectory. `routes`: the model's, where experts are replayed. vocabulary: how many ids it has.
 
     Raises DataError naming trajectory and choice, also if nothing in it was sampled.
     """
@@ -272,7 +290,9 @@ def tokenize(
         choices = trajectory.choices
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    turns = [read_turn(choice, model_name, f"{name}, choice {k}", routes) for k, choice in enumerate(choices)]
+    turns = [
+        read_turn(choice, model_name, f"{name}, choice {k}", routes, vocabulary) for k, choice in enumerate(choices)
+    ]
     if not any(len(turn.sampled_S) for turn in turns):
         what = "no choice" if not turns else "no sampled token in any choice"
         raise DataError(

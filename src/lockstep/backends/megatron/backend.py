@@ -224,6 +224,7 @@ async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConf
         data=settings.parallel.data,
         routes=settings.routes,
         row_limit=settings.row_limit,
+        vocabulary=settings.vocabulary,
     )
     path = run.store.path / "batches" / f"{current:04d}.safetensors"
     await asyncio.to_thread(save_batch, prepared.batch, path)

@@ -123,6 +123,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         devices=devices,
         offload=devices.colocated and asked.offload is not False,
         transport=resolve_transport(asked.weight_transport, devices),
+        vocabulary=config.vocab_size,
         routes=route_shape(config) if asked.enable_expert_replay else None,
         seed=asked.seed,
         recompute=asked.recompute,

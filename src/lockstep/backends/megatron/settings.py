@@ -35,6 +35,8 @@ class ResolvedSettings:
     devices: Devices
     offload: bool
     """Colocated mode: the trainer's memory goes to the host while the server serves."""
+    vocabulary: int
+    """How many token ids the model has."""
     routes: RouteShape | None
     """What each choice's expert routes look like; None: none are captured or replayed."""
     seed: int
