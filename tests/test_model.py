@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from openai import AsyncOpenAI
 
 from drawing import choice, trajectory
 from lockstep.backends.base import Endpoint
@@ -73,7 +74,7 @@ async def test_client_is_plain_and_follows_the_endpoint():
     model, desk = make(), Desk()
     await model.register(desk)
     client = model.openai_client()
-    assert type(client).__name__ == "AsyncOpenAI"
+    assert isinstance(client, AsyncOpenAI)
     assert (str(client.base_url), client.api_key) == ("http://127.0.0.1:9/v1/", "secret")
     assert model.openai_client() is client
     desk.url = "http://127.0.0.1:10/v1"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
 from lockstep.rollouts.leases import Leases, current_scope
+from lockstep.rollouts.noise import RequestSeeds, current_place
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -35,14 +37,16 @@ def _check_segment(kind: str, value: str) -> str:
     return value
 
 
-def open_client(endpoint: Endpoint) -> AsyncOpenAI:
+def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: None) -> AsyncOpenAI:
     """A client of a run's own server. The caller closes it.
 
     It sends what the server has places for (`slots.py`); a deadline counts from then.
+    seed: asked once for each request that samples and sets none itself; None leaves the noise to the server.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
     from lockstep.rollouts.connections import connections_for
+    from lockstep.rollouts.seeded import SeededRequests
     from lockstep.rollouts.slots import Slots, SlotSending
 
     class Client(SlotSending, DefaultAsyncHttpxClient):
@@ -50,7 +54,10 @@ def open_client(endpoint: Endpoint) -> AsyncOpenAI:
         default_s = deadlines.REQUEST_S
         longest = endpoint.max_model_len or 0
 
-    return AsyncOpenAI(
+    class SeededClient(SeededRequests, AsyncOpenAI):
+        next_seed = staticmethod(seed)
+
+    return SeededClient(
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=Timeout(deadlines.REQUEST_S, connect=deadlines.CONNECT_S),
@@ -78,6 +85,7 @@ class TrainableModel:
         self._backend: Backend | None = None
         self._step = -1
         self._leases = Leases()
+        self._seeds = RequestSeeds()
         self._client: tuple[Endpoint, asyncio.AbstractEventLoop | None, AsyncOpenAI] | None = None
 
     def __repr__(self) -> str:
@@ -93,6 +101,7 @@ class TrainableModel:
             raise ConfigError(f"model {self.name} is already registered with another backend: close that one first")
         step = await backend.register(self)
         self._backend, self._step = backend, step
+        self._seeds = RequestSeeds()  # a process that begins at this step counts from here
 
     def _registered(self) -> Backend:
         if self._backend is None:
@@ -134,6 +143,9 @@ class TrainableModel:
 
         Requests beyond what the server takes at once wait here, those of rollouts under way first. Lost connections and overload are
         retried; a request may take 600 s and a second for each token it may sample, counted from when the server takes it.
+
+        In a rollout that gather runs, a request without a `seed` gets one, derived from the run's seed, the step, the rollout's
+        place and how many requests the rollout made before. The choices of one request (`n`) differ.
         """
         endpoint = self._registered().endpoint(self)
         try:
@@ -141,8 +153,15 @@ class TrainableModel:
         except RuntimeError:
             loop = None
         if self._client is None or self._client[:2] != (endpoint, loop):  # connections belong to one event loop
-            self._client = (endpoint, loop, open_client(endpoint))
+            self._client = (endpoint, loop, open_client(endpoint, lambda: self._next_seed(endpoint.seed)))
         return self._client[2]
+
+    def _next_seed(self, run_seed: int | None) -> int | None:
+        """The seed of the next request; None outside of rollouts, or where the run does not seed requests."""
+        scope, place = current_scope(), current_place()
+        if run_seed is None or scope is None or place is None:
+            return None
+        return self._seeds.draw(run_seed, scope.pinned(self._leases, self.step), place)
 
     async def _released(self) -> None:
         """The backend was closed: any other may take the model. Called by the backend."""

@@ -55,4 +55,16 @@ slots_T = torch.full((T,), L - 1)
 expected_TO = before_TO.clone()
 expected_TO[:, 3:] += 0.5 * x_TI @ a_L1RI[-1, 0].T @ b_L1OR[-1, 0].T
 found["one_adapter"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
+found["h1_alone"] = 0.0
+for threads in (1, 2, 4):
+    torch.set_num_threads(threads)
+    for width, rank in ((64, 8), (576, 16)):
+        x_TI, b_OR, a_RI = drawn(300, width), drawn(width, rank), drawn(rank, width)
+        for first in (0, 1, 57):
+            for count in (1, 2, 3, 5, 9, 11, 12, 15, 16, 17, 33, 90):
+                some_TI = x_TI[first : first + count].contiguous()
+                for weight in (a_RI, b_OR):
+                    all_TO = cpu_lora._product(x_TI[:, : weight.shape[1]], weight)[first : first + count]
+                    alone_TO = cpu_lora._product(some_TI[:, : weight.shape[1]], weight)
+                    found["h1_alone"] = max(found["h1_alone"], float((all_TO != alone_TO).any()))
 sys.stdout.write("RESULT " + json.dumps(found) + "\n")

@@ -1,5 +1,7 @@
 """Adapters on a CPU: one product per adapter gives what a product per token gives, and nothing to tokens without one.
 
+A token's bits don't depend on the other rows (`h1_alone`).
+
 vLLM's own gives those the last slot's adapter. When that half fails, vLLM has repaired the fault.
 """
 

@@ -20,12 +20,14 @@ class Endpoint:
     """Where a model is served: an OpenAI-compatible base URL (it ends in `/v1`) and the run's bearer token.
 
     slots: sequences that the server takes at once; None: it does not say. max_model_len: tokens of its longest sequence; None likewise.
+    seed: what the seeds of rollouts' requests follow from; None: requests get none.
     """
 
     base_url: str
     api_key: str = field(repr=False)
     slots: int | None = None
     max_model_len: int | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,11 @@ class MegatronConfig(Config):
         description="kept steps keep their optimizer's state, so that training can go on from each; false: from the newest only",
     )
     seed: int = Field(default=0, ge=0, description="of the adapter's initial values and the server's sampling")
+    seed_requests: bool = Field(
+        default=True,
+        description="each request of a rollout has a seed that follows from its place in the run: a resumed run samples what an "
+        "undisturbed one samples (docs/numerics.md says what it costs)",
+    )
 
     @property
     def merged(self) -> bool:

@@ -74,17 +74,25 @@ async def evaluate(model: TrainableModel, task: Task, section: TaskSection) -> l
     its scenarios if it has none.
     """
     scenarios = (task.evaluation_scenarios or task.scenarios)[: section.evaluate_scenarios]
-    return await _gather(model, task, section, scenarios, tries=1, temperature=0.0)
+    return await _gather(model, task, section, scenarios, "evaluation", tries=1, temperature=0.0)
 
 
 async def roll_out(model: TrainableModel, task: Task, section: TaskSection, step: int) -> list[TrajectoryGroup]:
     """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
     scenarios = task.draw(section.groups_per_step, section.seed, step)
-    return await _gather(model, task, section, scenarios, tries=section.group_size, temperature=section.temperature)
+    return await _gather(
+        model, task, section, scenarios, "training", tries=section.group_size, temperature=section.temperature
+    )
 
 
 async def _gather(
-    model: TrainableModel, task: Task, section: TaskSection, scenarios: Sequence[Any], tries: int, temperature: float
+    model: TrainableModel,
+    task: Task,
+    section: TaskSection,
+    scenarios: Sequence[Any],
+    noise: str,
+    tries: int,
+    temperature: float,
 ) -> list[TrajectoryGroup]:
     def attempt(scenario: Any) -> Awaitable[Trajectory]:
         return _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
@@ -93,6 +101,7 @@ async def _gather(
         [[attempt(scenario) for _ in range(tries)] for scenario in scenarios],
         max_exceptions=section.max_exceptions,
         progress=False,
+        noise=noise,
     )
 
 

@@ -14,6 +14,7 @@ from lockstep.config import deadlines
 from lockstep.errors import ConfigError, DataError, RolloutError
 from lockstep.rollouts.failures import failure_of, one_line
 from lockstep.rollouts.leases import rollout_scope
+from lockstep.rollouts.noise import Gathered
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
@@ -29,6 +30,7 @@ async def gather_trajectory_groups(
     progress: bool = True,
     description: str = "rollouts",
     after_each: AfterEach | None = None,
+    noise: str | None = None,
 ) -> list[TrajectoryGroup]:
     """Run all rollouts at once and return their groups, in the order given.
 
@@ -39,11 +41,13 @@ async def gather_trajectory_groups(
     rounded up but never all of them. Those are kept on their group.
     after_each: called with each finished group (may be async); returns the group to keep, or a list of groups (an empty
     one drops it).
+    noise: a name. Rollouts at the same place of two calls of one name sample the same noise at one step, such as a call
+    that is made again after a failure. None: each call of a step has noise of its own.
 
     Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and what finished is in
     its `groups`.
     """
-    gathering = _Gathering(list(groups), after_each)
+    gathering = _Gathering(list(groups), after_each, Gathered(noise))
     with _progress_bar(progress, description, gathering.expected) as report:
         return await gathering.run(max_exceptions, report)
 
@@ -58,15 +62,15 @@ def _tolerated(max_exceptions: int | float, rollouts: int) -> int:
     return int(max_exceptions)
 
 
-async def _scoped(attempt: Awaitable[Any]) -> Any:
-    with rollout_scope():
+async def _scoped(attempt: Awaitable[Any], gathered: Gathered, group: int, index: int) -> Any:
+    with rollout_scope(), gathered.rollout(group, index):
         return await attempt
 
 
 class _Gathering:
     """One call of gather: a task per rollout, what each gave, and what failed."""
 
-    def __init__(self, sources: list[GroupSource], after_each: AfterEach | None):
+    def __init__(self, sources: list[GroupSource], after_each: AfterEach | None, gathered: Gathered):
         # Per group: the finished group or the awaitable of one (a single slot), or the list of attempts.
         self._slots: list[list[Any]] = []
         self._whole: list[bool] = []
@@ -78,6 +82,7 @@ class _Gathering:
         self._failures: list[dict[int, RolloutFailure]] = [{} for _ in sources]
         self._finished: dict[int, list[TrajectoryGroup]] = {}
         self._after_each = after_each
+        self._gathered = gathered
         self._allowed = 0
         self._report: _Report = lambda _: None
         self.expected = sum(map(len, self._slots))
@@ -90,7 +95,8 @@ class _Gathering:
             for group, slots in enumerate(self._slots):
                 for index, slot in enumerate(slots):
                     if inspect.isawaitable(slot):
-                        tasks[asyncio.ensure_future(_scoped(slot))] = (group, index)
+                        rollout = _scoped(slot, self._gathered, group, index)
+                        tasks[asyncio.ensure_future(rollout)] = (group, index)
                     else:
                         self._keep(group, index, slot)
             self._check_failures()
@@ -228,7 +234,7 @@ def _progress_bar(show: bool, description: str, expected: int) -> Iterator[_Repo
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("reward {task.fields[reward]}  failed {task.fields[failed]}"),

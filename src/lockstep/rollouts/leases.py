@@ -46,6 +46,10 @@ class RolloutScope:
         self.hold(leases, step)
         return step
 
+    def pinned(self, leases: Leases, current: int) -> int:
+        """The step that `pin` fixed for that model, the current one before any call. Fixes nothing."""
+        return self._pinned.get(leases, current)
+
     def hold(self, leases: Leases, step: int) -> None:
         """Keep `step` loaded until the scope ends."""
         if (leases, step) not in self._taken:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
+_LEAST_ROWS = 16
+
 
 def shrink(
     x_TI: torch.Tensor, a_L1RI: torch.Tensor, y_TR: torch.Tensor, slots_T: torch.Tensor, scaling: float = 1.0
@@ -28,7 +30,7 @@ def shrink(
             y_TR[rows] = 0
             continue
         a_RI = _matrix(a_L1RI, slot).to(y_TR.dtype)
-        y_TR[rows, : a_RI.shape[0]] = scaling * (x_TI[rows] @ a_RI.T)
+        y_TR[rows, : a_RI.shape[0]] = scaling * _product(x_TI[rows], a_RI)
 
 
 def expand(
@@ -56,11 +58,23 @@ def expand_slice(
             if not add_inputs:
                 y_TO[rows, columns] = 0
             continue
-        delta_TO = x_TR[rows] @ _matrix(b_L1OR, slot)[:slice_size].to(y_TO.dtype).T
+        delta_TO = _product(x_TR[rows], _matrix(b_L1OR, slot)[:slice_size].to(y_TO.dtype))
         if add_inputs:
             y_TO[rows, columns] += delta_TO
         else:
             y_TO[rows, columns] = delta_TO
+
+
+def _product(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T, each row with the same bits whatever the other rows are.
+
+    The library has other kernels for fewer than 4 rows per thread, and their sums have another order: a token's
+    log-probability would depend on what shares its batch, and a resumed run would not repeat the undisturbed one.
+    """
+    rows = len(x_TI)
+    if rows >= _LEAST_ROWS:
+        return x_TI @ weight_OI.T
+    return (torch.nn.functional.pad(x_TI, (0, 0, 0, _LEAST_ROWS - rows)) @ weight_OI.T)[:rows]
 
 
 def _adapters(slots_T: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:

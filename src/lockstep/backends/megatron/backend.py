@@ -73,7 +73,9 @@ class MegatronBackend:
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         run = self._run(model)
-        return Endpoint(run.server.base_url, run.server.api_key, run.settings.max_num_seqs, run.settings.max_model_len)
+        server, settings = run.server, run.settings
+        seed = settings.seed if self.config.seed_requests else None
+        return Endpoint(server.base_url, server.api_key, settings.max_num_seqs, settings.max_model_len, seed)
 
     def _run(self, model: TrainableModel) -> Run:
         run = self._runs.get(model)
