@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -214,3 +215,9 @@ def test_every_setting_says_what_it_is():
         nested = any(isinstance(part, type) and issubclass(part, Config) for part in (field.annotation,))
         assert field.description or nested, f"{kind.__name__}.{name} has no description"
         assert name in (kind.__doc__ or "")
+
+
+def test_m12_a_run_file_without_end_is_refused(tmp_path):
+    refused(lambda: load_toml(Path("/dev/zero"), RunFile), "/dev/zero has more than 1 MiB")
+    (tmp_path / "run.toml").write_bytes(b"#" * (2 << 20))
+    refused(lambda: load_toml(tmp_path / "run.toml", RunFile), "run.toml has more than 1 MiB")

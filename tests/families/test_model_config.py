@@ -143,3 +143,20 @@ def test_levels_must_agree() -> None:
 def test_moe_layers_follow_step_and_exceptions() -> None:
     raw = default("qwen3_moe") | {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     assert parse("qwen3_moe", raw).moe_layers == (False, True, False, False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *(
+            ("qwen3", name)
+            for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+        ),
+        *(("qwen3", name) for name in ("head_dim", "vocab_size", "max_position_embeddings", "intermediate_size")),
+        *(("qwen3_moe", name) for name in ("num_experts", "moe_intermediate_size", "num_experts_per_tok")),
+        *(("qwen3_5", name) for name in ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")),
+    ],
+)
+def test_m12_sizes_that_no_model_has_are_refused_at_once(key: str, name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{name} is 1e[+]30, expected at most"):
+        parse(key, default(key) | {name: 10**30})

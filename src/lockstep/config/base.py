@@ -15,6 +15,8 @@ from lockstep.errors import ConfigError
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
+_MOST_BYTES = 1 << 20
+"""Of a file with settings."""
 _building: ContextVar[bool] = ContextVar("lockstep_config_building", default=False)
 
 
@@ -97,7 +99,11 @@ def load_toml(path: str | Path, schema: type[Schema]) -> Schema:
     """
     path = Path(path).expanduser()
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"config file {path} has more than {_MOST_BYTES >> 20} MiB: give the path of a TOML file")
+        data = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except IsADirectoryError:

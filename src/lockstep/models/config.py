@@ -100,6 +100,12 @@ class ModelConfig:
         return any(self.moe_layers)
 
 
+_MOST_PARTS = 1 << 14
+"""Layers, heads or experts: they are enumerated."""
+_MOST_SIZE = 1 << 24
+"""Rows, columns or positions."""
+
+
 class _Fields:
     """Checked access to the flat view of a config: nested text fields win, a contradiction with the outer level is
     refused.
@@ -125,11 +131,17 @@ class _Fields:
         found = inner if inner is not None else outer
         return default if found is None else found
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST_SIZE) -> int:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.fail(f"{name} is {value!r}, expected an integer of at least {least}")
+        if value > most:
+            raise self.fail(f"{name} is {float(value):.3g}, expected at most {most}: the file is damaged")
         return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """How many layers, heads or experts."""
+        return self.integer(name, default, most=_MOST_PARTS)
 
     def number(self, name: str) -> float:
         value = self.get(name)
@@ -183,9 +195,12 @@ def parse_config(raw: Mapping[str, Any], spec: ModelSupportSpec, source: str = "
     """
     fields, traits = _Fields(raw, source), spec.traits
     _refuse_unsupported(fields, spec)
-    hidden, heads, layers = (fields.integer(n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    hidden, heads, layers = (
+        fields.integer("hidden_size"),
+        *map(fields.count, ("num_attention_heads", "num_hidden_layers")),
+    )
     default_dim = hidden // heads if traits.head_dim_from_hidden and hidden % heads == 0 else None
-    head_dim, kv_heads = fields.integer("head_dim", default_dim), fields.integer("num_key_value_heads", heads)
+    head_dim, kv_heads = fields.integer("head_dim", default_dim), fields.count("num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.fail(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     moe_layers = _moe_layers(fields, spec, layers)
@@ -312,7 +327,7 @@ def _moe_layers(fields: _Fields, spec: ModelSupportSpec, layers: int) -> tuple[b
 
 
 def _expert_sizes(fields: _Fields, spec: ModelSupportSpec) -> dict[str, Any]:
-    experts = fields.integer("num_experts", fields.get("num_local_experts"))
+    experts = fields.count("num_experts", fields.get("num_local_experts"))
     if experts != fields.get("num_local_experts", experts):
         raise fields.fail(f"num_experts is {experts}, but num_local_experts is {fields.get('num_local_experts')}")
     chosen = fields.integer("num_experts_per_tok")
@@ -332,7 +347,7 @@ def _expert_sizes(fields: _Fields, spec: ModelSupportSpec) -> dict[str, Any]:
 
 
 def _linear_sizes(fields: _Fields) -> dict[str, Any]:
-    key, value = fields.integer("linear_num_key_heads"), fields.integer("linear_num_value_heads")
+    key, value = map(fields.count, ("linear_num_key_heads", "linear_num_value_heads"))
     if value % key:
         raise fields.fail(f"linear_num_value_heads {value} is no multiple of linear_num_key_heads {key}")
     return {
