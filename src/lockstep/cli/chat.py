@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from lockstep.errors import ServerError
 
@@ -20,7 +21,7 @@ def chat_with(run: Path, message: str | None, step: int | None, console: Console
 
     with asyncio.Runner() as runner:
         with console.status("starting the server") as status:
-            server, name = runner.run(launch.serve_step(run, step, status.update))
+            server, name = runner.run(launch.serve_step(run, step, lambda line: status.update(Text(line))))
         messages: list[Any] = []
         try:
             while True:

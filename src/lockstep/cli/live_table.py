@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from lockstep.loop.synchronous import StepSummary
 
@@ -43,8 +44,8 @@ class LiveTable:
 
     def __init__(self, console: Console, title: str):
         self._console = console
-        # Fits 80 columns: what does not fit would be cut off, without a word.
-        self._table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
+        # A path may look like markup. Fits 80 columns: what does not fit would be cut off, without a word.
+        self._table = Table(title=Text(title), title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
         for name in _COLUMNS:
             self._table.add_column(name, justify="right", min_width=7, no_wrap=True)
         self._live = Live(self._table, console=console, refresh_per_second=4) if console.is_terminal else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from lockstep.cli.exclusive import alone
 from lockstep.errors import ERROR, ConfigError, LockstepError
@@ -48,7 +49,7 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
                 await _python(
                     *("-m", "lockstep.cli.tiny_sft", str(making), str(shown)),
                     *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
-                    on_line=lambda line: status.update(f"teaching it to answer: step {line}"),
+                    on_line=lambda line: status.update(Text(f"teaching it to answer: step {line}")),
                 )
         (making / _RECIPE).write_text(json.dumps(recipe))
         making.rename(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from lockstep.cli.live_table import LiveTable
 from lockstep.cli.tiny_model import make_tiny
@@ -106,7 +107,7 @@ async def _train(
     backend.on_note = lambda note: None  # said already
     try:
         with console.status("starting") as status:
-            backend.on_progress = status.update
+            backend.on_progress = lambda line: status.update(Text(line))
             await model.register(backend)
             backend.on_progress = None
         run_path = backend.run_path(model)

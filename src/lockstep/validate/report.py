@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from lockstep.validate.stage import Report
 
@@ -16,9 +17,9 @@ def table(report: Report) -> Table:
     """One line per comparison with what was sampled, by policy; fits 80 columns."""
     title = f"{report.stage}: {report.base_model}, {report.dtype}"
     shown = Table(
-        title=title,
+        title=Text(title),
         title_justify="left",
-        caption=report.limits,
+        caption=Text(report.limits),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0),
@@ -31,10 +32,10 @@ def table(report: Report) -> Table:
     for row in report.comparisons:
         if row.policy != policy:
             policy = row.policy
-            shown.add_row(f"[bold]{policy}[/]")
+            shown.add_row(Text(policy, style="bold"))
         numbers = [_number(row.values.get(name)) for name in report.columns]
         verdict = {True: "[green]ok[/]", False: "[bold red]no[/]", None: ""}[row.ok]
-        shown.add_row(f" {row.compared}", *numbers, verdict)
+        shown.add_row(Text(f" {row.compared}"), *numbers, verdict)
     return shown
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from lockstep.validate.report import table, write_json
 from lockstep.validate.stage import Report, Request, check_names, run_stage
@@ -26,7 +27,7 @@ async def validate_model(
     for name in stages:
         folder = Path(tempfile.mkdtemp(prefix="lockstep-validate-"))  # stays, with its logs, when the stage fails
         with console.status(name) as status:
-            request = Request(base_model, folder, say=status.update, **settings)
+            request = Request(base_model, folder, say=lambda line, status=status: status.update(Text(line)), **settings)
             reports.append(await run_stage(name, request))
         shutil.rmtree(folder)
         console.print(table(reports[-1]))
