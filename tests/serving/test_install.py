@@ -249,3 +249,21 @@ def test_the_shipped_locks_pin_every_package_by_hash():
         assert "://" not in lock
         assert os.sep + "opt" not in lock
     assert len(source.plugin_digest()) == 16
+
+
+def test_m13_an_indexs_password_is_in_no_command_line(tmp_path, monkeypatch):
+    """pip's configured places, passwords and all, reach uv by its environment."""
+    from lockstep.inference.environment.install import _uv_places
+
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "https://user:s3cret@one/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://user:s3cret@two/simple https://three/simple")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    options, environment = _uv_places(Path(sys.executable))
+    assert options == ["--no-index", "--index-strategy", "unsafe-best-match"]
+    assert environment == {
+        "UV_INDEX_URL": "https://user:s3cret@one/simple",
+        "UV_EXTRA_INDEX_URL": "https://user:s3cret@two/simple https://three/simple",
+        "UV_FIND_LINKS": "/a,/b",
+    }

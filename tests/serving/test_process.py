@@ -200,3 +200,23 @@ def test_a_command_that_does_not_exist_is_named_in_the_log(tmp_path):
     child = spawn(["/no/such/program"], child_env(), tmp_path / "log", "missing")
     assert child.wait(LONG) == 127
     assert "/no/such/program" in child.log_tail()
+
+
+def test_m9_the_tail_of_a_log_is_of_this_life_only(tmp_path):
+    log = tmp_path / "log"
+    for word in ("first", "second"):
+        child = spawn([sys.executable, "-I", "-c", f"print('{word} life')"], child_env(), log, word)
+        assert child.wait(LONG) == 0
+    assert child.log_tail() == "second life"
+    assert "first life" in log.read_text()
+    log.write_text("emptied")
+    assert child.log_tail() == "emptied"
+
+
+def test_m13_no_child_gets_a_token_and_only_the_installer_gets_the_indexs_password(monkeypatch):
+    for name in ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "UV_INDEX_X_PASSWORD"):
+        monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror")
+    assert "s3cret" not in child_env().values()
+    assert child_env()["HF_ENDPOINT"] == "https://mirror"
+    assert [name for name, value in child_env(installer=True).items() if value == "s3cret"] == ["UV_INDEX_X_PASSWORD"]

@@ -99,11 +99,15 @@ class ServerConfig(BaseModel):
 
 
 async def launch(
-    config: ServerConfig, runtime: Runtime, run_dir: Path, progress: Progress = lambda line: None
+    config: ServerConfig,
+    runtime: Runtime,
+    run_dir: Path,
+    progress: Progress = lambda line: None,
+    log_name: str = "server.log",
 ) -> Server:
     """Starts the server on a free loopback port with a fresh token; returns when it has generated a token.
 
-    Its log is `run_dir/logs/server.log`. Raises ServerError, with the log's last lines, if it dies or misses its
+    Its log is `log_name` in `run_dir/logs`. Raises ServerError, with the log's last lines, if it dies or misses its
     deadline.
     """
     if not (config.model / "config.json").is_file():
@@ -116,7 +120,7 @@ async def launch(
             f"set TMPDIR to a folder of at most {_LONGEST_TMPDIR} bytes"
         )
     with reserved_port() as reserved:
-        server = _start(config, runtime, run_dir, reserved.getsockname()[1])
+        server = _start(config, runtime, run_dir / "logs" / log_name, reserved.getsockname()[1])
         try:
             await _until_ready(server, config, progress)
         except BaseException:  # a cancelled start, too, must leave no server behind
@@ -125,12 +129,12 @@ async def launch(
     return server
 
 
-def _start(config: ServerConfig, runtime: Runtime, run_dir: Path, port: int) -> Server:
+def _start(config: ServerConfig, runtime: Runtime, log: Path, port: int) -> Server:
     token = secrets.token_urlsafe(32)
     child = spawn(
         _command(config, runtime, port),
         _environment(config, runtime, token),
-        run_dir / "logs" / "server.log",
+        log,
         "the server",
     )
     return Server(child, port, token, config.served_name)

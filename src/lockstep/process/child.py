@@ -29,6 +29,8 @@ _PASSED = frozenset(
 )  # fmt: skip
 _PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "HUGGINGFACE_", "OMP_", "MKL_")
 _INSTALL_PREFIXES = ("PIP_", "UV_")
+_SECRETS = ("TOKEN", "SECRET", "PASSWORD")
+"""In the names of what no child needs: this process downloads models itself."""
 LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 """Bytes of a Unix socket's path."""
 
@@ -53,10 +55,15 @@ def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False
     """Environment of a child: an allow-list of ours, then `extra`.
 
     Compilers keep their results below `lockstep_home()`: a child's own TMPDIR goes with it, and a second run starts warm.
-    `installer=True` also passes pip's and uv's settings.
+    `installer=True` also passes pip's and uv's settings, passwords included. Other tokens and passwords stay here.
     """
-    prefixes = _PASSED_PREFIXES + (_INSTALL_PREFIXES if installer else ())
-    kept = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(prefixes)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED
+        or (name.startswith(_PASSED_PREFIXES) and not any(secret in name for secret in _SECRETS))
+        or (installer and name.startswith(_INSTALL_PREFIXES))
+    }
     compiled = {name: str(lockstep_home() / "compiled" / folder) for name, folder in _COMPILER_CACHES.items()}
     return compiled | kept | dict(extra or {})
 
@@ -80,8 +87,10 @@ def visible_gpus(numbers: Sequence[int]) -> str:
 class Child:
     """A command that runs under its guard. `pid` is the guard's; its end means that the whole tree is gone."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log_path: Path, log_start: int = 0) -> None:
+        """log_start: bytes of the log that others wrote before."""
         self.name = name
+        self._log_start = log_start
         self.pid = process.pid
         self.log_path = log_path
         self._process = process
@@ -120,16 +129,17 @@ class Child:
         return self.terminate(0.0)
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of its log."""
-        return tail(self.log_path, lines)
+        """The last lines that it wrote to its log; those of an earlier child that wrote there are left out."""
+        return tail(self.log_path, lines, self._log_start)
 
 
-def tail(path: Path, lines: int) -> str:
-    """The last `lines` lines of a text file, reading at most its last 64 KiB; empty if there is no such file."""
+def tail(path: Path, lines: int, start: int = 0) -> str:
+    """The last `lines` lines of a text file behind byte `start`, at most its last 64 KiB; empty if there is no such file."""
     try:
         with path.open("rb") as log:
             log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - 65536))
+            end = log.tell()
+            log.seek(max(start if start <= end else 0, end - 65536))  # shorter than that: somebody emptied it
             text = log.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
@@ -159,6 +169,7 @@ def spawn(
     nothing in TMPDIR and no shared memory. A command that can't be started ends with status 127 and a line in the log.
     """
     log_fd = private_log(log_path)
+    log_start = os.fstat(log_fd).st_size
     try:
         process = subprocess.Popen(
             guarded(command),
@@ -173,4 +184,4 @@ def spawn(
         )
     finally:
         os.close(log_fd)
-    return Child(name, process, log_path)
+    return Child(name, process, log_path, log_start)

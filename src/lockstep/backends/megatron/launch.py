@@ -132,7 +132,7 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
         extra_args=server_args,
     )
     with reading(found):
-        server = await launch(config, find_runtime(devices.kind), run_path, progress)
+        server = await launch(config, find_runtime(devices.kind), run_path, progress, "chat.log")
         if lora is None:
             return server, name
         try:

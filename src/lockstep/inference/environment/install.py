@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,9 +123,10 @@ def _install_locked(folder: Path, lock: Path, count: int, log: Path, progress: P
     uv = shutil.which("uv")
     # A shim of a version manager may be on the path and still have no uv behind it.
     if uv is not None and _works(Path(uv), log, "--version"):
-        command = [uv, "pip", "install", "--python", python, *_uv_places(python), *locked]
+        options, places = _uv_places(python)
+        command = [uv, "pip", "install", "--python", python, *options, *locked]
         try:
-            _step(f"installing {count} locked packages with uv", command, log, progress)
+            _step(f"installing {count} locked packages with uv", command, log, progress, places)
             return
         except RuntimeNotInstalledError as error:  # pip has certificates, proxies and passwords that uv doesn't know of
             progress(f"{str(error).splitlines()[0]}: pip tries")
@@ -158,8 +159,11 @@ def _constraints(torch_lock: Path, names: list[str], log: Path) -> Path:
     return path
 
 
-def _uv_places(python: Path) -> list[str]:
-    """pip's configured package places as uv's options: uv reads none of pip's settings."""
+def _uv_places(python: Path) -> tuple[list[str], dict[str, str]]:
+    """pip's configured package places for uv, which reads none of pip's settings: (options, environment variables).
+
+    The places are in the environment, since they may hold passwords and everybody can read a command line.
+    """
     env = child_env(installer=True)
     listed = subprocess.run(
         [python, "-m", "pip", "config", "list"], env=env, capture_output=True, text=True, timeout=60, check=True
@@ -170,18 +174,22 @@ def _uv_places(python: Path) -> list[str]:
     for line in sorted(listed.stdout.splitlines(), key=lambda line: order.get(line.partition(".")[0], -1)):
         name, _, value = line.partition("=")
         settings[name.rpartition(".")[2]] = str(ast.literal_eval(value))
+    places = {
+        variable: separator.join(settings[name].split())
+        for name, variable, separator in (
+            ("index-url", "UV_INDEX_URL", " "),
+            ("extra-index-url", "UV_EXTRA_INDEX_URL", " "),
+            ("find-links", "UV_FIND_LINKS", ","),
+        )
+        if settings.get(name)
+    }
     options: list[str] = []
-    for name, option in (
-        ("index-url", "--index-url"),
-        ("extra-index-url", "--extra-index-url"),
-        ("find-links", "--find-links"),
-    ):
-        for place in settings.get(name, "").split():
-            options += [option, place]
     if settings.get("no-index", "0").lower() in ("1", "true", "yes", "on"):
         options.append("--no-index")
     # uv takes the first place that knows a package; pip takes the best of all. The hashes decide what may be taken.
-    return [*options, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in options else options
+    if "UV_EXTRA_INDEX_URL" in places:
+        options += ["--index-strategy", "unsafe-best-match"]
+    return options, places
 
 
 def _plugin(folder: Path, python: Path, source: Source, progress: Progress) -> Path:
@@ -234,11 +242,13 @@ def _exclusive(folder: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _step(what: str, command: list[str | Path], log: Path, progress: Progress) -> None:
+def _step(
+    what: str, command: list[str | Path], log: Path, progress: Progress, environment: Mapping[str, str] | None = None
+) -> None:
     """Runs one installer command, passing on what it downloads. It ends with us, and within its deadline."""
     progress(what)
     offset = log.stat().st_size if log.exists() else 0
-    child = spawn([str(part) for part in command], child_env(installer=True), log, what)
+    child = spawn([str(part) for part in command], child_env(environment, installer=True), log, what)
     deadline = time.monotonic() + deadlines.INSTALL_STEP_S
     try:
         while child.poll() is None:
