@@ -23,16 +23,21 @@ from safetensors.numpy import save_file
 from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
 from lockstep.cli.live_table import LiveTable
+from lockstep.cli.quickstart import _say_what_is_deleted
 from lockstep.cli.score import _sequences, read_lines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
-from lockstep.errors import DataError, ServerError, TrainerError
+from lockstep.errors import DataError, ServerError, StoreError, TrainerError
 from lockstep.loop.run_file import TaskSection, load_run_file
 from lockstep.loop.synchronous import StepSummary
 from lockstep.models.registry import list_model_support_specs
 from lockstep.models.tiny.write import write_tiny
+from lockstep.process.owned_lock import take
+from lockstep.runs.store import RunStore
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import EngineConfig, LoraSettings
+from lockstep.validate.report import table as report_table
+from lockstep.validate.stage import Report
 from nothing_started import refused_at_once
 
 TASK = """
@@ -397,3 +402,47 @@ def test_a_run_past_its_steps_is_refused_before_it_starts(tmp_path, tiny_qwen3):
 def test_what_the_file_alone_shows_is_refused_when_it_is_read(tmp_path, change, says):
     with refused_at_once(re.escape(says)):
         load_run_file(run_file(tmp_path, **change))
+
+
+MARKUP = "Loading weights from [/data/model] [bold]x[/]"
+
+
+def test_m14_what_looks_like_markup_is_shown_as_it_is():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with LiveTable(console, MARKUP) as table:
+        table(StepSummary(step=0, reward=0.5, greedy=0.5))
+    console.print(
+        report_table(Report(stage="s", base_model=MARKUP, dtype="float32", columns={}, limits=MARKUP, comparisons=[]))
+    )
+    assert "".join(console.file.getvalue().split()).count("".join(MARKUP.split())) == 3
+
+
+def test_m14_progress_lines_that_look_like_markup_stop_nothing(monkeypatch, tmp_path):
+    """Of a server that starts: the last line of its log."""
+
+    async def serve_step(run, step, progress):
+        progress(MARKUP)
+        raise ServerError("as far as it goes")
+
+    monkeypatch.setattr("lockstep.backends.megatron.launch.serve_step", serve_step)
+    with pytest.raises(ServerError, match="as far as it goes"):
+        chat_with(tmp_path, "hello", None, Console(file=io.StringIO(), force_terminal=True))
+
+
+def test_low_a_lock_names_its_owner_and_a_quickstart_says_what_it_deletes(tmp_path):
+    held = take(tmp_path / ".quickstart.lock")
+    try:
+        one_line(lockstep("quickstart", "--path", tmp_path), f"in use by another quickstart, process {os.getpid()}", 1)
+    finally:
+        held.release()
+    first = RunStore(tmp_path / "runs", "p", "m")
+    with pytest.raises(StoreError, match=f"in use by process {os.getpid()} .*, since 20"):
+        RunStore(tmp_path / "runs", "p", "m")
+    first.close()
+    (tmp_path / "runs" / "p" / "m" / "steps" / "0007").mkdir()
+    (tmp_path / "runs" / "p" / "m" / "steps" / "0007" / "manifest.json").touch()
+    console = Console(file=io.StringIO(), width=300)
+    _say_what_is_deleted(tmp_path / "runs", console)
+    assert console.file.getvalue().strip() == (
+        f"deleting    {tmp_path / 'runs' / 'p' / 'm'}, which has step 7; --no-fresh would go on from there"
+    )

@@ -364,3 +364,33 @@ async def test_h2_the_server_listens_on_loopback_only(server):
     assert set(sockets) <= LOOPBACK, sockets
     told = [Path(f"/proc/{pid}/environ").read_bytes() for pid in processes]
     assert sum(b"\0GLOO_SOCKET_IFNAME=lo\0" in b"\0" + environ for environ in told) >= 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *(("/lockstep/served_name", {"name": name}) for name in ("", "a\nb", "a b", "x" * 100_000, 5)),
+        ("/lockstep/kept_names", {"names": ["x\n"]}),
+        ("/lockstep/sync/plan", {}),
+        ("/lockstep/sync/plan", {"id": "x"}),
+        ("/lockstep/sync/plan", {"id": "x", "senders": 5}),
+        ("/lockstep/sync/plan", {"id": "x", "senders": [[{"nbytes": 8, "slots": [["a", "nothing", [1], 0, None]]}]]}),
+        ("/lockstep/sync/connect", {"senders": [{}]}),
+        ("/lockstep/sync/connect", {"senders": [{"transport": "gloo"}]}),
+        ("/lockstep/sync/connect", {"senders": [{"transport": "disk"}]}),
+        ("/v1/completions", {"model": "base", "prompt": 5}),
+    ],
+)
+async def test_low_bad_input_to_control_routes_is_refused_and_changes_nothing(server, path, body):
+    before = await server.version()
+    async with httpx.AsyncClient(trust_env=False) as client:
+        headers = {"Authorization": f"Bearer {server.api_key}"}
+        reply = await client.post(server.root_url + path, json=body, headers=headers)
+    assert 400 <= reply.status_code < 500, reply.text
+    assert await server.version() == before
+
+
+async def test_low_tools_that_are_no_list_do_not_lose_the_reply(server):
+    body = {"model": "base", "prompt": [5, 6, 7, 8], "max_tokens": 2, "tools": 5}
+    reply = await server.call("POST", "/v1/completions", body)
+    assert len(reply.json()["choices"][0]["token_ids"]) == 2

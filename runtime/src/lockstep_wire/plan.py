@@ -118,7 +118,14 @@ def _bucket_json(nbytes: int, slots: Sequence[Slot]) -> dict[str, Any]:
 
 
 def parse(raw: Mapping[str, Any]) -> WirePlan:
-    """Raises PlanError when the boxes of a weight don't make it whole."""
+    """Raises PlanError for what is no plan, and when the boxes of a weight don't make it whole."""
+    try:
+        return _parsed(raw)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise PlanError(f"the plan is none: {type(error).__name__}: {error}") from error
+
+
+def _parsed(raw: Mapping[str, Any]) -> WirePlan:
     senders = [[_bucket(s, i, one) for i, one in enumerate(sent)] for s, sent in enumerate(raw["senders"])]
     rounds = range(max((len(sent) for sent in senders), default=0))
     buckets = tuple(sent[i] for i in rounds for sent in senders if i < len(sent))

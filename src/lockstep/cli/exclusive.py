@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lockstep.errors import StoreError
+from lockstep.process.owned_lock import LockHeldError, take
 
 
 @contextmanager
 def alone(lock: Path, otherwise: str) -> Iterator[None]:
     """Hold a lock file. Raises StoreError, which begins with `otherwise`, if another process does."""
     try:
-        with FileLock(lock, timeout=0):
-            yield
-    except Timeout:
-        raise StoreError(f"{otherwise}: wait for it, stop it, or choose another path or name") from None
+        held = take(lock)
+    except LockHeldError as owner:
+        raise StoreError(f"{otherwise}, {owner}: wait for it, stop it, or choose another path or name") from None
+    with held:
+        yield

@@ -12,6 +12,7 @@ from lockstep.cli.exclusive import alone
 from lockstep.cli.train import execute
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import load_run_file
+from lockstep.runs.store import published_steps
 
 
 async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
@@ -27,7 +28,7 @@ async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, r
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file: choose another --path")
     mark, lock = path / ".quickstart", path / ".quickstart.lock"
-    ours = mark.exists() or not path.exists() or all(child == lock for child in path.iterdir())
+    ours = mark.exists() or not path.exists() or all(child.name.startswith(lock.name) for child in path.iterdir())
     if fresh and not ours:
         raise ConfigError(f"{path} holds something else than a quickstart: choose another --path or pass --no-fresh")
     path.mkdir(parents=True, exist_ok=True)
@@ -35,11 +36,19 @@ async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, r
         if ours:  # what was here before a quickstart came with --no-fresh is never marked, and so never deleted
             mark.touch()
         if fresh:
-            _empty(path, keep=(mark, lock))
+            _say_what_is_deleted(path, console)
+            _empty(path, keep=(mark, lock, lock.with_name(f"{lock.name}.owner")))
         if real:
             return await train_real(path, seed, console)
         config = examples_folder() / "yes_no_maybe" / "config.toml"
         return await execute(placed(load_run_file(config), path, seed), config, tiny=True, console=console)
+
+
+def _say_what_is_deleted(folder: Path, console: Console) -> None:
+    for run in sorted(file.parent for file in folder.glob("*/*/run.sqlite")):
+        if steps := published_steps(run):
+            said = f"deleting    {run}, which has step {steps[-1]}; --no-fresh would go on from there"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _empty(folder: Path, keep: tuple[Path, ...]) -> None:

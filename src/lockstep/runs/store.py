@@ -21,9 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lockstep.errors import StoreError
+from lockstep.process.owned_lock import LockHeldError, take
 from lockstep.runs.checkpoint import (
     MANIFEST,
     STATELESS,
@@ -52,11 +51,10 @@ class RunStore:
             self.path.chmod(0o700)  # a run of an earlier version
             for folder in (self.steps_path, self.path / "logs", self.path / "batches"):
                 folder.mkdir(exist_ok=True)
-            self._lock = FileLock(self.path / "run.lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            self._lock = take(self.path / "run.lock")
+        except LockHeldError as owner:
             raise StoreError(
-                f"{self.path} is in use by another process: stop that run, or choose another name or path"
+                f"{self.path} is in use by {owner}: stop that run, or choose another name or path"
             ) from None
         except OSError as error:
             raise StoreError(f"{self.path} can't be written ({error.strerror}): choose another path") from None

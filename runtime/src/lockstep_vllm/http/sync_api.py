@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import StringConstraints
 from starlette.datastructures import State
 
 from lockstep_vllm.adapters.from_memory import SCHEME
@@ -29,6 +30,11 @@ _STANDING_POLL_S = 0.5
 _FIRST_WAIT_S = 0.004
 _ENGINE_POLL_S = 0.5
 """The senders are done when they ask for a commit, so the last bucket is about to be there: workers wait for it this long."""
+
+
+_MOST_NAMES = 10_000
+Name = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,256}$")]
+"""Of a model: visible ASCII."""
 
 
 class SyncRefusedError(Exception):
@@ -281,22 +287,22 @@ def add_routes(app: FastAPI) -> None:
 
     @app.post(http_paths.SYNC_RECEIVE)
     async def receive(
-        plan: Annotated[str, Body()], version: Annotated[str, Body()], policy: Annotated[str, Body()] = "auto"
+        plan: Annotated[str, Body()], version: Annotated[Name, Body()], policy: Annotated[str, Body()] = "auto"
     ) -> Any:
         return await _answer(sync().receive(plan, version, policy))
 
     @app.post(http_paths.SYNC_COMMIT)
     async def commit(
-        version: Annotated[str, Body()],
+        version: Annotated[Name, Body()],
         digests: Annotated[list[list[str]], Body()],
-        served_name: Annotated[str | None, Body()] = None,
+        served_name: Annotated[Name | None, Body()] = None,
         deadline_s: Annotated[float, Body()] = 300.0,
     ) -> Any:
         return await _answer(sync().commit(version, digests, served_name, deadline_s))
 
     @app.post(http_paths.SYNC_COMMIT_ADAPTER)
     async def commit_adapter(
-        version: Annotated[str, Body()],
+        version: Annotated[Name, Body()],
         digests: Annotated[list[list[str]], Body()],
         stacked_experts: Annotated[bool, Body()] = False,
         deadline_s: Annotated[float, Body()] = 300.0,
@@ -320,12 +326,12 @@ def add_routes(app: FastAPI) -> None:
 
 def _add_name_routes(app: FastAPI) -> None:
     @app.post(http_paths.SERVED_NAME)
-    async def served_name(name: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
+    async def served_name(name: Annotated[Name, Body(embed=True)]) -> dict[str, Any]:
         rename_base(app.state, name)
         return {"name": name}
 
     @app.post(http_paths.KEPT_NAMES)
-    async def kept_names(names: Annotated[list[str], Body(embed=True)]) -> dict[str, Any]:
+    async def kept_names(names: Annotated[list[Name], Body(embed=True, max_length=_MOST_NAMES)]) -> dict[str, Any]:
         return {"names": keep_names(app.state, names)}
 
 

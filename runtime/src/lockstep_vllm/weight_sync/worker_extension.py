@@ -107,7 +107,7 @@ class Receiver:
         A plan with `adapter` (the fields of an adapter_config.json) brings adapters instead of the model's weights.
         """
         state = self._lockstep_sync_state()
-        if state.plan is not None and state.plan.id == raw["id"] and state.adapter == raw.get("adapter"):
+        if state.plan is not None and state.plan.id == raw.get("id") and state.adapter == raw.get("adapter"):
             return {}  # the same again, after a new connection
         self.lockstep_sync_release()
         try:

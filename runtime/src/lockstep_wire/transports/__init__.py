@@ -31,8 +31,11 @@ RECEIVERS: dict[str, Callable[[dict[str, Any], int, torch.device], Receiver]] = 
 
 def connect(info: dict[str, Any], rank: int, device: torch.device) -> Receiver:
     """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at the deadline."""
-    if info["transport"] not in RECEIVERS:
+    if info.get("transport") not in RECEIVERS:
         raise UnusableTransportError(
-            f"unknown transport {info['transport']!r}: expected one of {', '.join(sorted(RECEIVERS))}"
+            f"unknown transport {info.get('transport')!r}: expected one of {', '.join(sorted(RECEIVERS))}"
         )
-    return RECEIVERS[info["transport"]](info, rank, device)
+    try:
+        return RECEIVERS[info["transport"]](info, rank, device)
+    except (KeyError, TypeError) as error:
+        raise UnusableTransportError(f"{info['transport']}: {type(error).__name__}: {error}") from error
