@@ -188,7 +188,7 @@ def test_lockstep_steps_lists_and_deletes(store):
     rule = {"keep_newest": 1, "keep_best": "greedy_reward", "keep_every": 3, "keep_optimizer_states": False}
     store.keep_settings(rule | {"lora.rank": 8})
     said = io.StringIO()
-    with pytest.raises(StoreError, match="in use by another process"):
+    with pytest.raises(StoreError, match="in use by process"):
         delete_steps(store.path, [0], Console(file=said))
     store.close()
     for step, message in ((1, "KL reference"), (4, "the last one"), (9, "not published")):

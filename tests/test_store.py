@@ -79,7 +79,7 @@ def test_missing_and_added_files_are_found(store):
 
 
 def test_a_run_has_one_owner_and_one_identity(store, tmp_path):
-    with pytest.raises(StoreError, match="in use by another process"):
+    with pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
         RunStore(tmp_path, "project", "name")
     store.claim({"base_model": "a", "rank": 8})
     store.claim({"base_model": "a", "rank": 8})

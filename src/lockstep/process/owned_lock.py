@@ -24,7 +24,8 @@ def take(lock: Path) -> FileLock:
     except Timeout:
         raise LockHeldError(_described(owner)) from None
     # Not in the lock file: whoever tries to take the lock may empty that.
-    program = Path(sys.argv[0]).name if sys.argv else ""
+    started = Path(sys.argv[0])
+    program = (started.parent if started.name == "__main__.py" else started).name
     owner.write_text(json.dumps({"pid": os.getpid(), "program": program, "since": time.time()}))
     return taken
 
