@@ -170,7 +170,7 @@ async def test_h1_a_seed_decides_the_answer_whatever_shares_the_batch(server):
         async def answers(numbers):
             replies = await asyncio.gather(*(client.completions.create(**body, seed=10**9 * n) for n in numbers))
             choices = [reply.choices[0] for reply in replies]
-            return {n: (c.token_ids, c.logprobs.token_logprobs) for n, c in zip(numbers, choices, strict=True)}
+            return {n: (c.token_ids, c.sampled_logprobs) for n, c in zip(numbers, choices, strict=True)}
 
         crowd = await answers(range(8))
         assert await answers(range(7, -1, -1)) == crowd
