@@ -493,11 +493,11 @@ async def test_h3_rollouts_of_a_lost_server_begin_again_on_a_new_one(running, ta
     model, backend = running
     lost, attempts = backend._run(model).server, []
 
-    async def gather():
+    async def gather(finished):
         attempts.append(backend._run(model).server)
         if attempts == [lost]:
             os.kill(engine_core(lost) if killed == "engine" else children(lost.child.pid)[0], signal.SIGKILL)
-        return await roll_out(model, task, section, model.step)
+        return await roll_out(model, task, section, model.step, finished)
 
     groups = await _kept(gather, model, backend, tmp_path / "kept.parquet", model.step, "rollouts")
     assert attempts == [lost, backend._run(model).server]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RolloutError
+from lockstep.loop.trajectory_file import TrajectoryFile
 from lockstep.rollouts.gather import gather_trajectory_groups
-from lockstep.rollouts.parquet import write_parquet
+from lockstep.rollouts.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lockstep.loop.run_file import TaskSection
     from lockstep.loop.task import Task
     from lockstep.model import TrainableModel
-    from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
+    from lockstep.rollouts.trajectory import TrajectoryGroup
 
 
 _ROUNDING = 1e-9
@@ -69,20 +70,31 @@ class Outcome:
         return self.rows[-1].greedy if self.rows else math.nan
 
 
-async def evaluate(model: TrainableModel, task: Task, section: TaskSection) -> list[TrajectoryGroup]:
+Finished = Callable[[int, Trajectory], None]
+"""Told of each rollout that ended well: its group, and its trajectory."""
+
+
+async def evaluate(
+    model: TrainableModel, task: Task, section: TaskSection, finished: Finished = lambda group, trajectory: None
+) -> list[TrajectoryGroup]:
     """A group of one rollout per scenario at temperature 0: the first `evaluate_scenarios` of the task's evaluation scenarios, of
     its scenarios if it has none.
     """
     scenarios = (task.evaluation_scenarios or task.scenarios)[: section.evaluate_scenarios]
-    return await _gather(model, task, section, scenarios, "evaluation", tries=1, temperature=0.0)
+    return await _gather(model, task, section, scenarios, "evaluation", finished, tries=1, temperature=0.0)
 
 
-async def roll_out(model: TrainableModel, task: Task, section: TaskSection, step: int) -> list[TrajectoryGroup]:
+async def roll_out(
+    model: TrainableModel,
+    task: Task,
+    section: TaskSection,
+    step: int,
+    finished: Finished = lambda group, trajectory: None,
+) -> list[TrajectoryGroup]:
     """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
     scenarios = task.draw(section.groups_per_step, section.seed, step)
-    return await _gather(
-        model, task, section, scenarios, "training", tries=section.group_size, temperature=section.temperature
-    )
+    tries, temperature = section.group_size, section.temperature
+    return await _gather(model, task, section, scenarios, "training", finished, tries=tries, temperature=temperature)
 
 
 async def _gather(
@@ -91,14 +103,18 @@ async def _gather(
     section: TaskSection,
     scenarios: Sequence[Any],
     noise: str,
+    finished: Finished,
     tries: int,
     temperature: float,
 ) -> list[TrajectoryGroup]:
-    def attempt(scenario: Any) -> Awaitable[Trajectory]:
-        return _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
+    async def attempt(group: int, scenario: Any) -> Trajectory:
+        trajectory = await _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
+        if isinstance(trajectory, Trajectory):  # gather refuses anything else, and names it
+            finished(group, trajectory)
+        return trajectory
 
     return await gather_trajectory_groups(
-        [[attempt(scenario) for _ in range(tries)] for scenario in scenarios],
+        [[attempt(group, scenario) for _ in range(tries)] for group, scenario in enumerate(scenarios)],
         max_exceptions=section.max_exceptions,
         progress=False,
         noise=noise,
@@ -138,7 +154,8 @@ async def run(
     rise: the greedy reward also suffices once it is this much above the first one measured here.
 
     The model must be registered. Below `run_path`, trajectories/train/0003.parquet has what step 3 was trained on, before it is
-    trained, and trajectories/evaluation/0003.parquet what step 3 answered; those of a failed gather too.
+    trained, and trajectories/evaluation/0003.parquet what step 3 answered; those of a failed gather too. `trajectory_file.py` says what is
+    there of earlier attempts.
     """
     outcome = Outcome(step=model.step)
     row = StepSummary(step=model.step, reward=math.nan, greedy=math.nan)
@@ -168,7 +185,12 @@ async def _evaluated(
     """The greedy reward of the model's step, kept with its metrics; its rollouts are on disk."""
     file = run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet"
     groups = await _kept(
-        lambda: evaluate(model, task, section), model, backend, file, model.step, f"evaluation of step {model.step}"
+        lambda finished: evaluate(model, task, section, finished),
+        model,
+        backend,
+        file,
+        model.step,
+        f"evaluation of step {model.step}",
     )
     greedy = mean_reward(groups)
     failed = sum(len(group.exceptions) for group in groups)
@@ -178,7 +200,7 @@ async def _evaluated(
 
 
 async def _kept(
-    gather: Callable[[], Awaitable[list[TrajectoryGroup]]],
+    gather: Callable[[Finished], Awaitable[list[TrajectoryGroup]]],
     model: TrainableModel,
     backend: Backend,
     file: Path,
@@ -187,18 +209,21 @@ async def _kept(
 ) -> list[TrajectoryGroup]:
     """What a gather gives, once it is on disk. Where rollouts failed because the server was lost, they begin again on a new one, once.
 
+    What was there of an attempt before stays, under another name.
+
     The error of a gather that failed says what failed and where its tracebacks are.
     """
     for attempt in range(2):
         failure = None
-        try:
-            groups = await gather()
-        except RolloutError as error:
-            failure, groups = error, error.groups
+        async with TrajectoryFile(file, step) as out:
+            try:
+                groups = await gather(out.add)
+            except RolloutError as error:
+                failure, groups = error, error.groups
+            await out.finish(groups)
         failed = failure is not None or any(group.exceptions for group in groups)
         if attempt == 0 and failed and await backend.recover(model):
             continue
-        await asyncio.to_thread(write_parquet, file, groups, step)
         if failure is None:
             return groups
         raise RolloutError(
@@ -214,7 +239,12 @@ async def _one_step(
     started = time.monotonic()
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
     groups = await _kept(
-        lambda: roll_out(model, task, section, before), model, backend, file, step, f"rollouts for step {step}"
+        lambda finished: roll_out(model, task, section, before, finished),
+        model,
+        backend,
+        file,
+        step,
+        f"rollouts for step {step}",
     )
     rollout_s = time.monotonic() - started
     result = await backend.train(model, groups, config)
