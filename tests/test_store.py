@@ -304,3 +304,17 @@ def test_m8_a_damaged_identity_is_named(store):
 def test_m10_nobody_else_can_read_a_run(store):
     publish(store, 0)
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o700
+
+
+def test_m1_what_a_killed_step_left_goes_at_the_next_start(tmp_path):
+    store = RunStore(tmp_path, "project", "name")
+    folders = [store.path / name for name in ("batches", "trajectories/train", "weights/abc")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    left = [folders[0] / "0003.safetensors", folders[1] / ".0003.parquet.77", folders[2] / "0"]
+    kept = folders[1] / "0003.parquet"
+    for file in (*left, kept):
+        file.touch()
+    store.close()
+    RunStore(tmp_path, "project", "name").close()
+    assert [file for file in (*left, kept) if file.exists()] == [kept]

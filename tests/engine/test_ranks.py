@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lockstep.process.child import child_env, spawn
 from stopping import LOOPBACK
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="sockets are read from /proc")
@@ -119,3 +122,39 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_status(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "0").read_text()), 0)
     assert "exitcode  : 7" in done.stderr
+
+
+STAY = """
+import os, sys, time
+from pathlib import Path
+from lockstep.engine.parallel.launch import die_with_launcher
+
+die_with_launcher()
+Path(sys.argv[1], f"{os.environ['RANK']}.part").write_text(str(os.getpid()))
+Path(sys.argv[1], f"{os.environ['RANK']}.part").rename(Path(sys.argv[1], os.environ["RANK"]))
+while True:
+    time.sleep(1)
+"""
+
+
+@linux_only
+def test_m6_ranks_end_when_their_guard_is_killed(tmp_path):
+    """Once the launcher alone ended, and an orphan trained on in silence."""
+    (tmp_path / "rank.py").write_text(STAY)
+    command = [sys.executable, "-m", "lockstep.engine.parallel.launch", "2", str(tmp_path / "rank.py"), str(tmp_path)]
+    child = spawn(command, child_env(), tmp_path / "log", "ranks")
+    places = [tmp_path / str(rank) for rank in range(2)]
+    try:
+        assert until(lambda: all(place.exists() for place in places), 60.0), child.log_tail()
+        ranks = [int(place.read_text()) for place in places]
+        os.kill(child.pid, signal.SIGKILL)
+        assert until(lambda: not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), 3.0)
+    finally:
+        child.kill()
+
+
+def until(holds, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(holds())

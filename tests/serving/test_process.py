@@ -220,3 +220,54 @@ def test_m13_no_child_gets_a_token_and_only_the_installer_gets_the_indexs_passwo
     assert "s3cret" not in child_env().values()
     assert child_env()["HF_ENDPOINT"] == "https://mirror"
     assert [name for name, value in child_env(installer=True).items() if value == "s3cret"] == ["UV_INDEX_X_PASSWORD"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from lockstep.process.child import child_env, spawn
+child = spawn([sys.executable, "-c", "import time; time.sleep(60)"], child_env(), Path(sys.argv[1]), "held", removes=[Path(sys.argv[2])])
+print(child.pid, flush=True)
+child.wait(60)
+"""
+
+
+def test_m1_a_folder_goes_with_the_tree_when_the_parent_is_killed(tmp_path):
+    folder = tmp_path / "with the tree"
+    folder.mkdir()
+    (folder / "trainer.sock").touch()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "log"), str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert until(lambda: not folder.exists())
+
+
+@linux_only
+def test_m1_what_a_killed_guard_left_goes_at_the_next_start(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "lockstep-not-ours").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    def folders():
+        return {folder for folder in scratch.iterdir() if folder.name != "lockstep-not-ours"}
+
+    killed, living = (spawn(sleep, child_env(), tmp_path / "log", name) for name in ("killed", "living"))
+    assert until(lambda: len(folders()) == 2)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait(LONG)
+    left = folders()
+    assert len(left) == 2
+    third = spawn(sleep, child_env(), tmp_path / "log", "third")
+    assert len(left & folders()) == 1
+    living.kill()
+    third.kill()
+    assert not folders()
+    assert (scratch / "lockstep-not-ours").is_dir()

@@ -23,6 +23,7 @@ from lockstep.config import deadlines
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine.parallel import device  # isort: skip
 from lockstep.engine.parallel.coordination import LOST, Agreement
+from lockstep.engine.parallel.launch import die_with_launcher
 from lockstep.engine.state import open_trainer
 from lockstep.engine.verbs import Verbs
 from lockstep.errors import ConfigError, LockstepError, TrainerError
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--socket", required=True)
     arguments = parser.parse_args()
+    die_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us through the guard
     leader = os.environ.get("RANK", "0") == "0"
     channel: Channel | Silent = channels.connect(arguments.socket) if leader else Silent()

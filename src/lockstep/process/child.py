@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lockstep.process import guard
+from lockstep.process.scratch import remove_abandoned
 
 # What a child may see of our environment. PYTHONPATH, PYTHONHOME, VIRTUAL_ENV and the like are not here on purpose:
 # they would pull modules of this environment into another one.
@@ -155,24 +156,33 @@ def private_log(path: Path) -> int:
     return fd
 
 
-def guarded(command: Sequence[str]) -> list[str]:
+def guarded(command: Sequence[str], removes: Sequence[Path] = ()) -> list[str]:
     """`command` under a guard, for a process whose standard input is a pipe that only this one holds."""
-    return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), "--", *map(str, command)]
+    options = [word for folder in removes for word in ("--remove", str(folder))]
+    return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *options, "--", *map(str, command)]
 
 
 def spawn(
-    command: Sequence[str], env: Mapping[str, str], log_path: Path, name: str, *, cwd: Path | None = None
+    command: Sequence[str],
+    env: Mapping[str, str],
+    log_path: Path,
+    name: str,
+    *,
+    cwd: Path | None = None,
+    removes: Sequence[Path] = (),
 ) -> Child:
     """Starts `command` under a guard, in a process group of its own, with exactly `env` and its output appended to `log_path`.
 
     Only TMPDIR is another one, the command's own. The tree dies when this process ends in any way, SIGKILL included, and leaves
-    nothing in TMPDIR and no shared memory. A command that can't be started ends with status 127 and a line in the log.
+    nothing in TMPDIR and no shared memory; the folders in `removes` go with the tree, and what a killed guard left goes
+    now. A command that can't be started ends with status 127 and a line in the log.
     """
+    remove_abandoned()
     log_fd = private_log(log_path)
     log_start = os.fstat(log_fd).st_size
     try:
         process = subprocess.Popen(
-            guarded(command),
+            guarded(command, removes),
             stdin=subprocess.PIPE,
             stdout=log_fd,
             stderr=log_fd,

@@ -11,8 +11,9 @@ recycled (only the guard reaps them). The command gets SIGKILL from the kernel i
 Elsewhere only the command's process group is killed.
 
 Nothing is left behind. The command's TMPDIR is a folder of its own that the guard removes at the end: killed processes leave
-sockets and the like there. Python's resource trackers are killed last, and seldom: a tracker removes the shared memory of
-those that were killed, which nobody else would, and then ends.
+sockets and the like there. `--remove FOLDER` before `--` names one more. Folders of a guard that was killed itself are
+known by their lock, which nobody holds any more: `scratch.py` removes them. Python's resource trackers are killed last,
+and seldom: a tracker removes the shared memory of those that were killed, which nobody else would, and then ends.
 
 Exit status: the command's own, 128 + N after signal N, 127 if it could not be started.
 """
@@ -21,8 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +33,8 @@ import tempfile
 import time
 
 LINUX = sys.platform == "linux"
+PREFIX = "lockstep-"
+LOCK = ".lock"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # The pipe's end-of-file comes at once; the parent's id is looked at too, since a forked sibling may hold the pipe open.
@@ -40,8 +45,9 @@ _TRACKER_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    parent_pid, separator, command = int(argv[0]), argv[1], argv[2:]
-    assert separator == "--"
+    end = argv.index("--")
+    parent_pid, removed, command = int(argv[0]), argv[2:end:2], argv[end + 1 :]
+    assert argv[1:end:2] == ["--remove"] * len(removed)
     assert command
     stop_signals: list[int] = []
     signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the command would inherit
@@ -50,15 +56,33 @@ def main(argv: list[str]) -> int:
     if LINUX:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.ExitStack() as stack:
+        for folder in removed:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
-            scratch = tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True)
-            child = _start(command, stack.enter_context(scratch))
+            scratch, _ = locked_folder()  # locked until this process ends
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            child = _start(command, scratch)
         except OSError as error:
             sys.stderr.write(f"lockstep guard: can't start {command[0]}: {error}\n")
             return 127
         status = _watch(child.pid, parent_pid, wakeup_fd, stop_signals)
         _kill_all(child.pid)
     return 128 + status.signal if status.signal else status.code
+
+
+def locked_folder() -> tuple[str, int]:
+    """A new folder in TMPDIR for this user alone, and the descriptor of its lock: the folder is in use while that is open."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        path = os.path.join(folder, LOCK)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(lock).st_ino:
+                return folder, lock
+        except OSError:  # somebody cleared the folder away before it was locked
+            pass
+        os.close(lock)
 
 
 def _start(command: list[str], scratch: str) -> subprocess.Popen[bytes]:
@@ -68,7 +92,7 @@ def _start(command: list[str], scratch: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         env=os.environ | {"TMPDIR": scratch},
         process_group=0,
-        preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
+        preexec_fn=die_with(os.getpid()),  # noqa: PLW1509
     )
 
 
@@ -190,18 +214,18 @@ def _signal_wakeup() -> int:
     return read_fd
 
 
-def _die_with(guard_pid: int):
-    """What the command does before it becomes itself: ask the kernel for SIGKILL at the guard's death."""
+def die_with(parent_pid: int):
+    """What a process calls to ask the kernel for SIGKILL at its parent's death; None where no kernel does that."""
     if not LINUX:
         return None
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
 
-    def before_exec() -> None:
+    def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != guard_pid:  # died in between
+        if os.getppid() != parent_pid:  # died in between
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return before_exec
+    return ask
 
 
 def _prctl(option: int, value: int) -> None:

@@ -74,6 +74,10 @@ class RunStore:
     def _remove_unpublished(self) -> None:
         for leftover in (*self.steps_path.glob(f"{_STAGING}*"), *self.steps_path.glob(f"{REMOVED}*")):
             shutil.rmtree(leftover)
+        # Of a step that a kill ended: its batch, weights on their way to the server, half-written trajectories.
+        for leftover in (*self.path.glob("batches/*"), *self.path.glob("trajectories/*/.*.parquet.*")):
+            leftover.unlink()
+        shutil.rmtree(self.path / "weights", ignore_errors=True)
         for marked in self.steps_path.glob(f"*/{STATELESS}"):
             shutil.rmtree(marked.parent / "trainer", ignore_errors=True)
 

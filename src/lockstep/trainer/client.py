@@ -13,13 +13,13 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import TrainerError, error_of
 from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
+from lockstep.process.guard import locked_folder
 from lockstep.trainer.channel import TOKEN_VARIABLE
 from lockstep.trainer.protocol import Answer, EngineConfig, Ready, Request, from_json, split_secrets, to_json
 
@@ -29,8 +29,9 @@ _LINE_LIMIT = 64 * 2**20
 class Trainer:
     """Resident trainer processes, one request at a time."""
 
-    def __init__(self, folder: Path, child: Child, server: asyncio.Server, connection: asyncio.Future):
+    def __init__(self, folder: Path, lock: int, child: Child, server: asyncio.Server, connection: asyncio.Future):
         self._folder = folder
+        self._lock_of_folder: int | None = lock
         self._child = child
         self._server = server
         self._connection = connection
@@ -54,10 +55,11 @@ class Trainer:
         gpus: what they may use; none of them is the CPU, None all that this process may.
         Raises TrainerError with the log's last lines if a process dies or `deadline_s` passes.
         """
-        folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # 0700: only this user reaches the socket
+        scratch, lock = locked_folder()  # 0700: only this user reaches the socket
+        folder = Path(scratch)
         socket, config_path = folder / "trainer.sock", folder / "engine.json"
         if len(os.fsencode(socket)) > LONGEST_SOCKET:
-            folder.rmdir()
+            _removed(folder, lock)
             raise TrainerError(
                 f"{folder.parent} is too long for the path of a Unix socket: set TMPDIR to a shorter folder"
             )
@@ -83,8 +85,8 @@ class Trainer:
             extra["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
         if "PYTHONPATH" in os.environ:  # the trainer runs in this very environment, unlike the server
             extra["PYTHONPATH"] = os.environ["PYTHONPATH"]
-        child = spawn(command, child_env(extra), log_path, "trainer")
-        trainer = cls(folder, child, server, connection)
+        child = spawn(command, child_env(extra), log_path, "trainer", removes=(folder,))
+        trainer = cls(folder, lock, child, server, connection)
         try:
             await trainer._connect(deadline_s)
             trainer.ready = from_json(Ready, await trainer._answer(0, "start", deadline_s), "the trainer's start")
@@ -163,4 +165,12 @@ class Trainer:
             self._reader = self._writer = None
         self._server.close()
         await asyncio.to_thread(self._child.terminate, 5.0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        lock, self._lock_of_folder = self._lock_of_folder, None
+        if lock is not None:
+            _removed(self._folder, lock)
+
+
+def _removed(folder: Path, lock: int) -> None:
+    """The trainer's guard removes the folder too, where this process was killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)

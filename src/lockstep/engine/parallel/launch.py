@@ -23,8 +23,12 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
+from lockstep.process.guard import die_with
+
 LOOPBACK = "127.0.0.1"
 BACKEND = "lockstep-private"
+LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"
+"""Environment variable of a rank: the process that started it."""
 FOLDER_VARIABLE = "LOCKSTEP_RANKS_FOLDER"
 """Environment variable of a rank: the folder in which the ranks of this launcher meet."""
 
@@ -40,6 +44,13 @@ def rank_store(name: str) -> dist.Store | None:
     if os.environ.get("WORLD_SIZE") == "1":
         return dist.HashStore()
     return dist.FileStore(str(Path(folder) / name))
+
+
+def die_with_launcher() -> None:
+    """Ends this rank when its launcher ends, however that went: nobody would watch over the rank."""
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is not None and (ask := die_with(int(launcher))) is not None:
+        ask()
 
 
 def group_settings() -> dict[str, Any]:
@@ -90,7 +101,7 @@ def main(arguments: list[str]) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rendezvous_handler_registry.register(BACKEND, lambda settings: PrivateRendezvous(settings.run_id))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:  # 0700
-        os.environ[FOLDER_VARIABLE] = folder
+        os.environ |= {FOLDER_VARIABLE: folder, LAUNCHER_VARIABLE: str(os.getpid())}
         run.main(["--nproc-per-node", arguments[0], "--rdzv-backend", BACKEND, *arguments[1:]])
 
 
