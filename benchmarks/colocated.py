@@ -5,9 +5,10 @@
     python benchmarks/colocated.py --shape qwen3-8b --layers 12 --rank 8 --prompts 2 --tokens 8 --budget 280    # soon over
     python benchmarks/colocated.py --shape qwen3-30b-a3b --mode lora --output h200.json
 
-Each step is a real one: rollouts from the server, sleep, train, offload, sync, wake, proof. On a GPU `held` is what the process has of the
-device (allocator's reserve for the trainer, the whole device's use for the server's line); on a CPU it is resident host memory, which is
-noisy, and `storages` is exact. Growth counts from step 3: the first steps allocate what is kept.
+Each step is a real one: rollouts from the server, sleep, train, offload, sync, wake, verification.
+On a GPU `held` is what the process has of the device (allocator's reserve for the trainer, the
+whole device's use for the server's line); on a CPU it is resident host memory, which is noisy, and
+`storages` is exact. Growth counts from step 3: the first steps allocate what is kept.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
         watch = Watch(backend._run(model), rows)
         watch.attach()
         await cycles(options, model, backend, watch)
-    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before it is told)
+    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before is written)
         traceback.print_exc()
         return rows, [f"{type(error).__name__}: {error}"]
     finally:
@@ -187,7 +188,9 @@ def parse() -> argparse.Namespace:
     model_options(parser, "qwen3")
     parser.add_argument("--mode", choices=["lora", "merged"], default="merged")
     parser.add_argument("--keep", action="store_true", help="no offload: the trainer's memory stays on the device")
-    parser.add_argument("--replay", action="store_true", help="replay expert routes: the proof takes two more turns")
+    parser.add_argument(
+        "--replay", action="store_true", help="replay routed experts: the verification takes two more turns"
+    )
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds, from the program's start, for all steps")
     options = parser.parse_args()

@@ -1,17 +1,18 @@
-"""Real training steps with requests in flight: the alias moves from @0 to @N, what is being served goes on, and every step is proved.
+"""Real training steps with requests in flight: the alias moves from @0 to @N, what is being served goes on, and every step is verified.
 
     python benchmarks/merged_steps.py                                                      # a tiny mixture on the CPU
     python benchmarks/merged_steps.py --shape qwen3-30b-a3b --layers 8 --server-arg=--enforce-eager --output h200.json
     python benchmarks/merged_steps.py --mode lora --shape qwen3-8b                         # adapters from the trainer's memory
 
-With two GPUs the trainer has GPU 0 and the server GPU 1. A step: rollouts; several clients ask under the current name, one long request
-after another, until the step is over; `train` (pack, step, publish, sync, proof). It fails (exit code 1, one line for each reason) unless
+With two GPUs the trainer has GPU 0 and the server GPU 1. A step: rollouts; several clients ask
+under the current name, one long request after another, until the step is over; `train` (pack, step,
+publish, sync, verification). It fails (exit code 1, one line for each reason) unless
 
 * the server answers to the step's own name after it, as what its weights are (merged) or beside the others (lora), and no longer to names
   that nobody keeps;
 * every request that was in flight ended with all of its tokens, and says which version made which of them: the one it asked for, or
   (merged) also the next; and at least one was being sampled when the weights changed;
-* server and trainer agree: the proof after the sync, and the rollouts' own log-probabilities within `--max-mismatch`.
+* server and trainer agree: the verification after the sync, and the rollouts' own log-probabilities within `--max-mismatch`.
 
 GB/s is the sync's bytes over its transfer (plan, receive and digests; the swap is the pause).
 """
@@ -262,7 +263,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
             for _ in range(options.steps):
                 rows.append(await one_step(options, model, backend, syncs))
                 faults += rows[-1]["faults"]
-    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before it is told)
+    except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before is written)
         traceback.print_exc()
         why = str(error) or f"{options.deadline:g} s are over"
         return rows, [f"{type(error).__name__} after {len(rows)} steps: {why}"]

@@ -1,10 +1,10 @@
 """Time to pack a million tokens into rows, on one core, for many shapes of input.
 
     python benchmarks/packer.py
-    python benchmarks/packer.py --layers 48 --top-k 8      # with expert routes as large as Qwen3-30B-A3B's
+    python benchmarks/packer.py --layers 48 --top-k 8      # with routed experts as large as Qwen3-30B-A3B's
 
 Best of `--repeat`, by process time and by the clock. Row length and everything else is what `pack` chooses by itself. "copy" is what
-one copy of all routes takes in the same run: the packer makes two, end to end and to rows.
+one copy of all routed experts takes in the same run: the packer makes two, end to end and to rows.
 """
 
 from __future__ import annotations
@@ -79,19 +79,19 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], Drawn]] = {
 
 
 def sequences_of(
-    drawn: Drawn, random: np.random.Generator, alike: bool, routes: tuple[int, int]
+    drawn: Drawn, random: np.random.Generator, alike: bool, routed_experts: tuple[int, int]
 ) -> list[TokenSequence]:
-    """`alike`: all sampled with the same log-probability. `routes`: (layers, experts per token), 0 layers for none."""
+    """`alike`: all sampled with the same log-probability. `routed experts`: (layers, experts per token), 0 layers for none."""
     tokens_X, prompt, length_Q = drawn[0].astype(np.int32), drawn[1], drawn[2]
     stop_Q = np.cumsum(length_Q)
     mask_X = np.arange(len(tokens_X)) - np.repeat(stop_Q - length_Q, length_Q) >= prompt
     logprobs_X = np.float32(-1) if alike else -random.exponential(size=len(tokens_X)).astype(np.float32)
     logprobs_X = np.where(mask_X, logprobs_X, np.float32(np.nan))
     temperatures_X = np.ones(len(tokens_X), np.float32)
-    layers, top_k = routes
-    # The same experts for the same token, so that what is shared without routes is shared with them.
-    routes_VLK = (random.integers(128 // top_k, size=(997, layers, top_k)) * top_k + np.arange(top_k)).astype(np.uint8)
-    routes_XLK = routes_VLK[tokens_X % 997] if layers else None
+    layers, top_k = routed_experts
+    # The same experts for the same token, so that what is shared without routed experts is shared with them.
+    experts_VLK = (random.integers(128 // top_k, size=(997, layers, top_k)) * top_k + np.arange(top_k)).astype(np.uint8)
+    experts_XLK = experts_VLK[tokens_X % 997] if layers else None
     return [
         TokenSequence(
             f"sequence {number}",
@@ -99,7 +99,7 @@ def sequences_of(
             mask_X[start:stop],
             logprobs_X[start:stop],
             temperatures_X[start:stop],
-            None if routes_XLK is None else routes_XLK[start:stop],
+            None if experts_XLK is None else experts_XLK[start:stop],
         )
         for number, (start, stop) in enumerate(zip((stop_Q - length_Q).tolist(), stop_Q.tolist(), strict=True))
     ]
@@ -108,7 +108,7 @@ def sequences_of(
 def measured(sequences: list[TokenSequence], repeat: int) -> dict[str, float]:
     """Least seconds, and what packing came to."""
     ones_Q, seconds = np.ones(len(sequences)), []
-    flat_XLK = np.concatenate([one.routes_SLK for one in sequences if one.routes_SLK is not None] or [np.zeros(0)])
+    flat_XLK = np.concatenate([one.experts_SLK for one in sequences if one.experts_SLK is not None] or [np.zeros(0)])
     for _ in range(repeat):
         clock, process = time.perf_counter(), time.process_time()
         batch = pack(sequences, ones_Q, ones_Q)
@@ -123,7 +123,7 @@ def measured(sequences: list[TokenSequence], repeat: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--layers", type=int, default=0, help="layers of expert routes; 0: no routes")
+    parser.add_argument("--layers", type=int, default=0, help="layers of routed experts; 0: none")
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", help="shapes with this in their name")

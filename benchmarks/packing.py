@@ -11,7 +11,7 @@ GPU, and leaves routed experts out. Each contender runs in a process of its own,
 median of `--repeat` steps counts, after one to warm up. `ideal` is our own step on one row with as many unique tokens and
 nothing to share.
 
-Cases come in order of importance. `--budget` seconds are dealt evenly to what is left to run; a contender whose part is
+Cases come in order of importance. `--budget` seconds are divided evenly over what is left to run; a contender whose part is
 over starts no further case, and what was not run, or ran out of memory, is empty in the table. Figures are written as they
 come. `--layers` cuts the models' depth, where disk or time don't allow all of it.
 """

@@ -57,8 +57,9 @@ def checkpoint(options: argparse.Namespace, scratch: Path) -> Path:
     overrides = {"num_hidden_layers": options.layers} if options.layers else {}
     if options.shape == "tiny":
         return write_tiny(options.family, folder, overrides=overrides)
-    # Drawn so that a router's picks don't hang on the last bits, and layers don't add to each other's noise: the proof compares two
-    # programs in bf16. A tied head would turn such an embedding into huge logits.
+    # Drawn so that a router's choices don't hang on the last bits, and layers don't add to each
+    # other's noise: the verification compares two programs in bf16. A tied head would turn such an
+    # embedding into huge logits.
     tied = SHAPES[options.shape][1].get("tie_word_embeddings", False)
     # In a process of its own, which leaves nothing on the GPU.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -105,11 +106,11 @@ def measured(options: argparse.Namespace, measure: Callable[[argparse.Namespace,
         return asyncio.run(measure(options, folder, Path(scratch) / "runs"))
 
 
-def conclude(options: argparse.Namespace, told: dict[str, Any], faults: list[str], success: str) -> None:
-    """Writes what is told and ends the program: with status 1 and a line for each fault, or with what went well."""
+def conclude(options: argparse.Namespace, report: dict[str, Any], faults: list[str], success: str) -> None:
+    """Writes the report and ends the program: with status 1 and a line for each fault, or with what went well."""
     if options.output:
         settings = {name: str(value) for name, value in vars(options).items()}
-        options.output.write_text(json.dumps({"options": settings, **told, "faults": faults}, indent=1))
+        options.output.write_text(json.dumps({"options": settings, **report, "faults": faults}, indent=1))
     for fault in faults:
         print(f"FAILED: {fault}")
     if faults:

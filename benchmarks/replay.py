@@ -4,7 +4,7 @@
     python benchmarks/replay.py --tiny                                            # CPU, a minute or two
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`. Random weights, scaled so that
-routing is not flat and picks matter, a random adapter on all of the family's targets, bf16. vLLM samples, scores its own
+routing is not flat and choices matter, a random adapter on all of the family's targets, bf16. vLLM samples, scores its own
 samples again, and ends; then the trainer scores them on the recorded experts and on its own. It fails (exit code 1) unless
 replay brings the adapter's KL to a quarter or less, and to at most 0.001 nats per token. With replay no pick that is used
 differs from the recorded one: the engine accounts for every record and raises an error otherwise; `own router` is the
@@ -52,20 +52,22 @@ def weights_option(parser: argparse.ArgumentParser) -> None:
 def comparisons_of(report: Report, policy: str) -> tuple[Comparison, Comparison, Comparison]:
     """(the server again, replay on, replay off)."""
     found = {row.compared: row for row in report.comparisons if row.policy == policy}
-    return found["server again"], found["trainer, replay"], found["trainer, own picks"]
+    return found["server again"], found["trainer, replay"], found["trainer, own choices"]
 
 
 def table(report: Report) -> str:
     lines = [
-        f"{'':28}{'KL':>11}{'mean |dlogp|':>14}{'largest':>10}{'top-1':>8}{'top-20':>8}{'picks differ':>14}{'own router':>12}"
+        f"{'':28}{'KL':>11}{'mean |dlogp|':>14}{'largest':>10}{'top-1':>8}{'top-20':>8}{'choices diff.':>14}{'own router':>12}"
     ]
     for policy in ("base", "adapter"):
         names = ("server again", "trainer, replay on", "trainer, replay off")
         for name, row in zip(names, comparisons_of(report, policy), strict=True):
             v = row.values
             cells = f"{v['kl']:11.2e}{v['mean_abs']:14.5f}{v['largest']:10.4f}{v['top1']:8.4f}{v['top20']:8.4f}"
-            replayed = "picks_differ" in v
-            cells += f"{'0' if replayed else '-':>14}" + (f"{v['picks_differ']:12.4%}" if replayed else f"{'-':>12}")
+            replayed = "expert_choices_differ" in v
+            cells += f"{'0' if replayed else '-':>14}" + (
+                f"{v['expert_choices_differ']:12.4%}" if replayed else f"{'-':>12}"
+            )
             lines.append(f"{policy + ': ' + name:28}{cells}")
     return "\n".join(lines)
 

@@ -6,14 +6,17 @@
 
 On a host without FlashInfer add `--server-arg=--gdn-prefill-backend --server-arg=triton`.
 
-Server: two of them side by side on one GPU, one capturing routes; they take turns, while the other one idles. A turn has two loads,
-each of so many requests at a time: `decoding`, where none begins or ends in the window that counts, which shows what capture adds to a
-step, and `stream`, where clients of different lengths ask one after the other, so that prompts are read and routes handed over as well.
-Tokens are counted by the server's own counter. Both servers use the same choices of Triton's autotuning (its cache on disk), where else
-each process would choose by timings of its own. A window in which vLLM compiled a kernel, as it does for a shape it meets for the first
-time, is measured again. `--server-shape` and `--server-layers` give the servers a model of their own, with weights that vLLM makes up.
+Server: two of them side by side on one GPU, one capturing routed experts; they take turns, while
+the other one idles. A turn has two loads, each of so many requests at a time: `decoding`, where
+none begins or ends in the window that counts, which shows what capture adds to a step, and
+`stream`, where clients of different lengths ask one after the other, so that prompts are read and
+routed experts handed over as well. Tokens are counted by the server's own counter. Both servers use
+the same choices of Triton's autotuning (its cache on disk), where else each process would choose by
+timings of its own. A window in which vLLM compiled a kernel, as it does for a shape it meets for
+the first time, is measured again. `--server-shape` and `--server-layers` give the servers a model
+of their own, with weights that vLLM makes up.
 
-Trainer: one LoRA step of one packed batch, Qwen3.5-35B-A3B's shape; with replay it gets the very experts that its router picks, so that
+Trainer: one LoRA step of one packed batch, Qwen3.5-35B-A3B's shape; with replay it gets the very experts that its router chooses, so that
 both ways do the same work.
 
 Turns alternate, after one to warm up. The cost is the mean over pairs of turns, shown with its standard error; it fails (exit code 1) if
@@ -43,9 +46,9 @@ from replay import checkpoint, device, weights_option
 from shapes import SHAPES
 from sync_common import write_config
 
-from lockstep.backends.megatron.settings import route_shape
+from lockstep.backends.megatron.settings import routed_experts_shape
 from lockstep.batching.packed_batch import PackedBatch
-from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
 from lockstep.inference.client import Server
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
@@ -68,7 +71,7 @@ Note = Callable[[dict[str, Turns]], None]
 
 class Served(NamedTuple):
     server: Server
-    routes: RouteShape | None
+    routed_experts: RoutedExpertsShape | None
     """Of what it captures."""
 
 
@@ -82,19 +85,19 @@ async def serve(folder: Path, run_dir: Path, capture: bool, options: argparse.Na
         lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(folder)).default_target_modules),
         max_model_len=options.prompt + options.tokens * 3 // 2 + 1,
         max_num_seqs=options.requests,
-        capture_routes=capture,
+        capture_routed_experts=capture,
         gpus=(0,) if cuda else (),
         gpu_memory_utilization=0.42,
         extra_args=(*made_up, "--jit-monitor-verbose", *options.server_arg),
         extra_env={"TRITON_CACHE_AUTOTUNING": "1"},
     )
     server = await launch(config, find_runtime(default_kind()), run_dir, lambda line: print(line, flush=True))
-    return Served(server, route_shape(load_model_config(str(folder))) if capture else None)
+    return Served(server, routed_experts_shape(load_model_config(str(folder))) if capture else None)
 
 
 async def client(served: Served, options: argparse.Namespace, random: np.random.Generator, decoding: bool) -> None:
     """One request after the other, of half to one and a half times the usual length: of the first one only a part, or (decoding) all of
-    the longest. The routes of a reply are checked as the trainer checks them.
+    the longest. The routed experts of a reply are checked as the trainer checks them.
     """
     part = random.random()
     while True:
@@ -104,9 +107,11 @@ async def client(served: Served, options: argparse.Namespace, random: np.random.
             tokens = options.tokens * 3 // 2
         body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
         (choice,) = (await served.server.call("POST", "/v1/completions", body, deadline_s=900)).json()["choices"]
-        if served.routes:
-            captured = choice["routed_experts"], choice["routes_digest"]
-            decode_routes(*captured, choice["prompt_token_ids"], choice["token_ids"], served.routes, "a reply")
+        if served.routed_experts:
+            captured = choice["routed_experts"], choice["routed_experts_digest"]
+            decode_routed_experts(
+                *captured, choice["prompt_token_ids"], choice["token_ids"], served.routed_experts, "a reply"
+            )
         part = 1.0
 
 
@@ -165,7 +170,7 @@ async def undisturbed(served: Served, options: argparse.Namespace, turn: int, de
 
 
 def stolen_seconds() -> float:
-    """Time that the host has kept this machine's processors waiting, all of them together, where Linux tells."""
+    """Time that the host has kept this machine's processors waiting, all of them together, where Linux counts."""
     path = Path("/proc/stat")
     return int(path.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if path.exists() else 0.0
 
@@ -242,7 +247,7 @@ def open_engine(folder: Path) -> Any:
     return open_trainer(EngineConfig(str(folder), Parallel(), "bfloat16", lora))
 
 
-def own_routes(trainer: Any, batch: PackedBatch) -> np.ndarray:
+def own_routed_experts(trainer: Any, batch: PackedBatch) -> np.ndarray:
     """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
     from lockstep.engine.layers.moe import MoE
     from lockstep.engine.score import score
@@ -260,15 +265,15 @@ def own_routes(trainer: Any, batch: PackedBatch) -> np.ndarray:
     score(trainer, batch, print_nothing)
     for hook in hooks:
         hook.remove()
-    shape = route_shape(trainer.config)
+    shape = routed_experts_shape(trainer.config)
     assert shape is not None
     sizes = (*batch.tokens_RS.shape, shape.layers, shape.top_k)
-    routes = np.broadcast_to(np.arange(shape.top_k), sizes).astype(shape.dtype)
+    routed_experts = np.broadcast_to(np.arange(shape.top_k), sizes).astype(shape.dtype)
     for number, rows in enumerate(picked):
-        for row, picks in enumerate(rows):
-            size = min(len(picks), batch.row_length)
-            routes[row, :size, number] = picks[:size]
-    return routes
+        for row, choices in enumerate(rows):
+            size = min(len(choices), batch.row_length)
+            routed_experts[row, :size, number] = choices[:size]
+    return routed_experts
 
 
 def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
@@ -277,7 +282,7 @@ def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
 
     trainer = open_engine(folder)
     batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)
-    batches = {"without": batch, "with": replace(batch, routes_RSLK=own_routes(trainer, batch))}
+    batches = {"without": batch, "with": replace(batch, experts_RSLK=own_routed_experts(trainer, batch))}
     config = TrainConfig(max_mismatch=None, learning_rate=1e-9)
     seconds: Turns = {way: [] for way in WAYS}
     for turn in range(options.repeat + 1):

@@ -73,7 +73,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo", **group_settings())
-    store = dist.PrefixStore("crew", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore("senders", dist.distributed_c10d._get_default_store())
     senders = StoreSenderGroup(store, rank, world)
     handler, config = get_model_support_handler(job["model"]), load_model_config(job["model"])
     shapes = expected_tensors(handler, config, Layout())

@@ -62,8 +62,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.syncs = min(options.syncs, 12)
-    told, faults = measured(options, measure)
-    conclude(options, told, faults, "every correct sync was verified, and every planted fault refused")
+    report, faults = measured(options, measure)
+    conclude(options, report, faults, "every correct sync was verified, and every planted fault refused")
 
 
 async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tuple[dict[str, Any], list[str]]:
@@ -89,10 +89,10 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
             await model.register(backend)
             noise = backend._run(model).noise
             say(f"registered; noise on the base weights: {noise}")
-            told, refused = await correct(options, backend, model)
-            told["noise"] = vars(noise)
-            told["planted"], missed = await planted(options, backend, model, plots[0])
-            return told, refused + missed
+            report, refused = await correct(options, backend, model)
+            report["noise"] = vars(noise)
+            report["planted"], missed = await planted(options, backend, model, plots[0])
+            return report, refused + missed
         finally:
             await backend.close()
             keep_logs(runs, options.logs)
@@ -127,7 +127,7 @@ async def planted(
     options: argparse.Namespace, backend: Any, model: Any, plot: Plot
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One step for each fault and learning rate: (what became of it, the faults that nobody refused)."""
-    told, missed = [], []
+    report, missed = [], []
     merged = options.full or options.mode == "merged"
     for rate in RATES:
         for fault in faults_of(merged):
@@ -137,13 +137,13 @@ async def planted(
                 said = await refusal(backend, model, groups, rate)
             what = ", ".join(fault.values())
             say(f"learning rate {rate:g}, {what}: {said or 'NOT REFUSED'}")
-            told.append({"learning_rate": rate, "fault": what, "refused": said})
+            report.append({"learning_rate": rate, "fault": what, "refused": said})
             missed += [] if said else [f"{what} at learning rate {rate:g} was not refused"]
             if model.step == step and step + 1 in backend._run(model).store.published():
                 # A right sync of the step that was trained and published: the run goes on.
                 await publish.serve(backend._run(model), step + 1)
                 model._advance(step + 1)
-    return told, missed
+    return report, missed
 
 
 def faults_of(merged: bool) -> list[dict[str, str]]:

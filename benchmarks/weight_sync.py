@@ -10,7 +10,7 @@ device in the trainer's layout (`sync_sender.py`). Rows of the table: the link (
 to the first of the server), Lockstep's cases, and vLLM's own engine: on GPUs its NCCL weight transfer, packed (`stock_sender.py`); on a
 CPU, for which vLLM has none, `/collective_rpc reload_weights` from the checkpoint's files. `GB/s` of a sync is its bytes over transfer
 and commit; of the link, over one broadcast. Medians of `--repeat` syncs after two to warm up: the first makes the plan and goes through
-vLLM's loader, which proves the direct path.
+vLLM's loader, which checks the direct path.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LINK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 
 def server_config(arguments: argparse.Namespace, model: Path, gpus: tuple[int, ...]) -> ServerConfig:
-    """vLLM's own update routes are on beside ours: both are measured on one server."""
+    """vLLM's own update endpoints are on beside ours: both are measured on one server."""
     extra = [] if arguments.shape == "tiny" else ["--load-format", "dummy"]
     if gpus:
         extra += [

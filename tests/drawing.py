@@ -22,13 +22,13 @@ def random_sequences(
     depth: int = 4,
     longest: int = 6,
     vocabulary: int = 30,
-    routes: tuple[int, int, int] | None = None,
+    routed_experts: tuple[int, int, int] | None = None,
 ) -> list[TokenSequence]:
     """`leaves` sequences made by branching off earlier ones at random points, inside and outside of sampled spans.
 
     What a sequence takes over it takes whole: ids, loss mask (sometimes forgotten: context there), logprobs,
-    temperature, routes.
-    routes: (layers, top_k, experts) of a mixture-of-experts model.
+    temperature, routed experts.
+    routed experts: (layers, top_k, experts) of a mixture-of-experts model.
     """
     sequences: list[TokenSequence] = []
     for number in range(leaves):
@@ -37,7 +37,7 @@ def random_sequences(
             parent = sequences[int(random.integers(len(sequences)))]
             start = parent.cut(int(random.integers(1, len(parent) + 1)))
         spans = int(random.integers(1, depth + 1))
-        sequences.append(_grow(random, f"sequence {number}", start, spans, longest, vocabulary, routes))
+        sequences.append(_grow(random, f"sequence {number}", start, spans, longest, vocabulary, routed_experts))
     return sequences
 
 
@@ -48,13 +48,13 @@ def _grow(
     spans: int,
     longest: int,
     vocabulary: int,
-    routes: tuple[int, int, int] | None,
+    routed_experts: tuple[int, int, int] | None,
 ) -> TokenSequence:
     tokens, mask, logprobs, temperatures, routed = [], [], [], [], []
     if start is not None:
         tokens, mask = start.tokens_S.tolist(), start.loss_mask_S.tolist()
         logprobs, temperatures = start.logprobs_S.tolist(), start.temperatures_S.tolist()
-        routed = [] if start.routes_SLK is None else list(start.routes_SLK)
+        routed = [] if start.experts_SLK is None else list(start.experts_SLK)
         if random.random() < 0.3:  # a history that this sequence does not train on
             mask, logprobs, temperatures = [False] * len(mask), [np.nan] * len(mask), [1.0] * len(mask)
     for span in range(spans):
@@ -66,8 +66,8 @@ def _grow(
             mask.append(sampled)
             logprobs.append(float(np.float32(-random.exponential())) if sampled else np.nan)
             temperatures.append(temperature if sampled else 1.0)
-            if routes is not None:
-                layers, top_k, experts = routes
+            if routed_experts is not None:
+                layers, top_k, experts = routed_experts
                 routed.append(np.stack([random.permutation(experts)[:top_k] for _ in range(layers)]))
     return TokenSequence(
         name,
@@ -75,8 +75,8 @@ def _grow(
         np.array(mask, dtype=bool),
         np.array(logprobs, dtype=np.float32),
         np.array(temperatures, dtype=np.float32),
-        None if routes is None else np.stack(routed).astype(np.uint8),
-        None if routes is None else np.arange(len(tokens)) < len(tokens) - 1,
+        None if routed_experts is None else np.stack(routed).astype(np.uint8),
+        None if routed_experts is None else np.arange(len(tokens)) < len(tokens) - 1,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tests of expert replay share: rollouts served in every way, their routes, and planted faults.
+"""What the tests of expert replay share: rollouts served in every way, their routed experts, and planted faults.
 
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 """
@@ -14,15 +14,15 @@ import numpy as np
 
 import lockstep as ls
 from inflight import counted
-from lockstep.batching.routed_experts import RouteShape, decode_routes
-from lockstep_wire.routed_experts import routes_digest
+from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
+from lockstep_wire.routed_experts import routed_experts_digest
 
-SHAPE = RouteShape(layers=4, top_k=2, experts=8)
+SHAPE = RoutedExpertsShape(layers=4, top_k=2, experts=8)
 """Of the tiny mixtures of experts."""
 FAULTS = {
-    "one row dropped": r"has expert routes for \d+ of \d+ tokens: 1 are lost",
+    "one row dropped": r"has routed experts for \d+ of \d+ tokens: 1 are lost",
     "two rows swapped": "rows were changed or moved",
-    "a sibling without routes": "has no expert routes for tokens 0 to",
+    "a sibling without routed experts": "has no routed experts for tokens 0 to",
     "an id out of range": "token 3: expert 8 is out of range",
     "an expert twice": "token 3: a layer names the same expert twice",
 }
@@ -52,9 +52,9 @@ def group(trajectories, reward=None):
     return ls.TrajectoryGroup(trajectories=trajectories)
 
 
-def routes_of(choice) -> np.ndarray:
-    return decode_routes(
-        choice.routed_experts, choice.routes_digest, choice.prompt_token_ids, choice.token_ids, SHAPE, "it"
+def routed_experts_of(choice) -> np.ndarray:
+    return decode_routed_experts(
+        choice.routed_experts, choice.routed_experts_digest, choice.prompt_token_ids, choice.token_ids, SHAPE, "it"
     )
 
 
@@ -130,27 +130,29 @@ def encode(rows) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def with_routes(choice, rows, honest_digest=True) -> None:
-    """Give a choice other routes; with `honest_digest`, those of a server that made them."""
+def with_routed_experts(choice, rows, honest_digest=True) -> None:
+    """Give a choice other routed experts; with `honest_digest`, those of a server that made them."""
     text = encode(rows)
     choice.routed_experts = text
     if honest_digest:
-        choice.routes_digest = routes_digest(choice.prompt_token_ids, choice.token_ids, base64.b64decode(text))
+        choice.routed_experts_digest = routed_experts_digest(
+            choice.prompt_token_ids, choice.token_ids, base64.b64decode(text)
+        )
 
 
 def plant(fault: str, choice) -> None:
-    rows = routes_of(choice)
+    rows = routed_experts_of(choice)
     if fault == "one row dropped":
-        with_routes(choice, np.delete(rows, len(rows) // 2, axis=0))
+        with_routed_experts(choice, np.delete(rows, len(rows) // 2, axis=0))
     elif fault == "two rows swapped":
         different = next(k for k in range(1, len(rows)) if (rows[k] != rows[0]).any())
         rows[[0, different]] = rows[[different, 0]]
-        with_routes(choice, rows, honest_digest=False)
+        with_routed_experts(choice, rows, honest_digest=False)
     elif fault == "an id out of range":
         rows[3, 1, 0] = SHAPE.experts
-        with_routes(choice, rows)
+        with_routed_experts(choice, rows)
     elif fault == "an expert twice":
         rows[3, 1] = rows[3, 1, 0]
-        with_routes(choice, rows)
+        with_routed_experts(choice, rows)
     else:
-        choice.routed_experts = choice.routes_digest = None
+        choice.routed_experts = choice.routed_experts_digest = None

@@ -162,7 +162,7 @@ def test_tiny_and_score_agree_with_hugging_face(tmp_path):
         ("[1]", "line 1"),
         ("", "empty"),
         ('{"id": "a", "tokens": [1, 99999]}', "99999"),
-        ('{"id": "a", "tokens": [1, 2], "routes": [[[0]], [[0]]]}', "the model has no experts"),
+        ('{"id": "a", "tokens": [1, 2], "routed_experts": [[[0]], [[0]]]}', "the model has no experts"),
     ],
 )
 def test_bad_score_input_is_named(tmp_path, tiny_qwen3, text, says):
@@ -208,26 +208,29 @@ def test_a_parallel_size_of_nothing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("routes", "says"),
+    ("routed_experts", "says"),
     [
-        ([[[0, 1]], [[0]]], "routes must be"),
-        ([[[0, 1]]], "routes must be"),
+        ([[[0, 1]], [[0]]], "routed_experts must be"),
+        ([[[0, 1]]], "routed_experts must be"),
         ([[[0, 8]], [[0, 1]]], "expert 8 is out of range"),
         ([[[0, -1]], [[0, 1]]], "expert -1 is out of range"),
         ([[[0, 1]], [[3, 3]]], "the same expert twice"),
     ],
 )
-def test_routes_of_another_model_are_named(tmp_path, routes, says):
+def test_routed_experts_of_another_model_are_named(tmp_path, routed_experts, says):
     shape = SimpleNamespace(is_moe=True, moe_layers=(False, True), experts_per_token=2, experts=8, vocab_size=9)
     (tmp_path / "in.jsonl").write_text(
-        json.dumps({"id": "a\u2028b", "tokens": [1, 2], "routes": routes}, ensure_ascii=False)
+        json.dumps({"id": "a\u2028b", "tokens": [1, 2], "routed_experts": routed_experts}, ensure_ascii=False)
     )
     lines = read_lines(tmp_path / "in.jsonl")
     with pytest.raises(DataError, match=says):
         _sequences(lines, shape)
-    lines[0].routes[:] = [[[0, 7]], [[1, 0]]]
+    old = (tmp_path / "in.jsonl").read_text().replace('"routed_experts"', '"routes"')
+    (tmp_path / "old.jsonl").write_text(old)
+    assert read_lines(tmp_path / "old.jsonl") == lines, "a file of an earlier version is read as before"
+    lines[0].routed_experts[:] = [[[0, 7]], [[1, 0]]]
     (sequence,) = _sequences(lines, shape)
-    assert sequence.routes_SLK.tolist() == [[[0, 7]], [[1, 0]]]
+    assert sequence.experts_SLK.tolist() == [[[0, 7]], [[1, 0]]]
 
 
 def test_a_quickstart_deletes_nothing_but_its_own(tmp_path):

@@ -54,7 +54,7 @@ async def check_exact(model, backend):
         result = await backend.train(model, [group(found)], CONFIG)
         assert result.metrics["mismatch_max"] <= 1e-6
         assert result.metrics["tokens_scored"] > 150
-        assert result.metrics.get("picks_differ", 0.0) == 0.0
+        assert result.metrics.get("expert_choices_differ", 0.0) == 0.0
         assert result.metrics["probe"] < 5e-7
 
 

@@ -1,4 +1,4 @@
-"""What may import what, proved in bare interpreters: the boundaries of docs/architecture.md."""
+"""What may import what, checked in bare interpreters: the boundaries of docs/architecture.md."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_cispo_closed_form():
     weight = torch.tensor([1.2, 0.5, 1.1, 1.2], dtype=torch.float64)
     torch.testing.assert_close(loss_P, -weight * ADVANTAGE * NEW)
     assert clipped_P.tolist() == [True, True, False, True]
-    # Clipped tokens keep their gradient: that is what tells CISPO from PPO.
+    # Clipped tokens keep their gradient: that is what distinguishes CISPO from PPO.
     torch.testing.assert_close(gradient(lambda new: cispo(new, OLD, ADVANTAGE, 0.5, 1.2)[0], NEW), -weight * ADVANTAGE)
 
 

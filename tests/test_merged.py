@@ -396,14 +396,14 @@ async def test_a_mixture_trained_on_two_ranks(runtime, task, section, tmp_path, 
 
 def check_replayed(result):
     """The experts of every rollout token came from the server, which computes with merged weights; the trainer's own are the same."""
-    assert result.metrics["picks_differ"] == 0.0  # there is no such metric without replay
+    assert result.metrics["expert_choices_differ"] == 0.0  # there is no such metric without replay
     assert result.metrics["mismatch_max"] < 1e-5
     assert result.metrics["probe"] < 1e-5
     assert result.metrics["top1_overlap"] == 1.0
 
 
 async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
-    """The server dies when the weights are about to leave: the step ends with a new one that has been proved."""
+    """The server dies when the weights are about to leave: the step ends with a new one that has been verified."""
     run = backend._run(model)
     lost, work = run.server, run.trainer.call
 

@@ -17,7 +17,7 @@ from lockstep.rollouts.leases import rollout_scope
 
 
 class Desk:
-    """The smallest backend: it serves whatever it is told to."""
+    """The smallest backend: it serves whatever it is given."""
 
     def __init__(self, step: int = 0, url: str = "http://127.0.0.1:9/v1"):
         self.step, self.url = step, url

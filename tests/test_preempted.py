@@ -1,4 +1,5 @@
-"""Requests that vLLM preempts and computes again: their routes come back complete and right, or the choice is an error with its name.
+"""Requests that vLLM preempts and computes again: their routed experts come back complete and
+right, or the choice is an error with its name.
 
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 """
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from inflight import counted
-from lockstep.batching.routed_experts import decode_routes
+from lockstep.batching.routed_experts import decode_routed_experts
 from lockstep.errors import DataError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
@@ -22,25 +23,27 @@ from replaying import SHAPE
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 REQUESTS, PROMPT, SAMPLED = 6, 40, 110
-LOST = r"request \d has (no expert routes for|expert routes for \d+ of \d+ tokens: \d+ are lost in) tokens 0 to \d+"
+LOST = r"request \d has (no routed experts for|routed experts for \d+ of \d+ tokens: \d+ are lost in) tokens 0 to \d+"
 """What the trainer says of a choice with fewer rows than tokens."""
 
 
 async def sample(server, number):
-    """(ids, sampled log-probabilities, routes [S, L, K] or the error that they are)."""
+    """(ids, sampled log-probabilities, routed experts [S, L, K] or the error that they are)."""
     body = {"model": "base", "prompt": [random.randrange(3, 320) for _ in range(PROMPT)], "max_tokens": SAMPLED}
     reply = await server.call("POST", "/v1/completions", body | {"ignore_eos": True}, deadline_s=600)
     choice = reply.json()["choices"][0]
     ids, sampled = choice["prompt_token_ids"], choice["token_ids"]
     name = f"request {number}"
     try:
-        rows = decode_routes(choice["routed_experts"], choice["routes_digest"], ids, sampled, SHAPE, name)
+        rows = decode_routed_experts(
+            choice["routed_experts"], choice["routed_experts_digest"], ids, sampled, SHAPE, name
+        )
     except DataError as error:
         rows = error
     return ids + sampled, choice["logprobs"]["token_logprobs"], rows
 
 
-async def test_routes_survive_or_are_named(runtime, tmp_path):
+async def test_routed_experts_survive_or_are_named(runtime, tmp_path):
     """Six requests of 150 tokens in room for two thirds of them."""
     base = write_tiny("qwen3_moe", tmp_path / "model", seed=random.randrange(1000))
     config = ServerConfig(
@@ -49,7 +52,7 @@ async def test_routes_survive_or_are_named(runtime, tmp_path):
         dtype="float32",
         max_model_len=256,
         max_num_seqs=8,
-        capture_routes=True,
+        capture_routed_experts=True,
         threads=1,
         extra_args=("--block-size", "32", "--num-gpu-blocks-override", "20"),
     )

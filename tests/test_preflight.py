@@ -254,7 +254,7 @@ def test_what_a_footprint_counts(qwen):
 
     spec, config = get_model_support_spec(str(qwen)), load_model_config(str(qwen))
     rank, targets = random.choice((8, 16)), random.choice((("q_proj", "v_proj"), spec.default_target_modules))
-    shards = get_model_support_handler_for_spec(spec).whole(config, Layout())
+    shards = get_model_support_handler_for_spec(spec).all_shards(config, Layout())
     found = Footprint.of(shards, targets, rank)
     tensors = load_file(qwen / "model.safetensors")
     assert found.parameters == sum(int(np.prod(one.shape)) for one in tensors.values())

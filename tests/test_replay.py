@@ -1,6 +1,6 @@
 """Expert replay on real parts: the experts vLLM used, choice by choice, are the ones Megatron-Core trains on.
 
-One server and one trainer for the whole file, on a Qwen3 mixture of experts in fp32, where routes have one right answer.
+One server and one trainer for the whole file, on a Qwen3 mixture of experts in fp32, where routed experts have one right answer.
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 """
 
@@ -25,9 +25,9 @@ from replaying import (
     plant,
     prompt_tokens,
     roll_out,
-    routes_of,
+    routed_experts_of,
     served_in_every_way,
-    with_routes,
+    with_routed_experts,
     words,
 )
 
@@ -43,7 +43,7 @@ def base_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 async def running(runtime, base_model, tmp_path_factory):
     """(model, backend) at step 1, so that the adapter changes something."""
-    # Colocated: the verification then has to wake the server for its routes, and the trainer again to replay them.
+    # Colocated: the verification then has to wake the server for its routed experts, and the trainer again to replay them.
     together = ls.Placement(trainer="cpu", inference="cpu")
     backend = MegatronBackend(path=tmp_path_factory.mktemp("runs"), max_model_len=1024, placement=together)
     model = ls.TrainableModel(
@@ -66,11 +66,11 @@ def hugging_face(base_model, adapter, ids_S):
     with torch.no_grad():
         out = model(ids, output_router_logits=True)
     logprobs = out.logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-    routes_SLK = torch.stack([layer.topk(SHAPE.top_k).indices for layer in out.router_logits], 1)
-    return logprobs.numpy(), routes_SLK.numpy()
+    experts_SLK = torch.stack([layer.topk(SHAPE.top_k).indices for layer in out.router_logits], 1)
+    return logprobs.numpy(), experts_SLK.numpy()
 
 
-async def test_replayed_routes_are_the_servers(running, base_model):
+async def test_replayed_experts_are_the_servers(running, base_model):
     """Every row that the server sends is what Hugging Face's router picks, and with them the trainer's log-probabilities are
     the server's.
     """
@@ -80,7 +80,7 @@ async def test_replayed_routes_are_the_servers(running, base_model):
     for way, trajectories in found.items():
         for trajectory in trajectories:
             for choice in trajectory.choices:
-                rows_SLK = routes_of(choice)
+                rows_SLK = routed_experts_of(choice)
                 ids = choice.prompt_token_ids + choice.token_ids
                 logprobs, expected_SLK = hugging_face(base_model, adapter, ids)
                 assert len(rows_SLK) == len(ids) - 1
@@ -91,8 +91,8 @@ async def test_replayed_routes_are_the_servers(running, base_model):
     everything = [one for part in found.values() for one in part]
     result = await backend.train(model, [group(everything)], CONFIG)
     assert result.metrics["mismatch_max"] < 1e-5
-    assert result.metrics["picks_differ"] == 0.0
-    assert result.metrics["routes_differ_between_turns"] == 0.0
+    assert result.metrics["expert_choices_differ"] == 0.0
+    assert result.metrics["routed_experts_differ_between_turns"] == 0.0
     assert result.metrics["turns_split"] == 0.0
 
 
@@ -109,28 +109,28 @@ async def test_planted_faults_are_refused_by_name_and_change_nothing(running, fa
 
 
 async def test_other_experts_are_replayed_counted_and_felt(running):
-    """A wrong pick that no check can see is replayed as given: it shows in `picks_differ`, exactly, and in the log-probabilities.
+    """A wrong pick that no check can see is replayed as given: it shows in `expert_choices_differ`, exactly, and in the log-probabilities.
 
     In the last layer, where no later router depends on it.
     """
     model, backend = running
     trajectories = await roll_out(model, [words(20)], n=2)
     (choice,) = trajectories[0].choices
-    rows = routes_of(choice)
+    rows = routed_experts_of(choice)
     changed = len(choice.token_ids) - 1  # pyright: ignore[reportAttributeAccessIssue]
     for token in range(len(rows) - changed, len(rows)):
         rows[token, -1, 0] = next(e for e in range(SHAPE.experts) if e not in rows[token, -1])
-    with_routes(choice, rows)
+    with_routed_experts(choice, rows)
     result = await backend.train(model, [group(trajectories)], CONFIG.model_copy(update={"max_mismatch": None}))
     computed = result.metrics["tokens_computed"] - len(trajectories)  # nothing follows the last ones
     expected = changed / (computed * SHAPE.layers * SHAPE.top_k)
-    assert result.metrics["picks_differ"] == pytest.approx(expected)
+    assert result.metrics["expert_choices_differ"] == pytest.approx(expected)
     assert result.metrics["mismatch_max"] > 1e-3
     refusing = CONFIG.model_copy(update={"max_mismatch": 1e-4, "max_steps_off_policy": 1})
     kept = await backend.train(model, [group(trajectories)], refusing)  # sampled by the step before: they don't count
     assert "mismatch" not in kept.metrics
     fresh = await roll_out(model, [words(20)], n=2)
-    with_routes(fresh[0].choices[0], np.roll(routes_of(fresh[0].choices[0]), 1, axis=0))
+    with_routed_experts(fresh[0].choices[0], np.roll(routed_experts_of(fresh[0].choices[0]), 1, axis=0))
     with pytest.raises(MismatchError, match="max_mismatch"):
         await backend.train(model, [group(fresh)], refusing)
 
@@ -149,7 +149,7 @@ async def test_scores_may_be_asked_for_beside_rollouts(running):
 
 
 async def test_replay_can_be_turned_off(running, base_model):
-    """Last, since it closes the shared server: no routes come, none are wanted, and in fp32 the router picks the same."""
+    """Last, since it closes the shared server: no routed experts come, none are wanted, and in fp32 the router picks the same."""
     model, backend = running
     captured = await roll_out(model, [words(20)], n=2)
     await backend.close()
@@ -162,13 +162,13 @@ async def test_replay_can_be_turned_off(running, base_model):
         assert (trajectories[0].choices[0].model_extra or {}).get("routed_experts") is None
         result = await off.train(again, [group(trajectories + captured)], CONFIG)
         assert result.metrics["mismatch_max"] < 1e-5
-        assert "picks_differ" not in result.metrics
+        assert "expert_choices_differ" not in result.metrics
     finally:
         await off.close()
 
 
 def test_vllm_still_needs_the_interpreter(runtime):
-    """What `lockstep_vllm/interpreter` is for. When this fails, vLLM returns routes on a CPU by itself: drop the folder."""
+    """What `lockstep_vllm/interpreter` is for. When this fails, vLLM returns routed experts on a CPU by itself: drop the folder."""
     code = "from vllm.triton_utils import HAS_TRITON; print(HAS_TRITON)"
     for interpreter in (False, True):
         path = str(runtime.plugin_path)

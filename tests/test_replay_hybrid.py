@@ -1,6 +1,6 @@
 """Expert replay for Qwen3.5's mixture of experts on real parts, in bf16: GatedDeltaNet layers, a prefix cache of large blocks.
 
-In bf16 two programs pick other experts at near ties, so routes have no one right answer: they are held against what Hugging Face
+In bf16 two programs pick other experts at near ties, so routed experts have no one right answer: they are held against what Hugging Face
 computes in fp32 by their share, against the server's own rows exactly, and by what replaying them does to the log-probabilities.
 
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
@@ -27,7 +27,7 @@ from replaying import (
     plant,
     prompt_tokens,
     roll_out,
-    routes_of,
+    routed_experts_of,
     served_in_every_way,
     words,
 )
@@ -57,7 +57,7 @@ async def running(runtime, base_model, tmp_path_factory):
     await backend.close()
 
 
-def picks_of_hugging_face(base_model, ids_S):
+def choices_of_hugging_face(base_model, ids_S):
     """[S, L, K] experts of the base model in fp32."""
     from transformers import AutoModelForCausalLM
 
@@ -78,12 +78,12 @@ def check_packed(trajectories, batch) -> None:
         row, path = int(batch.row_Q[number]), batch.path_index(number)
         known = np.zeros(len(path), bool)
         for choice in trajectory.choices:
-            rows_SLK = routes_of(choice)
+            rows_SLK = routed_experts_of(choice)
             ids = choice.prompt_token_ids + choice.token_ids
             assert batch.tokens_RS[row, path[: len(ids)]].tolist() == ids
             assert len(rows_SLK) == len(ids) - 1
             new = np.flatnonzero(~known[: len(rows_SLK)])
-            np.testing.assert_array_equal(batch.routes_RSLK[row, path[new]], rows_SLK[new])
+            np.testing.assert_array_equal(batch.experts_RSLK[row, path[new]], rows_SLK[new])
             known[new] = True
         assert known.tolist() == [True] * (len(path) - 1) + [False]
 
@@ -92,21 +92,21 @@ async def check_replay(model, backend, base_model, found) -> None:
     """The server's rows are near Hugging Face's, on their tokens in the packed batch, and with them the trainer is near the server."""
     for way in ("n = 4", "multi-turn"):
         choice = found[way][0].choices[-1]
-        rows_SLK = routes_of(choice)
-        expected_SLK = picks_of_hugging_face(base_model, choice.prompt_token_ids + choice.token_ids)
+        rows_SLK = routed_experts_of(choice)
+        expected_SLK = choices_of_hugging_face(base_model, choice.prompt_token_ids + choice.token_ids)
         assert share_in_common(rows_SLK, expected_SLK[: len(rows_SLK)]) > 0.7, way  # the adapter, too, moves some
         assert share_in_common(rows_SLK[1:], expected_SLK[: len(rows_SLK) - 1]) < 0.5, way  # and not off by one
     everything = [one for part in found.values() for one in part]
     groups = [group(everything)]
-    batch = prepare(groups, model_name="hybrid", step=model.step, config=CONFIG, routes=SHAPE).batch
+    batch = prepare(groups, model_name="hybrid", step=model.step, config=CONFIG, routed_experts=SHAPE).batch
     check_packed(everything, batch)
     result = await backend.train(model, groups, CONFIG)
     assert result.metrics["turns_split"] == 0.0
     assert result.metrics["mismatch_kl"] < 1e-3
-    assert result.metrics["picks_differ"] < 0.1
+    assert result.metrics["expert_choices_differ"] < 0.1
 
 
-async def test_replayed_routes_are_the_servers(running, base_model):
+async def test_replayed_experts_are_the_servers(running, base_model):
     model, backend = running
     found = {"n = 4": await roll_out(model, [words(40)], n=4), "multi-turn": [await multi_turn(model)]}
     await check_replay(model, backend, base_model, found)
@@ -116,7 +116,7 @@ async def test_long_prompts_cached_and_in_chunks(running, base_model):
     model, backend = running
     found = await served_in_every_way(model, backend._run(model).server, BLOCK, long=1400, chunked=(4, 700))
     assert prompt_tokens(found["chunked prefill"]) > 2048
-    cold, again = (routes_of(found[way][0].choices[0]) for way in ("cold", "prefix-cache hit"))
+    cold, again = (routed_experts_of(found[way][0].choices[0]) for way in ("cold", "prefix-cache hit"))
     np.testing.assert_array_equal(again[:BLOCK], cold[:BLOCK])  # the very record that the cached tokens were made with
     await check_replay(model, backend, base_model, found)
 

@@ -318,3 +318,9 @@ def test_m1_what_a_killed_step_left_goes_at_the_next_start(tmp_path):
     store.close()
     RunStore(tmp_path, "project", "name").close()
     assert [file for file in (*left, kept) if file.exists()] == [kept]
+
+
+def test_a_renamed_metric_of_an_earlier_version_keeps_its_meaning(store):
+    publish(store, 0)
+    store.record(0, {"picks_differ": 0.25})
+    assert store.metrics()[0]["expert_choices_differ"] == 0.25

@@ -64,7 +64,7 @@ def hugging_face_logprobs(folder, adapter):
 
 
 async def test_a_mixture_on_two_ranks(runtime, tmp_path, monkeypatch):
-    """Qwen3 in fp32, experts over two ranks and attention split over them; then the server dies at the worst moment."""
+    """Qwen3 in fp32, experts over two ranks and attention split over them; then the server dies at the least fitting moment."""
     model, backend = await registered("qwen3_moe", tmp_path, replay=False, tensor=2, expert=2)
     try:
         await check_as_the_folder(model, backend)
@@ -80,7 +80,7 @@ async def test_a_mixture_on_two_ranks(runtime, tmp_path, monkeypatch):
 
 
 async def check_lost_server_is_replaced(model, backend, monkeypatch):
-    """The step ends with a new server that has been proved; what rollouts still use comes back from the folders."""
+    """The step ends with a new server that has been verified; what rollouts still use comes back from the folders."""
     run = backend._run(model)
     lost, call = run.server, run.trainer.call
     model._leases.take(1)
@@ -107,7 +107,7 @@ async def check_lost_server_is_replaced(model, backend, monkeypatch):
 async def test_a_hybrid_mixture_on_two_stages(runtime, tmp_path):
     """Qwen3.5's text-only class in bf16: gate and up of an expert share a pair, which vLLM's layers take as two.
 
-    Replayed, since in bf16 two routers differ at near ties, which the proof after each sync would see.
+    Replayed, since in bf16 two routers differ at near ties, which the verification after each sync would see.
     """
     model, backend = await registered("qwen3_5_moe", tmp_path, replay=True, pipeline=2)
     try:

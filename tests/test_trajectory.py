@@ -241,7 +241,7 @@ async def test_after_each_may_replace_or_drop_a_group():
         await gather_trajectory_groups([[rollout(0.0)]], after_each=lambda group: None, progress=False)
 
 
-routes = base64.b64encode(np.random.default_rng(0).integers(0, 8, size=50, dtype=np.uint8).tobytes()).decode()
+routed_experts = base64.b64encode(np.random.default_rng(0).integers(0, 8, size=50, dtype=np.uint8).tobytes()).decode()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -258,7 +258,9 @@ def groups(draw) -> TrajectoryGroup:
             sampled = draw(st.lists(st.integers(0, 250000), max_size=4))
             values = draw(st.lists(st.floats(-50, 0), min_size=len(sampled), max_size=len(sampled)))
             extra = draw(
-                st.sampled_from([{}, {"routed_experts": routes}, {"routed_experts": "not base64"}, {"other": [1]}])
+                st.sampled_from(
+                    [{}, {"routed_experts": routed_experts}, {"routed_experts": "not base64"}, {"other": [1]}]
+                )
             )
             prompt = draw(st.lists(st.integers(0, 250000), max_size=5))
             openai_logprobs = draw(st.booleans())
@@ -291,15 +293,15 @@ def test_parquet_and_json_lose_nothing(tmp_path_factory, some):
     assert [TrajectoryGroup.model_validate_json(group.model_dump_json()) for group in some] == some
 
 
-def test_routes_are_stored_as_bytes(tmp_path):
+def test_routed_experts_are_stored_as_bytes(tmp_path):
     import pyarrow.parquet as pq
 
     write_parquet(
-        tmp_path / "a", [TrajectoryGroup(trajectories=[trajectory(choice([1], [2], routed_experts=routes))])], 0
+        tmp_path / "a", [TrajectoryGroup(trajectories=[trajectory(choice([1], [2], routed_experts=routed_experts))])], 0
     )
     (struct,) = pq.read_table(tmp_path / "a").column("choices").to_pylist()[0]
-    assert struct["routed_experts"] == base64.b64decode(routes)
-    assert routes not in struct["rest"]
+    assert struct["routed_experts"] == base64.b64decode(routed_experts)
+    assert routed_experts not in struct["rest"]
 
 
 def test_other_files_are_refused(tmp_path):

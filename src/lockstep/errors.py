@@ -46,7 +46,7 @@ class StaleRolloutError(DataError):
 
 
 class WeightsError(LockstepError):
-    """Weights, adapters or routes that are missing, unknown, half-written or of the wrong shape."""
+    """Weights, adapters or routed experts that are missing, unknown, half-written or of the wrong shape."""
 
 
 class StoreError(LockstepError):

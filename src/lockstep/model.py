@@ -170,8 +170,8 @@ class TrainableModel:
 
     async def _disconnect(self) -> None:
         """Close the client's connections. Called by the backend, when the server they lead to ends."""
-        found, self._client = self._client, None
+        client, self._client = self._client, None
         if (
-            found is not None and found[1] is asyncio.get_running_loop()
+            client is not None and client[1] is asyncio.get_running_loop()
         ):  # another loop's connections are not ours to touch
-            await found[2].close()
+            await client[2].close()

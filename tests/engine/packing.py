@@ -101,10 +101,10 @@ def loss_and_gradients(trainer: TrainerState, batch: PackedBatch, config: TrainC
 def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.ndarray, np.ndarray]:
     """Sequences that branch at random points, with logprobs near what a random model gives, advantages and weights."""
     random = np.random.default_rng(seed)
-    routes = (LAYERS, TOP_K, EXPERTS) if moe else None
+    routed_experts = (LAYERS, TOP_K, EXPERTS) if moe else None
     sequences: list[TokenSequence] = []
     while not any(one.loss_mask_S.any() for one in sequences):  # one draw in hundreds has nothing to train on
-        sequences = random_sequences(random, leaves, vocabulary=200, routes=routes)
+        sequences = random_sequences(random, leaves, vocabulary=200, routed_experts=routed_experts)
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 

@@ -33,7 +33,7 @@ from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.score import score, score_and_rank
 from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step
-from lockstep.engine.train_step import check_records, picks_that_differ, train_step
+from lockstep.engine.train_step import check_records, expert_choices_that_differ, train_step
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler
@@ -134,8 +134,8 @@ def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple
 
 
 def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor], floor: float) -> tuple[float, str]:
-    """Worst relative difference of this rank's slices of gradients or masters, and where."""
-    worst, where = 0.0, ""
+    """Largest relative difference of this rank's slices of gradients or masters, and where."""
+    largest, where = 0.0, ""
     for bucket in trainer.optimizer.buckets:
         values = bucket.gradients[bucket.low : bucket.high] if kind == "gradient" else bucket.master
         for trainable, first, last, place in bucket.slices():
@@ -145,27 +145,27 @@ def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor
                 wanted = whole.reshape(len(whole), -1)[box.rows, box.columns].reshape(-1)
                 scale = max(float(whole.abs().max()), floor) if kind == "gradient" else 1.0
                 off = float((part[box.first : box.last] - wanted).abs().max()) / scale
-                if not off <= worst:
-                    worst, where = off, f"{trainable.name} <- {box.name}"
-    return worst, where
+                if not off <= largest:
+                    largest, where = off, f"{trainable.name} <- {box.name}"
+    return largest, where
 
 
 def problem(
-    parallel: dict[str, Any], seed: int, temperature: float, dealt: int = 0
+    parallel: dict[str, Any], seed: int, temperature: float, spread: int = 0
 ) -> tuple[Parallel, PackedBatch, np.ndarray]:
-    """Sizes, a batch of random trees dealt for `dealt` data-parallel ranks (0: as many as there are), a slope per scored token."""
+    """Sizes, a batch of random trees distributed over `spread` data-parallel ranks (0: as many as there are), a slope per scored token."""
     rng, sizes = np.random.default_rng(seed), Parallel(**parallel)
-    batch = batch_of(tree_sequences(rng, temperature=temperature), rng, data=dealt or sizes.data, row_length=40)
-    while dealt == 1 and batch.rows % 2 == 0:  # an odd number of rows for two ranks: one of them runs a row of padding
+    batch = batch_of(tree_sequences(rng, temperature=temperature), rng, data=spread or sizes.data, row_length=40)
+    while spread == 1 and batch.rows % 2 == 0:  # an odd number of rows for two ranks: one of them runs a row of padding
         batch = batch_of(tree_sequences(rng, temperature=temperature), rng, row_length=40)
     pairs = len(batch.scored_index_P)
     return sizes, batch, (rng.normal(size=pairs) / pairs).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
-def known_reference(folder: Path, seed: int, data: int, dealt: int, load: Callable[[Path], Any] = hugging_face) -> Any:
+def known_reference(folder: Path, seed: int, data: int, spread: int, load: Callable[[Path], Any] = hugging_face) -> Any:
     """`reference` of the problem with these numbers; checks of one model at several sizes share it."""
-    _, batch, slope_P = problem({"data": data}, seed, 0.7, dealt)
+    _, batch, slope_P = problem({"data": data}, seed, 0.7, spread)
     return reference(folder, batch, slope_P, load)
 
 
@@ -176,11 +176,11 @@ def check(
     rate: float = 1e-2,
     recompute: bool = False,
     stages: Any = None,
-    dealt: int = 0,
+    spread: int = 0,
 ) -> dict[str, Any]:
     """Logits, loss, all gradients and one SGD update of a random batch of trees."""
-    sizes, batch, slope_P = problem(parallel, seed, 0.7, dealt)
-    weights, gradients, logits, loss = known_reference(folder, seed, sizes.data, dealt)
+    sizes, batch, slope_P = problem(parallel, seed, 0.7, spread)
+    weights, gradients, logits, loss = known_reference(folder, seed, sizes.data, spread)
     device.rebuild_groups(sizes, seed=0)
     session_settings = {"recompute": recompute, "stages": stages}
     result, trainer, norm = measure(
@@ -243,12 +243,12 @@ def sizes_rank(_sizes: Parallel) -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def worst_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+def largest_of(results: list[dict[str, Any]]) -> dict[str, Any]:
     merged = dict(results[0])
     for result in results[1:]:
         for key, value in result.items():
             if isinstance(value, dict):
-                merged[key] = worst_of([merged[key], value])
+                merged[key] = largest_of([merged[key], value])
             elif isinstance(value, float) and not value <= merged[key]:
                 merged[key] = value
                 if f"{key}_at" in result:
@@ -269,7 +269,7 @@ def main() -> None:
         mine = KINDS[kind](**item)
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, mine)
-        measured[name] = worst_of(everyone)
+        measured[name] = largest_of(everyone)
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(measured, indent=1))
     dist.destroy_process_group()
@@ -336,10 +336,10 @@ def merged_reference(
 
 
 def replayed(batch: PackedBatch, config: ModelConfig, seed: int) -> PackedBatch:
-    """The batch with random routes, which no router would choose."""
+    """The batch with random routed experts, which no router would choose."""
     shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
-    routes = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
-    return replace(batch, routes_RSLK=routes[..., : config.experts_per_token].astype(np.uint8))
+    routed_experts = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
+    return replace(batch, experts_RSLK=routed_experts[..., : config.experts_per_token].astype(np.uint8))
 
 
 def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -360,16 +360,18 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
         found.append(train_step(trainer, given, config, None, lambda _event: None))
     mine, theirs = found
     assert set(mine) == set(theirs), set(mine) ^ set(theirs)
-    worst, where = 0.0, ""
+    largest, where = 0.0, ""
     for name in mine.keys() - {"tokens_per_second", "peak_memory_bytes"}:
         off = abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 0.05)
-        if not name.startswith("seconds_") and not off <= worst:
-            worst, where = off, name
-    return {"metric": worst, "metric_at": where, "metrics": float(len(mine))}
+        if not name.startswith("seconds_") and not off <= largest:
+            largest, where = off, name
+    return {"metric": largest, "metric_at": where, "metrics": float(len(mine))}
 
 
-def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Random routes, scored at these sizes and with every rank on its own: the largest difference, and what the routes change at all."""
+def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Random routed experts, scored at these sizes and with every rank on its own: the largest
+    difference, and what the routed experts change at all.
+    """
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
     scores, tops = [], []
@@ -383,7 +385,9 @@ def check_routes(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str,
         if len(scores) == 1:
             records = check_records_once(trainer, replay)
         else:
-            records["same_picks"] = float(records["picks"] == picks_that_differ(trainer)["picks_differ"])
+            records["same_choices"] = float(
+                records["differ"] == expert_choices_that_differ(trainer)["expert_choices_differ"]
+            )
     live = score(trainer, batch, lambda _event: None)
     return {
         "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),
@@ -400,24 +404,24 @@ def check_records_once(trainer: TrainerState, replayed: PackedBatch) -> dict[str
     """
     slope_P = np.zeros(len(replayed.scored_index_P), np.float32)
     work = prepare(trainer, replayed, list(range(replayed.rows)))
-    found: dict[str, float] = {"picks": picks_that_differ(trainer)["picks_differ"]}
+    found: dict[str, float] = {"differ": expert_choices_that_differ(trainer)["expert_choices_differ"]}
     for layer in trainer.model.decoder.layers:
         layer.recompute = True
     trainer.model.replayed.clear()
     run(trainer, replayed, slope_P)
     check_records(trainer, work)
-    found["recomputed_picks"] = picks_that_differ(trainer)["picks_differ"]
-    total = trainer.model.replayed.picks[1].clone()
+    found["recomputed"] = expert_choices_that_differ(trainer)["expert_choices_differ"]
+    total = trainer.model.replayed.choices[1].clone()
     dist.all_reduce(total)
-    records = replayed.routes_RSLK[0, 0].size * int(
+    records = replayed.experts_RSLK[0, 0].size * int(
         np.isin(np.arange(replayed.tokens_RS.size), followed(replayed)).sum()
     )
     found["counted_once"] = float(int(total) == records)
     mixture = trainer.model.decoder.layers[-1].mlp
     honest = mixture._route
     plants = {
-        "layer": lambda x, row: honest(x, replace(row, routes_SLK=row.routes_SLK.roll(1, 1))),
-        "token": lambda x, row: honest(x, replace(row, routes_SLK=row.routes_SLK.roll(1, 0))),
+        "layer": lambda x, row: honest(x, replace(row, experts_SLK=row.experts_SLK.roll(1, 1))),
+        "token": lambda x, row: honest(x, replace(row, experts_SLK=row.experts_SLK.roll(1, 0))),
         "twice": lambda x, row: (honest(x, row), honest(x, row))[1],
     }
     for name, plant in plants.items():
@@ -435,22 +439,22 @@ def check_records_refused(trainer: TrainerState, replayed: PackedBatch) -> dict[
     """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
     found: dict[str, float] = {}
     row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
-    picks_K = replayed.routes_RSLK[row, at, -1]
-    for name, value in {"beyond": trainer.config.experts, "doubled": picks_K[-1]}.items():
-        if name == "doubled" and len(picks_K) == 1:
+    choices_K = replayed.experts_RSLK[row, at, -1]
+    for name, value in {"beyond": trainer.config.experts, "doubled": choices_K[-1]}.items():
+        if name == "doubled" and len(choices_K) == 1:
             continue  # one expert alone can't be there twice
-        broken = replayed.routes_RSLK.copy()
+        broken = replayed.experts_RSLK.copy()
         broken[row, at, -1, 0] = value
         found[f"caught_{name}"] = 0.0
         try:
-            score(trainer, replace(replayed, routes_RSLK=broken), lambda _event: None)
+            score(trainer, replace(replayed, experts_RSLK=broken), lambda _event: None)
         except DataError as error:
             found[f"caught_{name}"] = float(f"row {row}, token {at}:" in str(error))
     return found
 
 
 def followed(batch: PackedBatch) -> np.ndarray:
-    """Flat places of the tokens that another token follows: the only ones whose picks count."""
+    """Flat places of the tokens that another token follows: the only ones whose choices count."""
     rows = np.arange(batch.rows)[:, None] * batch.row_length
     return np.unique((batch.previous_RS + rows)[batch.previous_RS >= 0])
 
@@ -531,7 +535,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "check": check,
     "exact": check_exact,
     "lora": check_lora,
-    "routes": check_routes,
+    "replay": check_routed_experts,
     "resume": check_resume,
     "step": check_step,
 }

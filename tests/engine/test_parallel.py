@@ -120,7 +120,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = models(folder, FAMILIES, seed)
     checks = checks_of((case for case in CASES if case not in SLOW), made, seed)
     checks += [
-        {"name": f"{f}/{s}/routes", "kind": "routes", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
+        {"name": f"{f}/{s}/replay", "kind": "replay", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
         for f, s in ROUTED
     ]
     checks += [
@@ -147,7 +147,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         for f, s, kind in NARROW
     ]
-    odd = {"folder": made["qwen3_moe"], "seed": seed, "dealt": 1}
+    odd = {"folder": made["qwen3_moe"], "seed": seed, "spread": 1}
     checks += [{"name": f"odd/{s}", "parallel": sizes_of("qwen3_moe")[s], **odd} for s in ("dp2", "ep2")]
     checks += [
         {
@@ -172,17 +172,17 @@ def test_two_processes(request: pytest.FixtureRequest, family: str, size: str, k
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("family", "size"), ROUTED)
-def test_replayed_routes(two: dict[str, Any], family: str, size: str) -> None:
-    """Routes no router would choose give the same logprobs at every size, and others than the live router's."""
-    measured = two[f"{family}/{size}/routes"]
+def test_replayed_experts(two: dict[str, Any], family: str, size: str) -> None:
+    """Experts that no router would choose give the same logprobs at every size, and others than the live router's."""
+    measured = two[f"{family}/{size}/replay"]
     assert measured["difference"] < 1e-4, (two["seed"], measured)
     assert measured["effect"] > 1e-3, (two["seed"], measured)
     assert measured["same_top"] > 0.99, (two["seed"], measured)
-    assert measured["picks"] > 0.5, (two["seed"], measured)  # random routes, hardly ever the router's own
-    assert measured["recomputed_picks"] == measured["picks"], (two["seed"], measured)
+    assert measured["differ"] > 0.5, (two["seed"], measured)  # random routed experts, hardly ever the router's own
+    assert measured["recomputed"] == measured["differ"], (two["seed"], measured)
     caught = [name for name in measured if name.startswith("caught_")]
     assert {"caught_layer", "caught_token", "caught_twice", "caught_beyond"} <= {*caught}
-    for once in ("same_picks", "counted_once", *caught):
+    for once in ("same_choices", "counted_once", *caught):
         assert measured[once] == 1.0, (once, two["seed"], measured)
 
 

@@ -154,7 +154,7 @@ def test_resume_is_exact_to_the_byte(run: dict[str, Any]) -> None:
 
 def test_errors_name_the_thing_and_change_nothing(run: dict[str, Any]) -> None:
     folder, errors = run["folder"], {name: reply["error"] for name, reply in run["errors"].items()}
-    worst = worst_token_of_hugging_face(run)
+    largest = largest_mismatch_of_hugging_face(run)
     assert {name: error["type"] for name, error in errors.items()} == {
         "unknown verb": "ConfigError",
         "no file": errors["no file"]["type"],
@@ -171,28 +171,28 @@ def test_errors_name_the_thing_and_change_nothing(run: dict[str, Any]) -> None:
         ("unknown setting", "speed"),
         ("mismatch", "max_mismatch"),
         ("token mismatch", "max_token_mismatch"),
-        ("token mismatch", f"{worst[0]}, token {worst[1]}: "),
+        ("token mismatch", f"{largest[0]}, token {largest[1]}: "),
         ("not finite", "s0"),
     ):
         assert part in errors[name]["message"]
     assert bytes_of(folder / "after-errors") == bytes_of(folder / "s2-again")
 
 
-def worst_token_of_hugging_face(run: dict[str, Any]) -> tuple[str, int]:
+def largest_mismatch_of_hugging_face(run: dict[str, Any]) -> tuple[str, int]:
     """(name, position) of the token whose made-up sampling logprob is farthest from the model's after the second step."""
     from peft import PeftModel
 
     folder, batch = run["folder"], run["batch"]
     model = PeftModel.from_pretrained(hugging_face(run["model"]), str(folder / "s2" / "adapter"))
-    worst, found = 0.0, ("", -1)
+    largest, found = 0.0, ("", -1)
     for q, name in enumerate(batch.sequence_ids):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
         scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
         at = np.searchsorted(path, scored)
         new = reference_logprobs(model, batch.tokens_RS[row, path]).detach().numpy()[at - 1]
         off = np.abs(new - batch.logprobs_RS[row, scored])
-        if off.max() > worst:
-            worst, found = float(off.max()), (name, int(at[off.argmax()]))
+        if off.max() > largest:
+            largest, found = float(off.max()), (name, int(at[off.argmax()]))
     return found
 
 

@@ -65,7 +65,7 @@ class Model:
         self.folder = folder
         self.handler, self.config = get_model_support_handler(str(folder)), load_model_config(str(folder))
         self.checkpoint = open_checkpoint(folder, self.handler, self.config)
-        self.shards = self.handler.whole(self.config, self.checkpoint.layout)
+        self.shards = self.handler.all_shards(self.config, self.checkpoint.layout)
         self.targets = available_targets(self.shards)
         self.sites = lora_sites(self.shards, self.targets)
 

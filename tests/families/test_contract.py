@@ -253,7 +253,7 @@ def test_lora_sites_add_what_the_pieces_read(key: str, data: st.DataObject, tp: 
     generator = torch.Generator().manual_seed(1)
     deltas = {
         site.module: torch.randn(site.out_features, site.in_features, generator=generator)
-        for shard in handler.whole(config, checkpoint.layout)
+        for shard in handler.all_shards(config, checkpoint.layout)
         for site in shard.sites
     }
     for sizes in coordinates(tp, ep, etp, 1):

@@ -128,7 +128,7 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
 def test_export_is_all_or_nothing(folder: Path, tmp_path: Path) -> None:
     handler, config, checkpoint = load(folder)
     shapes = expected_tensors(handler, config, checkpoint.layout)
-    shards = handler.whole(config, checkpoint.layout)
+    shards = handler.all_shards(config, checkpoint.layout)
     state = dict(load_shards(checkpoint, shards))
     with pytest.raises(WeightsError, match="was not exported"):
         export_checkpoint(
@@ -153,7 +153,7 @@ def test_changed_weights_are_rounded_once_into_the_stored_type(tmp_path: Path) -
     tied = Recipe("qwen3", {**FIELDS, "tie_word_embeddings": True}, stored_tied_head=True, dtype=torch.bfloat16)
     tensors = write_checkpoint(tied, tmp_path / "model")
     handler, config, checkpoint = load(tmp_path / "model")
-    shards = handler.whole(config, checkpoint.layout)
+    shards = handler.all_shards(config, checkpoint.layout)
     state = {n: t + 1 / 3 for n, t in load_shards(checkpoint, shards, dtype=torch.float32)}
     shapes = expected_tensors(handler, config, checkpoint.layout)
     export_checkpoint(checkpoint, hf_tensors([(shards, state)], shapes), tmp_path / "out")

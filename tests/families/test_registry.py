@@ -72,7 +72,7 @@ def test_every_name_and_a_tiny_folder_find_their_family(spec, tmp_path: Path) ->
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.key)
 def test_targets_are_those_of_the_model(spec, tmp_path: Path) -> None:
     folder = str(write_tiny(spec.key, tmp_path / "tiny"))
-    shards = get_model_support_handler(folder).whole(load_model_config(folder), Layout())
+    shards = get_model_support_handler(folder).all_shards(load_model_config(folder), Layout())
     assert set(available_targets(shards)) <= set(spec.lora_targets)
     assert check_targets(spec, shards, None) == tuple(t for t in spec.default_target_modules if t in spec.lora_targets)
     for wrong in (["lm_head"], [], ["q_proj", "q_proj"]):

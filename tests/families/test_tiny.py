@@ -1,4 +1,4 @@
-"""Tiny checkpoints: the same bytes for the same seed, every field settable, logits and routes with something to say."""
+"""Tiny checkpoints: the same bytes for the same seed, every field settable, logits and routed experts with something to say."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ async def test_what_constrains_the_sampling_travels_with_the_choice(setting, kep
     assert extra == (setting if kept else {})
 
 
-async def test_errors_streams_and_other_routes_are_untouched():
+async def test_errors_streams_and_other_paths_are_untouched():
     for status, path, body in (
         (400, "/v1/completions", b"{}"),
         (200, "/tokenize", b"{}"),

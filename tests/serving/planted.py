@@ -27,7 +27,7 @@ def wanted() -> dict[str, str]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-fill = slot_writer.Places.fill
+fill = slot_writer.SlotWriter.fill
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def fill_wrong(self, index, buffers):
     fill(self, index, buffers)
     slot = self._slots[index]
     if kind == "stale matrix":
-        others = slot_writer.Places.__new__(slot_writer.Places)
+        others = slot_writer.SlotWriter.__new__(slot_writer.SlotWriter)
         live = {id(p.target): p.target.clone() for pieces in slot.copies.pieces for p in pieces}
         others._slots, others._scaling = self._slots, self._scaling
         fill(others, index, old)
@@ -63,7 +63,7 @@ def fill_wrong(self, index, buffers):
     return None
 
 
-slot_writer.Places.fill = fill_wrong
+slot_writer.SlotWriter.fill = fill_wrong
 
 copy = DirectPlan.copy
 

@@ -27,12 +27,12 @@ def settled(model, tokens: list[int]) -> int:
     Where a router likes its last pick and the next expert the same to 1e-5, another order of summation may pick the other
     one, in one of some 500,000 tokens. That changes the token, and through its keys and values those behind it.
     """
-    picks = getattr(model.config, "num_experts_per_tok", None)
-    if picks is None:
+    choices = getattr(model.config, "num_experts_per_tok", None)
+    if choices is None:
         return len(tokens) - 1
     with torch.no_grad():
         routers_LSE = torch.stack(model(torch.tensor([tokens]), output_router_logits=True).router_logits)
-    best_LSK = routers_LSE.topk(picks + 1).values
+    best_LSK = routers_LSE.topk(choices + 1).values
     near_S = ((best_LSK[..., -2] - best_LSK[..., -1]) < 1e-5).any(0)[:-1]
     return int(near_S.nonzero()[0]) if near_S.any() else len(near_S)
 
@@ -58,13 +58,13 @@ def flip_one_bit(monkeypatch, transport):
 
 
 @contextmanager
-def on_experts(model, routes_SLK):
+def on_experts(model, experts_SLK):
     """Runs a Qwen3.5 mixture on given experts, weighted by its own routers; None: as it is."""
     hooks = []
-    routers = [] if routes_SLK is None else [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    routers = [] if experts_SLK is None else [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
 
     def replay(layer):
-        chosen_SK = torch.from_numpy(routes_SLK[:, layer].astype("int64"))
+        chosen_SK = torch.from_numpy(experts_SLK[:, layer].astype("int64"))
 
         def replaced(module, inputs, outputs):
             logits_SE = outputs[0]

@@ -12,7 +12,7 @@ from sync_driver import change, checkpoint_weights, hf_logprobs, load
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources, whole_source
+from lockstep.weight_sync.plan import Part, Source, SyncPlan, full_source, plan_sources
 from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep_wire.plan import TensorMeta
 from lockstep_wire.transports.gloo import GlooSender
@@ -72,12 +72,12 @@ def split(weights: list[tuple[str, torch.Tensor]]) -> tuple[SyncPlan, list[list[
     for number, (name, weight) in enumerate(weights):
         meta = TensorMeta(name, weight.dtype, tuple(weight.shape))
         if weight.dim() < 2 or number % 3 == 0:
-            sources[number % 2].append(whole_source(meta))
+            sources[number % 2].append(full_source(meta))
             held[number % 2].append((name, weight))
             continue
         middle = weight.shape[-1] // 2
         for sender, (low, high) in enumerate([(0, middle), (middle, weight.shape[-1])]):
-            box = (*meta.whole[:-1], (low, high))
+            box = (*meta.full_box[:-1], (low, high))
             part = weight[..., low:high]
             rows = next(size for size in part.shape if size > 1)
             sources[sender].append(

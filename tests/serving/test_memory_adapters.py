@@ -178,18 +178,18 @@ async def test_adapters_from_two_trainer_ranks(server, tiny_qwen3, tmp_path):
     """Matrices split over two ranks, each sent by the rank that holds it; all versions stay served, each as itself."""
     lora = {"rank": sender_ranks.RANK, "alpha": sender_ranks.SCALE * sender_ranks.RANK, "targets": TARGETS}
     settings = {"parallel": {"tensor": 2}, "lora": lora}
-    told = await asyncio.to_thread(run_ranks, tiny_qwen3, server, tmp_path, settings=settings, steps=3)
+    answer = await asyncio.to_thread(run_ranks, tiny_qwen3, server, tmp_path, settings=settings, steps=3)
     base = load_file(tiny_qwen3 / "model.safetensors")
     modules = {
         name.removesuffix(".weight"): tuple(weight.shape) for name, weight in base.items() if "_proj.weight" in name
     }
     for step in (1, 2, 3):
         expected = merged_reference(tiny_qwen3, base, modules, step, tmp_path / f"{step}")
-        torch.testing.assert_close(torch.tensor(told["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(torch.tensor(answer["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
         torch.testing.assert_close(await served(server, f"ranks@{step}"), expected, atol=1e-5, rtol=1e-6)
-    assert told["report"]["path"] == "adapter"
-    assert told["report"]["nbytes"] == sum(4 * sender_ranks.RANK * sum(shape) for shape in modules.values())
-    assert max(told["sizes"]) < 0.7 * sum(told["sizes"])
+    assert answer["report"]["path"] == "adapter"
+    assert answer["report"]["nbytes"] == sum(4 * sender_ranks.RANK * sum(shape) for shape in modules.values())
+    assert max(answer["sizes"]) < 0.7 * sum(answer["sizes"])
     for step in (1, 2, 3):
         await server.unload_adapter(f"ranks@{step}")
 
@@ -263,7 +263,7 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
             "targets": ["q_proj", "experts"],
         }
         settings = {"parallel": {"tensor": 2, "expert": 2}, "lora": lora}
-        told = await asyncio.to_thread(run_ranks, folder, server, tmp_path, settings=settings, steps=2)
+        answer = await asyncio.to_thread(run_ranks, folder, server, tmp_path, settings=settings, steps=2)
         base = load_file(folder / "model.safetensors")
         modules = {
             name.removesuffix(".weight"): tuple(weight.shape)
@@ -272,7 +272,7 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
         }
         for step in (1, 2):
             expected = merged_reference(folder, base, modules, step, tmp_path / f"{step}")
-            torch.testing.assert_close(torch.tensor(told["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
+            torch.testing.assert_close(torch.tensor(answer["scores"][step - 1]), expected, atol=1e-5, rtol=1e-6)
         pusher.close()
     finally:
         await server.close()

@@ -68,21 +68,23 @@ def write_adapter(model_folder: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def routes_of(server) -> list[tuple[str, str]]:
-    """Every route that vLLM says it has, as (method, path)."""
+def endpoints_of(server) -> list[tuple[str, str]]:
+    """Every endpoint that vLLM says it has, as (method, path)."""
     log = server.child.log_path.read_text()
     found = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", log)
     return [(method, path) for path, methods in found for method in methods.split(", ")]
 
 
 async def test_every_route_wants_the_token(server):
-    routes = routes_of(server)
-    assert len(routes) > 30
-    assert {("GET", "/health"), ("GET", "/metrics"), ("GET", "/docs"), ("POST", "/v1/load_lora_adapter")} <= set(routes)
-    assert ("GET", "/lockstep/status") in routes
+    endpoints = endpoints_of(server)
+    assert len(endpoints) > 30
+    assert {("GET", "/health"), ("GET", "/metrics"), ("GET", "/docs"), ("POST", "/v1/load_lora_adapter")} <= set(
+        endpoints
+    )
+    assert ("GET", "/lockstep/status") in endpoints
     wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": server.api_key}, {"X-Api-Key": server.api_key}]
     async with httpx.AsyncClient(base_url=server.root_url, trust_env=False, timeout=30) as client:
-        for method, path in [*routes, ("OPTIONS", "/v1/models"), ("GET", "/not/there")]:
+        for method, path in [*endpoints, ("OPTIONS", "/v1/models"), ("GET", "/not/there")]:
             for headers in wrong:
                 response = await client.request(method, path.replace("{", "").replace("}", ""), headers=headers)
                 assert response.status_code == 401, (method, path, headers)
@@ -357,13 +359,13 @@ async def test_c2_a_beam_search_does_not_end_the_server(server, client):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sockets are read from /proc")
 async def test_h2_the_server_listens_on_loopback_only(server):
-    """Gloo takes the address of the host's name, which may be the network's, unless told otherwise."""
+    """Gloo takes the address of the host's name, which may be the network's, unless configured otherwise."""
     processes = below(server.child.pid)
     sockets = [address for pid in processes for address in listening(pid)]
     assert sockets
     assert set(sockets) <= LOOPBACK, sockets
-    told = [Path(f"/proc/{pid}/environ").read_bytes() for pid in processes]
-    assert sum(b"\0GLOO_SOCKET_IFNAME=lo\0" in b"\0" + environ for environ in told) >= 2
+    environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in processes]
+    assert sum(b"\0GLOO_SOCKET_IFNAME=lo\0" in b"\0" + environ for environ in environments) >= 2
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ async def test_h2_the_server_listens_on_loopback_only(server):
         ("/v1/completions", {"model": "base", "prompt": 5}),
     ],
 )
-async def test_low_bad_input_to_control_routes_is_refused_and_changes_nothing(server, path, body):
+async def test_low_bad_input_to_control_endpoints_is_refused_and_changes_nothing(server, path, body):
     before = await server.version()
     async with httpx.AsyncClient(trust_env=False) as client:
         headers = {"Authorization": f"Bearer {server.api_key}"}

@@ -118,7 +118,7 @@ async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp
     child = spawn(command, child_env({"OMP_NUM_THREADS": "1"}), tmp_path / "log", "two ranks")
     status = await asyncio.to_thread(child.wait, 600.0)
     assert status == 0, child.log_tail(40)
-    told = json.loads(answer.read_text())
+    report = json.loads(answer.read_text())
     base = load_file(folder / "model.safetensors")
     modules = {
         name.removesuffix(".weight"): tuple(weight.shape)
@@ -130,13 +130,13 @@ async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp
         pairs = sender_ranks.adapter(modules, step)
         weights = sender_ranks.merged(base, pairs) if mixture else sender_ranks.changed(base, step)
         expected = hf_logprobs(reference(folder, weights, tmp_path / f"{step}"), TOKENS)
-        found = torch.tensor(told["scores"][step - 1])
+        found = torch.tensor(report["scores"][step - 1])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
         assert before is None or (found - before).abs().mean() > 1e-3
         before = found
     # Neither sends for both, and what both hold is sent once.
-    assert sum(told["sizes"]) == told["report"]["nbytes"] == sum(weight.nbytes for weight in base.values())
-    assert max(told["sizes"]) < 0.6 * sum(told["sizes"])
+    assert sum(report["sizes"]) == report["report"]["nbytes"] == sum(weight.nbytes for weight in base.values())
+    assert max(report["sizes"]) < 0.6 * sum(report["sizes"])
     pusher.close()  # the ranks' connection took its place
     # The server holds what `model` says again, as the other tests expect.
     await asyncio.to_thread(pusher.push, checkpoint_weights(model, folder), "policy@back", "policy@back")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on_experts
 
-from lockstep.backends.megatron.settings import route_shape
-from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.backends.megatron.settings import routed_experts_shape
+from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
@@ -36,30 +36,30 @@ the noise, which is a mean of 0.011 to 0.016 nats here; two experts in each othe
 """
 
 
-async def served(server, name: str, shape: RouteShape | None) -> tuple[list[float], np.ndarray | None]:
-    """The server's log-probabilities and, for a mixture, its routes [S, L, K]."""
+async def served(server, name: str, shape: RoutedExpertsShape | None) -> tuple[list[float], np.ndarray | None]:
+    """The server's log-probabilities and, for a mixture, its routed experts [S, L, K]."""
     values, choice = await server.score_choice(name, TOKENS)
     if shape is None:
         return values, None
-    given = (choice["routed_experts"], choice["routes_digest"], choice["prompt_token_ids"], choice["token_ids"])
-    return values, decode_routes(*given, shape, name)[: len(TOKENS)]
+    given = (choice["routed_experts"], choice["routed_experts_digest"], choice["prompt_token_ids"], choice["token_ids"])
+    return values, decode_routed_experts(*given, shape, name)[: len(TOKENS)]
 
 
-def reference(model, routes_SLK: np.ndarray | None) -> tuple[list[float], dict[str, float]]:
+def reference(model, experts_SLK: np.ndarray | None) -> tuple[list[float], dict[str, float]]:
     """Hugging Face's log-probabilities in fp32, and what bf16 moves them by: the limits for the server."""
-    with on_experts(model, routes_SLK):
+    with on_experts(model, experts_SLK):
         exact = hf_logprobs(model, TOKENS)
     rounded = copy.deepcopy(model).bfloat16()
-    with on_experts(rounded, routes_SLK):
+    with on_experts(rounded, experts_SLK):
         noise = (hf_logprobs(rounded, TOKENS) - exact).abs()
     return exact.tolist(), {"largest": ROOM * float(noise.max()), "mean": ROOM * float(noise.mean())}
 
 
-def with_two_experts_exchanged(model, routes_SLK: np.ndarray):
+def with_two_experts_exchanged(model, experts_SLK: np.ndarray):
     """The model with the output matrices of one layer's two busiest experts in each other's place."""
     wrong = copy.deepcopy(model)
-    layer = routes_SLK.shape[1] // 2
-    (a, _), (b, _) = Counter(routes_SLK[:, layer].flatten().tolist()).most_common(2)
+    layer = experts_SLK.shape[1] // 2
+    (a, _), (b, _) = Counter(experts_SLK[:, layer].flatten().tolist()).most_common(2)
     matrices = wrong.model.layers[layer].mlp.experts.down_proj
     with torch.no_grad():
         matrices[[a, b]] = matrices[[b, a]]
@@ -69,7 +69,7 @@ def with_two_experts_exchanged(model, routes_SLK: np.ndarray):
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 async def test_three_random_steps(runtime, tmp_path, family):
     folder = write_tiny(family, tmp_path / family, seed=5)
-    model, shape = load(folder), route_shape(load_model_config(str(folder)))
+    model, shape = load(folder), routed_experts_shape(load_model_config(str(folder)))
     config = ServerConfig(
         model=folder,
         served_name="policy@0",
@@ -77,7 +77,7 @@ async def test_three_random_steps(runtime, tmp_path, family):
         max_model_len=256,
         max_num_seqs=4,
         threads=1,
-        capture_routes=shape is not None,
+        capture_routed_experts=shape is not None,
     )
     server = await launch(config, runtime, tmp_path / "run")
     try:
@@ -88,17 +88,17 @@ async def test_three_random_steps(runtime, tmp_path, family):
             await asyncio.to_thread(pusher.push, checkpoint_weights(what, folder), name, name)
             return await served(server, name, shape)
 
-        routes_SLK = None
+        experts_SLK = None
         for step in (1, 2, 3):
             before = hf_logprobs(model, TOKENS).tolist()
             change(model, step, scale=0.3)
-            values, routes_SLK = await push(model, f"policy@{step}")
-            exact, limits = reference(model, routes_SLK)
+            values, experts_SLK = await push(model, f"policy@{step}")
+            exact, limits = reference(model, experts_SLK)
             assert not apart(values, exact, **limits), step
             assert apart(values, before, **limits), step  # the weights of before are far outside
-        if routes_SLK is not None:
-            values, routes_SLK = await push(with_two_experts_exchanged(model, routes_SLK), "policy@wrong")
-            exact, limits = reference(model, routes_SLK)
+        if experts_SLK is not None:
+            values, experts_SLK = await push(with_two_experts_exchanged(model, experts_SLK), "policy@wrong")
+            exact, limits = reference(model, experts_SLK)
             assert apart(values, exact, **limits)
         pusher.close()
     finally:

@@ -69,7 +69,7 @@ def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, see
         axis = data.draw(st.integers(0, weight.dim() - 1))
         cut = data.draw(st.integers(1, weight.shape[axis]))
         for low in range(0, weight.shape[axis], cut):
-            box = list(meta.whole)
+            box = list(meta.full_box)
             box[axis] = (low, min(weight.shape[axis], low + cut))
             part = weight[tuple(slice(*pair) for pair in box)]
             first = next((i for i, (a, b) in enumerate(box) if b - a > 1), 0)

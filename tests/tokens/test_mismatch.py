@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import DataError
-from lockstep.metrics.mismatch import logprob_mismatch, picks_that_differ, top_overlap
+from lockstep.metrics.mismatch import expert_choices_that_differ, logprob_mismatch, top_overlap
 
 
 def test_logprobs_closed_form():
@@ -34,14 +34,14 @@ def test_k3_is_the_kl_on_average():
     assert logprob_mismatch(p[sampled], q[sampled]).kl == pytest.approx(exact, rel=0.03)
 
 
-def test_top_overlap_and_picks():
+def test_top_overlap_and_expert_choices():
     one = np.array([[1, 2, 3], [4, 5, 6]])
     other = np.array([[1, 3, 9], [5, 4, 6]])
     assert top_overlap(one, other, 1) == 0.5
     assert top_overlap(one, other, 3) == pytest.approx(5 / 6)
-    routes = np.array([[[0, 1], [2, 3]]])
-    assert picks_that_differ(routes, routes[..., ::-1]) == 0.0
-    assert picks_that_differ(routes, np.array([[[0, 2], [2, 3]]])) == 0.25
+    routed_experts = np.array([[[0, 1], [2, 3]]])
+    assert expert_choices_that_differ(routed_experts, routed_experts[..., ::-1]) == 0.0
+    assert expert_choices_that_differ(routed_experts, np.array([[[0, 2], [2, 3]]])) == 0.25
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -51,5 +51,5 @@ def test_what_cannot_be_compared_is_refused():
         logprob_mismatch(np.array([np.nan]), np.zeros(1))
     with pytest.raises(DataError, match="top 3"):
         top_overlap(np.zeros((1, 2)), np.zeros((1, 3)), 3)
-    with pytest.raises(DataError, match="routes of shape"):
-        picks_that_differ(np.zeros((1, 1, 2)), np.zeros((1, 2, 2)))
+    with pytest.raises(DataError, match="routed experts of shape"):
+        expert_choices_that_differ(np.zeros((1, 1, 2)), np.zeros((1, 2, 2)))

@@ -37,10 +37,10 @@ def assert_same_sequences(before: list[TokenSequence], after: list[TokenSequence
         np.testing.assert_array_equal(one.loss_mask_S, other.loss_mask_S)
         np.testing.assert_array_equal(one.logprobs_S, other.logprobs_S)
         np.testing.assert_array_equal(one.temperatures_S, other.temperatures_S)
-        if one.routes_SLK is not None:
+        if one.experts_SLK is not None:
             assert one.routed_S is not None
-            assert other.routes_SLK is not None
-            np.testing.assert_array_equal(one.routes_SLK[one.routed_S], other.routes_SLK[one.routed_S])
+            assert other.experts_SLK is not None
+            np.testing.assert_array_equal(one.experts_SLK[one.routed_S], other.experts_SLK[one.routed_S])
 
 
 @settings(max_examples=150, deadline=None)
@@ -50,13 +50,13 @@ def assert_same_sequences(before: list[TokenSequence], after: list[TokenSequence
     tight=st.booleans(),
     share=st.booleans(),
     data=st.integers(1, 3),
-    routes=st.sampled_from([None, (2, 2, 5)]),
+    routed_experts=st.sampled_from([None, (2, 2, 5)]),
 )
-def test_packing_keeps_every_sequence(seed, leaves, tight, share, data, routes):
-    sequences = random_sequences(np.random.default_rng(seed), leaves, routes=routes)
+def test_packing_keeps_every_sequence(seed, leaves, tight, share, data, routed_experts):
+    sequences = random_sequences(np.random.default_rng(seed), leaves, routed_experts=routed_experts)
     longest = max(map(len, sequences))
     batch = packed(sequences, seed, row_length=longest if tight else None, share_prefixes=share, data=data, multiple=1)
-    validate(batch, experts=None if routes is None else routes[2])
+    validate(batch, experts=None if routed_experts is None else routed_experts[2])
     assert batch.rows % data == 0
     assert_same_sequences(sequences, flatten(batch))
     scored = sum(one.scored for one in sequences)
@@ -181,16 +181,16 @@ def test_hashes_that_collide_share_nothing_wrong(monkeypatch, weights):
     np.testing.assert_array_equal(batch.nodes_RS, expected.nodes_RS)
 
 
-def test_tokens_share_only_equal_routes():
+def test_tokens_share_only_equal_routed_experts():
     def routed(name: str, first: int) -> TokenSequence:
-        routes = np.array([[[0, 1]], [[first, 3]], [[4, 5]]], dtype=np.uint8)
+        routed_experts = np.array([[[0, 1]], [[first, 3]], [[4, 5]]], dtype=np.uint8)
         return dataclasses.replace(
-            sampled(name, [1, 2], [3]), routes_SLK=routes, routed_S=np.array([True, True, False])
+            sampled(name, [1, 2], [3]), experts_SLK=routed_experts, routed_S=np.array([True, True, False])
         )
 
     assert computed(routed("a", 2), routed("b", 2)) == 3
     assert computed(routed("a", 2), routed("b", 6)) == 5
-    with pytest.raises(DataError, match="b has no expert routes"):
+    with pytest.raises(DataError, match="b has no routed experts"):
         packed([routed("a", 2), sampled("b", [1], [2])])
 
 

@@ -136,26 +136,30 @@ def test_what_is_not_finite_is_refused_by_name(value: float):
         check_finite("m@2", one, "lower learning_rate")
 
 
-def sequence(random: np.random.Generator, group: int, length: int, prompt: int, routes: bool = False) -> TokenSequence:
+def sequence(
+    random: np.random.Generator, group: int, length: int, prompt: int, routed_experts: bool = False
+) -> TokenSequence:
     return TokenSequence(
         name=f"group {group}",
         tokens_S=random.integers(0, 1000, length).astype(np.int32),
         loss_mask_S=np.arange(length) >= prompt,
         logprobs_S=np.zeros(length, np.float32),
         temperatures_S=np.full(length, 0.7, np.float32),
-        routes_SLK=random.integers(0, 8, (length, 2, 2)).astype(np.uint8) if routes else None,
-        routed_S=np.arange(length) < length - 1 if routes else None,
+        experts_SLK=random.integers(0, 8, (length, 2, 2)).astype(np.uint8) if routed_experts else None,
+        routed_S=np.arange(length) < length - 1 if routed_experts else None,
         group=group,
     )
 
 
 @settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 2**31), groups=st.integers(1, 9), longest=st.integers(48, 4000), routes=st.booleans())
-def test_a_probe_is_text_of_the_rollouts_and_fits_its_row(seed: int, groups: int, longest: int, routes: bool):
+@given(
+    seed=st.integers(0, 2**31), groups=st.integers(1, 9), longest=st.integers(48, 4000), routed_experts=st.booleans()
+)
+def test_a_probe_is_text_of_the_rollouts_and_fits_its_row(seed: int, groups: int, longest: int, routed_experts: bool):
     random = np.random.default_rng(seed)
     lengths = random.integers(2, 2000, (groups, 3))
     rollouts = [
-        sequence(random, group, int(length), int(random.integers(1, length)), routes)
+        sequence(random, group, int(length), int(random.integers(1, length)), routed_experts)
         for group in range(groups)
         for length in lengths[group]
     ]
@@ -169,7 +173,7 @@ def test_a_probe_is_text_of_the_rollouts_and_fits_its_row(seed: int, groups: int
         assert any("".join(map(chr, tokens)) in text for text in texts)
         assert one.loss_mask_S.tolist() == [False] + [True] * (len(one) - 1)
         assert (one.temperatures_S == 1).all()
-    if routes:  # they hold from the beginning of a text only
+    if routed_experts:  # they hold from the beginning of a text only
         assert all(any("".join(map(chr, t)) == text[: len(t)] for text in texts) for t in probe.tokens)
     # A group's second rollout comes after every group's first.
     if total < TOKENS:

@@ -19,8 +19,11 @@ from lockstep.validate.stages.train_inf_mismatch import COLUMNS, KL, prompt
 
 def report(ok) -> Report:
     values = {"mean_abs": 0.02867, "kl": 3.3e-4, "mean_abs_pct": 0.6159, "largest": 0.6764, "top1": 0.958}
-    values |= {"top20": 0.9781, "picks_differ": 0.006584}
-    comparisons = [Comparison("base", "server again", values), Comparison("adapter", "trainer, own picks", values, ok)]
+    values |= {"top20": 0.9781, "expert_choices_differ": 0.006584}
+    comparisons = [
+        Comparison("base", "server again", values),
+        Comparison("adapter", "trainer, own choices", values, ok),
+    ]
     return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", comparisons)
 
 
@@ -31,7 +34,7 @@ def test_one_line_outside_its_limit_fails_the_report(ok, verdict, tmp_path):
     console = Console(width=80, record=True)
     console.print(table(made))
     text = console.export_text()
-    line = next(line for line in text.splitlines() if "trainer, own picks" in line)
+    line = next(line for line in text.splitlines() if "trainer, own choices" in line)
     for shown in ("0.0287", "3.3e-04", "0.616", "0.676", "0.958", "0.978", "0.00658"):
         assert shown in line
     assert line.split()[-1] == (verdict or "0.00658")
@@ -84,7 +87,7 @@ async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
             assert (values["top1"] == 1.0) == (not damage)
             assert (values["top20"] > 0.99) == (not damage)
             assert (values["kl"] > KL["float32"]) == damage
-            assert "picks_differ" not in values
+            assert "expert_choices_differ" not in values
         else:
             assert (values["top1"], row["ok"]) == (1.0, None)
             assert values["largest"] < 1e-5

@@ -78,10 +78,10 @@ def _is_known(
         mapped = hf_to_vllm(name)
         if mapped is not None and mapped != name:
             spellings.append(mapped)
-    return any(place in live_names for spelling in spellings for place in _places(spelling, owners))
+    return any(candidate in live_names for spelling in spellings for candidate in _live_spellings(spelling, owners))
 
 
-def _places(name: str, owners: Mapping[str, str]) -> Iterator[str]:
+def _live_spellings(name: str, owners: Mapping[str, str]) -> Iterator[str]:
     """Live names that would hold a weight: its own, its fused owner's, its experts'."""
     yield name
     parts = name.split(".")
@@ -90,10 +90,10 @@ def _places(name: str, owners: Mapping[str, str]) -> Iterator[str]:
             yield ".".join([*parts[:index], owners[part], *parts[index + 1 :]])
     expert = _EXPERT.match(name)
     if expert is not None:
-        yield from _expert_places(expert)
+        yield from _expert_spellings(expert)
 
 
-def _expert_places(expert: re.Match[str]) -> Iterator[str]:
+def _expert_spellings(expert: re.Match[str]) -> Iterator[str]:
     """vLLM holds a layer's experts as `w13` (gate and up) and `w2` (down), directly or in `routed_experts`."""
     leaf = ("w2_" if expert["projection"] == "down_proj" else "w13_") + (expert["leaf"] or "weight")
     owner = expert["owner"]

@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def endpoints():
-    """`vllm.endpoint_plugins`: our routes."""
-    from lockstep_vllm.http.control_api import LockstepRoutes
+    """`vllm.endpoint_plugins`: our endpoints."""
+    from lockstep_vllm.http.control_api import LockstepApi
 
-    return LockstepRoutes()
+    return LockstepApi()

@@ -1,6 +1,6 @@
 """A checksum of a bucket that costs one pass on the device the bucket lies on.
 
-It proves that what was received is what was sent: any changed, missing, repeated or moved 8-byte word changes it, up to
+The digest shows that the bytes received are the bytes sent: any changed, missing, repeated or moved 8-byte word changes it, up to
 chance. It is not a defence against somebody who wants two buckets to agree.
 """
 
@@ -46,16 +46,16 @@ def _hexadecimal(total: int) -> str:
 
 
 def _add(bytes_N: torch.Tensor, seed: int, total: torch.Tensor) -> None:
-    whole = bytes_N.numel() // 8 * 8
-    words = bytes_N[:whole].view(torch.int64)
+    aligned = bytes_N.numel() // 8 * 8
+    words = bytes_N[:aligned].view(torch.int64)
     if bytes_N.is_cuda:
         fused_sum(words, 0, seed, total)
     else:
         for start in range(0, words.numel(), _CHUNK_WORDS):
             _sum(words[start : start + _CHUNK_WORDS], start, seed, total)
-    if whole != bytes_N.numel():
+    if aligned != bytes_N.numel():
         tail = torch.zeros(8, dtype=torch.uint8, device=bytes_N.device)
-        tail[: bytes_N.numel() - whole] = bytes_N[whole:]
+        tail[: bytes_N.numel() - aligned] = bytes_N[aligned:]
         _sum(tail.view(torch.int64), words.numel(), seed, total)
 
 

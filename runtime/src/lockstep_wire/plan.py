@@ -32,7 +32,7 @@ class TensorMeta:
     shape: tuple[int, ...]
 
     @property
-    def whole(self) -> Box:
+    def full_box(self) -> Box:
         return tuple((0, size) for size in self.shape)
 
     @property
@@ -111,7 +111,7 @@ def _bucket_json(nbytes: int, slots: Sequence[Slot]) -> dict[str, Any]:
     """A slot's box is null where the weight is whole."""
     described = []
     for slot in slots:
-        box = None if slot.box == slot.meta.whole else [list(pair) for pair in slot.box]
+        box = None if slot.box == slot.meta.full_box else [list(pair) for pair in slot.box]
         dtype = str(slot.meta.dtype).removeprefix("torch.")
         described.append([slot.name, dtype, list(slot.meta.shape), slot.offset, box])
     return {"nbytes": nbytes, "slots": described}
@@ -126,7 +126,7 @@ def parse(raw: Mapping[str, Any]) -> WirePlan:
 
 
 def _parsed(raw: Mapping[str, Any]) -> WirePlan:
-    senders = [[_bucket(s, i, one) for i, one in enumerate(sent)] for s, sent in enumerate(raw["senders"])]
+    senders = [[_bucket(s, i, bucket) for i, bucket in enumerate(sent)] for s, sent in enumerate(raw["senders"])]
     rounds = range(max((len(sent) for sent in senders), default=0))
     buckets = tuple(sent[i] for i in rounds for sent in senders if i < len(sent))
     metas = {slot.name: slot.meta for bucket in buckets for slot in bucket.slots}
@@ -141,7 +141,7 @@ def _bucket(sender: int, index: int, raw: Mapping[str, Any]) -> WireBucket:
 def _slot(raw: Sequence[Any]) -> Slot:
     name, dtype, shape, offset, box = raw
     meta = TensorMeta(name, getattr(torch, dtype), tuple(shape))
-    return Slot(meta, meta.whole if box is None else tuple((low, high) for low, high in box), offset)
+    return Slot(meta, meta.full_box if box is None else tuple((low, high) for low, high in box), offset)
 
 
 def _check_whole(buckets: Sequence[WireBucket], metas: Mapping[str, TensorMeta]) -> None:

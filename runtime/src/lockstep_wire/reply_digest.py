@@ -15,5 +15,5 @@ def reply_digest(token_ids: Sequence[int], message: Mapping[str, Any]) -> str:
     """
     functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
     calls = [[function.get("name"), function.get("arguments")] for function in functions]
-    told = json.dumps(["lockstep.reply/1", list(token_ids), message.get("content") or "", calls])
-    return hashlib.sha256(told.encode()).hexdigest()
+    described = json.dumps(["lockstep.reply/1", list(token_ids), message.get("content") or "", calls])
+    return hashlib.sha256(described.encode()).hexdigest()

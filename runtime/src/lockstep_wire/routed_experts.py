@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-_PREFIX = b"lockstep.routes/1\0"
+_PREFIX = b"lockstep.routes/1\0"  # kept: stored trajectories of earlier versions have it in their digests
+_EARLIER = "routes_digest"
 
 
-def routes_digest(prompt_ids: Collection[Any], token_ids: Collection[Any], npy: bytes) -> str:
+def routed_experts_digest(prompt_ids: Collection[Any], token_ids: Collection[Any], npy: bytes) -> str:
     """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it) and its .npy bytes."""
     digest = hashlib.sha256(_PREFIX)
     for ids in (prompt_ids, token_ids):
@@ -18,3 +19,8 @@ def routes_digest(prompt_ids: Collection[Any], token_ids: Collection[Any], npy: 
         digest.update(struct.pack(f"<{len(ids)}i", *ids))
     digest.update(npy)
     return digest.hexdigest()
+
+
+def stored_digest(choice: Mapping[str, Any]) -> str | None:
+    """The digest among a choice's fields, also where an earlier version of Lockstep named the field."""
+    return choice.get("routed_experts_digest", choice.get(_EARLIER))

@@ -74,5 +74,5 @@ def train_config(config: TrainConfig | None) -> TrainConfig:
 
 def check_new(model: TrainableModel, registered: Iterable[TrainableModel]) -> None:
     """Raise ConfigError if a model with this project and name is registered."""
-    if any((one.project, one.name) == (model.project, model.name) for one in registered):
+    if any((other.project, other.name) == (model.project, model.name) for other in registered):
         raise ConfigError(f"model {model.project}/{model.name} is registered already")

@@ -33,15 +33,15 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     for size, count in Counter(sizes).items():
         stop = index + count
         while index < stop:
-            place = bisect.bisect_left(amounts, size)
-            if place == len(amounts):
+            position = bisect.bisect_left(amounts, size)
+            if position == len(amounts):
                 free, number = capacity, len(bins)
                 bins.append([])
             else:
-                free = amounts[place]
+                free = amounts[position]
                 number = heapq.heappop(holders[free])
                 if not holders[free]:
-                    del holders[free], amounts[place]
+                    del holders[free], amounts[position]
             taken = min(stop - index, free // size)  # after the first this bin is the fullest that takes the next
             bins[number].extend(range(index, index + taken))
             index += taken
@@ -73,12 +73,12 @@ def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[li
     nodes = len(tree.start_N)
     total_N, rank_N = _below(tree, order_Q)
     cut_N = (total_N > row_length - tree.above_N) & (tree.count_N > 1)  # a leaf can't be cut
-    whole = np.flatnonzero(~cut_N & ((tree.parent_N < 0) | cut_N[tree.parent_N]))
+    kept = np.flatnonzero(~cut_N & ((tree.parent_N < 0) | cut_N[tree.parent_N]))
     key_N = rank_N - total_N * len(order_Q)  # large ones first, then by rank
-    whole = whole[np.argsort(key_N[whole])]
-    roots = tree.parent_N[whole] < 0
-    below: defaultdict[int, list[int]] = defaultdict(list, {-1: whole[roots].tolist()})
-    for node, parent in zip(whole[~roots].tolist(), tree.parent_N[whole[~roots]].tolist(), strict=True):
+    kept = kept[np.argsort(key_N[kept])]
+    roots = tree.parent_N[kept] < 0
+    below: defaultdict[int, list[int]] = defaultdict(list, {-1: kept[roots].tolist()})
+    for node, parent in zip(kept[~roots].tolist(), tree.parent_N[kept[~roots]].tolist(), strict=True):
         below[parent].append(node)
     sizes, keys = total_N.tolist(), key_N.tolist()
     copies: Copies = []
@@ -117,7 +117,7 @@ def _below(tree: Tree, order_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies. `source` are places of the flat arrays, in the order of rows; the other fields are as in PackedBatch."""
+    """Where everything lies. `source` are positions of the flat arrays, in the order of rows; the other fields are as in PackedBatch."""
 
     source: np.ndarray
     row_M: np.ndarray

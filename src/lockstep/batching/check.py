@@ -44,7 +44,7 @@ def validate(batch: PackedBatch, *, training: bool = True, experts: int | None =
     """Check every invariant of `batch`; raises DataError naming the first that fails.
 
     training: scored tokens must have finite sampling logprobs (not so for a batch that is only scored).
-    experts: how many experts a layer has, to range-check the routes.
+    experts: how many experts a layer has, to range-check the routed experts.
     """
     checks: list[Callable[[PackedBatch], None]] = [
         _check_types,
@@ -59,8 +59,8 @@ def validate(batch: PackedBatch, *, training: bool = True, experts: int | None =
         scored = batch.logprobs_RS[batch.loss_mask_RS]
         _require(np.isfinite(scored), "a scored token has no sampling logprob")
         _require(scored <= 0, "a sampling logprob is above 0")
-    if batch.routes_RSLK is not None:
-        _check_routes(batch, experts)
+    if batch.experts_RSLK is not None:
+        _check_routed_experts(batch, experts)
     if batch.current_RS is not None:
         same = batch.current_RS.dtype == np.bool_ and batch.current_RS.shape == batch.tokens_RS.shape
         _require(same, f"current_RS is {batch.current_RS.dtype} {batch.current_RS.shape}")
@@ -167,13 +167,18 @@ def _check_loss(batch: PackedBatch) -> None:
     _require(np.isfinite(batch.temperatures_RS) & (batch.temperatures_RS > 0), "a temperature is not positive")
 
 
-def _check_routes(batch: PackedBatch, experts: int | None) -> None:
-    routes = batch.routes_RSLK
-    if routes is None:
+def _check_routed_experts(batch: PackedBatch, experts: int | None) -> None:
+    routed_experts = batch.experts_RSLK
+    if routed_experts is None:
         return
-    _require(routes.dtype in (np.uint8, np.uint16), f"routes_RSLK is {routes.dtype}, not uint8 or uint16")
-    _require(routes.ndim == 4 and routes.shape[:2] == batch.tokens_RS.shape, f"routes_RSLK has shape {routes.shape}")
-    ordered = np.sort(routes, axis=-1)
+    _require(
+        routed_experts.dtype in (np.uint8, np.uint16), f"experts_RSLK is {routed_experts.dtype}, not uint8 or uint16"
+    )
+    _require(
+        routed_experts.ndim == 4 and routed_experts.shape[:2] == batch.tokens_RS.shape,
+        f"experts_RSLK has shape {routed_experts.shape}",
+    )
+    ordered = np.sort(routed_experts, axis=-1)
     _require(ordered[..., 1:] != ordered[..., :-1], "a token names the same expert twice in one layer")
     if experts is not None:
-        _require(routes < experts, f"a route names an expert beyond the model's {experts}")
+        _require(routed_experts < experts, f"a token names an expert beyond the model's {experts}")

@@ -20,7 +20,7 @@ from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import Flat, TokenSequence, Tree, build, end_to_end, spread
 from lockstep.errors import DataError
 
-SCHEMA = "lockstep.packed/1"
+SCHEMA = "lockstep.packed/2"
 AUTO_ROW_LENGTH = 4096
 """Rows grow to this many tokens before a second one is opened, when the caller leaves the length open."""
 MOST_ROW_LENGTH = 32768
@@ -118,13 +118,13 @@ def pack(
             f"the batch has {len(sequences)} sequences, too few for minibatches = {minibatches}: lower minibatches"
         )
     rows = [rows[i] for i in random.permutation(len(rows))]
-    dealt = _deal(rows, minibatches, data)
-    layout = lay_out(tree, dealt, copies)
+    assigned = _distribute(rows, minibatches, data)
+    layout = lay_out(tree, assigned, copies)
     if chosen:  # no longer than what fills the longest row
         row_length = -(-int(layout.stop_M.max()) // multiple) * multiple
     scored = _scored(layout, mask_X, flat.stop_Q)
     owned = (*scored, np.asarray(weights_Q, np.float32), np.asarray(advantages_Q, np.float32))
-    return _batch(flat, layout, (len(dealt), row_length), owned, tuple([sequence.name for sequence in sequences]))
+    return _batch(flat, layout, (len(assigned), row_length), owned, tuple([sequence.name for sequence in sequences]))
 
 
 def _grown(tree: Tree, order_Q: np.ndarray, longest: int, rows: int, limit: int) -> int:
@@ -147,14 +147,14 @@ def minibatch_rows(rows: int, minibatches: int, index: int) -> range:
     return range(index * size, (index + 1) * size)
 
 
-def _deal(rows: list[list[int]], minibatches: int, data: int) -> list[list[int]]:
-    """Rows dealt to minibatches in turn, each filled up with empty rows to the same multiple of `data`."""
+def _distribute(rows: list[list[int]], minibatches: int, data: int) -> list[list[int]]:
+    """Rows distributed to minibatches round-robin, each filled up with empty rows to the same multiple of `data`."""
     size = -(-len(rows) // (minibatches * data)) * data
-    dealt: list[list[int]] = []
+    assigned: list[list[int]] = []
     for index in range(minibatches):
-        mine = rows[index::minibatches]
-        dealt += mine + [[] for _ in range(size - len(mine))]
-    return dealt
+        members = rows[index::minibatches]
+        assigned += members + [[] for _ in range(size - len(members))]
+    return assigned
 
 
 def _scored(layout: Layout, mask_X: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,11 +184,11 @@ def _batch(
     """Every field of the rows, from the layout."""
     offsets_Q, index_P, weight_Q, advantage_Q = owned
     size_M = layout.stop_M - layout.start_M
-    place = spread(layout.row_M * shape[1] + layout.start_M, size_M)
+    position = spread(layout.row_M * shape[1] + layout.start_M, size_M)
 
     def laid_out(values: np.ndarray, filling: int, dtype: type) -> np.ndarray:
         rows = np.full(shape[0] * shape[1], filling, dtype=dtype)
-        rows[place] = values
+        rows[position] = values
         return rows.reshape(shape)
 
     previous = spread(layout.start_M - 1, size_M)
@@ -199,11 +199,11 @@ def _batch(
     )
     # A token's sampled sequences may all lie in another row that repeats it: here it is context.
     sampling_RS2 = flat.sampling_X2.view(np.float32).take(source_RS, axis=0)
-    routes_RSLK = None
-    if flat.routes_XLK is not None and flat.routed_X is not None:
+    experts_RSLK = None
+    if flat.experts_XLK is not None and flat.routed_X is not None:
         # Tokens whose experts don't matter get distinct ones, as a router would pick.
-        flat.routes_XLK[~flat.routed_X] = np.arange(flat.routes_XLK.shape[-1])
-        routes_RSLK = flat.routes_XLK.take(source_RS, axis=0)
+        flat.experts_XLK[~flat.routed_X] = np.arange(flat.experts_XLK.shape[-1])
+        experts_RSLK = flat.experts_XLK.take(source_RS, axis=0)
     return PackedBatch(
         tokens_RS=flat.tokens_X[source_RS],
         positions_RS=laid_out(spread(layout.above_M, size_M), 0, np.int32),
@@ -224,7 +224,7 @@ def _batch(
         sequence_weight_Q=weight_Q,
         sequence_advantage_Q=advantage_Q,
         sequence_ids=names,
-        routes_RSLK=routes_RSLK,
+        experts_RSLK=experts_RSLK,
     )
 
 
@@ -254,7 +254,7 @@ def loss_fields(
 
 
 def flatten(batch: PackedBatch) -> list[TokenSequence]:
-    """The sequences of a batch as they went in (routes of tokens whose experts did not matter may differ)."""
+    """The sequences of a batch as they went in (routed experts of tokens whose experts did not matter may differ)."""
     row_Q = batch.row_Q
     sequences = []
     for q, name in enumerate(batch.sequence_ids):
@@ -267,8 +267,8 @@ def flatten(batch: PackedBatch) -> list[TokenSequence]:
                 loss_mask_S=mask_S,
                 logprobs_S=np.where(mask_S, batch.logprobs_RS[row, index], np.float32(np.nan)),
                 temperatures_S=np.where(mask_S, batch.temperatures_RS[row, index], np.float32(1)),
-                routes_SLK=None if batch.routes_RSLK is None else batch.routes_RSLK[row, index],
-                routed_S=None if batch.routes_RSLK is None else np.ones(len(index), dtype=bool),
+                experts_SLK=None if batch.experts_RSLK is None else batch.experts_RSLK[row, index],
+                routed_S=None if batch.experts_RSLK is None else np.ones(len(index), dtype=bool),
             )
         )
     return sequences
@@ -328,7 +328,7 @@ def load_batch(path: str | Path) -> PackedBatch:
                     f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: pack the batch again"
                 )
             names = set(file.keys())
-            if lost := set(_ARRAYS) - names - {"routes_RSLK", "current_RS", "top_PC", "unpacked_weight"}:
+            if lost := set(_ARRAYS) - names - {"experts_RSLK", "current_RS", "top_PC", "unpacked_weight"}:
                 raise DataError(f"{path} lacks {sorted(lost)[0]}: the file is damaged, pack the batch again")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in names}
     except (SafetensorError, OSError) as error:

@@ -48,7 +48,7 @@ class PackedBatch:
     sequence_weight_Q: np.ndarray  # float32, weight of one trained token of that sequence
     sequence_advantage_Q: np.ndarray  # float32
     sequence_ids: tuple[str, ...]  # Q names for error messages: "group 0, trajectory 3"
-    routes_RSLK: np.ndarray | None = None  # uint8/uint16 expert ids; None for dense models
+    experts_RSLK: np.ndarray | None = None  # uint8/uint16 expert ids; None for dense models
     # bool, sampled by the very step that the batch trains, not by an earlier one; None: all sampled tokens were
     current_RS: np.ndarray | None = None
     # int32, ids that the server held most likely in the place of each pair's token, best first, -1 where unknown; None: everywhere

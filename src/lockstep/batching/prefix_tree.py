@@ -6,7 +6,7 @@ advantage and weight need not agree, since the loss of a token is kept per seque
 
 A batch may have hundreds of thousands of sequences, so what is done per sequence is done for all at once, in arrays.
 
-Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("places"), Q sequences, N nodes, L MoE layers, K
+Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("positions"), Q sequences, N nodes, L MoE layers, K
 experts per token, C most likely ids.
 """
 
@@ -36,14 +36,14 @@ class TokenSequence:
     # float32, sampling logprob; NaN where not sampled (everywhere, if the sequence is only to be scored)
     logprobs_S: np.ndarray
     temperatures_S: np.ndarray  # float32, sampling temperature; 1 where not sampled
-    routes_SLK: np.ndarray | None = None  # uint8 or uint16 expert ids
+    experts_SLK: np.ndarray | None = None  # uint8 or uint16 expert ids
     routed_S: np.ndarray | None = (
         None  # bool, False on tokens whose experts are unknown and don't matter (the last sampled one)
     )
     group: int = 0
     trajectory: int = 0
     steps_S: np.ndarray | None = None  # int32, the step that sampled the token; -1 where not sampled
-    # int32, the server's most likely ids in the token's place, see top_logprobs.py; -1 where unknown
+    # int32, the server's most likely ids at the token's position, see top_logprobs.py; -1 where unknown
     top_SC: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -61,78 +61,78 @@ class TokenSequence:
         return replace(self, **cut)
 
 
-def scoring_sequence(name: str, tokens: Sequence[int], routes_SLK: np.ndarray | None = None) -> TokenSequence:
+def scoring_sequence(name: str, tokens: Sequence[int], experts_SLK: np.ndarray | None = None) -> TokenSequence:
     """A sequence whose every token after the first is to be scored at temperature 1, with no sampling logprobs.
 
-    routes_SLK: experts to replay, one row per token; the last token's may be left out, nothing depends on it.
+    experts_SLK: experts to replay, one row per token; the last token's may be left out, nothing depends on it.
     Raises DataError if there are fewer or more rows.
     """
     size = len(tokens)
     routed_S = None
-    if routes_SLK is not None:
-        if len(routes_SLK) not in (size - 1, size):
-            raise DataError(f"{name} has {len(routes_SLK)} rows of expert routes for {size} tokens")
-        routed_S = np.arange(size) < len(routes_SLK)
-        spare = np.broadcast_to(np.arange(routes_SLK.shape[-1]), (1, *routes_SLK.shape[1:])).astype(routes_SLK.dtype)
-        routes_SLK = np.concatenate([routes_SLK, spare])[:size]
+    if experts_SLK is not None:
+        if len(experts_SLK) not in (size - 1, size):
+            raise DataError(f"{name} has {len(experts_SLK)} rows of routed experts for {size} tokens")
+        routed_S = np.arange(size) < len(experts_SLK)
+        spare = np.broadcast_to(np.arange(experts_SLK.shape[-1]), (1, *experts_SLK.shape[1:])).astype(experts_SLK.dtype)
+        experts_SLK = np.concatenate([experts_SLK, spare])[:size]
     return TokenSequence(
         name=name,
         tokens_S=np.asarray(tokens, dtype=np.int32),
         loss_mask_S=np.arange(size) > 0,
         logprobs_S=np.full(size, np.nan, dtype=np.float32),
         temperatures_S=np.ones(size, dtype=np.float32),
-        routes_SLK=routes_SLK,
+        experts_SLK=experts_SLK,
         routed_S=routed_S,
     )
 
 
 @dataclass(frozen=True)
 class Flat:
-    """All sequences end to end, and one place of padding after the last."""
+    """All sequences end to end, and one position of padding after the last."""
 
     start_Q: np.ndarray
     stop_Q: np.ndarray
     tokens_X: np.ndarray
     sampled_X: np.ndarray  # bool
     sampling_X2: np.ndarray  # log-probability and temperature, where sampled; the bits of float32 as uint32
-    routes_XLK: np.ndarray | None
+    experts_XLK: np.ndarray | None
     routed_X: np.ndarray | None
 
     def known(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """What sharers of a token must agree on besides its id: (bool, where it is known; the values there)."""
         sampling = [(self.sampled_X, self.sampling_X2)]
-        if self.routes_XLK is None or self.routed_X is None:
+        if self.experts_XLK is None or self.routed_X is None:
             return sampling
-        return [(self.routed_X, self.routes_XLK.reshape(len(self.tokens_X), -1)), *sampling]  # a view
+        return [(self.routed_X, self.experts_XLK.reshape(len(self.tokens_X), -1)), *sampling]  # a view
 
 
 def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
     """All in copies.
 
-    Raises DataError naming a sequence without tokens, with a scored first token, or without routes where others have some.
+    Raises DataError naming a sequence without tokens, with a scored first token, or without routed experts where others have some.
     """
     length_Q = np.fromiter(map(len, map(attrgetter("tokens_S"), sequences)), np.int64, len(sequences))
     if not length_Q.all():
         raise DataError(f"{sequences[int(length_Q.argmin())].name} has no tokens")
-    start_Q, places = np.cumsum(length_Q) - length_Q, int(length_Q.sum()) + 1
-    routes = [one.routes_SLK for one in sequences if one.routes_SLK is not None]
-    if 0 < len(routes) < len(sequences):
-        bare = next(one for one in sequences if one.routes_SLK is None)
-        raise DataError(f"{bare.name} has no expert routes, others have: all or none must be replayed")
+    start_Q, positions = np.cumsum(length_Q) - length_Q, int(length_Q.sum()) + 1
+    routed_experts = [sequence.experts_SLK for sequence in sequences if sequence.experts_SLK is not None]
+    if 0 < len(routed_experts) < len(sequences):
+        bare = next(sequence for sequence in sequences if sequence.experts_SLK is None)
+        raise DataError(f"{bare.name} has no routed experts, others have: all or none must be replayed")
     routed_X = None
-    if routes:
-        routed_X = np.arange(places) < places - 1  # all but the padding
-        for start, one in zip(start_Q.tolist(), sequences, strict=True):
-            if one.routed_S is not None:
-                routed_X[start : start + len(one)] = one.routed_S
-    sampling = [_joined(sequences, field, places, np.float32) for field in ("logprobs_S", "temperatures_S")]
+    if routed_experts:
+        routed_X = np.arange(positions) < positions - 1  # all but the padding
+        for start, sequence in zip(start_Q.tolist(), sequences, strict=True):
+            if sequence.routed_S is not None:
+                routed_X[start : start + len(sequence)] = sequence.routed_S
+    sampling = [_joined(sequences, field, positions, np.float32) for field in ("logprobs_S", "temperatures_S")]
     flat = Flat(
         start_Q=start_Q,
         stop_Q=start_Q + length_Q,
-        tokens_X=_joined(sequences, "tokens_S", places, np.int32),
-        sampled_X=_joined(sequences, "loss_mask_S", places, np.bool_),
+        tokens_X=_joined(sequences, "tokens_S", positions, np.int32),
+        sampled_X=_joined(sequences, "loss_mask_S", positions, np.bool_),
         sampling_X2=np.stack(sampling, axis=1).view(np.uint32),
-        routes_XLK=np.concatenate([*routes, routes[0][:1]]) if routes else None,
+        experts_XLK=np.concatenate([*routed_experts, routed_experts[0][:1]]) if routed_experts else None,
         routed_X=routed_X,
     )
     if (unpredicted_Q := flat.sampled_X[start_Q]).any():
@@ -141,16 +141,16 @@ def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
     return flat
 
 
-def _joined(sequences: Sequence[TokenSequence], field: str, places: int, dtype: type[np.generic]) -> np.ndarray:
+def _joined(sequences: Sequence[TokenSequence], field: str, positions: int, dtype: type[np.generic]) -> np.ndarray:
     """A field of all sequences and a 0 of padding. `np.concatenate` takes twice as long if they are short."""
     joined, size, fits = bytearray(), np.dtype(dtype).itemsize, True
     for first in range(0, len(sequences), _CHUNK):
-        arrays = [getattr(one, field) for one in sequences[first : first + _CHUNK]]
+        arrays = [getattr(sequence, field) for sequence in sequences[first : first + _CHUNK]]
         fits = (
             fits and arrays[0].dtype == dtype
         )  # of the others the size must do: looking at each would double the time
         joined += b"".join(arrays)
-    if not fits or len(joined) != (places - 1) * size:
+    if not fits or len(joined) != (positions - 1) * size:
         wrong = next(o for o in sequences if getattr(o, field).dtype != dtype or len(getattr(o, field)) != len(o))
         raise ValueError(f"{wrong.name}: {field} must be {len(wrong)} x {dtype.__name__}")
     return np.frombuffer(joined + bytes(size), dtype)
@@ -159,9 +159,9 @@ def _joined(sequences: Sequence[TokenSequence], field: str, places: int, dtype: 
 def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
     before = np.cumsum(size) - size
-    found = np.repeat(first - before, size)
-    found += np.arange(len(found))
-    return found
+    spread_X = np.repeat(first - before, size)
+    spread_X += np.arange(len(spread_X))
+    return spread_X
 
 
 def _first_equal(key: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
     of a run may be in a later entry of the list.
 
     Halves what is not alike, for all sequences at once, so that the steps depend on the number of sequences and hardly on
-    their lengths. `hash_X` is summed over all places before. None: sequences that are not alike have the same hash.
+    their lengths. `hash_X` is summed over all positions before. None: sequences that are not alike have the same hash.
     """
     low, stop, before, group = start_Q, stop_Q, hash_X[start_Q], np.zeros_like(start_Q)
     groups, runs = 1, []  # of candidates that have everything up to `low` in common
@@ -206,8 +206,8 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
     return runs
 
 
-def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(For each place the first one whose sequence has the same keys up to there; all places for which it is an earlier one.)
+def _first_positions(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(For each position the first one whose sequence has the same keys up to there; all positions for which it is an earlier one.)
 
     Found by hash and then checked, so no collision gets through: another hash is drawn.
     """
@@ -223,8 +223,8 @@ def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
         runs = _common_runs(hash_X, start_Q, stop_Q)
         first_X = np.arange(len(key_X))
         for start, earlier, size in reversed(runs or []):
-            place = spread(start, size)
-            first_X[place] = first_X[place + np.repeat(earlier - start, size)]
+            position = spread(start, size)
+            first_X[position] = first_X[position + np.repeat(earlier - start, size)]
         shared = np.flatnonzero(first_X != np.arange(len(key_X)))
         if runs is not None and np.array_equal(key_X[first_X[shared]], key_X[shared]):
             return first_X, shared
@@ -232,20 +232,20 @@ def _first_places(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
 
 
 def _forks(flat: Flat, first_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(Place of each sequence's first token that no earlier one has, or its stop; place of the token before that, -1 for none.)"""
+    """(Position of each sequence's first token that no earlier one has, or its stop; position of the token before that, -1 for none.)"""
     shared_X = first_X[:-1] != np.arange(len(first_X) - 1)
     own_Q = flat.start_Q + np.add.reduceat(shared_X, flat.start_Q, dtype=np.int64)
     return own_Q, np.where(own_Q > flat.start_Q, first_X[own_Q - 1], -1)
 
 
-def owners(flat: Flat, place: np.ndarray) -> np.ndarray:
-    return np.searchsorted(flat.stop_Q, place, side="right")
+def owners(flat: Flat, position: np.ndarray) -> np.ndarray:
+    return np.searchsorted(flat.stop_Q, position, side="right")
 
 
 def _divided(
     flat: Flat, first_X: np.ndarray, shared: np.ndarray, known_X: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same as `_first_places`, with tokens shared only by those whose known `values` agree.
+    """The same as `_first_positions`, with tokens shared only by those whose known `values` agree.
 
     A sequence that does not know goes with the earlier one that it has the longest way in common with.
     """
@@ -274,11 +274,11 @@ def _divided(
     while not np.array_equal(further := guide_X[guide_X[unknown]], guide_X[unknown]):
         guide_X[unknown] = further
     code_X[unknown] = code_X[guide_X[unknown]]
-    return _first_places(first_X * len(first_X) + code_X, flat.start_Q, flat.stop_Q)
+    return _first_positions(first_X * len(first_X) + code_X, flat.start_Q, flat.stop_Q)
 
 
 def _merge(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> None:
-    """Let the place that stands for a token know all that its sharers do."""
+    """Let the position that stands for a token know all that its sharers do."""
     for known_X, values in flat.known():
         new = shared[known_X[shared] & ~known_X[first_X[shared]]]
         values[first_X[new]] = values[new]
@@ -287,7 +287,7 @@ def _merge(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Tree:
-    """Runs of tokens in preorder, siblings by place. `start_N` are places of the flat arrays, `above_N` tokens of a node's ancestors,
+    """Runs of tokens in preorder, siblings by position. `start_N` are positions of the flat arrays, `above_N` tokens of a node's ancestors,
     `parent_N` -1 at roots, `count_N` nodes in the subtree, `end_Q` the node whose last token ends a sequence.
     """
 
@@ -305,7 +305,7 @@ def build(flat: Flat, share: bool = True) -> Tree:
     """
     own_Q, fork_Q, last_Q = flat.start_Q, np.full(len(flat.start_Q), -1), flat.stop_Q - 1
     if share:
-        first_X, shared = _first_places(flat.tokens_X, flat.start_Q, flat.stop_Q)
+        first_X, shared = _first_positions(flat.tokens_X, flat.start_Q, flat.stop_Q)
         for known_X, values in flat.known():
             first_X, shared = _divided(flat, first_X, shared, known_X, values)
         _merge(flat, first_X, shared)

@@ -16,7 +16,7 @@ from lockstep.batching.advantages import group_advantages
 from lockstep.batching.pack import MOST_ROW_LENGTH, Fitted, fit, pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
-from lockstep.batching.routed_experts import RouteShape, prefix_disagreement
+from lockstep.batching.routed_experts import RoutedExpertsShape, prefix_disagreement
 from lockstep.batching.select import Selected, select
 from lockstep.batching.tokenize import MOST_IDS, Tokenized
 from lockstep.batching.top_logprobs import TOP
@@ -51,7 +51,7 @@ def prepare(
     config: TrainConfig,
     data: int = 1,
     multiple: int = 64,
-    routes: RouteShape | None = None,
+    routed_experts: RoutedExpertsShape | None = None,
     row_limit: int = MOST_ROW_LENGTH,
     vocabulary: int = MOST_IDS,
 ) -> Prepared:
@@ -65,15 +65,20 @@ def prepare(
     others. Groups that are left with fewer than two trajectories are skipped and counted.
 
     Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, missing ids,
-    logprobs, versions or routes, another model's versions; and what `select` leaves out, where it is more than config.max_dropped:
+    logprobs, versions or routed experts, another model's versions; and what `select` leaves out, where it is more than config.max_dropped:
     a bad reward or metric, nothing sampled, sampling that can't be trained on, stale versions, a sequence longer than a row.
     """
-    selected = select(groups, model_name, step, config, routes, vocabulary)
-    tokenized = [one.tokenized for one in selected.usable]
+    selected = select(groups, model_name, step, config, routed_experts, vocabulary)
+    tokenized = [rollout.tokenized for rollout in selected.usable]
     advantages = _advantages(selected, config)
-    owners = {(one.sequences[0].group, one.sequences[0].trajectory): number for number, one in enumerate(tokenized)}
+    owners = {
+        (rollout.sequences[0].group, rollout.sequences[0].trajectory): number
+        for number, rollout in enumerate(tokenized)
+    }
     unmasked = _unmasked(tokenized) if config.mask_truncated else tokenized
-    fitted = fit([sequence for one in unmasked for sequence in one.sequences], config.row_length, config.over_length)
+    fitted = fit(
+        [sequence for rollout in unmasked for sequence in rollout.sequences], config.row_length, config.over_length
+    )
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
     advantage_Q, weight_Q = np.array(advantages)[owner_Q], _weights(config, scored_Q, owner_Q)
@@ -97,7 +102,7 @@ def prepare(
     )
     metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
     metrics |= {"groups_without_signal": _without_signal(selected, advantages)} | _sequence_metrics(fitted, trained_Q)
-    if routes is not None:
+    if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
 
@@ -115,7 +120,7 @@ def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
 
 def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
     """Trajectories without a truncated reply. The others count in their group's baseline only. Raises DataError if there are none."""
-    unmasked = [one for one in tokenized if not one.truncated]
+    unmasked = [rollout for rollout in tokenized if not rollout.truncated]
     if not unmasked:
         raise DataError(
             f"the batch is empty: each of its {len(tokenized)} trajectories has a truncated reply, and mask_truncated leaves these out: "
@@ -163,8 +168,8 @@ def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -
     """Tokens for which turns recorded different experts, and the share of shared-prefix tokens where siblings did."""
     compared, differing = prefix_disagreement(sequences)
     return {
-        "routes_differ_between_turns": float(sum(one.disagreeing for one in tokenized)),
-        "routes_differ_between_siblings": differing / compared if compared else 0.0,
+        "routed_experts_differ_between_turns": float(sum(rollout.disagreeing for rollout in tokenized)),
+        "routed_experts_differ_between_siblings": differing / compared if compared else 0.0,
     }
 
 
@@ -181,7 +186,7 @@ def _without_signal(selected: Selected, advantages: list[float]) -> float:
 def _rollout_metrics(
     selected: Selected, groups: Sequence[TrajectoryGroup], tokenized: list[Tokenized], step: int
 ) -> dict[str, float]:
-    trajectories = [one.trajectory for one in selected.usable]
+    trajectories = [usable.trajectory for usable in selected.usable]
     rewards = np.array([trajectory.reward for trajectory in trajectories])
     metrics = {
         "reward": float(rewards.mean()),
@@ -190,8 +195,8 @@ def _rollout_metrics(
         "groups_skipped": float(selected.skipped),
         "trajectories": float(len(trajectories)),
         "rollouts_failed": float(sum(len(group.exceptions) for group in groups)),
-        "turns_split": float(sum(one.splits for one in tokenized)),
-        "steps_off_policy": float(max(step - min(one.steps) for one in tokenized)),
+        "turns_split": float(sum(rollout.splits for rollout in tokenized)),
+        "steps_off_policy": float(max(step - min(rollout.steps) for rollout in tokenized)),
     }
     return metrics | selected.dropped_metrics() | _means(trajectories)
 
@@ -206,14 +211,14 @@ def _sequence_metrics(fitted: Fitted, trained_Q: np.ndarray) -> dict[str, float]
 
 def _reply_metrics(tokenized: list[Tokenized], unmasked: list[Tokenized]) -> dict[str, float]:
     """How long replies are, how many of them a limit cut off, how many a trajectory has, and what is left for the loss."""
-    replies = [size for one in tokenized for size in one.replies]
+    replies = [size for rollout in tokenized for size in rollout.replies]
     return {
         "reply_tokens_mean": sum(replies) / len(replies),
         "reply_tokens_max": float(max(replies)),
-        "replies_truncated": sum(one.truncated for one in tokenized) / len(replies),
+        "replies_truncated": sum(rollout.truncated for rollout in tokenized) / len(replies),
         "turns_mean": len(replies) / len(tokenized),
         "trajectories_masked": float(len(tokenized) - len(unmasked)),
-        "tokens_sampled": float(sum(sequence.scored for one in unmasked for sequence in one.sequences)),
+        "tokens_sampled": float(sum(sequence.scored for rollout in unmasked for sequence in rollout.sequences)),
     }
 
 

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import TYPE_CHECKING
 
 from lockstep.batching.pack import fit
-from lockstep.batching.routed_experts import RouteShape
+from lockstep.batching.routed_experts import RoutedExpertsShape
 from lockstep.batching.tokenize import MOST_IDS, Tokenized, check_staleness, tokenize
 from lockstep.errors import DataError
 
@@ -43,7 +43,7 @@ class Selected:
     @property
     def usable(self) -> list[Usable]:
         """The trajectories of all groups, in order."""
-        return [one for group in self.groups.values() for one in group]
+        return [message for group in self.groups.values() for message in group]
 
     def dropped_metrics(self) -> dict[str, float]:
         by_kind = {f"trajectories_dropped_{kind}": float(count) for kind, count in sorted(self.dropped.items())}
@@ -55,13 +55,13 @@ def select(
     model_name: str,
     step: int,
     config: TrainConfig,
-    routes: RouteShape | None,
+    routed_experts: RoutedExpertsShape | None,
     vocabulary: int = MOST_IDS,
 ) -> Selected:
     """Check and tokenize every trajectory, and leave out those that can't be trained on, each named in a warning.
 
     Raises DataError or StaleRolloutError: more of them than `config.max_dropped` tolerates, nothing left, and at once for what only
-    a bug explains (another model, missing ids, log-probabilities, versions or routes).
+    a bug explains (another model, missing ids, log-probabilities, versions or routed experts).
     """
     if not groups:
         raise DataError("the batch is empty: there is no group to train on")
@@ -70,7 +70,9 @@ def select(
     for number, group in enumerate(groups):
         for index, trajectory in enumerate(group.trajectories):
             try:
-                usable[number].append(_checked(trajectory, model_name, number, index, step, config, routes, vocabulary))
+                usable[number].append(
+                    _checked(trajectory, model_name, number, index, step, config, routed_experts, vocabulary)
+                )
             except DataError as error:
                 if error.unusable is None:
                     raise
@@ -99,11 +101,11 @@ def _checked(
     index: int,
     step: int,
     config: TrainConfig,
-    routes: RouteShape | None,
+    routed_experts: RoutedExpertsShape | None,
     vocabulary: int,
 ) -> Usable:
     name = f"group {group}, trajectory {index}"
-    tokenized = tokenize(trajectory, model_name, group, index, routes, vocabulary)
+    tokenized = tokenize(trajectory, model_name, group, index, routed_experts, vocabulary)
     check_staleness(tokenized.steps, step, config.max_steps_off_policy, name)
     if config.over_length == "error":
         fit(tokenized.sequences, config.row_length, "error")

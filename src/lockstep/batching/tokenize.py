@@ -19,10 +19,11 @@ import numpy as np
 
 from lockstep.batching.advantages import LARGEST_REWARD
 from lockstep.batching.prefix_tree import TokenSequence
-from lockstep.batching.routed_experts import RouteShape, align, decode_routes
+from lockstep.batching.routed_experts import RoutedExpertsShape, align, decode_routed_experts
 from lockstep.batching.top_logprobs import TOP, top_ids
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep_wire.reply_digest import reply_digest
+from lockstep_wire.routed_experts import stored_digest
 from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Turn:
     temperature: float
     steps_S: np.ndarray  # int32, the step that sampled each token
     # [P + N - 1 or P + N, L, K] expert ids, see routed_experts.py; None where experts are not replayed
-    routes_SLK: np.ndarray | None = None
+    experts_SLK: np.ndarray | None = None
     top_SC: np.ndarray | None = (
         None  # int32, the server's most likely ids in the place of sampled_S, see top_logprobs.py
     )
@@ -160,7 +161,11 @@ def _steps(spans: object, count: int, model_name: str, name: str) -> np.ndarray:
 
 
 def read_turn(
-    choice: Choice, model_name: str, name: str, routes: RouteShape | None = None, vocabulary: int = MOST_IDS
+    choice: Choice,
+    model_name: str,
+    name: str,
+    routed_experts: RoutedExpertsShape | None = None,
+    vocabulary: int = MOST_IDS,
 ) -> Turn:
     """Check one choice. vocabulary: how many ids the model has.
 
@@ -180,9 +185,11 @@ def read_turn(
         logprobs_S=_logprobs(choice, len(sampled_S), name),
         temperature=_temperature(extra.get("sampling"), name),
         steps_S=_steps(extra.get("weight_versions"), len(sampled_S), model_name, name),
-        routes_SLK=None
-        if routes is None or not len(sampled_S)
-        else decode_routes(extra.get("routed_experts"), extra.get("routes_digest"), prompt_S, sampled_S, routes, name),
+        experts_SLK=None
+        if routed_experts is None or not len(sampled_S)
+        else decode_routed_experts(
+            extra.get("routed_experts"), stored_digest(extra), prompt_S, sampled_S, routed_experts, name
+        ),
         top_SC=top_ids(choice),
         truncated=choice.finish_reason == "length",
     )
@@ -210,16 +217,16 @@ def merge_turns(turns: Sequence[Turn]) -> list[list[Turn]]:
     """
     growing: list[_Growing] = []
     for turn in turns:
-        target = next((one for one in reversed(growing) if one.continued_by(turn)), None)
+        target = next((candidate for candidate in reversed(growing) if candidate.continued_by(turn)), None)
         if target is None:
             target = _Growing(turn.prompt_S[:0])
             growing.append(target)
         target.append(turn)
-    return [one.turns for one in growing]
+    return [conversation.turns for conversation in growing]
 
 
 def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -> tuple[TokenSequence, int]:
-    """One token sequence from turns that continue each other, and how many of its tokens have two different routes."""
+    """One token sequence from turns that continue each other, and how many of its tokens have two different routed experts."""
     last = turns[-1]
     tokens_S = np.concatenate([last.prompt_S, last.sampled_S])
     mask_S = np.zeros(len(tokens_S), dtype=bool)
@@ -236,7 +243,7 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
         steps_S[here] = turn.steps_S
         if top_SC is not None and turn.top_SC is not None:
             top_SC[here] = turn.top_SC
-    recorded = [turn.routes_SLK for turn in turns if turn.routes_SLK is not None]
+    recorded = [turn.experts_SLK for turn in turns if turn.experts_SLK is not None]
     aligned = align(recorded, len(tokens_S), name) if recorded else None
     sequence = TokenSequence(
         name,
@@ -244,7 +251,7 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
         mask_S,
         logprobs_S,
         temperatures_S,
-        None if aligned is None else aligned.routes_SLK,
+        None if aligned is None else aligned.experts_SLK,
         None if aligned is None else aligned.routed_S,
         group,
         trajectory,
@@ -276,10 +283,10 @@ def tokenize(
     model_name: str,
     group: int,
     index: int,
-    routes: RouteShape | None = None,
+    routed_experts: RoutedExpertsShape | None = None,
     vocabulary: int = MOST_IDS,
 ) -> Tokenized:
-    """The training sequences of one trajectory. `routes`: the model's, where experts are replayed. vocabulary: how many ids it has.
+    """The training sequences of one trajectory. `routed_experts`: the model's, where experts are replayed. vocabulary: how many ids it has.
 
     Raises DataError naming trajectory and choice, also if nothing in it was sampled.
     """
@@ -291,7 +298,8 @@ def tokenize(
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     turns = [
-        read_turn(choice, model_name, f"{name}, choice {k}", routes, vocabulary) for k, choice in enumerate(choices)
+        read_turn(choice, model_name, f"{name}, choice {k}", routed_experts, vocabulary)
+        for k, choice in enumerate(choices)
     ]
     if not any(len(turn.sampled_S) for turn in turns):
         what = "no choice" if not turns else "no sampled token in any choice"
@@ -301,7 +309,7 @@ def tokenize(
         )
     merged = merge_turns([turn for turn in turns if len(turn.sampled_S)])
     names = [name] if len(merged) == 1 else [f"{name}, sequence {k}" for k in range(len(merged))]
-    made = [sequence_of(part, one, group, index) for one, part in zip(names, merged, strict=True)]
+    made = [sequence_of(part, label, group, index) for label, part in zip(names, merged, strict=True)]
     return Tokenized(
         sequences=[sequence for sequence, _ in made],
         splits=len(merged) - 1,

@@ -34,10 +34,10 @@ def top_ids(choice: Choice) -> np.ndarray | None:
 
 
 def _row(entry: ChatCompletionTokenLogprob) -> list[int]:
-    given = sorted(entry.top_logprobs, key=lambda one: -one.logprob)
-    if len(given) != TOP or not all(one.token.startswith(_PREFIX) for one in given):
+    given = sorted(entry.top_logprobs, key=lambda candidate: -candidate.logprob)
+    if len(given) != TOP or not all(candidate.token.startswith(_PREFIX) for candidate in given):
         return []
-    ids = [int(one.token.removeprefix(_PREFIX)) for one in given]
+    ids = [int(candidate.token.removeprefix(_PREFIX)) for candidate in given]
     # The least likely one, if it was sampled, may be the 20th or any after it.
     return ids[:-1] if given[-1].token == entry.token else ids
 

@@ -14,8 +14,8 @@ from lockstep.process.owned_lock import LockHeldError, take
 def alone(lock: Path, otherwise: str) -> Iterator[None]:
     """Hold a lock file. Raises StoreError, which begins with `otherwise`, if another process does."""
     try:
-        held = take(lock)
+        path_lock = take(lock)
     except LockHeldError as owner:
         raise StoreError(f"{otherwise}, {owner}: wait for it, stop it, or choose another path or name") from None
-    with held:
+    with path_lock:
         yield

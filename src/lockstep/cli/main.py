@@ -108,7 +108,7 @@ def steps(
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
-    input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routes": null}')],  # noqa: A002
+    input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}')],  # noqa: A002
     output: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "logprobs": [-1.2, -0.4]}')],
     adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter folder")] = None,
     tp: Annotated[int, typer.Option(min=1, help="tensor parallel size")] = 1,
@@ -137,7 +137,7 @@ def score(
     with console.status(f"scoring {len(lines)} sequences on {parallel.processes} processes"):
         scored = asyncio.run(score_lines(model, lines, adapter=adapter, parallel=parallel, packed=packed, dtype=dtype))
     write_lines(output, scored)
-    _say(f"{output}: {len(scored)} sequences, {sum(len(one.logprobs) for one in scored)} log-probabilities")
+    _say(f"{output}: {len(scored)} sequences, {sum(len(scores.logprobs) for scores in scored)} log-probabilities")
 
 
 @app.command()
@@ -227,14 +227,14 @@ def runtime_status() -> None:
     """Show which server environments exist, their sizes, and which one is used."""
     from lockstep.inference.environment.locate import status
 
-    found = status()
-    for entry in found:
+    installed = status()
+    for entry in installed:
         state = (
             ("current" if entry.current else "kept") if entry.complete else "incomplete: run lockstep runtime install"
         )
         python = f", Python {entry.python_version}" if entry.python_version else ""
         _say(f"{entry.kind}: {state}, {entry.size_bytes / 1e9:.2f} GB{python}, {entry.folder}")
-    if not found:
+    if not installed:
         _say("no server environment yet: run lockstep runtime install")
 
 

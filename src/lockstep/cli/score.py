@@ -1,7 +1,9 @@
 """`lockstep score`: log-probabilities of token sequences, computed by the training engine at any parallel size.
 
-A line in: {"id": "a", "tokens": [1, 2, 3], "routes": null}; a line out: {"id": "a", "logprobs": [-1.2, -0.4]}, one value (nats) per
-token after the first, in input order. `routes` are expert ids [tokens][MoE layers][experts per token] for mixture-of-experts models.
+A line in: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}; a line out: {"id": "a",
+"logprobs": [-1.2, -0.4]}, one value (nats) per token after the first, in input order.
+`routed_experts` are expert ids [tokens][MoE layers][experts per token] for mixture-of-experts
+models.
 
 Shape suffixes: S tokens, L MoE layers, K experts per token.
 """
@@ -15,12 +17,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron.settings import route_shape
+from lockstep.backends.megatron.settings import routed_experts_shape
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
@@ -41,7 +44,7 @@ class Line(Config):
 
     id: str = Field(description="names the line in the output")
     tokens: list[int] = Field(min_length=2, description="ids of a sequence")
-    routes: list[list[list[int]]] | None = Field(
+    routed_experts: list[list[list[int]]] | None = Field(
         default=None, description="experts of each token and layer, for a mixture of experts; none: the router's own"
     )
 
@@ -59,16 +62,16 @@ def read_lines(path: Path) -> list[Line]:
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a JSON-lines file with id and tokens")
     try:
-        whole = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text in UTF-8: give a JSON-lines file with id and tokens") from None
     lines, seen = [], set()
-    for number, text in enumerate(whole.split("\n"), 1):  # only these: JSON strings may hold other line separators
-        if not text.strip():
+    for number, row in enumerate(text.split("\n"), 1):  # only these: JSON strings may hold other line separators
+        if not row.strip():
             continue
         try:
-            raw = json.loads(text)
-            line = Line(**raw) if isinstance(raw, dict) else None
+            raw = json.loads(row)
+            line = Line(**_current(raw)) if isinstance(raw, dict) else None
         except (json.JSONDecodeError, ConfigError) as error:
             raise DataError(f"{path} line {number}: {error}") from None
         if line is None:
@@ -82,32 +85,41 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
+def _current(raw: dict[str, Any]) -> dict[str, Any]:
+    """A line of an earlier version, whose routed experts were called `routes`, in today's names."""
+    if "routes" in raw and "routed_experts" not in raw:
+        return {"routed_experts" if name == "routes" else name: value for name, value in raw.items()}
+    return raw
+
+
 def _sequences(lines: Sequence[Line], config: ModelConfig) -> list[TokenSequence]:
     sequences = []
     for line in lines:
         outside = next((token for token in line.tokens if not 0 <= token < config.vocab_size), None)
         if outside is not None:
             raise DataError(f"{line.id}: token {outside} is outside the vocabulary of {config.vocab_size}")
-        sequences.append(scoring_sequence(line.id, line.tokens, _routes(line, config)))
+        sequences.append(scoring_sequence(line.id, line.tokens, _routed_experts(line, config)))
     return sequences
 
 
-def _routes(line: Line, config: ModelConfig) -> np.ndarray | None:
-    """[S, L, K] uint8 or uint16. Raises DataError for routes that are not this model's."""
-    if line.routes is None:
+def _routed_experts(line: Line, config: ModelConfig) -> np.ndarray | None:
+    """[S, L, K] uint8 or uint16. Raises DataError for routed experts that are not this model's."""
+    if line.routed_experts is None:
         return None
-    shape = route_shape(config)
+    shape = routed_experts_shape(config)
     if shape is None:
-        raise DataError(f"{line.id} has routes, and the model has no experts: leave them out")
+        raise DataError(f"{line.id} has routed_experts, and the model has no experts: leave them out")
     wanted = (len(line.tokens), shape.layers, shape.top_k)
     regular = all(
-        len(layers) == shape.layers and all(len(ids) == shape.top_k for ids in layers) for layers in line.routes
+        len(layers) == shape.layers and all(len(ids) == shape.top_k for ids in layers) for layers in line.routed_experts
     )
-    if len(line.routes) != wanted[0] or not regular:
-        raise DataError(f"{line.id}: routes must be [tokens][MoE layers][experts per token], here {list(wanted)}")
-    routes_SLK = np.asarray(line.routes, dtype=np.int64)
-    check_ids(routes_SLK, shape, line.id)
-    return routes_SLK.astype(shape.dtype)
+    if len(line.routed_experts) != wanted[0] or not regular:
+        raise DataError(
+            f"{line.id}: routed_experts must be [tokens][MoE layers][experts per token], here {list(wanted)}"
+        )
+    experts_SLK = np.asarray(line.routed_experts, dtype=np.int64)
+    check_ids(experts_SLK, shape, line.id)
+    return experts_SLK.astype(shape.dtype)
 
 
 def _settings(model: Path, adapter: Path | None, parallel: Parallel, dtype: str | None) -> EngineConfig:
@@ -160,13 +172,13 @@ async def score(
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(scratch)
-    found = unpack_scores(batch, values_RS)
-    return [Scored(line.id, [float(v) for v in values]) for line, values in zip(lines, found, strict=True)]
+    sequence_values = unpack_scores(batch, values_RS)
+    return [Scored(line.id, [float(v) for v in values]) for line, values in zip(lines, sequence_values, strict=True)]
 
 
 def write_lines(path: Path, scored: Sequence[Scored]) -> None:
     """Write the results as JSON lines, all or nothing."""
-    text = "".join(json.dumps({"id": one.id, "logprobs": one.logprobs}) + "\n" for one in scored)
+    text = "".join(json.dumps({"id": scores.id, "logprobs": scores.logprobs}) + "\n" for scores in scored)
     staged = path.with_name(f".{path.name}.staging")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)

@@ -37,7 +37,9 @@ class Config(BaseModel):
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n{settings_text(cls)}\n"
 
     def __init__(self, **settings: Any):
-        if _building.get():  # a part of a larger config: the outermost one tells, with the whole path of the setting
+        if (
+            _building.get()
+        ):  # a part of a larger config: the outermost config raises, with the whole path of the setting
             super().__init__(**settings)
             return
         token = _building.set(True)

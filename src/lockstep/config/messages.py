@@ -31,7 +31,7 @@ def describe(error: ValidationError, schema: type[Any], where: str) -> str:
     """The first problem of a pydantic ValidationError as one line that names the setting."""
     errors = error.errors(include_url=False)
     # A misspelt key also makes the right one "missing"; the misspelling is the problem to name.
-    first = next((one for one in errors if one["type"] in _UNKNOWN), errors[0])
+    first = next((error for error in errors if error["type"] in _UNKNOWN), errors[0])
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
     if first["type"] in _UNKNOWN:

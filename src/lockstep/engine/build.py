@@ -48,7 +48,7 @@ def sizes_here() -> Sizes:
 def transformer_config(config: ModelConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration. Every fusion that needs TransformerEngine or apex is off.
 
-    Megatron is told of one pipeline stage only: stages, their schedule and the tied embedding across them are ours (`pipeline.py`).
+    Megatron sees one pipeline stage only: stages, their schedule and the tied embedding across them are ours (`pipeline.py`).
     """
     moe: dict[str, Any] = {}
     if config.is_moe:

@@ -67,29 +67,29 @@ def check_average(trainer: TrainerState, sums: Sums, limit: float | None) -> Non
 
 
 def check_tokens(trainer: TrainerState, rows: Sequence[TokenMismatch], limit: float) -> None:
-    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the worst."""
-    here = max(rows, key=lambda one: one.excess, default=TokenMismatch())
+    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the largest."""
+    here = max(rows, key=lambda token: token.excess, default=TokenMismatch())
     everywhere: list[TokenMismatch] = [here] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
-    worst = max(everywhere, key=lambda one: one.excess)
-    if worst.excess > 0:
+    largest = max(everywhere, key=lambda token: token.excess)
+    if largest.excess > 0:
         trainer.optimizer.zero()
         raise MismatchError(
-            f"{worst.name}: server and trainer disagree by {worst.difference:.2e} nats on a token of log-probability "
-            f"{worst.logprob:.4f}, more than max_token_mismatch = {limit:g}; weights are unchanged"
+            f"{largest.name}: server and trainer disagree by {largest.difference:.2e} nats on a token of log-probability "
+            f"{largest.logprob:.4f}, more than max_token_mismatch = {limit:g}; weights are unchanged"
         )
 
 
 def check_records(trainer: TrainerState, work: Sequence[MicroBatch]) -> None:
     """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
-    if not trainer.config.is_moe or all(micro.row.routes_SLK is None for micro in work):
+    if not trainer.config.is_moe or all(micro.row.experts_SLK is None for micro in work):
         return
     sums = torch.zeros(2, dtype=torch.int64, device=device())
     sums[0] = trainer.model.replayed.used
     if groups.first_of_replica():
         for micro in work:
-            assert micro.row.routes_SLK is not None
-            sums[1] += account_of_row(micro.row.routes_SLK, micro.row.index)
+            assert micro.row.experts_SLK is not None
+            sums[1] += account_of_row(micro.row.experts_SLK, micro.row.index)
     dist.all_reduce(sums)
     used, recorded = sums.tolist()
     if used != recorded:
@@ -100,11 +100,11 @@ def check_records(trainer: TrainerState, work: Sequence[MicroBatch]) -> None:
         )
 
 
-def picks_that_differ(trainer: TrainerState) -> dict[str, float]:
-    """`picks_differ`: share of the replayed picks that the routers here would not have made. Nothing without replay."""
+def expert_choices_that_differ(trainer: TrainerState) -> dict[str, float]:
+    """`expert_choices_differ`: share of the replayed choices that the routers here would not have made. Nothing without replay."""
     if not trainer.config.is_moe:
         return {}
-    counts = trainer.model.replayed.picks.clone()
+    counts = trainer.model.replayed.choices.clone()
     dist.all_reduce(counts)
     differing, compared = counts.tolist()
-    return {"picks_differ": differing / compared} if compared else {}
+    return {"expert_choices_differ": differing / compared} if compared else {}

@@ -27,7 +27,7 @@ NOTHING = ScoredRow(_NONE, _NONE, _NONE, _NONE * 1.0, _NONE * 1.0, _NONE, _NONE,
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A row on the device, what of it is scored, and its routes if they are replayed."""
+    """A row on the device, what of it is scored, and its routed experts if they are replayed."""
 
     row: PackedRow
     scored: ScoredRow
@@ -37,9 +37,9 @@ def prepare(trainer: TrainerState, batch: PackedBatch, rows: Sequence[int]) -> l
     """This data-parallel rank's rows, as many on every rank (padding rows fill up)."""
     replicas = groups.data().size()
     rank = groups.data().rank()
-    mine = list(rows[rank::replicas])
-    mine += [PADDING] * (-(-len(rows) // replicas) - len(mine))
-    return [_micro_batch(trainer, batch, number) for number in mine]
+    own = list(rows[rank::replicas])
+    own += [PADDING] * (-(-len(rows) // replicas) - len(own))
+    return [_micro_batch(trainer, batch, number) for number in own]
 
 
 def _unit(trainer: TrainerState) -> int:

@@ -8,7 +8,7 @@ per-token `enter` and `leave`; nothing of size S x S is needed but for the dense
 Padding tokens form a node of their own, so every query sees at least itself and no NaN can arise.
 
 Shapes: S row length, M nodes of the row (local numbers, padding last), N nodes of a depth level, L longest of them, T their tokens,
-B blocks, G segments (nodes cut at block borders). Routes: L mixture-of-experts layers, K experts per token.
+B blocks, G segments (nodes cut at block borders). Routed experts: L mixture-of-experts layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class PackedRow:
     leave_S: Tensor
     nodes: Nodes
     index: int
-    routes_SLK: Tensor | None = None
+    experts_SLK: Tensor | None = None
     replays: list[Replay] = field(default_factory=list, repr=False)
-    """What the layers did with the routes in the present pass over the row; the model adds it up and empties the list."""
+    """What the layers did with the routed experts in the present pass over the row; the model adds it up and empties the list."""
     _cache: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,7 +132,7 @@ class PackedRow:
         return self._cache["followed"]  # pyright: ignore[reportReturnType]
 
     def record_keys_S(self) -> Tensor:
-        """int64: what the routes of each token are accounted with."""
+        """int64: what the routed experts of each token are accounted with."""
         if "keys" not in self._cache:
             self._cache["keys"] = record_keys(self.index, self.length, self.tokens_S.device)
         return self._cache["keys"]  # pyright: ignore[reportReturnType]
@@ -179,7 +179,7 @@ def packed_row(batch: PackedBatch, index: int, device: torch.device, unit: int) 
         put(leave_M[local_S]),
         nodes,
         index,
-        _routes(batch, index, used, length, device),
+        _routed_experts(batch, index, used, length, device),
     )
 
 
@@ -187,37 +187,37 @@ def padding_row(batch: PackedBatch, length: int, device: torch.device) -> Packed
     """A row of nothing but padding, routed like any padding: it keeps a rank in step with others that have a row more."""
     zeros_S = torch.zeros(length, dtype=torch.long, device=device)
     nodes = Nodes(np.array([0]), np.array([length]), np.array([-1]))
-    routes = None
-    if batch.routes_RSLK is not None:
-        routes = _padding_routes(batch.routes_RSLK, length, device)
-    return PackedRow(zeros_S, zeros_S, zeros_S - 1, zeros_S, zeros_S + 1, nodes, -1, routes)
+    routed_experts = None
+    if batch.experts_RSLK is not None:
+        routed_experts = _padding_experts(batch.experts_RSLK, length, device)
+    return PackedRow(zeros_S, zeros_S, zeros_S - 1, zeros_S, zeros_S + 1, nodes, -1, routed_experts)
 
 
-def _routes(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:
+def _routed_experts(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:
     """Replayed experts `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones.
 
     uint8, or int32 for more experts: they are by far the most that a row has, and all rows of a step are on the device.
     """
-    if batch.routes_RSLK is None:
+    if batch.experts_RSLK is None:
         return None
-    used_SLK = batch.routes_RSLK[index, :used]
+    used_SLK = batch.experts_RSLK[index, :used]
     if used_SLK.dtype == np.uint8:
         recorded_SLK = torch.from_numpy(used_SLK).to(device)
     else:  # as signed numbers: torch computes little with uint16
         recorded_SLK = torch.from_numpy(used_SLK.view(np.int16)).to(device).int() & 0xFFFF
-    padding_SLK = _padding_routes(batch.routes_RSLK, length - used, device)
+    padding_SLK = _padding_experts(batch.experts_RSLK, length - used, device)
     return torch.cat([recorded_SLK, padding_SLK.to(recorded_SLK.dtype)])
 
 
-def _padding_routes(routes_RSLK: np.ndarray, length: int, device: torch.device) -> Tensor:
-    layers, topk = routes_RSLK.shape[2:]
+def _padding_experts(experts_RSLK: np.ndarray, length: int, device: torch.device) -> Tensor:
+    layers, topk = experts_RSLK.shape[2:]
     return torch.arange(topk, device=device).expand(length, layers, topk)
 
 
 def _nodes_of(batch: PackedBatch, index: int, used: int, length: int) -> Nodes:
     members_M = np.flatnonzero(batch.node_row_M == index)
     members_M = members_M[np.argsort(batch.node_start_M[members_M], kind="stable")]
-    local = {int(node): at for at, node in enumerate(members_M)}
+    local = {int(node): position for position, node in enumerate(members_M)}
     start = [int(v) for v in batch.node_start_M[members_M]]
     stop = [int(v) for v in batch.node_stop_M[members_M]]
     parent = []

@@ -76,14 +76,14 @@ def forward_backward(model: Model, rows: Sequence[PackedRow], last: LastStage, s
     """Run every row forward and backward; gradients accumulate in the parameters. `last` returns the loss to differentiate."""
     links = _Links(model, rows, shard)
     ahead = min(links.group.size() - 1 - links.group.rank(), len(rows))
-    held: deque[tuple[Tensor | None, Tensor]] = deque()
+    in_flight: deque[tuple[Tensor | None, Tensor]] = deque()
 
     def forward(number: int, received: Tensor | None) -> Tensor:
         if received is not None:
             received.requires_grad_(True)
         hidden = model.forward_row(rows[number], received)
         out = last(number, hidden) if model.post_process else hidden
-        held.append((received, out))
+        in_flight.append((received, out))
         return out.detach()
 
     for number in range(ahead):
@@ -91,10 +91,10 @@ def forward_backward(model: Model, rows: Sequence[PackedRow], last: LastStage, s
     received = links.before(take=ahead) if ahead < len(rows) else None
     for number in range(ahead, len(rows)):
         out = forward(number, received)
-        passed = _backward(held.popleft(), links.after(give=out, take=number - ahead))
+        passed = _backward(in_flight.popleft(), links.after(give=out, take=number - ahead))
         received = links.before(give=passed, take=number + 1 if number + 1 < len(rows) else None)
     for number in range(len(rows) - ahead, len(rows)):
-        links.before(give=_backward(held.popleft(), links.after(take=number)))
+        links.before(give=_backward(in_flight.popleft(), links.after(take=number)))
 
 
 def _backward(step: tuple[Tensor | None, Tensor], gradient: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Expert routes of a batch: checked before any layer replays them (`router.py`), since Megatron uses replayed numbers unchecked, and
+"""Routed experts of a batch: checked before any layer replays them (`router.py`), since Megatron uses replayed numbers unchecked, and
 accounted for afterwards: every record was used exactly once, at its own token and layer.
 
 The account is a sum modulo 2^64. Each record is multiplied with a pseudo-random number of its row, token, layer and place in the top K;
@@ -75,11 +75,11 @@ def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
     return (((experts_TK + 1) * places_K).sum(-1) * keys_T).sum()
 
 
-def account_of_row(routes_SLK: Tensor, row: int) -> Tensor:
+def account_of_row(experts_SLK: Tensor, row: int) -> Tensor:
     """int64 scalar: the sum over all of a row's records."""
-    keys_S = record_keys(row, len(routes_SLK), routes_SLK.device)
-    layers_L = _layer_keys(tuple(range(routes_SLK.shape[1])), routes_SLK.device)
-    return account(routes_SLK.long(), keys_S[:, None] * layers_L)
+    keys_S = record_keys(row, len(experts_SLK), experts_SLK.device)
+    layers_L = _layer_keys(tuple(range(experts_SLK.shape[1])), experts_SLK.device)
+    return account(experts_SLK.long(), keys_S[:, None] * layers_L)
 
 
 class Replay(NamedTuple):
@@ -91,7 +91,7 @@ class Replay(NamedTuple):
     own_TK: Tensor
     """Those that its router would have picked."""
     counted_T: Tensor
-    """bool: tokens whose picks matter."""
+    """bool: tokens whose choices matter."""
     keys_T: Tensor
     """int64: what the tokens' records are accounted with."""
 
@@ -102,12 +102,12 @@ class Replayed:
     def __init__(self, device: torch.device) -> None:
         self.used = torch.zeros((), dtype=torch.int64, device=device)
         """The account."""
-        self.picks = torch.zeros(2, dtype=torch.int64, device=device)
-        """Picks that the routers would not have made, and all picks."""
+        self.choices = torch.zeros(2, dtype=torch.int64, device=device)
+        """Choices that the routers would not have made, and all choices."""
 
     def clear(self) -> None:
         self.used.zero_()
-        self.picks.zero_()
+        self.choices.zero_()
 
     @torch.no_grad()
     def add(self, layers: Sequence[Replay]) -> None:
@@ -115,50 +115,53 @@ class Replayed:
         if not layers:
             return
         counted_T, keys_T = layers[0].counted_T, layers[0].keys_T
-        experts_LTK = torch.stack([one.experts_TK for one in layers])
-        own_LTK = torch.stack([one.own_TK for one in layers])
+        experts_LTK = torch.stack([layer.experts_TK for layer in layers])
+        own_LTK = torch.stack([layer.own_TK for layer in layers])
         differs_LTK = (experts_LTK[..., None] != own_LTK[..., None, :]).all(-1)
         compared = counted_T.sum() * (len(layers) * experts_LTK.shape[-1])
-        self.picks += torch.stack([(differs_LTK & counted_T[:, None]).sum(), compared])
-        keys_L = _layer_keys(tuple(one.layer for one in layers), keys_T.device)
+        self.choices += torch.stack([(differs_LTK & counted_T[:, None]).sum(), compared])
+        keys_L = _layer_keys(tuple(layer.layer for layer in layers), keys_T.device)
         self.used += account(experts_LTK, keys_L[:, None] * keys_T)
 
 
-def check_routes(batch: PackedBatch, rows: Sequence[PackedRow], config: ModelConfig) -> None:
-    """Raise DataError, on every rank, unless the batch's routes, if any, fit the model: layers, experts per token, range, no expert twice.
+def check_routed_experts(batch: PackedBatch, rows: Sequence[PackedRow], config: ModelConfig) -> None:
+    """Raise DataError, on every rank, unless the batch's routed experts, if any, fit the model:
+    layers, experts per token, range, no expert twice.
 
-    rows: this rank's, whose routes are on the device already: there looking at each of them takes no time.
+    rows: this rank's, whose routed experts are on the device already: there looking at each of them takes no time.
     """
-    if batch.routes_RSLK is None:
+    if batch.experts_RSLK is None:
         return
     if not config.is_moe:
         raise DataError(
-            "the batch has expert routes but the model has no experts; the rollouts belong to another model"
+            "the batch has routed experts but the model has no experts; the rollouts belong to another model"
         )
     expected = (sum(config.moe_layers), config.experts_per_token)
-    if batch.routes_RSLK.shape[2:] != expected:
+    if batch.experts_RSLK.shape[2:] != expected:
         raise DataError(
-            f"routes are for {batch.routes_RSLK.shape[2]} layers with {batch.routes_RSLK.shape[3]} experts per token, "
+            f"routed experts are for {batch.experts_RSLK.shape[2]} layers with {batch.experts_RSLK.shape[3]} experts per token, "
             f"the model has {expected[0]} with {expected[1]}; the rollouts belong to another model"
         )
     nowhere = batch.tokens_RS.size
-    found = []
+    invalid = []
     for row in rows:
-        assert row.routes_SLK is not None
-        at = first_invalid(row.routes_SLK, config.experts)
-        found.append(torch.where(at < row.length, at + row.index * batch.row_length, nowhere))
-    first = torch.stack(found).min()
+        assert row.experts_SLK is not None
+        token = first_invalid(row.experts_SLK, config.experts)
+        invalid.append(torch.where(token < row.length, token + row.index * batch.row_length, nowhere))
+    first = torch.stack(invalid).min()
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if int(first) < nowhere:
-        row, at = divmod(int(first), batch.row_length)
-        routes = batch.routes_RSLK[row, at].tolist()
-        raise DataError(f"row {row}, token {at}: routes {routes} name an expert twice or one beyond {config.experts}")
+        row, token = divmod(int(first), batch.row_length)
+        routed_experts = batch.experts_RSLK[row, token].tolist()
+        raise DataError(
+            f"row {row}, token {token}: routed experts {routed_experts} name an expert twice or one beyond {config.experts}"
+        )
 
 
-def first_invalid(routes_SLK: Tensor, experts: int) -> Tensor:
+def first_invalid(experts_SLK: Tensor, experts: int) -> Tensor:
     """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
-    invalid_SL = routes_SLK.amax(-1).int() >= experts  # a narrow type may not hold `experts`
-    for shift in range(1, routes_SLK.shape[-1] // 2 + 1):  # round the circle of places, each meets every other one
-        invalid_SL |= (routes_SLK == routes_SLK.roll(shift, -1)).any(-1)
+    invalid_SL = experts_SLK.amax(-1).int() >= experts  # a narrow type may not hold `experts`
+    for shift in range(1, experts_SLK.shape[-1] // 2 + 1):  # round the circle of places, each meets every other one
+        invalid_SL |= (experts_SLK == experts_SLK.roll(shift, -1)).any(-1)
     invalid_S = invalid_SL.any(-1)
     return torch.cat([invalid_S, invalid_S.new_ones(1)]).int().argmax()

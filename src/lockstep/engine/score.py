@@ -15,7 +15,7 @@ from lockstep.engine.microbatch import prepare
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
 from lockstep.engine.pipeline import forward_only
-from lockstep.engine.routed_experts import check_routes
+from lockstep.engine.routed_experts import check_routed_experts
 from lockstep.engine.scored_tokens import head_outputs, most_likely_ids, row_shards
 from lockstep.engine.state import TrainerState
 from lockstep.engine.timing import Clock, Report
@@ -39,23 +39,23 @@ def score_and_rank(
     values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
     replicas, rank = groups.data().size(), groups.data().rank()
-    mine = list(range(batch.rows))[rank::replicas]
+    own_rows = list(range(batch.rows))[rank::replicas]
     trainer.model.replayed.clear()
     with clock.phase("score"):
         work = prepare(trainer, batch, list(range(batch.rows)))
-        check_routes(batch, [micro.row for micro in work], trainer.config)
+        check_routed_experts(batch, [micro.row for micro in work], trainer.config)
 
         def last(number: int, hidden: Tensor) -> None:
-            if number >= len(mine):
+            if number >= len(own_rows):
                 return
-            at = mine[number]
-            index_N = np.flatnonzero(batch.previous_RS[at] >= 0)
-            predictor_N = batch.previous_RS[at, index_N].astype(np.int64)
-            target_N = batch.tokens_RS[at, index_N].astype(np.int64)
-            found, _ = head_outputs(trainer, hidden, predictor_N, target_N, batch.temperatures_RS[at, index_N])
-            values_RS[at, torch.from_numpy(index_N)] = found.double().cpu()
+            row = own_rows[number]
+            index_N = np.flatnonzero(batch.previous_RS[row] >= 0)
+            predictor_N = batch.previous_RS[row, index_N].astype(np.int64)
+            target_N = batch.tokens_RS[row, index_N].astype(np.int64)
+            logprob_N, _ = head_outputs(trainer, hidden, predictor_N, target_N, batch.temperatures_RS[row, index_N])
+            values_RS[row, torch.from_numpy(index_N)] = logprob_N.double().cpu()
             if count:
-                top_RSC[at, torch.from_numpy(index_N)] = most_likely_ids(trainer, hidden, predictor_N, count)
+                top_RSC[row, torch.from_numpy(index_N)] = most_likely_ids(trainer, hidden, predictor_N, count)
 
         forward_only(trainer.model, [w.row for w in work], last, row_shards(trainer))
         check_records(trainer, work)

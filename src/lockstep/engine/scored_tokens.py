@@ -23,38 +23,38 @@ def head_outputs(
     trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose predictor is its own."""
-    mine = context.owned(predictor)
+    own = context.owned(predictor)
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(hidden.device)
 
-    found = linear_logprob(
+    parts = linear_logprob(
         hidden,
         trainer.model.head_weight(),
-        put(predictor[mine] // trainer.parallel.context),
-        put(target[mine]),
-        put(temperature[mine]),
+        put(predictor[own] // trainer.parallel.context),
+        put(target[own]),
+        put(temperature[own]),
         trainer.config.vocab_size,
         groups.tensor(),
         trainer.parallel.sequence_parallel,
     )
-    logprob_N, entropy_N = (context.collect(one, mine, len(predictor)) for one in found)
+    logprob_N, entropy_N = (context.collect(part, own, len(predictor)) for part in parts)
     return logprob_N, entropy_N
 
 
 def most_likely_ids(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
     """int32 `[N, count]` on the CPU of every rank; each computes those whose predictor is its own."""
-    mine = context.owned(predictor)
+    own = context.owned(predictor)
     ids = most_likely(
         hidden,
         trainer.model.head_weight(),
-        torch.from_numpy(predictor[mine] // trainer.parallel.context).to(hidden.device),
+        torch.from_numpy(predictor[own] // trainer.parallel.context).to(hidden.device),
         count,
         trainer.config.vocab_size,
         groups.tensor(),
         trainer.parallel.sequence_parallel,
     )
-    return context.collect(ids, mine, len(predictor)).to(torch.int32).cpu()
+    return context.collect(ids, own, len(predictor)).to(torch.int32).cpu()
 
 
 def top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
@@ -78,13 +78,13 @@ def row_shards(trainer: TrainerState) -> int:
 
 def logprobs_of_rows(trainer: TrainerState, work: Sequence[MicroBatch]) -> list[Tensor]:
     """Detached log-probabilities of each row's scored tokens under the present weights; empty on all stages but the last."""
-    found: list[Tensor] = [torch.empty(0)] * len(work)
+    outputs: list[Tensor] = [torch.empty(0)] * len(work)
 
     def last(number: int, hidden: Tensor) -> None:
         scored = work[number].scored
-        found[number] = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[
+        outputs[number] = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[
             0
         ].detach()
 
     forward_only(trainer.model, [w.row for w in work], last, row_shards(trainer))
-    return found
+    return outputs

@@ -68,13 +68,13 @@ def open_trainer(settings: EngineConfig) -> TrainerState:
     sizes = sizes_here()
     layers = stage_layers(config.layers, settings.parallel.pipeline, settings.stages)[sizes.pp_rank]
     shards = handler.shards(config, checkpoint.layout, sizes, layers)
-    whole = handler.whole(config, checkpoint.layout)
-    sites = [site for shard in whole for site in shard.sites]
+    all_shards = handler.all_shards(config, checkpoint.layout)
+    sites = [site for shard in all_shards for site in shard.sites]
     initial = None
     if settings.adapter is not None:
         initial, info = read_adapter(settings.adapter, sites, config, checkpoint.layout)
         settings = replace(settings, lora=LoraSettings(info.rank, info.alpha, info.targets))
-    _check_targets(whole, settings.lora)
+    _check_targets(all_shards, settings.lora)
     check_heads(config, settings.parallel)
     _preflight(shards, settings)
     compiled = device.CUDA if settings.compile is None else settings.compile
@@ -85,11 +85,11 @@ def open_trainer(settings: EngineConfig) -> TrainerState:
         shapes, trainables = {}, []
     elif settings.lora is None:
         shapes = expected_tensors(handler, config, checkpoint.layout)
-        shapes = {name: shape for name, shape in shapes.items() if name in _read_names(whole)}
+        shapes = {name: shape for name, shape in shapes.items() if name in _read_names(all_shards)}
         trainables = base_trainables(model, shards, shapes)
     else:
         lora = settings.lora
-        shapes = _adapter_shapes(whole, lora)
+        shapes = _adapter_shapes(all_shards, lora)
         trainables = attach_adapters(model, shards, lora.targets, lora.rank, lora.alpha, settings.seed)
     if initial is not None:
         assign(trainables, initial)
@@ -99,22 +99,22 @@ def open_trainer(settings: EngineConfig) -> TrainerState:
     return TrainerState(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
 
 
-def _read_names(whole: Sequence[Shard]) -> set[str]:
-    return {piece.name for shard in whole for piece in shard.pieces if piece.name}
+def _read_names(shards: Sequence[Shard]) -> set[str]:
+    return {piece.name for shard in shards for piece in shard.pieces if piece.name}
 
 
-def _adapter_shapes(whole: Sequence[Shard], lora: LoraSettings) -> dict[str, Shape]:
+def _adapter_shapes(shards: Sequence[Shard], lora: LoraSettings) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
-    for site in (s for shard in whole for s in shard.sites if s.target in lora.targets):
+    for site in (s for shard in shards for s in shard.sites if s.target in lora.targets):
         shapes[f"{site.module}.lora_A"] = (lora.rank, site.in_features)
         shapes[f"{site.module}.lora_B"] = (site.out_features, lora.rank)
     return shapes
 
 
-def _check_targets(whole: Sequence[Shard], lora: LoraSettings | None) -> None:
+def _check_targets(shards: Sequence[Shard], lora: LoraSettings | None) -> None:
     if lora is None:
         return
-    known = sorted({site.target for shard in whole for site in shard.sites})
+    known = sorted({site.target for shard in shards for site in shard.sites})
     unknown = sorted(set(lora.targets) - set(known))
     if unknown or not lora.targets:
         raise ConfigError(

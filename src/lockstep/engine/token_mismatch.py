@@ -26,9 +26,10 @@ class TokenMismatch:
     name: str = ""
 
 
-def worst_token(scored: ScoredRow, new_N: Tensor, limit: float) -> TokenMismatch:
-    """The worst of a row's tokens that the trained step sampled. The limit is `limit`, or the rounding of the server's
-    number if that is larger (beyond 16 nats for 1e-6).
+def largest_mismatch(scored: ScoredRow, new_N: Tensor, limit: float) -> TokenMismatch:
+    """Of a row's tokens that the trained step sampled, the token with the largest mismatch. The
+    limit is `limit`, or the rounding of the server's number if that is larger (beyond 16 nats for
+    1e-6).
     """
     sampling_N = scored.sampling_N.astype(np.float64)
     difference_N = np.abs(new_N.double().cpu().numpy() - sampling_N)

@@ -16,7 +16,14 @@ from torch import Tensor
 from lockstep.batching.pack import minibatch_rows
 from lockstep.batching.packed_batch import PackedBatch, has_signal, total_weight, unpacked_weight
 from lockstep.config.train import TrainConfig
-from lockstep.engine.checks import Sums, check_average, check_records, check_tokens, gather_sums, picks_that_differ
+from lockstep.engine.checks import (
+    Sums,
+    check_average,
+    check_records,
+    check_tokens,
+    expert_choices_that_differ,
+    gather_sums,
+)
 from lockstep.engine.losses.policy import (
     LossSums,
     compared_maxima,
@@ -30,11 +37,11 @@ from lockstep.engine.microbatch import MicroBatch, prepare
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.parallel.device import peak_memory
 from lockstep.engine.pipeline import forward_backward, forward_only
-from lockstep.engine.routed_experts import check_routes
+from lockstep.engine.routed_experts import check_routed_experts
 from lockstep.engine.scored_tokens import head_outputs, logprobs_of_rows, row_shards, top_sums
 from lockstep.engine.state import TrainerState, reference_weights
 from lockstep.engine.timing import Clock, Report
-from lockstep.engine.token_mismatch import TokenMismatch, worst_token
+from lockstep.engine.token_mismatch import TokenMismatch, largest_mismatch
 from lockstep.errors import DataError
 
 
@@ -62,7 +69,7 @@ def train_step(
         return _without_signal(trainer, config, clock)
     with clock.phase("prepare"):
         work = [prepare(trainer, batch, part) for part in parts]
-        check_routes(batch, [micro.row for part in work for micro in part], trainer.config)
+        check_routed_experts(batch, [micro.row for part in work for micro in part], trainer.config)
         recomputed = plan_recompute(trainer, max(micro.row.length for part in work for micro in part))
     references = _reference_logprobs(trainer, work, reference, clock)
     before = _compare(trainer, work, config, clock) if len(work) > 1 else None
@@ -100,7 +107,7 @@ class Compared:
     logprobs: list[list[Tensor]]
     sums: Sums
     maxima: Sums
-    picks: Sums
+    choices: Sums
 
 
 def _compare(
@@ -110,7 +117,7 @@ def _compare(
     every = [micro for part in work for micro in part]
     logprobs: list[Tensor] = [torch.empty(0)] * len(every)
     rows: list[LossSums] = []
-    worst: list[TokenMismatch] = []
+    mismatches: list[TokenMismatch] = []
 
     def last(number: int, hidden: Tensor) -> None:
         scored = every[number].scored
@@ -122,19 +129,19 @@ def _compare(
             sums |= top_sums(trainer, hidden, scored)
         rows.append(LossSums(new_N.new_zeros(()), sums, compared_maxima(tensors)))
         if config.max_token_mismatch is not None:
-            worst.append(worst_token(scored, new_N, config.max_token_mismatch))
+            mismatches.append(largest_mismatch(scored, new_N, config.max_token_mismatch))
 
     with clock.phase("old_logprobs"):
         trainer.model.replayed.clear()
         forward_only(trainer.model, [micro.row for micro in every], last, row_shards(trainer))
     check_records(trainer, every)
     if config.max_token_mismatch is not None:
-        check_tokens(trainer, worst, config.max_token_mismatch)
+        check_tokens(trainer, mismatches, config.max_token_mismatch)
     sums, maxima = gather_sums(trainer, rows, every)
     check_average(trainer, sums, config.max_mismatch)
     size = len(work[0])
     parts = [logprobs[first : first + size] for first in range(0, len(every), size)]
-    return Compared(parts, sums, maxima, picks_that_differ(trainer))
+    return Compared(parts, sums, maxima, expert_choices_that_differ(trainer))
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Update:
 
     sums: Sums
     maxima: Sums
-    picks: Sums
+    choices: Sums
     norm: float
 
 
@@ -161,7 +168,7 @@ def _update(
     if weight <= 0:
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
-    worst: list[TokenMismatch] = []
+    mismatches: list[TokenMismatch] = []
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
@@ -175,7 +182,7 @@ def _update(
             loss.sums.update(top_sums(trainer, hidden.detach(), scored))
         losses.append(loss)
         if only and config.max_token_mismatch is not None:
-            worst.append(worst_token(scored, new_N.detach(), config.max_token_mismatch))
+            mismatches.append(largest_mismatch(scored, new_N.detach(), config.max_token_mismatch))
         return loss.loss / weight
 
     with clock.phase("forward_backward"):
@@ -184,7 +191,7 @@ def _update(
         forward_backward(trainer.model, [w.row for w in work], last, row_shards(trainer))
     check_records(trainer, work)
     if only and config.max_token_mismatch is not None:
-        check_tokens(trainer, worst, config.max_token_mismatch)
+        check_tokens(trainer, mismatches, config.max_token_mismatch)
     sums, maxima = gather_sums(trainer, losses, work)
     if only:
         check_average(trainer, sums, config.max_mismatch)
@@ -199,7 +206,7 @@ def _update(
             )
         else:  # nothing to learn from, and momentum alone must not move the weights
             trainer.optimizer.zero()
-    return Update(sums | {"weight": weight}, maxima, picks_that_differ(trainer), norm)
+    return Update(sums | {"weight": weight}, maxima, expert_choices_that_differ(trainer), norm)
 
 
 def _summary(
@@ -210,7 +217,7 @@ def _summary(
     maxima = {name: max(update.maxima[name] for update in updates) for name in updates[0].maxima}
     if before is not None:
         sums, maxima = sums | before.sums, maxima | before.maxima
-    metrics = finish_metrics(sums, maxima) | (updates[0] if before is None else before).picks
+    metrics = finish_metrics(sums, maxima) | (updates[0] if before is None else before).choices
     metrics["grad_norm"] = float(np.mean([update.norm for update in updates]))
     metrics["no_signal"] = float(not any(update.norm > 0 for update in updates))
     used = int((batch.nodes_RS >= 0).sum())

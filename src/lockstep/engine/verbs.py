@@ -21,7 +21,7 @@ from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.score import score_and_rank
 from lockstep.engine.state import TrainerState, load_step, save_step
-from lockstep.engine.train_step import picks_that_differ, train_step
+from lockstep.engine.train_step import expert_choices_that_differ, train_step
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.trainer import protocol
 from lockstep.trainer.protocol import SCORING, Request
@@ -74,11 +74,11 @@ class Verbs:
 
     def score(self, request: protocol.Score, report: Report) -> protocol.Scored:
         values_RS, top_RSC = score_and_rank(self.trainer, load_batch(request.batch), report, request.top)
-        picks = picks_that_differ(self.trainer)
+        choices = expert_choices_that_differ(self.trainer)
         if self.agreement.rank == 0:
             tops = {} if top_RSC is None else {"top_RSC": top_RSC}
             save_file({"logprobs_RS": values_RS} | tops, request.out)
-        return protocol.Scored(len(values_RS), **picks)
+        return protocol.Scored(len(values_RS), **choices)
 
     def load(self, request: protocol.Load, report: Report) -> protocol.Loaded:
         return protocol.Loaded(load_step(self.trainer, request.step_dir))

@@ -164,7 +164,7 @@ def start(config: Path, channel: Channel | Silent) -> Worker:
 def ready(worker: Worker) -> Ready:
     return Ready(
         world=worker.agreement.world,
-        trained_parameters_rank0=sum(one.parameter.numel() for one in worker.verbs.trainer.trainables),
+        trained_parameters_rank0=sum(trainable.parameter.numel() for trainable in worker.verbs.trainer.trainables),
         device=str(device.device()),
         peak_memory_bytes=device.peak_memory(),
     )

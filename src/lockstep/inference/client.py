@@ -59,7 +59,7 @@ class Server:
         return (await self.score_choice(model, tokens))[0]
 
     async def score_choice(self, model: str, tokens: list[int], top: int = 0) -> tuple[list[float], dict[str, Any]]:
-        """`score`, and the whole choice of the reply: where routes are captured, it has those of all `tokens`.
+        """`score`, and the whole choice of the reply: where routed experts are captured, it has those of all `tokens`.
 
         top: also the most likely ids in each token's place, for `most_likely`; the server gives at most 20.
         """
@@ -119,7 +119,7 @@ class Server:
         return (await self.status())["in_flight"]
 
     async def status(self) -> dict[str, Any]:
-        """vLLM's version and what is in flight, from the plugin's own route."""
+        """vLLM's version and what is in flight, from the plugin's own endpoint."""
         return (await self.call("GET", http_paths.STATUS)).json()
 
     async def call(
@@ -175,7 +175,7 @@ class Server:
     async def close(self) -> None:
         """Ends the server and everything it started, at once; harmless when it has ended.
 
-        By SIGKILL: told to end, vLLM kills its engine as well, and with it what would have removed their shared memory.
+        By SIGKILL: on a request to end, vLLM kills its engine as well, and with it what would have removed their shared memory.
         """
         await asyncio.to_thread(self.child.kill)
 
@@ -196,7 +196,7 @@ def most_likely(choice: dict[str, Any], count: int) -> list[list[int]]:
     """The `count` most likely ids, best first, in the place of each token after the first of a prompt that was scored with `top=count`."""
     entries: list[dict[str, dict[str, Any]]] = choice["prompt_logprobs"][1:]
     # The token that stands there comes too, whatever its rank.
-    return [sorted(map(int, one), key=lambda token: -one[str(token)]["logprob"])[:count] for one in entries]
+    return [sorted(map(int, entry), key=lambda token: -entry[str(token)]["logprob"])[:count] for entry in entries]
 
 
 def _message(response: httpx.Response) -> str:

@@ -79,7 +79,7 @@ class ServerConfig(BaseModel):
     """
     tools_off: str | None = None
     """The answer to a request with tools where there is no parser."""
-    capture_routes: bool = False
+    capture_routed_experts: bool = False
     """Each choice carries the experts that its tokens used. For mixture-of-experts models.
 
     On a CPU vLLM can do this with Triton's interpreter only: some tens of tokens per second.
@@ -172,11 +172,11 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
         command += ["--lora-target-modules", *config.lora.targets]
     if config.sleeps and runtime.kind != "cpu":
         command += ["--enable-sleep-mode"]
-    if config.capture_routes:
+    if config.capture_routed_experts:
         command += ["--enable-return-routed-experts", "--enable-prefix-caching"]
     if runtime.kind == "cpu":
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_bytes or 256 << 20)]
-        if not config.capture_routes and not server_facts(config.model).own_block_size_on_cpu:
+        if not config.capture_routed_experts and not server_facts(config.model).own_block_size_on_cpu:
             # vLLM's own 128 reuses no prefix of a short prompt; its kernels want multiples of 32. Hybrid models choose theirs.
             command += ["--block-size", "32"]
     else:
@@ -223,8 +223,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
             extra["LOCKSTEP_PLAIN_CPU_WEIGHTS"] = "1"
         if config.exact:
             extra["LOCKSTEP_EXACT"] = "1"
-        if config.capture_routes or config.exact:
-            # Only vLLM's second model runner returns routes, and only it is taught fp64. It wants Triton, which a CPU has
+        if config.capture_routed_experts or config.exact:
+            # Only vLLM's second model runner returns routed experts, and only it is taught fp64. It wants Triton, which a CPU has
             # as an interpreter only.
             interpreter = runtime.plugin_path / "lockstep_vllm" / "interpreter"
             extra["PYTHONPATH"] = os.pathsep.join([str(runtime.plugin_path), str(interpreter)])
@@ -237,7 +237,7 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
 def reserved_port() -> socket.socket:
     """A free loopback port, kept from every other program while the returned socket is open.
 
-    vLLM opens its port many seconds after it is told which, and the machine hands a free port to whoever asks. A socket
+    vLLM opens its port many seconds after it is given its number, and the machine hands a free port to whoever asks. A socket
     that is bound and doesn't listen keeps it: it is given to no one who asks for any port, and a program that names it
     and sets SO_REUSEADDR, as vLLM's does, may listen there.
     """
@@ -268,7 +268,7 @@ async def _until_ready(server: Server, config: ServerConfig, progress: Progress)
 
 
 def _listens(server: Server) -> bool:
-    """Whether the port accepts connections; vLLM opens it when all its routes are up."""
+    """Whether the port accepts connections; vLLM opens it when all its endpoints are up."""
     port = int(server.root_url.rpartition(":")[2])
     with socket.socket() as probe:
         probe.settimeout(1.0)
@@ -276,13 +276,13 @@ def _listens(server: Server) -> bool:
 
 
 async def _first_token(server: Server, config: ServerConfig, deadline_s: float) -> None:
-    """Half of vLLM's failures show at the first request only, so a health check proves nothing."""
+    """Half of vLLM's failures show at the first request only, so a health check is not enough."""
     # Several tokens: vLLM's CPU convolution of Qwen3.5 dies of a prompt of one.
     body = {"model": config.served_name, "prompt": [0, 0, 0, 0], "max_tokens": 1}
     try:
         reply = (await server.call("POST", http_paths.COMPLETIONS, body, deadline_s=deadline_s)).json()
     except ServerError as error:
-        refusal = f": {error}" if server.child.poll() is None else ""  # an end is told by the log
+        refusal = f": {error}" if server.child.poll() is None else ""  # the log explains an end
         raise ServerError(why_it_ended(server.child, f"failed at its first token{refusal}")) from None
     choice = reply["choices"][0]
     if len(choice.get("token_ids") or []) != 1 or not choice.get("weight_versions") or "sampling" not in choice:

@@ -27,9 +27,9 @@ def why_it_ended(child: Child, what: str, lines: int = 12) -> str:
 def root_cause(log: list[str]) -> str:
     """The first exception in the log that is not a parent's report of its child's; empty if there is none."""
     lines = [line.strip() for line in log]
-    found = [_with_detail(lines, index) for index, line in enumerate(lines) if _EXCEPTION.match(line)]
-    own = [line for line in found if not any(repeat in line for repeat in _REPEATS)]
-    return (own or found or [""])[0][:500]
+    exceptions = [_with_detail(lines, index) for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    own = [line for line in exceptions if not any(repeat in line for repeat in _REPEATS)]
+    return (own or exceptions or [""])[0][:500]
 
 
 def _with_detail(lines: list[str], index: int) -> str:

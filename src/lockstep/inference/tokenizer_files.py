@@ -97,15 +97,15 @@ def _tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
     fast = _json(folder / "tokenizer.json")
     if fast is not None:
         listed = (fast.get("model") or {}).get("vocab") or {}
-        tokens = dict(listed) if isinstance(listed, dict) else {one[0]: number for number, one in enumerate(listed)}
-        tokens |= {one["content"]: one["id"] for one in fast.get("added_tokens") or ()}
+        tokens = dict(listed) if isinstance(listed, dict) else {entry[0]: number for number, entry in enumerate(listed)}
+        tokens |= {token["content"]: token["id"] for token in fast.get("added_tokens") or ()}
     else:
         tokens = _json(folder / "vocab.json")
         if tokens is None:
             return None
         tokens = dict(tokens) | (_json(folder / "added_tokens.json") or {})
     added = config.get("added_tokens_decoder") or {}
-    return tokens | {one["content"]: int(number) for number, one in added.items()}
+    return tokens | {token["content"]: int(number) for number, token in added.items()}
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -118,6 +118,6 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str
     listed = config.get("chat_template") or (_json(folder / "chat_template.json") or {}).get("chat_template")
     if isinstance(listed, str) or listed is None:
         return listed, listed
-    named = {one["name"]: one["template"] for one in listed}
+    named = {entry["name"]: entry["template"] for entry in listed}
     plain = named.get("default")
     return plain, named.get("tool_use", plain)

@@ -71,7 +71,7 @@ class Outcome:
 
 
 Finished = Callable[[int, Trajectory], None]
-"""Told of each rollout that ended well: its group, and its trajectory."""
+"""Called with each rollout that ended well: its group, and its trajectory."""
 
 
 async def evaluate(

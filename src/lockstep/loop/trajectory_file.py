@@ -102,12 +102,12 @@ class TrajectoryFile:
         groups: list[TrajectoryGroup] = []
         for part in sorted(self._parts.glob("[0-9]*.parquet")):
             try:
-                found = read_parquet(part)
+                part_groups = read_parquet(part)
             except StoreError as error:
                 _LOG.warning("a part of an earlier attempt is lost: %s", error)
                 continue
-            groups += [TrajectoryGroup(trajectories=[]) for _ in range(len(found) - len(groups))]
-            for group, part_group in zip(groups, found, strict=False):
+            groups += [TrajectoryGroup(trajectories=[]) for _ in range(len(part_groups) - len(groups))]
+            for group, part_group in zip(groups, part_groups, strict=False):
                 group.trajectories += part_group.trajectories
         if groups:
             write_parquet(self._next_attempt(), groups, self._step)

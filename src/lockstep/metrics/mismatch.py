@@ -1,5 +1,5 @@
 """How far the policy that is scored is from the policy that sampled: pure functions of log-probabilities, top tokens
-and routes.
+and routed experts.
 
 Compare the trainer with the server, the server with itself (generate, then score again: its own noise), and the
 adapter's delta with the server's; all with the same functions.
@@ -73,11 +73,11 @@ def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> f
     return float((first[:, :, None] == second[:, None, :]).any(axis=2).mean())
 
 
-def picks_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:
-    """Share of the reference's router picks that the other did not make (order within a token's top-k does not matter),
+def expert_choices_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:
+    """Share of the reference's expert choices that the other did not make (order within a token's top-k does not matter),
     0 to 1.
     """
     if reference_TLK.shape != other_TLK.shape or reference_TLK.ndim != 3 or not reference_TLK.size:
-        raise DataError(f"can't compare routes of shape {reference_TLK.shape} with {other_TLK.shape}")
+        raise DataError(f"can't compare routed experts of shape {reference_TLK.shape} with {other_TLK.shape}")
     kept = (reference_TLK[..., :, None] == other_TLK[..., None, :]).any(axis=-1)
     return float(1 - kept.mean())

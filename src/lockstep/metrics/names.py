@@ -32,6 +32,13 @@ def _of(section: str, **metrics: tuple[str, str]) -> dict[str, Metric]:
     return {name: Metric(unit, section, says) for name, (unit, says) in metrics.items()}
 
 
+EARLIER = {
+    "picks_differ": "expert_choices_differ",
+    "routes_differ_between_turns": "routed_experts_differ_between_turns",
+    "routes_differ_between_siblings": "routed_experts_differ_between_siblings",
+}
+"""Names that runs of earlier versions have recorded, and today's. A renamed metric keeps its meaning."""
+
 METRICS: dict[str, Metric] = {
     **_of(
         "evaluation",
@@ -77,8 +84,11 @@ METRICS: dict[str, Metric] = {
         trajectories_masked=("count", "Trajectories with a truncated reply, with mask_truncated: not trained on."),
         tokens_sampled=("tokens", "Sampled tokens that carry loss."),
         steps_off_policy=("steps", "Age of the oldest rollout."),
-        routes_differ_between_turns=("tokens", "Tokens for which two turns recorded different experts."),
-        routes_differ_between_siblings=("share", "Shared-prefix tokens for which siblings recorded different experts."),
+        routed_experts_differ_between_turns=("tokens", "Tokens for which two turns recorded different experts."),
+        routed_experts_differ_between_siblings=(
+            "share",
+            "Shared-prefix tokens for which siblings recorded different experts.",
+        ),
     ),
     **_of(
         "batch",
@@ -130,7 +140,7 @@ METRICS: dict[str, Metric] = {
             "The server's most likely tokens that are also the trainer's, where rollouts bring them.",
         ),
         rollout_top20_overlap=("share", "The same of the 20 most likely."),
-        picks_differ=("share", "Replayed expert choices that the trainer's router would not have made."),
+        expert_choices_differ=("share", "Replayed expert choices that the trainer's router would not have made."),
     ),
     **_of(
         "verification",

@@ -128,8 +128,8 @@ class _Fields:
         inner, outer = self.text.get(name), self.outer.get(name)
         if self.nested and inner is not None and outer is not None and inner != outer:
             raise self.fail(f"{name} is {outer!r} at the top level but {inner!r} in text_config; make them agree")
-        found = inner if inner is not None else outer
-        return default if found is None else found
+        value = inner if inner is not None else outer
+        return default if value is None else value
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST_SIZE) -> int:
         value = self.get(name, default)
@@ -183,8 +183,12 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def architecture(raw: Mapping[str, Any]) -> str | None:
     """The model class a config names, or None."""
-    found = raw.get("architectures")
-    return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None
+    architectures = raw.get("architectures")
+    return (
+        architectures[0]
+        if isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)
+        else None
+    )
 
 
 def parse_config(raw: Mapping[str, Any], spec: ModelSupportSpec, source: str = "config.json") -> ModelConfig:
@@ -253,20 +257,20 @@ def _rope(fields: _Fields, spec: ModelSupportSpec, head_dim: int) -> Rope:
     both = sorted(k for k in set(new) & set(old) if new[k] != old[k])
     if both:
         raise fields.fail(f"rope_parameters and rope_scaling disagree on {', '.join(both)}")
-    found = {**old, **new}
+    values = {**old, **new}
     for name in ("rope_theta", "partial_rotary_factor"):
         flat = fields.get(name)
-        if flat is not None and found.setdefault(name, flat) != flat:
-            raise fields.fail(f"{name} is {flat!r}, but {found[name]!r} in the rope parameters; make them agree")
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    found.pop("type", None)
-    if kind == "mrope" and "mrope_section" in found:
+        if flat is not None and values.setdefault(name, flat) != flat:
+            raise fields.fail(f"{name} is {flat!r}, but {values[name]!r} in the rope parameters; make them agree")
+    kind = values.pop("rope_type", values.pop("type", "default"))
+    values.pop("type", None)
+    if kind == "mrope" and "mrope_section" in values:
         kind = "default"  # an older name for three position axes, which text moves along together
     if kind not in spec.traits.rope_types:
         raise fields.fail(
             f"rope type {kind!r} is not supported for {spec.key}; known: {', '.join(spec.traits.rope_types)}"
         )
-    theta, share = found.pop("rope_theta", None), found.pop("partial_rotary_factor", spec.traits.partial_rotary)
+    theta, share = values.pop("rope_theta", None), values.pop("partial_rotary_factor", spec.traits.partial_rotary)
     if not isinstance(theta, int | float) or theta <= 0:
         raise fields.fail(f"rope_theta is {theta!r}, expected a positive number")
     if isinstance(share, bool) or not isinstance(share, int | float):
@@ -277,19 +281,19 @@ def _rope(fields: _Fields, spec: ModelSupportSpec, head_dim: int) -> Rope:
             f"partial_rotary_factor {share!r} of head_dim {head_dim} gives {dim} rotary dimensions, not an even number"
         )
     for name in ("mrope_section", "mrope_interleaved"):
-        found.pop(name, None)  # text-only positions make every axis equal, and then sections change nothing
-    scaling = _rope_scaling(fields, found) if kind == "llama3" else {}
-    if found:
-        raise fields.fail(f"unknown rope parameters {', '.join(sorted(found))}")
+        values.pop(name, None)  # text-only positions make every axis equal, and then sections change nothing
+    scaling = _rope_scaling(fields, values) if kind == "llama3" else {}
+    if values:
+        raise fields.fail(f"unknown rope parameters {', '.join(sorted(values))}")
     return Rope(theta=float(theta), dim=dim, kind=kind, **scaling)
 
 
-def _rope_scaling(fields: _Fields, found: dict[str, Any]) -> dict[str, Any]:
+def _rope_scaling(fields: _Fields, values: dict[str, Any]) -> dict[str, Any]:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [n for n in names if not isinstance(found.get(n), int | float)]
+    missing = [n for n in names if not isinstance(values.get(n), int | float)]
     if missing:
         raise fields.fail(f"rope type llama3 lacks {', '.join(missing)}")
-    factor, low, high, positions = (found.pop(n) for n in names)
+    factor, low, high, positions = (values.pop(n) for n in names)
     return {
         "factor": float(factor),
         "low_freq_factor": float(low),
@@ -361,15 +365,15 @@ def _linear_sizes(fields: _Fields) -> dict[str, Any]:
 
 def _token_ids(fields: _Fields, name: str) -> tuple[int, ...]:
     # The outer level of a multimodal config may name another end token than the text model; both end a text.
-    found: list[int] = []
+    tokens: list[int] = []
     for level in (fields.text, fields.outer):
         value = level.get(name)
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and token not in found:
-                found.append(token)
-    if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in found):
+            if token is not None and token not in tokens:
+                tokens.append(token)
+    if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
         raise fields.fail(f"{name} is {fields.text.get(name)!r}, expected token ids")
-    return tuple(found)
+    return tuple(tokens)
 
 
 def _mtp_layers(fields: _Fields) -> int:
@@ -403,9 +407,9 @@ def checkpoint_dtype(folder: Path | str) -> Literal["float32", "bfloat16"]:
     """
     raw = read_json(Path(folder))
     text = raw.get("text_config") or {}
-    found = next((layer[key] for layer in (text, raw) for key in ("dtype", "torch_dtype") if layer.get(key)), None)
-    if found not in ("float32", "bfloat16"):
+    name = next((layer[key] for layer in (text, raw) for key in ("dtype", "torch_dtype") if layer.get(key)), None)
+    if name not in ("float32", "bfloat16"):
         raise ConfigError(
-            f"{folder}: config.json names dtype {found!r}; set dtype to 'bfloat16' or 'float32' (of the backend, or as --dtype)"
+            f"{folder}: config.json names dtype {name!r}; set dtype to 'bfloat16' or 'float32' (of the backend, or as --dtype)"
         )
-    return found
+    return name

@@ -34,7 +34,7 @@ class ModelSupportHandler:
         """This rank's parameters. Raises ConfigError when the sizes don't divide the model."""
         return self.contract(Stage(config, layout, sizes, layers))
 
-    def whole(self, config: ModelConfig, layout: Layout) -> list[Shard]:
+    def all_shards(self, config: ModelConfig, layout: Layout) -> list[Shard]:
         """The model as a single rank holds it; its pieces tell every tensor a checkpoint must have."""
         return self.shards(config, layout, Sizes(), range(config.layers))
 

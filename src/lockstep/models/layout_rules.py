@@ -153,16 +153,16 @@ def _stacked_pieces(megatron: str, ranges: Sequence[tuple[Linear, int, int]], we
             joined[-1] = (weight, joined[-1][1], stop)
         else:
             joined.append((weight, start, stop))
-    pieces, at = [], 0
+    pieces, row = [], 0
     rows_of: dict[int, tuple[Linear, list[RowMap]]] = {id(weight): (weight, []) for weight in weights}
     for weight, start, stop in joined:
         pieces.append(Piece(weight.name, start, stop))
-        rows_of.setdefault(id(weight), (weight, []))[1].append(RowMap(start, stop, at))
-        at += stop - start
+        rows_of.setdefault(id(weight), (weight, []))[1].append(RowMap(start, stop, row))
+        row += stop - start
     sites = tuple(
         s for weight, rows in rows_of.values() for s in _site(megatron, weight, tuple(rows), (0, weight.cols))
     )
-    return Shard(megatron, (at, joined[0][0].cols), tuple(pieces), "tensor", sites)
+    return Shard(megatron, (row, joined[0][0].cols), tuple(pieces), "tensor", sites)
 
 
 def _site(megatron: str, weight: Linear, rows: tuple[RowMap, ...], cols: tuple[int, int]) -> tuple[LoraSite, ...]:
@@ -317,11 +317,11 @@ def _expert_pieces(stage: Stage, layer: int, expert: int, low: int, high: int) -
             Piece(fused, size + low, size + high, index=expert),
             Piece(down, 0, hidden, low, high, index=expert),
         )
-    one = f"{base}{expert}."
+    prefix = f"{base}{expert}."
     return (
-        Piece(f"{one}gate_proj.weight", low, high),
-        Piece(f"{one}up_proj.weight", low, high),
-        Piece(f"{one}down_proj.weight", 0, hidden, low, high),
+        Piece(f"{prefix}gate_proj.weight", low, high),
+        Piece(f"{prefix}up_proj.weight", low, high),
+        Piece(f"{prefix}down_proj.weight", 0, hidden, low, high),
     )
 
 

@@ -55,9 +55,9 @@ def get_model_support_spec(base_model: str, *, allow_unvalidated_arch: bool = Fa
     An unregistered model raises UnsupportedModelError; with `allow_unvalidated_arch` the family that looks nearest is
     tried, with a warning that says so.
     """
-    found = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
-    if found is not None:
-        return found
+    spec = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
+    if spec is not None:
+        return spec
     if not allow_unvalidated_arch:
         raise UnsupportedModelError(_unknown(base_model))
     nearest = _nearest(base_model)
@@ -71,8 +71,8 @@ def get_model_support_spec(base_model: str, *, allow_unvalidated_arch: bool = Fa
 
 def is_model_support_registered(base_model: str) -> bool:
     """True when `get_model_support_spec` knows the model."""
-    found = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
-    return found is not None
+    spec = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
+    return spec is not None
 
 
 def get_model_support_handler(base_model: str, *, allow_unvalidated_arch: bool = False) -> ModelSupportHandler:

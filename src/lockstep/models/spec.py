@@ -45,7 +45,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What vLLM must be told about a family's models, since it doesn't find out by itself.
+    """Facts about a family's models that vLLM doesn't find out by itself.
 
     arguments: (architecture, argument of the command line).
     lora_arguments: the same, where adapters are served.

@@ -75,7 +75,7 @@ def seen_gpus() -> list[str] | None:
     if given is None:
         return None
     names = [name.strip() for name in given.split(",")]
-    end = next((at for at, name in enumerate(names) if name in ("", "-1")), len(names))
+    end = next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
     return names[:end]
 
 
@@ -114,8 +114,7 @@ class Child:
         """
         pipe = self._process.stdin
         assert pipe is not None
-        # A broken or closed pipe: the guard has ended, or a second thread is terminating too. Either way the wait
-        # below tells.
+        # A broken or closed pipe: the guard has ended, or a second thread is terminating too. The wait below sees both.
         with contextlib.suppress(BrokenPipeError, ValueError):
             pipe.write(b"terminate %g\n" % grace_s)
             pipe.flush()

@@ -180,7 +180,7 @@ def _kill_all(pid: int) -> None:
 
 def _direct_children() -> list[int]:
     me = os.getpid()
-    found = []
+    processes = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -189,10 +189,10 @@ def _direct_children() -> list[int]:
                 # "pid (command) state ppid …": the command may hold blanks and brackets, so split behind the last
                 # bracket.
                 if int(stat.read().rpartition(b")")[2].split()[1]) == me:
-                    found.append(int(name))
+                    processes.append(int(name))
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended meanwhile
-    return found
+    return processes
 
 
 def _is_tracker(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""A lock file that one process of this machine holds, and that tells the others who holds it."""
+"""A lock file that one process of this machine holds, and that shows the others who holds it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def take(lock: Path) -> FileLock:
 
 def _described(owner: Path) -> str:
     try:
-        told = json.loads(owner.read_text())
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told["since"]))
-        return f"process {told['pid']} ({told['program']}), since {since}"
+        identity = json.loads(owner.read_text())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(identity["since"]))
+        return f"process {identity['pid']} ({identity['program']}), since {since}"
     except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock, or lies on a full disk
         return "another process"

@@ -15,7 +15,7 @@ from lockstep.process.guard import LOCK, PREFIX
 def remove_abandoned() -> None:
     """Remove this user's folders in TMPDIR whose lock nobody holds: what made them was killed, and its guard, too.
 
-    A lock, not a process id, tells: programs in other containers may share the folder.
+    A lock decides, not a process id: programs in other containers may share the folder.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, in use, or just cleared away by somebody else

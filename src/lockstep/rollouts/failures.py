@@ -1,4 +1,4 @@
-"""A rollout that raised, told by the place in the user's own code."""
+"""A rollout that raised, described by the line in the user's own code."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryG
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
 AfterEach = Callable[[TrajectoryGroup], Any]
 _Report = Callable[[Sequence[Trajectory] | None], None]
-"""Told of each slot that ended: its trajectories, or None for a failure."""
+"""Called with each slot that ended: its trajectories, or None for a failure."""
 
 
 async def gather_trajectory_groups(
@@ -73,11 +73,11 @@ class _Gathering:
     def __init__(self, sources: list[GroupSource], after_each: AfterEach | None, gathered: Gathered):
         # Per group: the finished group or the awaitable of one (a single slot), or the list of attempts.
         self._slots: list[list[Any]] = []
-        self._whole: list[bool] = []
+        self._is_group: list[bool] = []
         for source in sources:
-            whole = isinstance(source, TrajectoryGroup) or inspect.isawaitable(source)
-            self._whole.append(whole)
-            self._slots.append([source] if whole else list(source))  # type: ignore[arg-type]
+            is_group = isinstance(source, TrajectoryGroup) or inspect.isawaitable(source)
+            self._is_group.append(is_group)
+            self._slots.append([source] if is_group else list(source))  # type: ignore[arg-type]
         self._results: list[dict[int, Any]] = [{} for _ in sources]
         self._failures: list[dict[int, RolloutFailure]] = [{} for _ in sources]
         self._finished: dict[int, list[TrajectoryGroup]] = {}
@@ -134,7 +134,7 @@ class _Gathering:
             raise error
 
     def _keep(self, group: int, index: int, result: object) -> None:
-        expected = TrajectoryGroup if self._whole[group] else Trajectory
+        expected = TrajectoryGroup if self._is_group[group] else Trajectory
         if not isinstance(result, TrajectoryGroup | Trajectory) or not isinstance(result, expected):
             self._fail(
                 group, index, TypeError(f"the rollout gave a {type(result).__name__}, not a {expected.__name__}")
@@ -160,7 +160,7 @@ class _Gathering:
             return
         group = next(number for number, failures in enumerate(self._failures) if failures)
         index, first = min(self._failures[group].items())
-        rollout = "" if self._whole[group] else f", rollout {index}"
+        rollout = "" if self._is_group[group] else f", rollout {index}"
         raise RolloutError(
             f"{failed} of {self.expected} rollouts failed, {self._allowed} tolerated (max_exceptions); "
             f"first: group {group}{rollout}: {one_line(first)}",
@@ -171,7 +171,7 @@ class _Gathering:
         """Group `number` from what its rollouts gave so far."""
         results, failures = self._results[number], self._failures[number]
         ordered_failures = [failures[i] for i in sorted(failures)]
-        if not self._whole[number]:
+        if not self._is_group[number]:
             return TrajectoryGroup(trajectories=[results[i] for i in sorted(results)], exceptions=ordered_failures)
         return results[0] if results else TrajectoryGroup(trajectories=[], exceptions=ordered_failures)
 
@@ -196,7 +196,7 @@ class _Gathering:
             if inspect.isawaitable(kept):
                 kept = await kept
         kept = [kept] if isinstance(kept, TrajectoryGroup) else kept
-        if not isinstance(kept, list) or not all(isinstance(one, TrajectoryGroup) for one in kept):
+        if not isinstance(kept, list) or not all(isinstance(group, TrajectoryGroup) for group in kept):
             raise ConfigError(
                 "after_each must return a TrajectoryGroup, or a list of them (an empty list drops the group)"
             )

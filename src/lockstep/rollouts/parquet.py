@@ -71,16 +71,15 @@ def _split_choice(choice: Any) -> dict[str, Any]:
     struct["logprobs"] = rest.pop("sampled_logprobs", None)
     if struct["logprobs"] is None and content is not None:
         struct["logprobs"] = [entry.pop("logprob") for entry in content]
-    routes = rest.get("routed_experts")
+    routed_experts = rest.get("routed_experts")
     struct["routed_experts"] = None
-    if isinstance(routes, str):
+    if isinstance(routed_experts, str):
         try:
-            data = base64.b64decode(routes, validate=True)
+            data = base64.b64decode(routed_experts, validate=True)
         except binascii.Error:
             data = b""
-        if (
-            base64.b64encode(data).decode() == routes
-        ):  # else it stays in the JSON: what can't be restored exactly isn't touched
+        # A text that bytes can't restore exactly stays in the JSON.
+        if base64.b64encode(data).decode() == routed_experts:
             struct["routed_experts"] = data
             del rest["routed_experts"]
     struct["rest"] = json.dumps(rest)

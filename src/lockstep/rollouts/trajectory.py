@@ -47,8 +47,8 @@ def _without_numpy(value: object) -> Any:
     if numpy is not None and isinstance(value, numpy.generic):
         return cast(Any, value).item()
     if isinstance(value, Mapping):
-        return {name: _without_numpy(one) for name, one in value.items()}
-    return [_without_numpy(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: _without_numpy(item) for name, item in value.items()}
+    return [_without_numpy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_without_numpy)]

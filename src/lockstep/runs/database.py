@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lockstep.errors import StoreError
+from lockstep.metrics.names import EARLIER
 
 FILE = "run.sqlite"
 _TABLES = (
@@ -120,7 +121,7 @@ def read_references(run: Path) -> set[int]:
 def _metrics(database: sqlite3.Connection) -> dict[int, dict[str, float]]:
     metrics: dict[int, dict[str, float]] = {}
     for step, name, value in database.execute("SELECT step, name, value FROM metrics ORDER BY step, name"):
-        metrics.setdefault(step, {})[name] = value
+        metrics.setdefault(step, {})[EARLIER.get(str(name), str(name))] = value
     return metrics
 
 

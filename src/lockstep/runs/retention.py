@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import StoreError
+from lockstep.metrics.names import EARLIER
 from lockstep.runs.checkpoint import MANIFEST, STATELESS, RunCheckpoint, fsync
 from lockstep.runs.store import REMOVED, RunStore, folder_name, published_steps
 
@@ -49,7 +50,7 @@ def kept_steps(
 
 
 def _value(metrics: Mapping[int, Mapping[str, float]], step: int, name: str) -> float:
-    value = metrics.get(step, {}).get(name)
+    value = metrics.get(step, {}).get(EARLIER.get(name, name))
     return math.nan if value is None else value
 
 

@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 TOKEN_VARIABLE = "LOCKSTEP_TRAINER_TOKEN"
-"""Environment variable that carries the secret the worker proves itself with."""
+"""Environment variable that carries the secret the worker identifies itself with."""
 
 MAX_LINE = 64 * 1024 * 1024
 

@@ -1,6 +1,6 @@
 """The trainer processes seen from the parent: start them, ask them for things, notice when they die.
 
-The parent listens on a Unix socket in a private folder; rank 0 connects, proves with a token that it is the process we started, and
+The parent listens on a Unix socket in a private folder; rank 0 connects, shows with a token that it is the process we started, and
 answers JSON lines. Every request has a deadline. Tensors travel as safetensors files, never over the socket.
 """
 

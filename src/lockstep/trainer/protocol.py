@@ -128,10 +128,12 @@ class TrainStep(Request[Trained]):
 
 @dataclass(frozen=True, config=STRICT)
 class Scored:
-    """rows: of the packed batch. picks_differ: with replayed experts, the share of choices that the live router would not have made."""
+    """rows: of the packed batch. expert_choices_differ: with replayed experts, the share of choices
+    that the live router would not have made.
+    """
 
     rows: int
-    picks_differ: float | None = None
+    expert_choices_differ: float | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

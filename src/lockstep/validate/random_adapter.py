@@ -20,7 +20,7 @@ def write_random_adapter(base: Path, folder: Path, seed: int, dtype: str) -> Pat
     """Write a PEFT folder on the family's default targets, A as PEFT starts it and B random, in the model's dtype."""
     handler, config = get_model_support_handler(str(base)), load_model_config(str(base))
     checkpoint = open_checkpoint(base, handler, config)
-    shards = handler.whole(config, checkpoint.layout)
+    shards = handler.all_shards(config, checkpoint.layout)
     targets = check_targets(get_model_support_spec(str(base)), shards, None)
     sites = lora_sites(shards, targets)
     kind: torch.dtype = getattr(torch, dtype)

@@ -70,10 +70,10 @@ class _Stream:
             raise WeightsError(f"the weights to send go on after the plan's end, with {extra[0]!r}: make a new plan")
 
     def _next(self, source: Source) -> None:
-        found = next(self._tensors, None)
-        if found is None:
+        entry = next(self._tensors, None)
+        if entry is None:
             raise WeightsError(f"the weights to send end before {source.key!r}, which the plan lists")
-        key, tensor = found
+        key, tensor = entry
         same = key == source.key and tensor.dtype == source.dtype and tensor.numel() == source.rows * source.width
         if (
             same and source.parts and source.key == source.parts[0].meta.name

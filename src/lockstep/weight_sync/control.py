@@ -1,4 +1,4 @@
-"""The server's sync routes, as the sender's rank 0 calls them."""
+"""The server's sync endpoints, as the sender's rank 0 calls them."""
 
 from __future__ import annotations
 

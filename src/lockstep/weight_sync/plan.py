@@ -24,14 +24,14 @@ DEFAULT_BUCKET_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a weight, which lies in a source from row `at` on. rows: how many of the source's rows it takes.
+    """A box of a weight, which lies in a source from row `row` on. rows: how many of the source's rows it takes.
 
     The rows run over the box's first dimension that is longer than one; everything after it is one row.
     """
 
     meta: TensorMeta
     box: Box
-    at: int
+    row: int
     rows: int
 
     def window(self, start: int, stop: int) -> Box:
@@ -39,7 +39,7 @@ class Part:
         axis = next((i for i, (low, high) in enumerate(self.box) if high - low > 1), 0)
         if not self.box or self.rows == 1:
             return self.box
-        low = self.box[axis][0] - self.at
+        low = self.box[axis][0] - self.row
         return (*self.box[:axis], (low + start, low + stop), *self.box[axis + 1 :])
 
 
@@ -104,7 +104,7 @@ class SyncPlan:
         boxes: dict[str, list[Box]] = {}
         for slot in (slot for plan in self.senders for slot in plan.slots()):
             boxes.setdefault(slot.meta.name, []).append(slot.box)
-        twice = sorted(name for name, held in boxes.items() if _overlap(held))
+        twice = sorted(name for name, overlapping in boxes.items() if _overlap(overlapping))
         if twice:
             raise WeightsError(f"weights listed twice in a sync: {', '.join(twice[:5])}")
 
@@ -120,28 +120,28 @@ class SyncPlan:
 def _overlap(boxes: list[Box]) -> bool:
     """Whether any two boxes share an element. Sorted by their first range, only neighbours that reach each other are compared."""
     boxes = sorted(boxes)
-    for i, one in enumerate(boxes):
+    for i, box in enumerate(boxes):
         for other in boxes[i + 1 :]:
-            if one and other[0][0] >= one[0][1]:
+            if box and other[0][0] >= box[0][1]:
                 break
-            if all(low < stop and start < high for (low, high), (start, stop) in zip(one, other, strict=True)):
+            if all(low < stop and start < high for (low, high), (start, stop) in zip(box, other, strict=True)):
                 return True
     return False
 
 
-def whole_source(meta: TensorMeta) -> Source:
+def full_source(meta: TensorMeta) -> Source:
     """A sender's source that is one whole weight: rows along its first dimension."""
     rows = meta.shape[0] if meta.shape else 1
     # What a row means follows the part's rule: a first dimension of one belongs to the row.
     axis = next((i for i, size in enumerate(meta.shape) if size > 1), 0)
     rows = meta.shape[axis] if meta.shape else 1
     width = math.prod(meta.shape) // rows if rows else 0
-    return Source(meta.name, meta.dtype, rows, width, (Part(meta, meta.whole, 0, rows),))
+    return Source(meta.name, meta.dtype, rows, width, (Part(meta, meta.full_box, 0, rows),))
 
 
 def make_plan(metas: Sequence[TensorMeta], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
     """The plan of a sender of whole weights."""
-    return plan_sources([whole_source(meta) for meta in metas], bucket_bytes)
+    return plan_sources([full_source(meta) for meta in metas], bucket_bytes)
 
 
 def plan_sources(sources: Sequence[Source], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
@@ -159,7 +159,7 @@ def _runs(source: Source) -> Iterator[list[Part]]:
     run: list[Part] = []
     for part in source.parts:
         if part.rows and source.width:
-            if run and run[-1].at + run[-1].rows != part.at:
+            if run and run[-1].row + run[-1].rows != part.row:
                 yield run
                 run = []
             run.append(part)
@@ -183,20 +183,20 @@ class _Filling:
 
     def add(self, source: Source, parts: list[Part]) -> None:
         row_bytes = source.width * source.dtype.itemsize
-        at, stop = parts[0].at, parts[-1].at + parts[-1].rows
-        while at < stop:
+        row, stop = parts[0].row, parts[-1].row + parts[-1].rows
+        while row < stop:
             offset = -(-self.used // ALIGNMENT) * ALIGNMENT
             room = (self.limit - offset) // row_bytes
             # A weight that fits into a bucket of its own is not cut for the sake of a few rows.
-            whole = (stop - at) * row_bytes <= self.limit and room < stop - at
-            if self.slots and (room < 1 or whole):
+            fits = (stop - row) * row_bytes <= self.limit and room < stop - row
+            if self.slots and (room < 1 or fits):
                 self.close()
                 continue
-            end = min(stop, at + max(1, room))
-            self.blocks.append(Block(source.key, at, end, offset))
+            end = min(stop, row + max(1, room))
+            self.blocks.append(Block(source.key, row, end, offset))
             for part in parts:
-                low, high = max(at, part.at), min(end, part.at + part.rows)
+                low, high = max(row, part.row), min(end, part.row + part.rows)
                 if low < high:
-                    self.slots.append(Slot(part.meta, part.window(low, high), offset + (low - at) * row_bytes))
-            self.used = offset + (end - at) * row_bytes
-            at = end
+                    self.slots.append(Slot(part.meta, part.window(low, high), offset + (low - row) * row_bytes))
+            self.used = offset + (end - row) * row_bytes
+            row = end

@@ -94,7 +94,7 @@ class _Pusher:
         self._control.close()
 
     def _sync(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], version: str, route: str, extra: dict[str, Any]
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: str, path: str, extra: dict[str, Any]
     ) -> SyncReport:
         started = time.monotonic()
         if not self._connected:
@@ -106,7 +106,7 @@ class _Pusher:
             digests = self._step(lambda: self._send(tensors))
             transferred = time.monotonic()
             body = {"version": version, "digests": digests, "deadline_s": self._deadline_s, **extra}
-            reply = self._step(lambda: self._control.call("POST", route, body) if self._leads else None)[0]
+            reply = self._step(lambda: self._control.call("POST", path, body) if self._leads else None)[0]
         except LockstepError as error:
             self._give_up(version, error)
         except BaseException:
@@ -165,7 +165,7 @@ class _Pusher:
         raise error
 
     def _abort(self) -> dict[str, Any]:
-        """Tells the server to forget what it received. `lost`: it could not, and ended itself. `waiting_for`: what had not come."""
+        """Makes the server forget what it received. `lost`: it could not, and ended itself. `waiting_for`: what had not come."""
         nothing = {"lost": False, "waiting_for": ""}
         if not self._leads:
             return nothing
@@ -216,7 +216,7 @@ class AdapterPusher(_Pusher):
             endpoint, transport, plan, device=device, deadline_s=deadline_s, senders=senders, policy="staged"
         )
         self._described |= {"adapter": dict(adapter_config)}
-        # PEFT lists stacked experts as parameters of the model; vLLM must be told.
+        # PEFT lists stacked experts as parameters of the model; vLLM needs a flag for them.
         self._extra = {"stacked_experts": bool(adapter_config.get("target_parameters"))}
 
     def push(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> SyncReport:

@@ -76,8 +76,8 @@ def run_on_all(senders: SenderGroup, step: Callable[[], Any], deadline_s: float)
         failure = error
     except Exception as error:  # noqa: BLE001 (the others must hear of it, whatever it is)
         failure = TrainerError(f"sender {senders.rank}: {type(error).__name__}: {error}")
-    told = None if failure is None else {"type": type(failure).__name__, "message": str(failure)}
-    outcomes = senders.exchange({"value": value, "error": told, "at": time.time()}, deadline_s)
+    description = None if failure is None else {"type": type(failure).__name__, "message": str(failure)}
+    outcomes = senders.exchange({"value": value, "error": description, "at": time.time()}, deadline_s)
     failed = [rank for rank, outcome in enumerate(outcomes) if outcome["error"]]
     if not failed:
         return [outcome["value"] for outcome in outcomes]

@@ -30,10 +30,10 @@ def share_sources(
     """A share as sources: one, or for a stack of experts one for every few of them. dtype: as the weights travel."""
     shard = share.shard
     parts = []
-    for piece, at in share.pieces:
+    for piece, row in share.pieces:
         assert piece.name is not None
         meta = TensorMeta(piece.name, dtype, shapes[piece.name])
-        parts.append(Part(meta, box(piece, meta.shape), at, piece.rows))
+        parts.append(Part(meta, box(piece, meta.shape), row, piece.rows))
     if shard.domain != "expert_tensor":
         width = math.prod(shard.shape[1:])
         yield Source(shard.megatron, dtype, shard.shape[0], width, tuple(parts)), Supply(shard.megatron, None)
@@ -43,6 +43,6 @@ def share_sources(
     for first in range(0, experts, several):
         last = min(experts, first + several)
         low, high = first * rows, last * rows
-        mine = tuple(Part(p.meta, p.box, p.at - low, p.rows) for p in parts if low <= p.at < high)
+        within = tuple(Part(p.meta, p.box, p.row - low, p.rows) for p in parts if low <= p.row < high)
         key = f"{shard.megatron}[{first}:{last}]"
-        yield Source(key, dtype, high - low, width, mine), Supply(shard.megatron, (first, last))
+        yield Source(key, dtype, high - low, width, within), Supply(shard.megatron, (first, last))

@@ -1,7 +1,7 @@
 """Adapters that vLLM loaded from a folder, compared with the folder's file: the slot has to hold what a sync from memory would put there.
 
 A PEFT file has one pair for each expert, or all experts of a layer in one matrix; here they are stacked as adapters from memory come
-(`from_memory.py`), and the same planned places say which element of a slot each is.
+(`from_memory.py`), and the same slot writer says which element of a slot each is.
 
 Shapes: E experts, R LoRA rank, I inputs, O outputs.
 """
@@ -35,16 +35,19 @@ def refusal(folder: Path, lora_id: int, version: str, worker: int, manager: Any)
     tensors = stacked(load_file(folder / "adapter_model.safetensors", device=str(manager.device)), int(config["r"]))
     buckets = tuple(_bucket(i, name, tensor) for i, (name, tensor) in enumerate(tensors.items()))
     plan = WirePlan(
-        str(folder), 1, buckets, {name: TensorMeta(name, one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+        str(folder),
+        1,
+        buckets,
+        {name: TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
     )
     ids = manager._adapter_manager.lora_index_to_id
     if lora_id not in ids:
         return f"worker {worker} has no slot with {version}", True
-    places = from_memory.make_places(manager, config, plan)
-    if places is None:
+    slot_writer = from_memory.make_slot_writer(manager, config, plan)
+    if slot_writer is None:
         return "", False
     buffers = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
-    return places.refusal(ids.index(lora_id), places.expected(buffers), version, worker), True
+    return slot_writer.refusal(ids.index(lora_id), slot_writer.expected(buffers), version, worker), True
 
 
 def stacked(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:

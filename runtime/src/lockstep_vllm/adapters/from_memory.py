@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lockstep_vllm.adapters.slot_writer import Places
+from lockstep_vllm.adapters.slot_writer import SlotWriter
 from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError
 from lockstep_wire.plan import WirePlan, assemble
 
@@ -36,16 +36,16 @@ _STACKED = re.compile(r"\.mlp\.experts\.(gate_proj|up_proj|down_proj|gate_up_pro
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """An adapter as it was received. config: the fields of adapter_config.json. places: None where only vLLM's own way is left.
+    """An adapter as it was received. config: the fields of adapter_config.json. slot_writer: None where only vLLM's own way is left.
 
-    expected: the digests of what its slot has to hold, of the bytes as they arrived; None where there are no places. lora_ids: under
+    expected: the digests of what its slot has to hold, of the bytes as they arrived; None where there is no slot writer. lora_ids: under
     which vLLM's manager loaded it, if it did.
     """
 
     config: dict[str, Any]
     plan: WirePlan
     buffers: Sequence[torch.Tensor]
-    places: Places | None
+    slot_writer: SlotWriter | None
     expected: list[str] | None
     lora_ids: set[int] = field(default_factory=set)
 
@@ -60,7 +60,7 @@ staged: dict[str, Staged] = {}
 
 def nbytes() -> int:
     """Bytes of all adapters that are staged, or that vLLM's manager still keeps."""
-    metas = (meta for one in _alive for meta in one.plan.metas.values())
+    metas = (meta for adapter in _alive for meta in adapter.plan.metas.values())
     return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
 
 
@@ -70,8 +70,8 @@ def forget(path: str, manager: Any) -> None:
     vLLM's manager would keep it until as many others have come as it has room for: gigabytes of a GPU's memory each where experts are
     adapted.
     """
-    held = staged.pop(path, None)
-    for lora_id in held.lora_ids if held is not None else ():
+    adapter = staged.pop(path, None)
+    for lora_id in adapter.lora_ids if adapter is not None else ():
         manager.remove_adapter(lora_id)
 
 
@@ -80,12 +80,12 @@ def refusal(path: str, lora_id: int, version: str, worker: int, manager: Any) ->
 
     lora_id: of the adapter that requests for `version` use. manager: vLLM's WorkerLoRAManager.
     """
-    held, ids = staged[path], manager._adapter_manager.lora_index_to_id
-    if lora_id not in held.lora_ids or lora_id not in ids:
+    adapter, ids = staged[path], manager._adapter_manager.lora_index_to_id
+    if lora_id not in adapter.lora_ids or lora_id not in ids:
         return f"worker {worker} has no slot with {version}: requests for it would use another adapter", True
-    if held.places is None or held.expected is None:
+    if adapter.slot_writer is None or adapter.expected is None:
         return "", False
-    return held.places.refusal(ids.index(lora_id), held.expected, version, worker), True
+    return adapter.slot_writer.refusal(ids.index(lora_id), adapter.expected, version, worker), True
 
 
 def check_config(config: dict[str, Any], lora_config: Any) -> None:
@@ -117,10 +117,10 @@ def apply() -> None:
             merge(self, lora_model)
 
     def activate_adapter(self, lora_id):
-        held = self._registered_adapters.get(lora_id)
-        if not hasattr(held, "lockstep_staged") or lora_id in self._active_adapters:
+        lora = self._registered_adapters.get(lora_id)
+        if not hasattr(lora, "lockstep_staged") or lora_id in self._active_adapters:
             return activate(self, lora_id)
-        return _activate(self, lora_id, held.lockstep_staged, activate)
+        return _activate(self, lora_id, lora.lockstep_staged, activate)
 
     load_adapter.lockstep = True  # type: ignore[attr-defined]
     WorkerLoRAManager._load_adapter = load_adapter
@@ -128,19 +128,19 @@ def apply() -> None:
     LoRAModelManager.activate_adapter = activate_adapter
 
 
-def _activate(adapters: Any, lora_id: int, held: Staged, activate: Any) -> bool:
+def _activate(adapters: Any, lora_id: int, adapter: Staged, activate: Any) -> bool:
     """vLLM's own choice of a slot, with no layers to fill; then the planned copies."""
-    assert held.places is not None
+    assert adapter.slot_writer is not None
     modules, adapters.modules = adapters.modules, {}
     try:
         activated = activate(adapters, lora_id)
     finally:
         adapters.modules = modules
-    held.places.fill(adapters.lora_index_to_id.index(lora_id), held.buffers)
+    adapter.slot_writer.fill(adapters.lora_index_to_id.index(lora_id), adapter.buffers)
     return activated
 
 
-def make_places(manager: Any, config: dict[str, Any], plan: WirePlan) -> Places | None:
+def make_slot_writer(manager: Any, config: dict[str, Any], plan: WirePlan) -> SlotWriter | None:
     """The copies of every adapter of this plan; None, with a line in the log, where this model's layers can't be filled so.
 
     manager: vLLM's WorkerLoRAManager. Raises ValueError for an adapter that this server can't serve at all.
@@ -163,7 +163,7 @@ def make_places(manager: Any, config: dict[str, Any], plan: WirePlan) -> Places 
         return lora
 
     try:
-        return Places(adapters, plan, scaling, load)
+        return SlotWriter(adapters, plan, scaling, load)
     except DirectUnavailableError as error:
         logger.info("no planned copies for adapters: %s", error)
         return None
@@ -173,17 +173,19 @@ def _from_memory(manager: Any, lora_request: Any) -> Any:
     """The checks and the steps of vLLM's own loader, from tensors instead of a file, on the device that the tensors are on."""
     from vllm.lora.peft_helper import PEFTHelper
 
-    held = staged[lora_request.lora_path]
-    held.lora_ids.add(lora_request.lora_int_id)
-    helper = PEFTHelper.from_dict(dict(held.config))
+    adapter = staged[lora_request.lora_path]
+    adapter.lora_ids.add(lora_request.lora_int_id)
+    helper = PEFTHelper.from_dict(dict(adapter.config))
     helper.validate_legal(manager.lora_config)
-    if held.places is not None:
+    if adapter.slot_writer is not None:
         lora = manager._lora_model_cls(lora_request.lora_int_id, helper.r, {})
-        lora.lockstep_staged = held
+        lora.lockstep_staged = adapter
         return lora
     dtype = manager.lora_config.lora_dtype
     # vLLM multiplies B by alpha/r in place, and loads an adapter again when it fell out of its cache: it gets a B of its own.
-    tensors = {name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in assemble(held.plan, held.buffers)}
+    tensors = {
+        name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in assemble(adapter.plan, adapter.buffers)
+    }
     lora = _lora_model(manager, helper, tensors, lora_request.lora_int_id)
     lora.is_3d_lora_weight = lora_request.is_3d_lora_weight
     manager._adapter_manager._validate_moe_lora_format(lora)
@@ -245,17 +247,17 @@ def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tens
 
     fused, takes_fused = ("gate_up_proj", is_a) in given, isinstance(module, FusedMoE3DWithLoRA)
     wanted = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "down_proj", "up_proj")
-    missing = [one for one in wanted if (one, is_a) not in given]
+    missing = [number for number in wanted if (number, is_a) not in given]
     if missing or (takes_fused and not fused):
         raise ValueError(
-            f"the adapter's experts of {owner!r} are {sorted({one for one, _ in given})}, "
+            f"the adapter's experts of {owner!r} are {sorted({number for number, _ in given})}, "
             f"which this model's {type(module).__name__} can't take: load the adapter from a folder"
         )
     if fused and not takes_fused:
         both, down = given["gate_up_proj", is_a], given["down_proj", is_a]
         gate, up = (both, both) if is_a else both.chunk(2, dim=1)  # B [E, out, r], gate's rows first
         return [gate, down, up]
-    return [given[one, is_a] for one in wanted]
+    return [given[number, is_a] for number in wanted]
 
 
 def _check_modules(adapters: Any, names: Iterable[str], mapper: Any) -> None:
@@ -269,6 +271,6 @@ def _check_modules(adapters: Any, names: Iterable[str], mapper: Any) -> None:
         known.update(f"{owner}.{part}" for part in (*parts_of.get(last, ()), last))
     for name in names:
         module, _ = parse_fine_tuned_lora_name(name, mapper)
-        experts, found, _ = module.partition(".experts")
-        if module not in known and not (found and f"{experts}.experts" in known):
+        experts, stacked, _ = module.partition(".experts")
+        if module not in known and not (stacked and f"{experts}.experts" in known):
             raise ValueError(f"the adapter has weights for {module!r}, which this model has no LoRA layer for")

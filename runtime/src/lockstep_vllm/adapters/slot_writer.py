@@ -39,12 +39,12 @@ class _Slot:
         """Elements that are not zero where nothing was copied to."""
         if not self.empty:
             return 0
-        places = {_address(one) for one in self.empty}
-        copied = (p.target for pieces in self.copies.pieces for p in pieces if _address(p.target) in places)
+        empty = {_address(tensor) for tensor in self.empty}
+        copied = (p.target for pieces in self.copies.pieces for p in pieces if _address(p.target) in empty)
         return sum(map(_filled, self.empty)) - sum(map(_filled, copied))
 
 
-class Places:
+class SlotWriter:
     """Valid as long as the layers' room lives where it did."""
 
     def __init__(
@@ -97,15 +97,15 @@ def _slot(
     room: dict[str, torch.Tensor] = {}
     bs, switches = [], {}
     for name, module in manager.modules.items():
-        held = vars(module)
-        kinds = _EXPERTS_ROOM if "w13_lora_a_stacked" in held else _ROOM
+        fields = vars(module)
+        kinds = _EXPERTS_ROOM if "w13_lora_a_stacked" in fields else _ROOM
         for side in ("a", "b"):
             for kind in kinds:
-                for i, stacked in enumerate(held[kind.format(side)]):
+                for i, stacked in enumerate(fields[kind.format(side)]):
                     room[f"{name}.{kind.format(side)}.{i}"] = stacked
                     bs += [stacked[index]] if side == "b" else []
-        if "adapter_enabled" in held:
-            switches[name] = held["adapter_enabled"]
+        if "adapter_enabled" in fields:
+            switches[name] = fields["adapter_enabled"]
     adapted: set[str] = set()
 
     def fill(weights: Any) -> None:
@@ -118,11 +118,11 @@ def _slot(
 
     # The switches, too, so that planning leaves them alone.
     live = room | {f"{name}.adapter_enabled": switch for name, switch in switches.items()}
-    copies = make_plan(live, plan.metas, plan.buckets, fill, whole=False, keep_views=False)
+    copies = make_plan(live, plan.metas, plan.buckets, fill, complete=False, keep_views=False)
     written = copies.written()
-    empty = [one[index] for one in room.values() if written.get(_address(one), 0) != one[index].numel()]
+    empty = [room[name][index] for name in room if written.get(_address(room[name]), 0) != room[name][index].numel()]
     on = [name in adapted for name in switches]
-    identity = Identity(copies, next(iter(room.values())).device, {_address(one) for one in bs}, scaling)
+    identity = Identity(copies, next(iter(room.values())).device, {_address(b) for b in bs}, scaling)
     return _Slot(copies, identity, empty, bs, [switch[index] for switch in switches.values()], on)
 
 

@@ -1,4 +1,4 @@
-"""Lockstep's own routes on the server, under `/lockstep`."""
+"""Lockstep's own endpoints on the server, under `/lockstep`."""
 
 # pyright: reportMissingImports=false
 
@@ -17,7 +17,7 @@ from lockstep_vllm.version import vllm_version
 from lockstep_wire import http_paths
 
 
-class LockstepRoutes:
+class LockstepApi:
     """The endpoint plugin that vLLM instantiates (its protocol `EndpointPlugin`)."""
 
     name = "lockstep"
@@ -29,8 +29,8 @@ class LockstepRoutes:
             """vLLM's version and the requests being served now, by model name."""
             return {"vllm": vllm_version(), "in_flight": dict(openai_fields.in_flight)}
 
-        sync_api.add_routes(app)
-        sleep_api.add_routes(app)
+        sync_api.add_endpoints(app)
+        sleep_api.add_endpoints(app)
         patches.apply("api", on_cpu=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:

@@ -10,7 +10,7 @@ Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logpr
     sampling          {"temperature", "top_p", "top_k", "min_p", and the three penalties}   as they took effect,
                       and what else the request set that changes the distribution (a logit bias, a schema, ...)
     reply_digest      str         of a chat: binds the message's text and tool calls to token_ids (see lockstep_wire/reply_digest.py)
-    routes_digest     str         where vLLM sent routed experts: binds them to the choice's ids (see lockstep_wire/routed_experts.py)
+    routed_experts_digest  str    where vLLM sent routed experts: binds them to the choice's ids (lockstep_wire/routed_experts.py)
 
 A stream passes through untouched apart from the request's defaults.
 """
@@ -28,7 +28,7 @@ from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
 from lockstep_wire.http_paths import CHAT_COMPLETIONS as CHAT
 from lockstep_wire.http_paths import COMPLETIONS
 from lockstep_wire.reply_digest import reply_digest
-from lockstep_wire.routed_experts import routes_digest
+from lockstep_wire.routed_experts import routed_experts_digest
 from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 CONSTRAINTS = (
@@ -125,7 +125,7 @@ def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], sampled: l
         if "message" in choice:
             choice["reply_digest"] = reply_digest(token_ids, choice["message"])
         if choice.get("routed_experts") is not None:
-            choice["routes_digest"] = routes_digest(
+            choice["routed_experts_digest"] = routed_experts_digest(
                 choice["prompt_token_ids"], token_ids, base64.b64decode(choice["routed_experts"])
             )
 

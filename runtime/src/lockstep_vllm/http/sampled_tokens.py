@@ -1,6 +1,6 @@
 """What vLLM knows of each sampled token and does not put into a reply: the weights that sampled it, and its log-probability.
 
-vLLM tracks the weight version of every token and reports it on one of its own routes only. It reports log-probabilities
+vLLM tracks the weight version of every token and reports it on one of its own endpoints only. It reports log-probabilities
 as OpenAI does, an object with text and bytes per token: at 128 tokens making, sending and reading them costs more than
 all else of a request. So a client that does not ask for them gets them as one list of numbers.
 

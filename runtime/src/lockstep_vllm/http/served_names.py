@@ -25,8 +25,8 @@ def keep_names(state: State, names: list[str]) -> list[str]:
 def rename_base(state: State, name: str) -> list[str]:
     """Serves the base model as `name` from now on; of its older names only those that `keep_names` was given stay."""
     paths: list[Any] = state.openai_serving_models.base_model_paths
-    kept = [one for one in getattr(state, "lockstep_kept_names", []) if one != name]
-    paths[:] = [type(paths[0])(name=one, model_path=paths[0].model_path) for one in [name, *kept]]
+    kept = [kept_name for kept_name in getattr(state, "lockstep_kept_names", []) if kept_name != name]
+    paths[:] = [type(paths[0])(name=served, model_path=paths[0].model_path) for served in [name, *kept]]
     return [name, *kept]
 
 

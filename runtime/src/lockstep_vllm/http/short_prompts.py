@@ -47,11 +47,11 @@ class TwoTokenPrompts:
         prompt = request.get("prompt")
         if request.get("truncate_prompt_tokens") == 1:
             return True
-        several = isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt)
-        for one in prompt if several else [prompt]:  # type: ignore[union-attr]
-            if isinstance(one, list) and len(one) == 1:
+        several = isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt)
+        for item in prompt if several else [prompt]:  # type: ignore[union-attr]
+            if isinstance(item, list) and len(item) == 1:
                 return True
-            if isinstance(one, str) and await self._count(scope, request, one) == 1:
+            if isinstance(item, str) and await self._count(scope, request, item) == 1:
                 return True
         return False
 

@@ -1,9 +1,9 @@
 """Colocated mode, the server's side: it gives its device memory away while the trainer works, and takes it back.
 
 Asleep, requests are accepted and wait in vLLM's queue until the server is awake, as they wait during a swap; the client's own timeout
-bounds that. vLLM has sleep and wake routes of its own, for development servers only and without a deadline.
+bounds that. vLLM has sleep and wake endpoints of its own, for development servers only and without a deadline.
 
-On a CPU vLLM's workers free nothing when they sleep: only the order of things is real there. Unproven on a GPU.
+On a CPU vLLM's workers free nothing when they sleep: only the order of things is real there. `benchmarks/colocated.py` runs them on a GPU.
 """
 
 # pyright: reportMissingImports=false
@@ -72,7 +72,7 @@ class SleepControl:
         return {"asleep": sorted(self.asleep)}
 
 
-def add_routes(app: FastAPI) -> None:
+def add_endpoints(app: FastAPI) -> None:
     """`/lockstep/sleep`, `/lockstep/wake`, `/lockstep/version`; `app.state.lockstep_sleep` is set once the engine is there."""
 
     def sleep_control() -> SleepControl:
@@ -94,8 +94,8 @@ def add_routes(app: FastAPI) -> None:
     async def version() -> dict[str, Any]:
         """The version of the base weights, every name they answer to (the first is the current one), and what sleeps."""
         names = [path.name for path in app.state.openai_serving_models.base_model_paths]
-        held = await app.state.engine_client.get_weight_version()
-        return {"version": held, "names": names} | sleep_control().state()
+        version = await app.state.engine_client.get_weight_version()
+        return {"version": version, "names": names} | sleep_control().state()
 
     @app.get(http_paths.MEMORY)
     async def memory() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Routes of a weight sync: connect, plan, receive, commit, abort. The server answers with one version or the next."""
+"""Endpoints of a weight sync: connect, plan, receive, commit, abort. The server answers with one version or the next."""
 
 # pyright: reportMissingImports=false
 
@@ -46,7 +46,7 @@ class SyncRefusedError(Exception):
 
 
 class WeightSync:
-    """What the routes do, one at a time. `engine` is vLLM's EngineClient."""
+    """What the endpoints do, one at a time. `engine` is vLLM's EngineClient."""
 
     def __init__(self, engine: Any, state: State) -> None:
         self._engine = engine
@@ -160,7 +160,7 @@ class WeightSync:
                 raise SyncRefusedError(error_kinds.WEIGHTS, answer.error.message)
             loaded = time.monotonic()
             compared = await self._verified("lockstep_sync_verify_adapter", name, path)
-            if name in self._adapters:  # one of before, unloaded by vLLM's own route
+            if name in self._adapters:  # one of before, unloaded by vLLM's own endpoint
                 self._unloaded[self._adapters[name]] = name
             self._adapters[name] = path
             ended = time.monotonic()
@@ -228,7 +228,9 @@ class WeightSync:
             for sender, (got, sent) in enumerate(zip(answer["digests"], digests, strict=True)):
                 if got != sent:
                     pairs = zip(got, sent, strict=False)
-                    bucket = next((i for i, (one, other) in enumerate(pairs) if one != other), len(got))
+                    bucket = next(
+                        (i for i, (expected_digest, other) in enumerate(pairs) if expected_digest != other), len(got)
+                    )
                     raise SyncRefusedError(
                         error_kinds.MISMATCH,
                         f"bucket {bucket} of sender {sender} came to worker {worker} other than it was sent",
@@ -267,7 +269,7 @@ class WeightSync:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def add_routes(app: FastAPI) -> None:
+def add_endpoints(app: FastAPI) -> None:
     """`/lockstep/sync/...`; `app.state.lockstep_sync` is set once the engine is there."""
 
     def sync() -> WeightSync:
@@ -321,10 +323,10 @@ def add_routes(app: FastAPI) -> None:
     async def abort() -> Any:
         return await _answer(sync().abort())
 
-    _add_name_routes(app)
+    _add_name_endpoints(app)
 
 
-def _add_name_routes(app: FastAPI) -> None:
+def _add_name_endpoints(app: FastAPI) -> None:
     @app.post(http_paths.SERVED_NAME)
     async def served_name(name: Annotated[Name, Body(embed=True)]) -> dict[str, Any]:
         rename_base(app.state, name)

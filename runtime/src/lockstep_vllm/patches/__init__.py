@@ -32,7 +32,7 @@ PATCHES = (
         "every",
         "any",
         "vLLM copies routed experts per request and token; the pool keeps them where the keys are",
-        "tests/runtime/test_route_capture.py",
+        "tests/runtime/test_routed_experts_capture.py",
     ),
     Patch(
         "patches.cpu_reload",

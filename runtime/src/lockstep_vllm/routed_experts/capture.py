@@ -1,18 +1,20 @@
-"""Expert routes from the model's routers to the reply, with next to no work per token.
+"""Routed experts from the model's routers to the reply, with next to no work per token.
 
 vLLM 0.32 keeps what its routers picked (`RoutedExpertsCapturer`, used here as it is), then puts each request's row of each step into
 buffers, keyed blocks and a store with a thread of its own, and sends it to the API process with the token. With 64 requests that is some
 0.5 ms of Python between two steps, which is lost where the GPU waits for Python, and a tenth of the API process's time for a token. A
-reply has its routes at its end only. So here a step's rows go into a pool as one array, each at the place of its token in the KV cache
-(`pool.py`), and a request's rows are read from it once, when it ends.
+reply has its routed experts at its end only. So here a step's rows go into a pool as one array,
+each at the slot of its token in the KV cache (`pool.py`), and a request's rows are read from it
+once, when it ends.
 
-A request that is preempted loses its blocks: its rows are read before, so that it keeps those it was sampled with. A request with stop
-strings gets its rows step by step, as from vLLM: the API process finds those strings, and ends the request without asking the engine for
-more. A request that is ended from outside (its client left) has no routes. A request whose rows are not all there gets those before the
-first that is missing, and whoever trains on it is told which.
+A request that is preempted loses its blocks: its rows are read before, so that it keeps those it
+was sampled with. A request with stop strings gets its rows step by step, as from vLLM: the API
+process finds those strings, and ends the request without asking the engine for more. A request that
+is ended from outside (its client left) has no routed experts. A request whose rows are not all
+there gets those before the first that is missing, and training on it raises an error that names them.
 
-`tests/runtime/test_route_capture.py` drives vLLM's own scheduler with it, and fails when vLLM hands over once by itself, and this is no
-longer needed.
+`tests/runtime/test_routed_experts_capture.py` drives vLLM's own scheduler with it, and fails when
+vLLM hands over once by itself, and this is no longer needed.
 """
 
 # pyright: reportMissingImports=false
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep_vllm.routed_experts.pool import Cache, RoutePool, StepRoutes
+from lockstep_vllm.routed_experts.pool import Cache, RoutedExpertsPool, StepExperts
 
 
 def apply() -> None:
@@ -32,7 +34,7 @@ def apply() -> None:
     from vllm.v1.core.sched import scheduler
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    replace(scheduler, "AuxOutputSchedulerConnector", SchedulerRoutes)
+    replace(scheduler, "AuxOutputSchedulerConnector", SchedulerExperts)
     update, start = scheduler.Scheduler.update_from_output, WorkerWrapperBase.init_device
 
     def update_from_output(self, scheduler_output, model_runner_output) -> Any:
@@ -46,7 +48,7 @@ def apply() -> None:
         """Only here, since vLLM's module brings its kernels along, which the API process has no use for."""
         from vllm.distributed.aux_output_connector import worker
 
-        replace(worker, "AuxOutputWorkerConnector", WorkerRoutes)
+        replace(worker, "AuxOutputWorkerConnector", WorkerExperts)
         start(self)
 
     scheduler.Scheduler.update_from_output = update_from_output
@@ -67,19 +69,19 @@ class Taken:
     rows: list[np.ndarray] = field(default_factory=list)
     count: int = 0
     blocks: list[int] = field(default_factory=list)
-    """Its blocks when it was preempted: a step was still under way then, and its rows come at those places."""
+    """Its blocks when it was preempted: a step was still under way then, and its rows come at those positions."""
 
 
-class SchedulerRoutes:
+class SchedulerExperts:
     """In the scheduler's process; the methods are those that vLLM's scheduler calls on its own connector."""
 
     kv_cache_manager: Any = None
 
     def __init__(self) -> None:
-        self.pool: RoutePool | None = None
+        self.pool: RoutedExpertsPool | None = None
 
     def build_connector_meta(self, scheduler_output: Any, requests: Any) -> bool:
-        """Tells the worker that the step is one of requests: vLLM's steps to warm up have no metadata."""
+        """Informs the worker that the step is one of requests: vLLM's steps to warm up have no metadata."""
         return True
 
     def put(self, scheduler_output: Any, model_runner_output: Any) -> None:
@@ -89,7 +91,7 @@ class SchedulerRoutes:
         output = model_runner_output.aux_output_connector_output
         if output:
             step = output["step"]
-            self.pool = self.pool or RoutePool(step)
+            self.pool = self.pool or RoutedExpertsPool(step)
             self.pool.put(step)
 
     def take_output(self, request: Any, output: Any) -> np.ndarray | None:
@@ -140,25 +142,27 @@ def taken_by(request: Any) -> Taken:
 
 
 @dataclass
-class PendingRoutes:
+class PendingExperts:
     """A step's rows on their way to the CPU."""
 
     rows_gpu: Any
-    places_gpu: Any
+    positions_gpu: Any
     cache: Cache
-    step: StepRoutes | None = None
+    step: StepExperts | None = None
 
     def enqueue_cpu_copy(self, num_sampled: Any, num_rejected: Any) -> None:
         """Called on the stream for outputs; vLLM waits for it before `process_output`."""
-        rows, places = (one.to("cpu", non_blocking=True).numpy() for one in (self.rows_gpu, self.places_gpu))
-        self.step = StepRoutes(rows, places, self.cache)
+        rows, positions = (
+            tensor.to("cpu", non_blocking=True).numpy() for tensor in (self.rows_gpu, self.positions_gpu)
+        )
+        self.step = StepExperts(rows, positions, self.cache)
 
-    def process_output(self) -> dict[str, StepRoutes]:
+    def process_output(self) -> dict[str, StepExperts]:
         assert self.step is not None
         return {"step": self.step}
 
 
-class WorkerRoutes:
+class WorkerExperts:
     """In each worker; the methods are those that vLLM's model runner calls on its own connector."""
 
     def __init__(self, *, vllm_config: Any, model: Any, kv_cache_config: Any) -> None:
@@ -192,15 +196,15 @@ class WorkerRoutes:
     def begin_step(self, metadata: bool | None) -> None:
         self.captured = metadata is not None
 
-    def prepare_output(self, input_batch: Any) -> PendingRoutes | None:
+    def prepare_output(self, input_batch: Any) -> PendingExperts | None:
         """Copies of what the next step writes over: rows, slots and token ids."""
         import torch
 
         if not (self.sends and self.captured):
             return None
         size = int(input_batch.query_start_loc_np[len(input_batch.req_ids)])
-        places = torch.stack((self.slots_GS[self.cache.group, :size], input_batch.input_ids[:size]))
-        return PendingRoutes(self.capturer.snapshot_routing_data(size), places, self.cache)
+        positions = torch.stack((self.slots_GS[self.cache.group, :size], input_batch.input_ids[:size]))
+        return PendingExperts(self.capturer.snapshot_routing_data(size), positions, self.cache)
 
     def close(self) -> None:
         """Nothing is held open here."""
@@ -217,11 +221,11 @@ def cache_of(vllm_config: Any, kv_cache_config: Any) -> Cache:
         or parallel.prefill_context_parallel_size > 1
     ):
         raise ValueError(
-            "expert routes are captured by a server whose KV cache is its own and whole: "
-            "start it without a KV transfer and without context parallelism, or without route capture (enable_expert_replay=False)"
+            "routed experts are captured by a server whose KV cache is its own and whole: "
+            "start it without a KV transfer and without context parallelism, or set enable_expert_replay=False"
         )
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = getattr(group.kv_cache_spec, "first_spec", group.kv_cache_spec)
         if isinstance(spec, FullAttentionSpec):
             return Cache(number, kv_cache_config.num_blocks, spec.block_size)
-    raise ValueError("expert routes are captured for models with full attention in some layer, and this one has none")
+    raise ValueError("routed experts are captured for models with full attention in some layer, and this one has none")

@@ -1,8 +1,9 @@
-"""Expert routes of every token whose keys are in the KV cache, at the place where its keys are.
+"""Routed experts of every token whose keys are in the KV cache, at the slot where its keys are.
 
-Whatever happens to a block of the cache happens to its routes: a prefix that is reused brings them along, a block that is copied takes
-them with it, a block that is given away is written over. Nothing is kept per request. Beside each row lies the token that was computed,
-so that a row of another token, or one that was never written, is seen when it is read.
+Whatever happens to a block of the cache happens to its routed experts: a prefix that is reused
+brings them along, a block that is copied takes them with it, a block that is given away is written
+over. Nothing is kept per request. Beside each row lies the token that was computed, so that a row
+of another token, or one that was never written, is seen when it is read.
 
 Shape suffixes: N slots of the cache, S tokens, L mixture-of-experts layers, K experts per token.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 
 class Cache(NamedTuple):
-    """The part of vLLM's KV cache whose places are used: the layers with full attention keep every token."""
+    """The part of vLLM's KV cache whose positions are used: the layers with full attention keep every token."""
 
     group: int
     blocks: int
@@ -25,27 +26,27 @@ class Cache(NamedTuple):
 
 
 @dataclass
-class StepRoutes:
+class StepExperts:
     """What one step computed, from the worker to the scheduler."""
 
     rows: np.ndarray
     """[S, L, K] uint8 or uint16. (Named as vLLM names it: its Ray executor looks for it.)"""
-    places: np.ndarray
+    positions: np.ndarray
     """[2, S]: slot in the cache, token id."""
     cache: Cache
 
 
-class RoutePool:
+class RoutedExpertsPool:
     """Memory is touched only where something was written: tokens in the cache times L times K times the size of an expert's number."""
 
-    def __init__(self, step: StepRoutes) -> None:
+    def __init__(self, step: StepExperts) -> None:
         self.cache = step.cache
         slots = step.cache.blocks * step.cache.block_size
         self.rows_NLK = np.zeros((slots, *step.rows.shape[1:]), step.rows.dtype)
         self.tokens_N = np.full(slots, -1, np.int32)
 
-    def put(self, step: StepRoutes) -> None:
-        slots, tokens = step.places
+    def put(self, step: StepExperts) -> None:
+        slots, tokens = step.positions
         self.rows_NLK[slots] = step.rows
         self.tokens_N[slots] = tokens
 

@@ -60,9 +60,9 @@ class Identity:
         for number, piece in enumerate(self._pieces):
             totals.add(number, _bytes(piece.target))
         return [
-            Difference(piece.name, piece.owner, one, other)
-            for piece, one, other in zip(self._pieces, sent, totals.read(), strict=True)
-            if one != other
+            Difference(piece.name, piece.owner, digest, other)
+            for piece, digest, other in zip(self._pieces, sent, totals.read(), strict=True)
+            if digest != other
         ]
 
     @torch.no_grad()

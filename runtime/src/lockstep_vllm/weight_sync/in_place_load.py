@@ -7,7 +7,7 @@ layer's experts are one copy. From then on a sync repeats them. Same copies, sam
 whatever slice of a tensor this worker holds.
 
 It holds only where a parameter stays as `load_weights` leaves it. A server that packs or permutes weights after loading them (linear
-layers on a CPU, some expert kernels) needs the other path: `matches` tells, after a load by that path, whether the plan would have
+layers on a CPU, some expert kernels) needs the other path: `matches` checks, after a load by that path, whether the plan would have
 written the same.
 """
 
@@ -58,13 +58,15 @@ class DirectPlan:
 
     def __init__(self, pieces: Sequence[Sequence[Piece]], keep_views: bool = True) -> None:
         """keep_views: the buffers come back from sync to sync; views of them are kept, and so is their memory."""
-        self.pieces = tuple(tuple(_joined(one, apart=True)) for one in pieces)
+        self.pieces = tuple(tuple(_joined(bucket, apart=True)) for bucket in pieces)
         """Those of each bucket, as few as they can be with one weight's name for each: `identity.py` names what differs."""
-        self._pieces, self._keep_views = [_joined(one) for one in pieces], keep_views
+        self._pieces, self._keep_views = [_joined(bucket) for bucket in pieces], keep_views
         self._views: dict[tuple[int, int], list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
         # Apart, since one strided copy slows a whole list down.
-        parts = [[[p for p in one if (p.strides == (1,)) == flat] for flat in (True, False)] for one in self._pieces]
-        self._groups = [[(part, [piece.target for piece in part]) for part in one if part] for one in parts]
+        parts = [
+            [[p for p in bucket if (p.strides == (1,)) == flat] for flat in (True, False)] for bucket in self._pieces
+        ]
+        self._groups = [[(part, [piece.target for piece in part]) for part in bucket if part] for bucket in parts]
 
     def __len__(self) -> int:
         return sum(len(pieces) for pieces in self._pieces)
@@ -93,22 +95,22 @@ class DirectPlan:
         if key in self._views:
             return self._views[key]
         typed: dict[torch.dtype, torch.Tensor] = {}
-        found = []
+        pairs = []
         for part, targets in self._groups[bucket]:
             for dtype in {piece.dtype for piece in part} - typed.keys():
                 typed[dtype] = bytes_N[: bytes_N.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
             sources = [typed[p.dtype].as_strided(p.sizes, p.strides, p.start(typed[p.dtype])) for p in part]
-            found.append((targets, sources))
+            pairs.append((targets, sources))
         if self._keep_views:
-            self._views[key] = found
-        return found
+            self._views[key] = pairs
+        return pairs
 
     def written(self) -> dict[int, int]:
         """Elements written, by the address of the memory they lie in."""
-        found: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         for piece in (piece for pieces in self._pieces for piece in pieces):
-            found[_storage(piece.target)] = found.get(_storage(piece.target), 0) + piece.target.numel()
-        return found
+            sizes[_storage(piece.target)] = sizes.get(_storage(piece.target), 0) + piece.target.numel()
+        return sizes
 
 
 def make_plan(
@@ -117,20 +119,20 @@ def make_plan(
     buckets: Sequence[WireBucket],
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
     *,
-    whole: bool = True,
+    complete: bool = True,
     keep_views: bool = True,
 ) -> DirectPlan:
     """Runs `load` (a model's `load_weights`) once, on weights without bytes, and returns the copies it would make. Nothing live changes.
 
     parameters: the live ones, by name; two names of one tensor count once. metas: the weights under their shipped names; `load` gets
-    them in this order. whole: every parameter is written in full, as a model's are and an adapter's need not be. keep_views: see
-    `DirectPlan`. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or (whole) not exactly once.
+    them in this order. complete: every parameter is written in full, as a model's are and an adapter's need not be. keep_views: see
+    `DirectPlan`. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or (complete) not exactly once.
     """
-    recorder = _Recorder(parameters, whole)
+    recorder = _Recorder(parameters, complete)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     with torch.no_grad(), recorder:
         load([(name, _Ghost(name, meta, device)) for name, meta in metas.items()])
-    if whole:
+    if complete:
         recorder.check()
     shipped: dict[str, list[tuple[int, Any]]] = {}
     for number, bucket in enumerate(buckets):
@@ -138,9 +140,9 @@ def make_plan(
             shipped.setdefault(slot.name, []).append((number, slot))
     pieces: list[list[Piece]] = [[] for _ in buckets]
     for copy in recorder.copies:
-        found = _Box.of(copy)
+        source = _Box.of(copy)
         for number, slot in shipped[copy.name]:
-            piece = found.meet(slot.box, slot.offset, slot.meta)
+            piece = source.meet(slot.box, slot.offset, slot.meta)
             if piece is not None:
                 pieces[number].append(piece)
     return DirectPlan(pieces, keep_views)
@@ -150,13 +152,13 @@ class _Ghost(torch.Tensor):
     """A weight on the parameters' device with shape, strides and no bytes; it can be viewed and copied from, nothing else."""
 
     weight: str
-    whole: TensorMeta
+    full: TensorMeta
     shapes: torch.Tensor
 
     @staticmethod
-    def __new__(cls, name: str, whole: TensorMeta, device: torch.device, inner: torch.Tensor | None = None):
+    def __new__(cls, name: str, meta: TensorMeta, device: torch.device, inner: torch.Tensor | None = None):
         if inner is None:
-            inner = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
+            inner = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -165,7 +167,7 @@ class _Ghost(torch.Tensor):
             dtype=inner.dtype,
             device=device,
         )
-        made.weight, made.whole, made.shapes = name, whole, inner
+        made.weight, made.full, made.shapes = name, meta, inner
         return made
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
@@ -185,7 +187,7 @@ class _Copy:
 
     owner: str
     name: str
-    whole: TensorMeta
+    full: TensorMeta
     target: torch.Tensor
     view: torch.Tensor
 
@@ -193,9 +195,9 @@ class _Copy:
 class _Recorder(TorchDispatchMode):
     """Notes every copy whose target lies in a live parameter, and keeps it from happening."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], whole: bool) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], complete: bool) -> None:
         super().__init__()
-        self._whole = whole
+        self._complete = complete
         self.copies: list[_Copy] = []
         self._live: dict[int, str] = {}
         self._sizes: dict[str, int] = {}
@@ -224,23 +226,23 @@ class _Recorder(TorchDispatchMode):
         """Views of a ghost are ghosts; anything that would read its bytes can't be planned."""
         if func._schema.is_mutable or not any(r.alias_info is not None for r in func._schema.returns):
             raise DirectUnavailableError(f"{ghost.weight!r} is computed with while it is loaded ({func})")
-        bare, named = tree_map_only(_Ghost, lambda one: one.shapes, (args, kwargs))
+        bare, named = tree_map_only(_Ghost, lambda argument: argument.shapes, (args, kwargs))
         result = func(*bare, **named)
-        wrap = lambda inner: _Ghost(ghost.weight, ghost.whole, ghost.device, inner)  # noqa: E731
-        return [wrap(one) for one in result] if isinstance(result, (list, tuple)) else wrap(result)
+        wrap = lambda inner: _Ghost(ghost.weight, ghost.full, ghost.device, inner)  # noqa: E731
+        return [wrap(item) for item in result] if isinstance(result, (list, tuple)) else wrap(result)
 
     def _note(self, name: str, func: Any, args: tuple[Any, ...]) -> None:
         if func in _CONSTANTS:  # padding: it stays as it is, but a parameter filled and then written counts too often
             self._filled[name] += args[0].numel()
             return
-        if not self._whole and not any(isinstance(one, _Ghost) for one in args):
+        if not self._complete and not any(isinstance(arg, _Ghost) for arg in args):
             return  # a constant in whatever form
         if func is not torch.ops.aten.copy_.default or not isinstance(args[1], _Ghost):
             raise DirectUnavailableError(f"{name!r} is computed while it is loaded ({func}): use the load_weights path")
         if args[0].numel() != args[1].numel():
             raise DirectUnavailableError(f"{name!r} is filled with a repeated value: use the load_weights path")
         # A detached view of the same memory, so that repeating the copy meets no autograd and no parameter subclass.
-        self.copies.append(_Copy(name, args[1].weight, args[1].whole, args[0].detach(), args[1].shapes))
+        self.copies.append(_Copy(name, args[1].weight, args[1].full, args[0].detach(), args[1].shapes))
         self._filled[name] += args[0].numel()
 
     def check(self) -> None:
@@ -265,7 +267,7 @@ class _Box:
     @staticmethod
     def of(copy: _Copy) -> _Box:
         """Raises DirectUnavailableError for a view that is no box (dimensions flattened together, steps)."""
-        shape, view = copy.whole.shape, copy.view
+        shape, view = copy.full.shape, copy.view
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
         left, low = view.storage_offset(), []
         for stride in strides:
@@ -276,7 +278,7 @@ class _Box:
         for size, stride in zip(view.shape, view.stride(), strict=True):
             if size == 1:
                 continue
-            dim = next((d for d, one in enumerate(strides) if one == stride and shape[d] > 1), None)
+            dim = next((d for d, other in enumerate(strides) if other == stride and shape[d] > 1), None)
             if dim is None or dim in dims or low[dim] + size > shape[dim]:
                 raise DirectUnavailableError(f"{copy.owner!r} takes no box of {copy.name!r}: use the load_weights path")
             ranges[dim] = (low[dim], low[dim] + size)
@@ -332,12 +334,12 @@ def _joined(pieces: Sequence[Piece], apart: bool = False) -> list[Piece]:
 def _follows(last: Piece, piece: Piece) -> bool:
     if not (last.strides == piece.strides == (1,)) or last.dtype != piece.dtype:
         return False
-    one, two = last.target, piece.target
+    first, two = last.target, piece.target
     return (
         last.offset + last.sizes[0] * last.dtype.itemsize == piece.offset
-        and _storage(one) == _storage(two)
-        and one.dtype == two.dtype
-        and one.data_ptr() + one.numel() * one.element_size() == two.data_ptr()
+        and _storage(first) == _storage(two)
+        and first.dtype == two.dtype
+        and first.data_ptr() + first.numel() * first.element_size() == two.data_ptr()
     )
 
 

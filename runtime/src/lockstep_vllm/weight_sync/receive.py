@@ -84,8 +84,8 @@ class Incoming:
             return
         read = totals.read()
         for sender in range(self._plan.senders):
-            mine = [i for i, bucket in enumerate(self._plan.buckets) if bucket.sender == sender]
-            self.digests.append([read[i] for i in mine])
+            own = [i for i, bucket in enumerate(self._plan.buckets) if bucket.sender == sender]
+            self.digests.append([read[i] for i in own])
         self.waiting_for = ""
 
     def _receive_all(self, totals: Digests) -> None:

@@ -48,8 +48,8 @@ class _State:
     adapter: dict[str, Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
     direct: DirectPlan | None = None
-    places: from_memory.Places | None = None
-    proven: bool = False
+    slot_writer: from_memory.SlotWriter | None = None
+    verified: bool = False
     """The direct path wrote what `load_weights` wrote, in this server, once."""
     identity: Identity | None = None
     """Of the pieces of the direct path, also where weights go through `load_weights`."""
@@ -74,12 +74,12 @@ class Receiver:
         device has free and in all.
         """
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": from_memory.nbytes()}
+        sizes = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": from_memory.nbytes()}
         if self.device.type != "cuda":
-            return found
+            return sizes
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
-        return found | {"reserved": reserved, "device_free": free, "device_total": total}
+        return sizes | {"reserved": reserved, "device_free": free, "device_total": total}
 
     def lockstep_free_buffers(self) -> None:
         """Gives the buffers of the last sync, and what this process's allocator keeps for later, back to the device."""
@@ -115,7 +115,7 @@ class Receiver:
             if "adapter" in raw:
                 from_memory.check_config(raw["adapter"], self.vllm_config.lora_config)
                 patches.apply("worker", on_cpu=False)
-                state.places = from_memory.make_places(self.model_runner.lora_manager, raw["adapter"], plan)
+                state.slot_writer = from_memory.make_slot_writer(self.model_runner.lora_manager, raw["adapter"], plan)
             else:
                 model = self.model_runner.get_model()
                 shapes = {name: meta.shape for name, meta in plan.metas.items()}
@@ -198,7 +198,7 @@ class Receiver:
         incoming, state.incoming = state.incoming, None
         assert incoming is not None
         assert incoming.done
-        direct = incoming.streamed or (state.direct is not None and state.proven)
+        direct = incoming.streamed or (state.direct is not None and state.verified)
         if direct:
             self._lockstep_sync_copy(state, streamed=incoming.streamed)
         else:
@@ -219,8 +219,10 @@ class Receiver:
         assert incoming is not None
         assert state.plan is not None
         assert state.adapter is not None
-        expected = None if state.places is None else state.places.expected(state.staging)
-        from_memory.staged[path] = from_memory.Staged(state.adapter, state.plan, state.staging, state.places, expected)
+        expected = None if state.slot_writer is None else state.slot_writer.expected(state.staging)
+        from_memory.staged[path] = from_memory.Staged(
+            state.adapter, state.plan, state.staging, state.slot_writer, expected
+        )
         state.staging = []
         return {}
 
@@ -261,8 +263,8 @@ class Receiver:
     def lockstep_sync_release(self) -> dict[str, Any]:
         """Frees the buffers and forgets the plan, which holds addresses of parameters: before weights are moved or put to sleep."""
         state = self._lockstep_sync_state()
-        state.plan, state.adapter, state.direct, state.proven = None, None, None, False
-        state.places, state.identity, state.expected = None, None, None
+        state.plan, state.adapter, state.direct, state.verified = None, None, None, False
+        state.slot_writer, state.identity, state.expected = None, None, None
         state.staging, state.turning, state.incoming = [], [], None
         return {}
 
@@ -311,12 +313,12 @@ class Receiver:
         if direct:
             return described(version, self.rank, differences) if differences else ""
         live = dict(self.model_runner.get_model().named_parameters())
-        owners = {one.owner for one in differences}
-        moved = {one for one in owners if state.identity.rearranged(one, live[one].detach(), state.staging)}
-        differences = [one for one in differences if one.owner not in moved]
+        owners = {difference.owner for difference in differences}
+        moved = {owner for owner in owners if state.identity.rearranged(owner, live[owner].detach(), state.staging)}
+        differences = [difference for difference in differences if difference.owner not in moved]
         if differences:
             return described(version, self.rank, differences)
-        state.proven = not moved
+        state.verified = not moved
         if moved and state.direct is not None:
             logger.info("no direct path for weights: %s, say, is kept in another order than it is loaded", min(moved))
             state.direct = None
@@ -337,8 +339,8 @@ class Receiver:
         starts = [0]
         for bucket in plan.buckets:
             starts.append(starts[-1] + -(-bucket.nbytes // _ALIGNMENT) * _ALIGNMENT)
-        whole = self._lockstep_sync_buffer(starts[-1])
-        return [whole[start : start + one.nbytes] for start, one in zip(starts, plan.buckets, strict=False)]
+        buffer = self._lockstep_sync_buffer(starts[-1])
+        return [buffer[start : start + bucket.nbytes] for start, bucket in zip(starts, plan.buckets, strict=False)]
 
     def _lockstep_sync_hang_up(self) -> None:
         state = self._lockstep_sync_state()
@@ -354,8 +356,8 @@ class Receiver:
 
 def _free(device: torch.device) -> int:
     """Bytes a GPU has left, those that torch holds without use among them."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _resolved(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:

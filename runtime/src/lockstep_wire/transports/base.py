@@ -17,7 +17,7 @@ class UnusableTransportError(ValueError):
 
 
 class Sender(Protocol):
-    """One sender's half. `open` and `accept` belong together: the receivers are told `open`'s answer in between."""
+    """One sender's half. `open` and `accept` belong together: the receivers get `open`'s answer in between."""
 
     def open(self, receivers: int) -> dict[str, Any]:
         """Prepares for that many receivers; returns what each needs to connect, as JSON."""

@@ -1,7 +1,7 @@
 """Buckets that stay where they are: the server's workers map the trainer's two buffers by CUDA IPC, on the same host and GPU.
 
 What travels is the handle of each buffer, once, and then "bucket n is ready" and "worker r has taken it", as JSON through a store on
-loopback. No pickle: a handle is plain bytes and numbers. Proof on a GPU: the
+loopback. No pickle: a handle is plain bytes and numbers. Evidence on a GPU: the
 runs on shared GPUs in `benchmarks/README.md`.
 
 Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused where its handles look different.
@@ -94,10 +94,10 @@ class IpcSender:
         try:
             self._store.wait(keys, self._deadline)
         except RuntimeError as error:
-            missing = [one for one in keys if not self._store.check([one])]
+            missing = [name for name in keys if not self._store.check([name])]
             raise TransportError(f"the server's workers did not answer ({', '.join(missing)}): {error}") from None
-        for one in keys:
-            self._store.delete_key(one)
+        for name in keys:
+            self._store.delete_key(name)
 
 
 def map_shared(handle: list[Any]) -> torch.Tensor:

@@ -224,7 +224,7 @@ async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConf
         step=current,
         config=config,
         data=settings.parallel.data,
-        routes=settings.routes,
+        routed_experts=settings.routed_experts,
         row_limit=settings.row_limit,
         vocabulary=settings.vocabulary,
     )

@@ -90,8 +90,8 @@ def on_cpu(config: ModelConfig, dtype: str, free: int, asked_length: int | None,
     token, sequence = bytes_per_token(config, dtype, 1), bytes_per_sequence(config, dtype, 1)
     full = capacity.slots * (token * (capacity.max_model_len + _BLOCK) + 2 * sequence)
     # A length that the user asked for is given room as well.
-    one = token * (capacity.max_model_len + 2 * _BLOCK) + 4 * sequence
-    cache = max(min(cache, max(full, least)), one)
+    sequence_bytes = token * (capacity.max_model_len + 2 * _BLOCK) + 4 * sequence
+    cache = max(min(cache, max(full, least)), sequence_bytes)
     return Capacity(
         capacity.max_model_len, capacity.slots, cache, max(cache - 2 * sequence, 0) // token, capacity.limit
     )

@@ -48,7 +48,7 @@ class Delivery(Protocol):
         ...
 
     async def withdraw(self, number: int) -> None:
-        """Step `number` was never published: the server shall not serve it. No rollout was ever told its name."""
+        """Step `number` was never published: the server shall not serve it. No rollout ever got its name."""
         ...
 
     def served(self) -> str:

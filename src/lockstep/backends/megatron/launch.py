@@ -88,7 +88,7 @@ def memory_share(free: int, total: int) -> float:
     """The part of the GPU's memory (`total` bytes) for a server that shares it, when `free` bytes are: nine tenths of them.
 
     The rest is for what the trainer's process grows by outside of its tensors (NCCL, cuBLAS). 0.9 where nothing is known (a CPU). Raises
-    ConfigError when too little is left to serve anything. Unproven on a GPU.
+    ConfigError when too little is left to serve anything.
     """
     if total == 0:
         return 0.9
@@ -108,18 +108,18 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
 
     run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is not a run or a step that isn't published.
     """
-    identity, found = read_checkpoint(run_path, step)
+    identity, checkpoint = read_checkpoint(run_path, step)
     if identity.get("backend") == "tinker":
         raise StoreError(f"{run_path} was trained by TinkerBackend: its weights are with the service, not here")
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
-    devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{found.number}"
+    devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{checkpoint.number}"
     settings = read_settings(run_path)
     server_args = tuple(settings.get("server_args", ()))
     parser = settings.get("tool_call_parser")  # of an older run nothing is known: the family's
     tools = resolve_tool_calls(parser, spec.tool_call_parser, read_tokenizer(base, server_args), server_args)
     config = ServerConfig(
-        model=base if lora else found.path / "model",
+        model=base if lora else checkpoint.path / "model",
         served_name=f"{run_path.name}@base" if lora else name,
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
@@ -131,12 +131,12 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
         gpus=devices.inference,
         extra_args=server_args,
     )
-    with reading(found):
+    with reading(checkpoint):
         server = await launch(config, find_runtime(devices.kind), run_path, progress, "chat.log")
         if lora is None:
             return server, name
         try:
-            await server.load_adapter(name, found.adapter)
+            await server.load_adapter(name, checkpoint.adapter)
         except BaseException:
             await server.close()
             raise

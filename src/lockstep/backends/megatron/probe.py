@@ -65,8 +65,8 @@ class Probe:
     def of_rollouts(cls, sequences: Sequence[TokenSequence], longest: int, enough: int = TOKENS) -> Probe:
         """One rollout of each group, then another of each, until there are `enough` tokens; of long ones `longest` tokens.
 
-        A rollout without routes may begin shortly before its first reply, since any text can be scored; routes hold from the beginning
-        only.
+        A rollout without routed experts may begin shortly before its first reply, since any text
+        can be scored; routed experts hold from the beginning only.
         """
         turn_of: dict[int, int] = {}
         turns = []
@@ -92,26 +92,28 @@ class Probe:
     def scored(self) -> int:
         return sum(len(sequence) - 1 for sequence in self.sequences)
 
-    def with_routes(self, routes: Sequence[np.ndarray | None]) -> Probe:
+    def with_routed_experts(self, routed_experts: Sequence[np.ndarray | None]) -> Probe:
         """The same text, to be scored on these experts."""
-        pairs = zip(self.sequences, routes, strict=True)
-        return Probe(tuple(scoring_sequence(one.name, one.tokens_S.tolist(), given) for one, given in pairs))
+        pairs = zip(self.sequences, routed_experts, strict=True)
+        return Probe(
+            tuple(scoring_sequence(sequence.name, sequence.tokens_S.tolist(), given) for sequence, given in pairs)
+        )
 
 
 def _part(sequence: TokenSequence, longest: int) -> TokenSequence:
     if len(sequence) <= longest:
         return sequence
     start = 0
-    if sequence.routes_SLK is None:
+    if sequence.experts_SLK is None:
         start = max(0, min(int(sequence.loss_mask_S.argmax()) - longest // 4, len(sequence) - longest))
     tokens = sequence.tokens_S[start : start + longest].tolist()
     return sequence.cut(longest) if start == 0 else scoring_sequence(sequence.name, tokens)
 
 
 def _to_score(sequence: TokenSequence, name: str) -> TokenSequence:
-    """Every token after the first, at temperature 1, on the routes that the sequence has."""
+    """Every token after the first, at temperature 1, on the routed experts that the sequence has."""
     bare = scoring_sequence(name, sequence.tokens_S.tolist())
-    return replace(bare, routes_SLK=sequence.routes_SLK, routed_S=sequence.routed_S)
+    return replace(bare, experts_SLK=sequence.experts_SLK, routed_S=sequence.routed_S)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ def check_finite(version: str, scores: ProbeScores, remedy: str) -> None:
 
 
 def power(before: ProbeScores, after: ProbeScores, noise: Noise) -> float:
-    """How far a step moved the policy on the probe, in units of the noise; below 1 its behaviour can't be told from the step's before."""
+    """How far a step moved the policy on the probe, in units of the noise; below 1 its behaviour
+    can't be distinguished from that of the step before.
+    """
     return Noise.between(before.logprobs_T, after.logprobs_T).scaled / max(noise.scaled, 1e-9)
 
 

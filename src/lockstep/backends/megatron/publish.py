@@ -43,7 +43,7 @@ async def publish_and_serve(
     trained: the trainer's scores of the run's probe.
     """
     async with run.gpus.never_left_asleep():
-        if run.settings.routes is not None:
+        if run.settings.routed_experts is not None:
             trained = None  # they were scored on other experts than the server will use
         if run.delivery.replaces:
             checkpoint, seconds = await _publish(run, number, staged, metrics)
@@ -72,11 +72,11 @@ async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, fl
 
 
 async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
-    """The trainer's scores of the probe, before anything reaches the server. With replay they wait for the server's routes.
+    """The trainer's scores of the probe, before anything reaches the server. With replay they wait for the server's routed experts.
 
     Raises TrainerError for a step that computes anything that is not finite.
     """
-    if run.settings.routes is not None:
+    if run.settings.routed_experts is not None:
         return None
     assert run.probe is not None
     trained = await trained_scores(run, run.probe)

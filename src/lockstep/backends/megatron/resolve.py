@@ -10,7 +10,7 @@ from lockstep.backends.megatron import preflight
 from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu, row_limit
 from lockstep.backends.megatron.exact import check_exact
 from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
-from lockstep.backends.megatron.settings import ResolvedSettings, route_shape
+from lockstep.backends.megatron.settings import ResolvedSettings, routed_experts_shape
 from lockstep.batching.pack import MOST_ROW_LENGTH
 from lockstep.config.base import unsupported
 from lockstep.config.megatron import MegatronConfig, Parallel
@@ -103,7 +103,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
     dtype = _dtype(log, asked, model, base, devices)
     if asked.exact:
         check_exact(spec, config, dtype, "merged" if asked.merged else "lora", devices)
-    shards = get_model_support_handler_for_spec(spec).whole(config, Layout())
+    shards = get_model_support_handler_for_spec(spec).all_shards(config, Layout())
     preflight.check_lora(model.lora, spec, shards)
     targets = (model.lora.target_modules or spec.default_target_modules) if model.lora else ()
     footprint = Footprint.of(shards, targets, model.lora.rank if model.lora else 0)
@@ -124,7 +124,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         offload=devices.colocated and asked.offload is not False,
         transport=resolve_transport(asked.weight_transport, devices),
         vocabulary=config.vocab_size,
-        routes=route_shape(config) if asked.enable_expert_replay else None,
+        routed_experts=routed_experts_shape(config) if asked.enable_expert_replay else None,
         seed=asked.seed,
         recompute=asked.recompute,
         max_model_len=capacity.max_model_len,
@@ -262,10 +262,10 @@ def _on_gpus(
     if known:
         left = _OFFLOADED if asked.offload is not False else _OFFLOADED + training + state
         if devices.colocated and utilization is None:
-            budget = int(0.9 * min(one.free - left for one in known))
+            budget = int(0.9 * min(gpu.free - left for gpu in known))
         else:
-            budget = int((utilization or 0.9) * min(one.total for one in known))
-    large = bool(known) and all(is_large(one.total) for one in known)
+            budget = int((utilization or 0.9) * min(gpu.total for gpu in known))
+    large = bool(known) and all(is_large(gpu.total) for gpu in known)
     training_free = [memory[number].free - training - state for number in devices.trainer if number in memory]
     return on_gpu(config, dtype, budget, large, ranks, weights, length, slots), min(training_free, default=None)
 
@@ -293,8 +293,10 @@ def _describe_rest(log: _Log, resolved: ResolvedSettings, asked: MegatronConfig)
     log.add(
         "offload", resolved.offload, _set(asked.offload, "shared GPUs" if resolved.colocated else "nothing is shared")
     )
-    replays = "default" if resolved.routes is not None else "the model has no experts"
-    log.add("enable_expert_replay", resolved.routes is not None, replays if asked.enable_expert_replay else "set")
+    replays = "default" if resolved.routed_experts is not None else "the model has no experts"
+    log.add(
+        "enable_expert_replay", resolved.routed_experts is not None, replays if asked.enable_expert_replay else "set"
+    )
     log.add(
         "recompute",
         "as memory asks for it" if resolved.recompute is None else resolved.recompute,

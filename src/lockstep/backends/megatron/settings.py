@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lockstep.backends.megatron.placement import Devices
 from lockstep.batching.pack import MOST_ROW_LENGTH
-from lockstep.batching.routed_experts import RouteShape
+from lockstep.batching.routed_experts import RoutedExpertsShape
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import Parallel
 from lockstep.inference.launch import LoraServing, ServerConfig
@@ -37,8 +37,8 @@ class ResolvedSettings:
     """Colocated mode: the trainer's memory goes to the host while the server serves."""
     vocabulary: int
     """How many token ids the model has."""
-    routes: RouteShape | None
-    """What each choice's expert routes look like; None: none are captured or replayed."""
+    routed_experts: RoutedExpertsShape | None
+    """What each choice's routed experts look like; None: none are captured or replayed."""
     seed: int
     recompute: bool | None
     max_model_len: int
@@ -85,7 +85,7 @@ class ResolvedSettings:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             kv_cache_bytes=self.kv_cache_bytes,
-            capture_routes=self.routes is not None,
+            capture_routed_experts=self.routed_experts is not None,
             gpus=self.devices.inference,
             gpu_memory_utilization=gpu_memory_utilization,
             sleeps=self.colocated,
@@ -108,6 +108,8 @@ def lora_serving(lora: LoraConfig, spec: ModelSupportSpec) -> LoraServing:
     return LoraServing(max_rank=lora.rank, targets=lora.target_modules or spec.default_target_modules)
 
 
-def route_shape(config: ModelConfig) -> RouteShape | None:
-    """The expert routes of a model, which has them in its mixture-of-experts layers only; None for a dense one."""
-    return RouteShape(sum(config.moe_layers), config.experts_per_token, config.experts) if config.is_moe else None
+def routed_experts_shape(config: ModelConfig) -> RoutedExpertsShape | None:
+    """The routed experts of a model, which has them in its mixture-of-experts layers only; None for a dense one."""
+    return (
+        RoutedExpertsShape(sum(config.moe_layers), config.experts_per_token, config.experts) if config.is_moe else None
+    )

@@ -18,7 +18,7 @@ from lockstep.backends.megatron.run import Run
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence
-from lockstep.batching.routed_experts import decode_routes
+from lockstep.batching.routed_experts import decode_routed_experts
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import deadlines
 from lockstep.inference.client import logprobs_of, most_likely
@@ -67,7 +67,7 @@ def longest(run: Run) -> int:
 
 def enough(run: Run) -> int:
     """Tokens of a probe. Where a CPU's server needs Triton's interpreter, 512 would take longer than many a step."""
-    interpreted = run.settings.devices.kind == "cpu" and (run.settings.routes is not None or run.settings.exact)
+    interpreted = run.settings.devices.kind == "cpu" and (run.settings.routed_experts is not None or run.settings.exact)
     return TOKENS // 4 if interpreted else TOKENS
 
 
@@ -79,7 +79,7 @@ async def measure_noise(run: Run) -> None:
     run.probe = await first_probe(run)
     served, choices = await served_scores(run, f"{run.model.name}@base", run.probe)
     await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
-    trained = await trained_scores(run, on_served_routes(run, run.probe, choices))
+    trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
     run.noise = probing.base_noise(served, trained, run.numerics, run.server.child.log_path)
 
 
@@ -104,18 +104,18 @@ async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
     return ProbeScores(logprobs_T.astype(np.float64), top_TV)
 
 
-def on_served_routes(run: Run, probe: Probe, choices: Sequence[dict[str, Any]]) -> Probe:
+def on_served_experts(run: Run, probe: Probe, choices: Sequence[dict[str, Any]]) -> Probe:
     """The probe on the experts that the server used for it; as it is where none are captured."""
-    if run.settings.routes is None:
+    if run.settings.routed_experts is None:
         return probe
-    return probe.with_routes(
+    return probe.with_routed_experts(
         [
-            decode_routes(
+            decode_routed_experts(
                 choice.get("routed_experts"),
-                choice.get("routes_digest"),
+                choice.get("routed_experts_digest"),
                 choice["prompt_token_ids"],
                 choice["token_ids"],
-                run.settings.routes,
+                run.settings.routed_experts,
                 "the probe",
             )
             for choice in choices
@@ -153,6 +153,6 @@ async def verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str
     served, choices = await served_scores(run, name, run.probe)
     if trained is None:
         await run.gpus.give_to_trainer(forget_weights=False)
-        trained = await trained_scores(run, on_served_routes(run, run.probe, choices))
+        trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
         await run.gpus.give_to_server()
     return probing.compare(name, served, trained, run.noise, run.numerics, run.server.child.log_path)

@@ -1,6 +1,6 @@
 """TinkerBackend: the Tinker service trains and samples, and a loopback endpoint makes it look like our own server.
 
-Written against tinker 0.38 and not proven against the service itself: the tests stand in for it with a small model of their own.
+Written against tinker 0.38 and not verified against the service itself: the tests stand in for it with a small model of their own.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class TinkerBackend:
         self._run(model).store.record(model.step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
-        found = self._run(model).endpoint.endpoint
-        assert found is not None
-        return found
+        endpoint = self._run(model).endpoint.endpoint
+        assert endpoint is not None
+        return endpoint
 
     def _run(self, model: TrainableModel) -> _Run:
         run = self._runs.get(model)
@@ -236,11 +236,11 @@ class TinkerBackend:
         except TrainerError as error:
             raise RequestError(502, str(error)) from None
         choices = []
-        for index, one in enumerate(reply.sequences):
-            if one.logprobs is None:
+        for index, sampled in enumerate(reply.sequences):
+            if sampled.logprobs is None:
                 raise RequestError(502, "Tinker sampled without log-probabilities")
-            tokens, stopped = list(one.tokens), one.stop_reason == "stop"
-            choices.append(chat_format.choice(request, run.tokenizer, prompt, tokens, one.logprobs, stopped, index))
+            tokens, stopped = list(sampled.tokens), sampled.stop_reason == "stop"
+            choices.append(chat_format.choice(request, run.tokenizer, prompt, tokens, sampled.logprobs, stopped, index))
         return chat_format.completion(request, choices)
 
     async def recover(self, model: TrainableModel) -> bool:

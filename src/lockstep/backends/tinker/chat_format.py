@@ -136,7 +136,7 @@ def _logprob(tokenizer: Any, token: int, value: float) -> dict[str, Any]:
 
 def completion(request: ChatRequest, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """The whole answer around its choices."""
-    prompt, sampled = len(choices[0]["prompt_token_ids"]), sum(len(one["token_ids"]) for one in choices)
+    prompt, sampled = len(choices[0]["prompt_token_ids"]), sum(len(answer["token_ids"]) for answer in choices)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",

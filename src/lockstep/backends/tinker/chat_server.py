@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback, in a thread of its own, for samplers that have none. Every route wants the run's token."""
+"""An OpenAI-compatible endpoint on loopback, in a thread of its own, for samplers that have none. Every endpoint wants the run's token."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ChatEndpoint:
                 {"object": "list", "data": [{"id": name, "object": "model"} for name in self._models()]}
             )
 
-        routes = Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/chat/completions", completions, methods=["POST"]),
                 Route("/v1/models", models, methods=["GET"]),
@@ -107,6 +107,6 @@ class ChatEndpoint:
         async def guarded(scope: Any, receive: Any, send: Any) -> None:
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             known = len(given) == 1 and hmac.compare_digest(given[0], expected)
-            await (routes if known else refused(401, "missing or wrong bearer token"))(scope, receive, send)
+            await (app if known else refused(401, "missing or wrong bearer token"))(scope, receive, send)
 
         return guarded

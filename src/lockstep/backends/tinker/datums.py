@@ -45,7 +45,7 @@ class Example:
 
 
 def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, bool]:
-    """What the service is told to adapt: `train_attn`, `train_mlp`, `train_unembed`. Raises ConfigError for what it can't do."""
+    """What the service adapts: `train_attn`, `train_mlp`, `train_unembed`. Raises ConfigError for what it can't do."""
     if lora is None:
         raise unsupported("lora", None, _NAME, "the service trains adapters only")
     if lora.alpha != _DEFAULT_ALPHA:
@@ -89,7 +89,7 @@ def check_train_config(config: TrainConfig) -> None:
 def examples_of(batch: PackedBatch) -> list[Example]:
     """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a temperature other than 1."""
     weight = total_weight(batch) + unpacked_weight(batch)
-    found = []
+    examples = []
     for number, name in enumerate(batch.sequence_ids):
         row, path = int(batch.row_Q[number]), batch.path_index(number)
         offsets = batch.scored_offsets_Q
@@ -103,7 +103,7 @@ def examples_of(batch: PackedBatch) -> list[Example]:
         advantage = float(batch.sequence_advantage_Q[number]) * float(batch.sequence_weight_Q[number]) / weight
         current_RS = batch.current_RS
         tokens_S = batch.tokens_RS[row, path].astype(np.int64)
-        found.append(
+        examples.append(
             Example(
                 name,
                 tokens_S[:-1],
@@ -114,7 +114,7 @@ def examples_of(batch: PackedBatch) -> list[Example]:
                 (scored_S if current_RS is None else scored_S & current_RS[row, path])[1:],
             )
         )
-    return found
+    return examples
 
 
 def loss_inputs(example: Example, loss: str) -> dict[str, np.ndarray]:
@@ -131,14 +131,14 @@ def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) 
     Raises TrainerError if it does not answer for every target, MismatchError if sampler and trainer disagree by more than
     `max_mismatch` nats per token, or `max_token_mismatch` on one, on what the current step sampled.
     """
-    answers = [np.asarray(one["logprobs"].tolist(), dtype=np.float64) for one in output.loss_fn_outputs]
-    if [len(one) for one in answers] != [len(example.targets_T) for example in examples]:
+    answers = [np.asarray(outputs["logprobs"].tolist(), dtype=np.float64) for outputs in output.loss_fn_outputs]
+    if [len(answer) for answer in answers] != [len(example.targets_T) for example in examples]:
         raise TrainerError("Tinker did not answer with one log-probability per target")
     if "loss:sum" not in output.metrics:
         raise TrainerError(f"Tinker gave no loss:sum, only {', '.join(sorted(output.metrics)) or 'nothing'}")
     pairs = list(zip(answers, examples, strict=True))
-    drift = np.concatenate([(answer - one.sampling_T)[one.scored_T] for answer, one in pairs])
-    current = np.concatenate([one.current_T[one.scored_T] for one in examples])
+    drift = np.concatenate([(answer - example.sampling_T)[example.scored_T] for answer, example in pairs])
+    current = np.concatenate([example.current_T[example.scored_T] for example in examples])
     if not np.isfinite(drift).all():
         raise TrainerError("Tinker computed log-probabilities that are no numbers")
     metrics = {
@@ -155,8 +155,8 @@ def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) 
             f"max_mismatch = {config.max_mismatch}; the step was not taken"
         )
     if config.max_token_mismatch is not None:
-        for answer, one in pairs:
-            _check_tokens(answer, one, config.max_token_mismatch)
+        for answer, example in pairs:
+            _check_tokens(answer, example, config.max_token_mismatch)
     return metrics
 
 

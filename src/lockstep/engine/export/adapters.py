@@ -45,12 +45,12 @@ class AdaptersOut:
             raise ConfigError("all weights are trained: there is no adapter to send")
         self.trainer, self.senders = trainer, senders
         config, layout = trainer.config, trainer.checkpoint.layout
-        mine = [_Matrix.of(trainable, config, layout) for trainable in trainer.trainables]
-        everyones = senders.exchange([one.told() for one in mine], deadline_s)
-        shares = _share_out(everyones)
+        matrices = [_Matrix.of(trainable, config, layout) for trainable in trainer.trainables]
+        gathered = senders.exchange([matrix.description() for matrix in matrices], deadline_s)
+        shares = _share_out(gathered)
         dtype = trainer.dtype
         plans = [
-            plan_sources([_source(everyones[rank][i], dtype) for i in chosen], BUCKET_BYTES[device.CUDA])
+            plan_sources([_source(gathered[rank][i], dtype) for i in chosen], BUCKET_BYTES[device.CUDA])
             for rank, chosen in enumerate(shares)
         ]
         self.plan = SyncPlan(tuple(plans))
@@ -89,7 +89,7 @@ class AdaptersOut:
 
 def adapter_source(trainable: Trainable, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> Source:
     """What a rank that sends this parameter of its adapter sends."""
-    return _source(_Matrix.of(trainable, config, layout).told(), dtype)
+    return _source(_Matrix.of(trainable, config, layout).description(), dtype)
 
 
 class _Matrix:
@@ -98,7 +98,7 @@ class _Matrix:
     def __init__(self, key: str, rows: int, width: int, parts: list[Any]) -> None:
         self.key, self.rows, self.width, self.parts = key, rows, width, parts
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """As JSON, for the other ranks."""
         return {"key": self.key, "rows": self.rows, "width": self.width, "parts": self.parts}
 
@@ -108,14 +108,14 @@ class _Matrix:
         named = _joined(piece for piece in trainable.pieces if piece.name is not None)
         experts = [_EXPERT.fullmatch(piece.name or "") for piece in named]
         if not all(experts):
-            parts, at = [], 0
+            parts, row = [], 0
             for piece in named:
                 assert piece.name is not None
                 shape = trainable.shapes[piece.name]
-                parts.append([peft_name(piece.name, layout), shape, box(piece, shape), at, piece.rows])
-                at += piece.rows
-            return _Matrix(trainable.name, at, trainable.row_width, parts)
-        numbers = [int(found[2]) for found in experts if found is not None]
+                parts.append([peft_name(piece.name, layout), shape, box(piece, shape), row, piece.rows])
+                row += piece.rows
+            return _Matrix(trainable.name, row, trainable.row_width, parts)
+        numbers = [int(match[2]) for match in experts if match is not None]
         first = named[0]
         assert first.name is not None
         owner = experts[0]
@@ -123,48 +123,48 @@ class _Matrix:
         name = peft_name(f"{owner[1]}.{owner[3]}", layout)
         shape = (config.experts, *trainable.shapes[first.name])
         if numbers == list(range(numbers[0], numbers[0] + len(parameter))):
-            whole = [(numbers[0], numbers[-1] + 1), *box(first, shape[1:])]
+            ranges = [(numbers[0], numbers[-1] + 1), *box(first, shape[1:])]
             width = parameter.numel() // len(parameter)
-            return _Matrix(trainable.name, len(parameter), width, [[name, shape, whole, 0, len(parameter)]])
-        parts, at = [], 0  # an expert's rows are in several places: gate and up, split over ranks
+            return _Matrix(trainable.name, len(parameter), width, [[name, shape, ranges, 0, len(parameter)]])
+        parts, row = [], 0  # an expert's rows are in several places: gate and up, split over ranks
         for number, piece in zip(numbers, named, strict=True):
-            parts.append([name, shape, [(number, number + 1), *box(piece, shape[1:])], at, piece.rows])
-            at += piece.rows
-        return _Matrix(trainable.name, at, trainable.row_width, parts)
+            parts.append([name, shape, [(number, number + 1), *box(piece, shape[1:])], row, piece.rows])
+            row += piece.rows
+        return _Matrix(trainable.name, row, trainable.row_width, parts)
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Pieces that follow each other in their tensor as one: a query projection's rows, say, come as one piece per group of heads."""
-    found: list[Piece] = []
+    joined: list[Piece] = []
     for piece in pieces:
         if (
-            found
-            and found[-1].stop == piece.start
-            and replace(found[-1], stop=piece.stop) == replace(piece, start=found[-1].start)
+            joined
+            and joined[-1].stop == piece.start
+            and replace(joined[-1], stop=piece.stop) == replace(piece, start=joined[-1].start)
         ):
-            found[-1] = replace(found[-1], stop=piece.stop)
+            joined[-1] = replace(joined[-1], stop=piece.stop)
         else:
-            found.append(piece)
-    return found
+            joined.append(piece)
+    return joined
 
 
-def _share_out(everyones: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
+def _share_out(gathered: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
     """Which of its matrices each rank sends: what several hold goes to the one with the fewest bytes so far."""
     holders: dict[str, list[tuple[int, int]]] = {}
-    for rank, matrices in enumerate(everyones):
-        for i, one in enumerate(matrices):
-            holders.setdefault(repr(one["parts"]), []).append((rank, i))
-    loads, shares = [0] * len(everyones), [[] for _ in everyones]
-    for held in holders.values():
-        rank, i = min(held, key=lambda one: (loads[one[0]], one[0]))
-        loads[rank] += everyones[rank][i]["rows"] * everyones[rank][i]["width"]
+    for rank, matrices in enumerate(gathered):
+        for i, matrix in enumerate(matrices):
+            holders.setdefault(repr(matrix["parts"]), []).append((rank, i))
+    loads, shares = [0] * len(gathered), [[] for _ in gathered]
+    for copies in holders.values():
+        rank, i = min(copies, key=lambda copy: (loads[copy[0]], copy[0]))
+        loads[rank] += gathered[rank][i]["rows"] * gathered[rank][i]["width"]
         shares[rank].append(i)
     return shares
 
 
-def _source(told: dict[str, Any], dtype: torch.dtype) -> Source:
+def _source(description: dict[str, Any], dtype: torch.dtype) -> Source:
     parts = tuple(
-        Part(TensorMeta(name, dtype, tuple(shape)), tuple((low, high) for low, high in ranges), at, rows)
-        for name, shape, ranges, at, rows in told["parts"]
+        Part(TensorMeta(name, dtype, tuple(shape)), tuple((low, high) for low, high in ranges), row, rows)
+        for name, shape, ranges, row, rows in description["parts"]
     )
-    return Source(told["key"], dtype, told["rows"], told["width"], parts)
+    return Source(description["key"], dtype, description["rows"], description["width"], parts)

@@ -48,15 +48,15 @@ class WeightsOut:
         described = [
             [
                 described
-                for share in mine
+                for share in members
                 for described in share_sources(
                     share, shapes, kept_dtype(trainer.checkpoint, share.shard, trainer.dtype)
                 )
             ]
-            for mine in shares
+            for members in shares
         ]
         bucket_bytes = BUCKET_BYTES[device.CUDA]
-        self.plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
+        self.plan = SyncPlan(tuple(plan_sources([source for source, _ in pairs], bucket_bytes) for pairs in described))
         self.supplies = [(source.key, supply) for source, supply in described[senders.rank]]
         self.pusher: WeightPusher | None = None
         self.serves: tuple[Endpoint, str, float] | None = None
@@ -107,10 +107,10 @@ class WeightsOut:
 
 def _everyones_shards(trainer: TrainerState) -> list[list[Shard]]:
     """Each rank's parameters, in rank order; what a rank holds follows from its sizes and coordinates."""
-    mine = torch.tensor(astuple(sizes_here()), device=device.device())
-    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, mine)
+    sizes_S = torch.tensor(astuple(sizes_here()), device=device.device())
+    gathered = [torch.empty_like(sizes_S) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, sizes_S)
     config, layout = trainer.config, trainer.checkpoint.layout
     stages = stage_layers(config.layers, trainer.parallel.pipeline, trainer.settings.stages)
-    sizes = [Sizes(*one.tolist()) for one in everyones]
-    return [trainer.handler.shards(config, layout, one, stages[one.pp_rank]) for one in sizes]
+    sizes = [Sizes(*row.tolist()) for row in gathered]
+    return [trainer.handler.shards(config, layout, rank_sizes, stages[rank_sizes.pp_rank]) for rank_sizes in sizes]

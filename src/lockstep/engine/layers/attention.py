@@ -38,7 +38,7 @@ def _compiled_flex() -> object:
 def flex(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float) -> Tensor:
     """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are constants of the kernels.
 
-    Rows are multiples of its blocks, which torch can't see in a symbolic length: told so, the kernels leave out
+    Rows are multiples of its blocks, which torch can't see in a symbolic length: declared so, the kernels leave out
     the bounds checks that cost a third of the backward pass.
     """
     if row.length % BLOCK:
@@ -102,8 +102,8 @@ class TreeAttention(SelfAttention):
         dim, times = q.shape[2], repeats(k.shape[1])
         if times > 1:
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-        whole = (x_SF.unflatten(1, (-1, dim)) for x_SF in to_heads(q.flatten(1), k.flatten(1), v.flatten(1)))
-        out_SND = self.core_attention(*whole, row)  # pyright: ignore[reportCallIssue]
+        full = (x_SF.unflatten(1, (-1, dim)) for x_SF in to_heads(q.flatten(1), k.flatten(1), v.flatten(1)))
+        out_SND = self.core_attention(*full, row)  # pyright: ignore[reportCallIssue]
         return to_tokens(out_SND.flatten(1)).unflatten(1, (-1, dim))
 
     def _heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -67,7 +67,7 @@ def _split_experts(apply: Apply, rows_RH: Tensor, taken_DE: Tensor, group: Proce
     padded = F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH)))  # gloo gathers equal parts only
     # Each rank's gradient of the gathered rows is a part of the sum (its own columns of the experts): gathered parts are added up.
     gathered = gather_from_sequence_parallel_region(padded, group=group)
-    real_R = torch.cat([torch.arange(size, device=padded.device) + at * longest for at, size in enumerate(sizes)])
+    real_R = torch.cat([torch.arange(size, device=padded.device) + rank * longest for rank, size in enumerate(sizes)])
     expert_R = torch.cat([_experts_of(counts_DE) for counts_DE in everyone])
     partial = apply(gathered, real_R, expert_R)
     spread = torch.zeros_like(gathered).index_copy(0, real_R, partial)

@@ -49,17 +49,17 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, denominators = [], [], []
         step = _chunk(weight.shape[0], torch.promote_types(hidden.dtype, torch.float32).itemsize)
-        for at in range(0, hidden.shape[0], step):
-            piece = slice(at, at + step)
+        for first in range(0, hidden.shape[0], step):
+            piece = slice(first, first + step)
             z_NV = _logits(hidden[piece], weight, temperature[piece])
             top_N = z_NV.amax(1)
             if group.size() > 1:
                 dist.all_reduce(top_N, dist.ReduceOp.MAX, group=group)
             local_N = target[piece] - start
-            mine = (local_N >= 0) & (local_N < weight.shape[0])
+            own_N = (local_N >= 0) & (local_N < weight.shape[0])
             chosen_N = z_NV.gather(1, local_N.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
             e_NV = (z_NV - top_N[:, None]).exp_()
-            sums_3N = torch.stack([e_NV.sum(1), (e_NV * z_NV).sum(1), torch.where(mine, chosen_N, 0.0)])
+            sums_3N = torch.stack([e_NV.sum(1), (e_NV * z_NV).sum(1), torch.where(own_N, chosen_N, 0.0)])
             if group.size() > 1:
                 dist.all_reduce(sums_3N, group=group)
             lse_N = sums_3N[0].log() + top_N
@@ -78,14 +78,14 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=lse_N.dtype, device=weight.device)
-        for at in range(0, hidden.shape[0], ctx.step):
-            piece = slice(at, at + ctx.step)
+        for first in range(0, hidden.shape[0], ctx.step):
+            piece = slice(first, first + ctx.step)
             log_p_NV = _logits(hidden[piece], weight, temperature[piece]).sub_(lse_N[piece, None])
             local_N = target[piece] - ctx.start
-            mine = (local_N >= 0) & (local_N < weight.shape[0])
+            own_N = (local_N >= 0) & (local_N < weight.shape[0])
             slope_NV = log_p_NV + entropy_N[piece, None]
             slope_NV.mul_(grad_entropy_N[piece, None]).add_(grad_logprob_N[piece, None]).mul_(log_p_NV.exp_()).neg_()
-            onehot = torch.where(mine, grad_logprob_N[piece], 0.0)
+            onehot = torch.where(own_N, grad_logprob_N[piece], 0.0)
             slope_NV.scatter_add_(1, local_N.clamp(0, weight.shape[0] - 1)[:, None], onehot[:, None])
             slope_NV.div_(temperature[piece, None])
             narrow = slope_NV.to(hidden.dtype)
@@ -149,14 +149,14 @@ def most_likely(
     rows = max(0, min(weight_VH.shape[0], vocab_size - start))
     wide = torch.promote_types(hidden_SH.dtype, torch.float32)
     step = _chunk(max(1, rows), wide.itemsize)
-    found = [predictor_N.new_empty((0, count))]
+    chunks = [predictor_N.new_empty((0, count))]
     for part_N in predictor_N.split(step) if len(predictor_N) else ():
         z_NV = _logits(hidden_SH[part_N], weight_VH[:rows], torch.ones(len(part_N), dtype=wide, device=part_N.device))
         best, ids = best_of_shard(z_NV, start, count)
         if group.size() > 1:
-            best, ids = (_gathered(one, group) for one in (best, ids))
-        found.append(best_of_all(best, ids, count))
-    return torch.cat(found)
+            best, ids = (_gathered(part, group) for part in (best, ids))
+        chunks.append(best_of_all(best, ids, count))
+    return torch.cat(chunks)
 
 
 def best_of_shard(z_NV: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -177,8 +177,8 @@ def best_of_all(best: Tensor, ids: Tensor, count: int) -> Tensor:
     return ids.gather(1, best.topk(count, dim=1).indices)
 
 
-def _gathered(mine: Tensor, group: ProcessGroup) -> Tensor:
+def _gathered(part: Tensor, group: ProcessGroup) -> Tensor:
     """All ranks' columns side by side, in rank order."""
-    parts = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(parts, mine.contiguous(), group=group)
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts, 1)

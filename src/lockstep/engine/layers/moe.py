@@ -147,11 +147,11 @@ class MoE(MegatronModule):
 
     def _route(self, x_TH: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
         """(weights, experts) of this rank's share of the row; what was replayed is noted with the row."""
-        if row.routes_SLK is None:
+        if row.experts_SLK is None:
             return self.router(x_TH, None)[:2]
         first = self.group.rank() * len(x_TH) if self.group.size() > 1 else 0
         here = slice(first, first + len(x_TH))
-        weights_TK, experts_TK, own_TK = self.router(x_TH, share(row.routes_SLK[:, self.number])[here].long())
+        weights_TK, experts_TK, own_TK = self.router(x_TH, share(row.experts_SLK[:, self.number])[here].long())
         if own_TK is not None:
             counted_T, keys_T = share(row.followed_S())[here], share(row.record_keys_S())[here]
             row.replays.append(Replay(self.number, experts_TK, own_TK, counted_T, keys_T))

@@ -42,18 +42,18 @@ class Router(nn.Module):
         )
         self.replay = RouterReplay()
 
-    def forward(self, x_TH: Tensor, routes_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weights, experts, own picks), all `[T, K]`. routes_TK: int64, replay these choices; only then, and not when activations are
+    def forward(self, x_TH: Tensor, replayed_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weights, experts, own choices), all `[T, K]`. replayed_TK: int64, replay these choices; only then, and not when activations are
         computed a second time, is there the third: what this router would have picked, in any order.
         """
         logits_TE = F.linear(wide(x_TH), wide(self.weight))
         scores_TE = logits_TE if self.normalise else logits_TE.softmax(-1)
         self.replay.clear_indices()  # the list for Megatron's own recompute would grow with every row
         own_TK = None
-        if routes_TK is None:
+        if replayed_TK is None:
             self.replay.clear_router_replay_action()
         else:
-            self.replay.set_target_indices(routes_TK)
+            self.replay.set_target_indices(replayed_TK)
             self.replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
             if not recomputing.get():
                 own_TK = scores_TE.detach().topk(self.topk, dim=1, sorted=False).indices

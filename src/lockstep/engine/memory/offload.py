@@ -4,7 +4,7 @@ What is moved are storages, not tensors: a storage is emptied and later filled a
 (views, the flat buffers that parameters live in, the hooks that add up gradients) stays as it is. Nothing else may use the device's
 copy in between. On a CPU the same code moves bytes from one place of the host to another: only its effect can be seen there.
 
-Unproven on a GPU: pinned copies, and that the allocator gives the freed memory back to the device.
+`benchmarks/colocated.py` measures the pinned copies and the freed memory on a GPU.
 """
 
 from __future__ import annotations
@@ -48,79 +48,81 @@ class Offload:
         """Raises TrainerError for a tensor whose storage can't be emptied."""
         seen: dict[int, _Held] = {}
         self.buckets = trainer.optimizer.buckets
-        self.optimizer = [held for one in _of_optimizer(trainer) if (held := _held(*one, False, seen))]
+        self.optimizer = [storage for entry in _of_optimizer(trainer) if (storage := _held(*entry, False, seen))]
         self.weights = [
-            held for name, tensor, fixed in _of_model(trainer) if (held := _held(name, tensor, False, fixed, seen))
+            storage
+            for name, tensor, fixed in _of_model(trainer)
+            if (storage := _held(name, tensor, False, fixed, seen))
         ]
 
     @property
     def state(self) -> str:
         """ "here"; "weights": the model is, the optimizer is not; "away"."""
-        if any(held.away for held in self.weights):
+        if any(storage.away for storage in self.weights):
             return "away"
-        return "weights" if any(held.away for held in self.optimizer) else "here"
+        return "weights" if any(storage.away for storage in self.optimizer) else "here"
 
     def out(self, *, keep_weights: bool) -> int:
         """Empty the device of the optimizer's state and gradients and, unless `keep_weights`, of the model. Returns bytes freed.
 
         Raises TrainerError when the host has no room for the copies; nothing is moved then.
         """
-        leaving = [held for held in self.optimizer + ([] if keep_weights else self.weights) if not held.away]
-        needed = sum(held.nbytes for held in leaving if held.host is None and not held.zeros)
+        leaving = [storage for storage in self.optimizer + ([] if keep_weights else self.weights) if not storage.away]
+        needed = sum(storage.nbytes for storage in leaving if storage.host is None and not storage.zeros)
         if needed > host_free():
             raise TrainerError(
                 f"no room on this host for what leaves the GPU: {needed / 2**30:.2f} GiB needed, {host_free() / 2**30:.2f} GiB free; "
                 "use offload = False, or a smaller model"
             )
-        for held in leaving:
-            if held.zeros or (held.fixed and held.host is not None):
+        for storage in leaving:
+            if storage.zeros or (storage.fixed and storage.host is not None):
                 continue
-            if held.host is None:
-                held.host = torch.empty(held.nbytes, dtype=torch.uint8, pin_memory=CUDA)
-            held.host.copy_(held.bytes_N(), non_blocking=True)
+            if storage.host is None:
+                storage.host = torch.empty(storage.nbytes, dtype=torch.uint8, pin_memory=CUDA)
+            storage.host.copy_(storage.bytes_N(), non_blocking=True)
         if CUDA:
             torch.cuda.synchronize()
-        for held in leaving:
-            held.storage.resize_(0)
-            held.away = True
+        for storage in leaving:
+            storage.storage.resize_(0)
+            storage.away = True
         if CUDA:
             torch.cuda.empty_cache()
-        return sum(held.nbytes for held in leaving)
+        return sum(storage.nbytes for storage in leaving)
 
     def back(self) -> int:
         """Everything to where it was, gradients cleared. Returns bytes taken.
 
         Raises TrainerError when the device has no room: something else uses it.
         """
-        coming = [held for held in self.optimizer + self.weights if held.away]
-        for held in coming:
+        coming = [storage for storage in self.optimizer + self.weights if storage.away]
+        for storage in coming:
             try:
-                held.storage.resize_(held.nbytes)
+                storage.storage.resize_(storage.nbytes)
             except torch.OutOfMemoryError as error:
                 raise TrainerError(
-                    f"the GPU has no room for what comes back to it ({held.name}): is the server awake? {error}"
+                    f"the GPU has no room for what comes back to it ({storage.name}): is the server awake? {error}"
                 ) from None
-            _fill(held)
-            held.away = False
+            _fill(storage)
+            storage.away = False
         if CUDA:
             torch.cuda.synchronize()
-        return sum(held.nbytes for held in coming)
+        return sum(storage.nbytes for storage in coming)
 
     def on_host(self, bucket: int, kind: str) -> Tensor | None:
         """The optimizer's `kind` ("master", ...) of a bucket, from its copy on the host; None while the device has it."""
-        held = next(one for one in self.optimizer if one.name == _name(bucket, kind))
-        if not held.away:
+        state = next(storage for storage in self.optimizer if storage.name == _name(bucket, kind))
+        if not state.away:
             return None
-        assert held.host is not None
-        return held.host.view(getattr(self.buckets[bucket], kind).dtype)
+        assert state.host is not None
+        return state.host.view(getattr(self.buckets[bucket], kind).dtype)
 
     def memory(self) -> dict[str, int]:
         """Bytes: of these storages on the device now, of their host copies, and what the device has free and in all."""
-        held = self.optimizer + self.weights
+        storages = self.optimizer + self.weights
         free, total = torch.cuda.mem_get_info() if CUDA else (host_free(), 0)
         return {
-            "device_storages": sum(one.storage.nbytes() for one in held),
-            "host_copies": sum(one.host.numel() for one in held if one.host is not None),
+            "device_storages": sum(storage.storage.nbytes() for storage in storages),
+            "host_copies": sum(storage.host.numel() for storage in storages if storage.host is not None),
             "allocated": torch.cuda.memory_allocated() if CUDA else 0,
             "reserved": torch.cuda.memory_reserved() if CUDA else 0,
             "device_free": free,
@@ -128,13 +130,13 @@ class Offload:
         }
 
 
-def _fill(held: _Held) -> None:
-    bytes_N = held.bytes_N()
-    if held.zeros:
+def _fill(storage: _Held) -> None:
+    bytes_N = storage.bytes_N()
+    if storage.zeros:
         bytes_N.zero_()
         return
-    assert held.host is not None
-    bytes_N.copy_(held.host, non_blocking=True)
+    assert storage.host is not None
+    bytes_N.copy_(storage.host, non_blocking=True)
 
 
 def _of_optimizer(trainer: TrainerState) -> Iterator[tuple[str, Tensor, bool]]:

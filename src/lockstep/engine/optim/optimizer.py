@@ -102,10 +102,10 @@ class Bucket:
 
     def publish(self) -> None:
         """Round the masters into this replica's slice of the weights and share it."""
-        mine = self.weights[self.low : self.high]
-        mine.copy_(self.master)
+        own = self.weights[self.low : self.high]
+        own.copy_(self.master)
         if self.group.size() > 1:
-            dist.all_gather_into_tensor(self.weights, mine.clone(), group=self.group)
+            dist.all_gather_into_tensor(self.weights, own.clone(), group=self.group)
 
     def slices(self) -> Iterator[tuple[Trainable, int, int, slice]]:
         """(parameter, first, last element of it, where they lie in the state) for what this replica holds."""
@@ -161,9 +161,9 @@ class Optimizer:
         """Sum gradients over ranks and return their global norm. Raises TrainerError naming a parameter if it is not finite."""
         total = torch.zeros((), dtype=torch.float64, device=device())
         for bucket in self.buckets:
-            mine = bucket.reduce()
+            gradient = bucket.reduce()
             if bucket.counted:
-                for part in mine.split(STRIDE):
+                for part in gradient.split(STRIDE):
                     total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         dist.all_reduce(total)
         norm = math.sqrt(total.item()) if math.isfinite(total.item()) else math.nan
@@ -188,8 +188,8 @@ class Optimizer:
         update = _adamw if rates.kind == "adamw" else _sgd
         for bucket in self.buckets:
             gradient = bucket.gradients[bucket.low : bucket.high]
-            for at in range(0, len(bucket.master), STRIDE):
-                piece = slice(at, at + STRIDE)
+            for start in range(0, len(bucket.master), STRIDE):
+                piece = slice(start, start + STRIDE)
                 update(bucket, piece, gradient[piece].mul_(scale).to(bucket.master.dtype), rates, self.count)
             bucket.publish()
         self.zero()

@@ -70,15 +70,15 @@ def read_state(optimizer: Optimizer, folder: Path) -> None:
     if count is None or not count.isdigit():
         raise WeightsError(f"{folder / FILE} has no update count; it was not written by this version")
     wide = {torch.float32: np.float32, torch.float64: np.float64}
-    held = {kind: [np.zeros(len(b.master), wide[b.master.dtype]) for b in optimizer.buckets] for kind in KINDS}
-    for at, bucket in enumerate(optimizer.buckets):
+    values = {kind: [np.zeros(len(b.master), wide[b.master.dtype]) for b in optimizer.buckets] for kind in KINDS}
+    for index, bucket in enumerate(optimizer.buckets):
         for kind in KINDS:
-            _exchange(file, bucket, kind, held[kind][at], write=False)
+            _exchange(file, bucket, kind, values[kind][index], write=False)
     file.close()
     # Nothing is changed before everything was read.
-    for at, bucket in enumerate(optimizer.buckets):
+    for index, bucket in enumerate(optimizer.buckets):
         for kind in KINDS:
-            getattr(bucket, kind).copy_(torch.from_numpy(held[kind][at]))
+            getattr(bucket, kind).copy_(torch.from_numpy(values[kind][index]))
     optimizer.count = int(count)
     optimizer.restore_weights()
 

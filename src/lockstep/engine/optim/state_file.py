@@ -50,18 +50,18 @@ def _split(piece: Piece, row: int, width: int, low: int, high: int, first: int) 
     """A run of elements inside one piece: the end of a row, whole rows, the beginning of a row."""
     assert piece.name is not None
     left = piece.col_start or 0
-    at = low
-    while at < high:
-        line, column = divmod(at, width)
-        if column or high - at < width:
+    position = low
+    while position < high:
+        line, column = divmod(position, width)
+        if column or high - position < width:
             stop, lines = min(high, (line + 1) * width), 1
         else:
-            lines = (high - at) // width
-            stop = at + lines * width
+            lines = (high - position) // width
+            stop = position + lines * width
         start = line - row + piece.start
         columns = slice(left + column, left + (stop - 1) % width + 1)
-        yield Rectangle(piece.name, piece.index, slice(start, start + lines), columns, at - first, stop - first)
-        at = stop
+        yield Rectangle(piece.name, piece.index, slice(start, start + lines), columns, position - first, stop - first)
+        position = stop
 
 
 def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> None:
@@ -117,10 +117,10 @@ class StateFile:
 
     def part(self, rectangle: Rectangle, prefix: str, shape: Sequence[int]) -> np.ndarray:
         """The rectangle's place in the file, writable if the file is."""
-        whole = self.view(prefix + rectangle.name, shape)
+        tensor = self.view(prefix + rectangle.name, shape)
         if rectangle.index is not None:
-            whole = whole[rectangle.index]
-        rows = whole[rectangle.rows]
+            tensor = tensor[rectangle.index]
+        rows = tensor[rectangle.rows]
         return (
             rows.reshape(len(rows), -1)[:, rectangle.columns] if rows.flags.c_contiguous else rows[:, rectangle.columns]
         )

@@ -66,14 +66,14 @@ def attach_adapters(
 
     Raises ConfigError for a target that no weight of this stage has; callers with several stages check the whole model first.
     """
-    found: list[Trainable] = []
+    trainables: list[Trainable] = []
     for shard in shards:
         sites = [s for s in shard.sites if s.target in targets]
         if sites:
-            found += _attach(model, shard, sites, rank, alpha / rank, seed)
-    if not found:
+            trainables += _attach(model, shard, sites, rank, alpha / rank, seed)
+    if not trainables:
         raise ConfigError(f"none of the LoRA targets {', '.join(targets)} exists in this model")
-    return found
+    return trainables
 
 
 def _attach(
@@ -125,16 +125,16 @@ def describe_adapter(
     """
     experts = isinstance(adapter, ExpertAdapter)
     for name in adapter.lora_A:
-        mine = _of_module(sites, name)
-        split_columns = mine[0].cols != (0, mine[0].in_features)
-        shapes = {f"{s.module}.lora_A": (rank, s.in_features) for s in mine}
-        columns = mine[0].cols if split_columns else (None, None)
-        a_pieces = tuple(Piece(f"{s.module}.lora_A", 0, rank, *columns) for s in mine)
+        members = _of_module(sites, name)
+        split_columns = members[0].cols != (0, members[0].in_features)
+        shapes = {f"{s.module}.lora_A": (rank, s.in_features) for s in members}
+        columns = members[0].cols if split_columns else (None, None)
+        a_pieces = tuple(Piece(f"{s.module}.lora_A", 0, rank, *columns) for s in members)
         yield Trainable(
             f"{prefix}.lora_A.{name}", adapter.lora_A[name], a_pieces, _domain(experts, split_columns), shapes
         )
-        shapes = {f"{s.module}.lora_B": (s.out_features, rank) for s in mine}
-        b_pieces = tuple(Piece(f"{s.module}.lora_B", m.start, m.stop) for s in mine for m in s.rows)
+        shapes = {f"{s.module}.lora_B": (s.out_features, rank) for s in members}
+        b_pieces = tuple(Piece(f"{s.module}.lora_B", m.start, m.stop) for s in members for m in s.rows)
         yield Trainable(f"{prefix}.lora_B.{name}", adapter.lora_B[name], b_pieces, _domain(experts, split_rows), shapes)
 
 
@@ -146,8 +146,8 @@ def _domain(experts: bool, split: bool) -> str:
 
 @torch.no_grad()
 def _initialise(parameter: Tensor, sites: Sequence[LoraSite], rank: int, seed: int) -> None:
-    whole = [initial_a(s, rank, seed)[:, s.cols[0] : s.cols[1]] for s in sites]
-    parameter.copy_(torch.stack(whole).view_as(parameter))
+    initial = [initial_a(s, rank, seed)[:, s.cols[0] : s.cols[1]] for s in sites]
+    parameter.copy_(torch.stack(initial).view_as(parameter))
 
 
 @torch.no_grad()
@@ -165,13 +165,13 @@ def assign(trainables: Sequence[Trainable], tensors: Mapping[str, Tensor]) -> No
                 raise WeightsError(
                     f"{piece.name} is missing; the adapter or checkpoint is incomplete or belongs to another model"
                 )
-            whole = tensors[piece.name]
-            if tuple(whole.shape) != trainable.shapes[piece.name]:
+            tensor = tensors[piece.name]
+            if tuple(tensor.shape) != trainable.shapes[piece.name]:
                 raise WeightsError(
-                    f"{piece.name} has shape {tuple(whole.shape)}, expected {trainable.shapes[piece.name]}; "
+                    f"{piece.name} has shape {tuple(tensor.shape)}, expected {trainable.shapes[piece.name]}; "
                     "rank, targets or base model differ"
                 )
-            part = whole if piece.index is None else whole[piece.index]
+            part = tensor if piece.index is None else tensor[piece.index]
             rows.append(
                 part[piece.start : piece.stop, slice(piece.col_start, piece.col_stop)] if part.dim() > 1 else part
             )

@@ -16,11 +16,11 @@ def broadcast_json(value: dict[str, Any], source: int, group: ProcessGroup) -> d
     """`value` of the global rank `source`, on every rank of the group."""
     if group.size() == 1:
         return value
-    mine = dist.get_rank() == source
-    data = torch.frombuffer(bytearray(json.dumps(value).encode() if mine else b" "), dtype=torch.uint8).to(device())
+    sends = dist.get_rank() == source
+    data = torch.frombuffer(bytearray(json.dumps(value).encode() if sends else b" "), dtype=torch.uint8).to(device())
     size = torch.tensor([len(data)], device=device())
     dist.broadcast(size, source, group=group)
-    if not mine:
+    if not sends:
         data = torch.empty(int(size), dtype=torch.uint8, device=device())
     dist.broadcast(data, source, group=group)
     return json.loads(bytes(data.cpu().tolist()))

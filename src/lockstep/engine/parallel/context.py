@@ -1,11 +1,11 @@
-"""Context parallelism: the tokens of a row are dealt to ranks in turn, token i to rank i mod C.
+"""Context parallelism: the tokens of a row are distributed over ranks round-robin, token i to rank i mod C.
 
 Whatever works token by token (embedding, norms, projections, experts, loss head) sees this rank's tokens only. Attention and
 GatedDeltaNet need the whole row: an all-to-all before them turns all heads of this rank's tokens into this rank's share of the heads
 for all tokens, another one after them turns it back (Ulysses, arXiv 2309.14509). So masks, block masks, convolution and recurrent states
 see whole rows, in row order, as without context parallelism: exact, and no word about trees here. Every rank has equal work
 whatever the tree looks like, and as neighbours alternate, scored tokens and padding spread evenly too. The price: heads must divide.
-Proven on CPUs (gloo) in fp32 and on two GPUs in bf16.
+Verified on CPUs (gloo) in fp32 and on two GPUs in bf16.
 
 The loss of a row is one number made from all its log-probabilities: every rank computes it from all of them and differentiates
 it by its own, so a weight's gradient is the sum over the ranks, as over data-parallel ones.
@@ -80,21 +80,21 @@ class _Collect(torch.autograd.Function):
     """Forward puts the ranks' parts together; backward hands each rank the gradient of its own part: all ranks have the same loss."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, index: Tensor, count: int, group: ProcessGroup) -> Tensor:  # pyright: ignore
+    def forward(ctx: Any, part: Tensor, index: Tensor, count: int, group: ProcessGroup) -> Tensor:  # pyright: ignore
         ctx.save_for_backward(index)
-        whole = mine.new_zeros((count, *mine.shape[1:]))
-        whole[index] = mine
-        dist.all_reduce(whole, group=group)
-        return whole
+        full = part.new_zeros((count, *part.shape[1:]))
+        full[index] = part
+        dist.all_reduce(full, group=group)
+        return full
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         return grad_N[ctx.saved_tensors[0]], None, None, None
 
 
-def collect(mine: Tensor, index: np.ndarray, count: int) -> Tensor:
+def collect(part: Tensor, index: np.ndarray, count: int) -> Tensor:
     """`[N, ...]` on every rank from each rank's values at its own `index` (from `owned`). The loss of it must be the same on all ranks."""
     group = groups.context()
     if group.size() == 1:
-        return mine
-    return _Collect.apply(mine, torch.from_numpy(index).to(mine.device), count, group)  # pyright: ignore
+        return part
+    return _Collect.apply(part, torch.from_numpy(index).to(part.device), count, group)  # pyright: ignore

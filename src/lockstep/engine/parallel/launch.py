@@ -3,7 +3,7 @@
 `python -m lockstep.engine.parallel.launch N ARGUMENTS...` runs Python with these arguments N times. The stores that
 torch.distributed.run brings listen on TCP ports, where every local user could read and write them. The
 launcher's store stays in its memory here, and the ranks meet in files of a folder that only this user can
-enter. Gloo's own sockets carry tensors; they are told to stay on loopback.
+enter. Gloo's own sockets carry tensors; their interface is set to loopback.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def die_with_launcher() -> None:
 
 
 def group_settings() -> dict[str, Any]:
-    """What `init_process_group` is to be told: the ranks' own store, or nothing where another launcher's environment says it."""
+    """Arguments of `init_process_group`: the ranks' own store, or nothing where another launcher's environment says it."""
     store = rank_store("groups")
     if store is None:
         return {}

@@ -138,12 +138,12 @@ def status(source: Source | None = None) -> list[EnvironmentStatus]:
         environment_folder(source, kind) for kind in KINDS if (source.folder / "locks" / f"{kind}.txt").is_file()
     }
     root = environments_folder()
-    found = (
+    entries = (
         [_status(folder, folder in current) for folder in sorted(root.iterdir()) if folder.is_dir()]
         if root.is_dir()
         else []
     )
-    return sorted(found, key=lambda entry: not entry.current)
+    return sorted(entries, key=lambda entry: not entry.current)
 
 
 def _status(folder: Path, current: bool) -> EnvironmentStatus:

@@ -46,15 +46,15 @@ def kept_dtype(checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype) -> torc
 def _load_one(checkpoint: Checkpoint, shard: Shard, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
     parts = {piece: checkpoint.read(piece) for piece in shard.pieces[:1] if piece.name is not None}
     kept = dtype or (next(iter(parts.values())).dtype if parts else _any_dtype(checkpoint, shard))
-    whole = torch.empty(shard.shape, dtype=kept, device=device)
-    rows = flat_rows(whole, shard)
-    for piece, at in placed(shard):
-        into = rows[at : at + piece.rows]
+    parameter = torch.empty(shard.shape, dtype=kept, device=device)
+    rows = flat_rows(parameter, shard)
+    for piece, row in placed(shard):
+        into = rows[row : row + piece.rows]
         if piece.name is None:
             into.zero_()
         else:
             into.copy_(parts[piece] if piece in parts else checkpoint.read(piece))
-    return whole
+    return parameter
 
 
 def _any_dtype(checkpoint: Checkpoint, shard: Shard) -> torch.dtype:
@@ -70,7 +70,7 @@ def flat_rows(tensor: Tensor, shard: Shard) -> Tensor:
 
 def placed(shard: Shard) -> Iterator[tuple[Piece, int]]:
     """Every piece with the row it starts at in `flat_rows`."""
-    at = 0
+    row = 0
     for piece in shard.pieces:
-        yield piece, at
-        at += piece.rows
+        yield piece, row
+        row += piece.rows

@@ -82,12 +82,12 @@ def read_adapter(
 
 def to_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:
     """Canonical names and tensors to those of the file."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         expert = _EXPERT.fullmatch(name) if config.fused_expert_lora else None
         if expert is None:
-            found[peft_name(name, layout)] = tensor
+            renamed[peft_name(name, layout)] = tensor
             continue
         base, number, module, side = expert.groups()
         owner = f"{base}.base_layer" if module == "gate_up_proj" else base
@@ -98,8 +98,8 @@ def to_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) 
                 f"{name}: {len(experts)} of {config.experts} experts have a pair; an adapter covers all or none"
             )
         each = [experts[e] for e in range(config.experts)]
-        found[name] = torch.cat(each) if "lora_A" in name else torch.stack(each, dim=-1).flatten(1)
-    return found
+        renamed[name] = torch.cat(each) if "lora_A" in name else torch.stack(each, dim=-1).flatten(1)
+    return renamed
 
 
 def from_peft(stored: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:

@@ -128,9 +128,9 @@ def open_checkpoint(folder: Path | str, handler: ModelSupportHandler, config: Mo
         )
     for name, shape in wanted.items():
         if checkpoint.tensors[name].shape != shape:
-            found = list(checkpoint.tensors[name].shape)
+            stored_shape = list(checkpoint.tensors[name].shape)
             raise WeightsError(
-                f"{folder}: {name} has shape {found}, but config.json implies {list(shape)}; they don't belong together"
+                f"{folder}: {name} has shape {stored_shape}, but config.json implies {list(shape)}; they don't belong together"
             )
     checkpoint.trained = set(wanted)
     return checkpoint
@@ -138,7 +138,7 @@ def open_checkpoint(folder: Path | str, handler: ModelSupportHandler, config: Mo
 
 def expected_tensors(handler: ModelSupportHandler, config: ModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Full shape of every tensor a checkpoint in this layout must have."""
-    shapes = tensor_shapes(handler.whole(config, layout))
+    shapes = tensor_shapes(handler.all_shards(config, layout))
     if layout.stored_tied_head:
         shapes["lm_head.weight"] = shapes[f"{layout.prefix}embed_tokens.weight"]
     return shapes
@@ -157,21 +157,21 @@ def _all_tensors(folder: Path) -> dict[str, Stored]:
     absent = [f for f in files if not (folder / f).is_file()]
     if absent:
         raise WeightsError(f"{folder} lacks {_some(absent)}; give a folder with safetensors weights")
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in read_header(folder / file).items():
-            if name in found:
-                raise WeightsError(f"{folder}: {name} is both in {found[name].file} and in {file}; keep one")
+            if name in tensors:
+                raise WeightsError(f"{folder}: {name} is both in {tensors[name].file} and in {file}; keep one")
             if weight_map and weight_map.get(name) != file:
                 raise WeightsError(
                     f"{folder}: {name} is in {file}, but {INDEX} says {weight_map.get(name)}; write the index again"
                 )
-            found[name] = stored
-    if set(weight_map) - set(found):
+            tensors[name] = stored
+    if set(weight_map) - set(tensors):
         raise WeightsError(
-            f"{folder}: {INDEX} names {_some(sorted(set(weight_map) - set(found)))}, which no file holds"
+            f"{folder}: {INDEX} names {_some(sorted(set(weight_map) - set(tensors)))}, which no file holds"
         )
-    return found
+    return tensors
 
 
 def _some(names: list[str]) -> str:

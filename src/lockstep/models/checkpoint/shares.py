@@ -33,9 +33,9 @@ def share_out(ranks: Sequence[Sequence[Shard]], shapes: Mapping[str, tuple[int, 
             holders.setdefault(shard.pieces, []).append((rank, shard))
     loads, taken = [0] * len(ranks), set[Piece]()
     shares: list[list[Share]] = [[] for _ in ranks]
-    for held in holders.values():
-        rank, shard = min(held, key=lambda one: (loads[one[0]], one[0]))
-        pieces = tuple((piece, at) for piece, at in placed(shard) if piece.name is not None and piece not in taken)
+    for copies in holders.values():
+        rank, shard = min(copies, key=lambda copy: (loads[copy[0]], copy[0]))
+        pieces = tuple((piece, row) for piece, row in placed(shard) if piece.name is not None and piece not in taken)
         if pieces:
             taken.update(piece for piece, _ in pieces)
             loads[rank] += sum(_elements(piece, shapes) for piece, _ in pieces)

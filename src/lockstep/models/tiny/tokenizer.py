@@ -50,12 +50,12 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokens, merges = [*SPECIAL_TOKENS, *letters], []
     for word in _WORDS:
         pieces = [letters[byte] for byte in word.encode()]
-        whole = pieces[0]
+        merged = pieces[0]
         for piece in pieces[1:]:
-            if whole + piece not in tokens:
-                merges.append((whole, piece))
-                tokens.append(whole + piece)
-            whole += piece
+            if merged + piece not in tokens:
+                merges.append((merged, piece))
+                tokens.append(merged + piece)
+            merged += piece
     return {token: number for number, token in enumerate(tokens)}, merges
 
 

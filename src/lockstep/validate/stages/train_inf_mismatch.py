@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron.settings import route_shape
+from lockstep.backends.megatron.settings import routed_experts_shape
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence
-from lockstep.batching.routed_experts import RouteShape, decode_routes
+from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import deadlines
 from lockstep.inference.client import Server, most_likely
@@ -45,10 +45,10 @@ COLUMNS = {
     "largest": "largest",
     "top1": "top-1",
     "top20": "top-20",
-    "picks_differ": "router",
+    "expert_choices_differ": "router",
 }
 """Means over the sampled tokens, in nats: |Δlogp|, also in percent of mean |logp|; KL (k3); the largest |Δlogp|. Shares: most
-likely tokens that are the same; `router`: replayed picks that the trainer's own router would not have made.
+likely tokens that are the same; `router`: replayed choices that the trainer's own router would not have made.
 """
 LARGEST = {"float32": 1e-4, "bfloat16": float("inf")}
 KL = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -60,13 +60,13 @@ _ASKS = ("Describe {} in a few words:", "Write down what you know about {}.", "O
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely ids, and its routes."""
+    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely ids, and its routed experts."""
 
     prompt: list[int]
     sampled: list[int]
     logprobs: list[float]
     top: list[list[int]]
-    routes_SLK: np.ndarray | None
+    experts_SLK: np.ndarray | None
 
     @property
     def ids(self) -> list[int]:
@@ -74,10 +74,10 @@ class Sample:
 
 
 async def run(request: Request) -> Report:
-    """See the module. Raises what the server, the trainer or the model's family raises, and DataError for lost routes."""
+    """See the module. Raises what the server, the trainer or the model's family raises, and DataError for lost routed experts."""
     base = checkpoint_folder(request.base_model)
     request = replace(request, dtype=request.dtype or checkpoint_dtype(base))
-    shape = route_shape(load_model_config(str(base)))
+    shape = routed_experts_shape(load_model_config(str(base)))
     adapter = await asyncio.to_thread(_adapter, base, request)
     samples, comparisons = await _served(base, adapter, shape, request)
     for name, folder in ((_BASE, None), (_ADAPTER, adapter)):
@@ -101,7 +101,7 @@ def _adapter(base: Path, request: Request) -> Path:
 
 
 async def _served(
-    base: Path, adapter: Path, shape: RouteShape | None, request: Request
+    base: Path, adapter: Path, shape: RoutedExpertsShape | None, request: Request
 ) -> tuple[dict[str, list[Sample]], list[Comparison]]:
     """The samples of both policies, and the rows of the server's own noise."""
     from lockstep.validate.random_adapter import RANK
@@ -113,7 +113,7 @@ async def _served(
         dtype=request.dtype,  # pyright: ignore[reportArgumentType]
         lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(base)).default_target_modules),
         max_model_len=_PROMPT_ROOM + request.tokens + 1,
-        capture_routes=shape is not None,
+        capture_routed_experts=shape is not None,
         gpus=(0,) if kind == "cuda" else (),  # it has ended when the trainer starts
         seed=request.seed,
         extra_args=request.server_args,
@@ -140,7 +140,7 @@ def prompt(number: int) -> str:
     return _ASKS[number // len(_THINGS) % len(_ASKS)].format(_THINGS[number % len(_THINGS)])
 
 
-async def _sample(server: Server, name: str, number: int, shape: RouteShape | None, request: Request) -> Sample:
+async def _sample(server: Server, name: str, number: int, shape: RoutedExpertsShape | None, request: Request) -> Sample:
     body = {
         "model": name,
         "prompt": prompt(number),
@@ -154,14 +154,14 @@ async def _sample(server: Server, name: str, number: int, shape: RouteShape | No
         "choices"
     ][0]
     ids, sampled = choice["prompt_token_ids"], choice["token_ids"]
-    routes_SLK = None
+    experts_SLK = None
     if shape is not None:
-        routes_SLK = decode_routes(
-            choice.get("routed_experts"), choice.get("routes_digest"), ids, sampled, shape, f"sequence {number}"
+        experts_SLK = decode_routed_experts(
+            choice.get("routed_experts"), choice.get("routed_experts_digest"), ids, sampled, shape, f"sequence {number}"
         )
     logprobs = choice["logprobs"]
     top = [_most_likely(entry) for entry in logprobs["top_logprobs"]]
-    return Sample(ids, sampled, logprobs["token_logprobs"], top, routes_SLK)
+    return Sample(ids, sampled, logprobs["token_logprobs"], top, experts_SLK)
 
 
 def _most_likely(entry: dict[str, float]) -> list[int]:
@@ -204,8 +204,8 @@ async def _trained(
     )
     gpus = (0,) if default_kind() == "cuda" else ()
     trainer = await Trainer.start(settings, 1, request.folder / "logs" / "trainer.log", gpus=gpus)
-    moe = samples[0].routes_SLK is not None
-    ways = {"trainer, replay": True, "trainer, own picks": False} if moe else {"trainer": False}
+    moe = samples[0].experts_SLK is not None
+    ways = {"trainer, replay": True, "trainer, own choices": False} if moe else {"trainer": False}
     comparisons = []
     try:
         for what, replay in ways.items():
@@ -220,7 +220,7 @@ async def _trained(
 
 async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder: Path) -> dict[str, float]:
     sequences = [
-        scoring_sequence(f"sequence {number}", sample.ids, sample.routes_SLK if replay else None)
+        scoring_sequence(f"sequence {number}", sample.ids, sample.experts_SLK if replay else None)
         for number, sample in enumerate(samples)
     ]
     batch = pack(sequences, np.zeros(len(samples)), np.ones(len(samples)))
@@ -228,12 +228,16 @@ async def _scores(trainer: Trainer, samples: list[Sample], replay: bool, folder:
     await asyncio.to_thread(save_batch, batch, path)
     reply = await trainer.call(Score(path, out, TOP), deadline_s=deadlines.SCORING_S)
     scores = load_file(out)
-    values = _compare(samples, [found.tolist() for found in _of_sampled(samples, batch, scores["logprobs_RS"])])
+    values = _compare(samples, [sampled.tolist() for sampled in _of_sampled(samples, batch, scores["logprobs_RS"])])
     values |= _overlap(samples, np.concatenate(_of_sampled(samples, batch, scores["top_RSC"])))
-    return values if reply.picks_differ is None else values | {"picks_differ": reply.picks_differ}
+    return (
+        values
+        if reply.expert_choices_differ is None
+        else values | {"expert_choices_differ": reply.expert_choices_differ}
+    )
 
 
 def _of_sampled(samples: list[Sample], batch: PackedBatch, values_RS: np.ndarray) -> list[np.ndarray]:
     """Each sequence's values at its sampled tokens."""
-    found = unpack_scores(batch, values_RS)
-    return [values[-len(sample.sampled) :] for sample, values in zip(samples, found, strict=True)]
+    sequence_values = unpack_scores(batch, values_RS)
+    return [values[-len(sample.sampled) :] for sample, values in zip(samples, sequence_values, strict=True)]

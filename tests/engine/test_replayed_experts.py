@@ -1,4 +1,4 @@
-"""Expert routes of a batch: what is refused before any layer replays them, and how they come to the device."""
+"""Routed experts of a batch: what is refused before any layer replays them, and how they come to the device."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 
 from lockstep.engine.packed_row import packed_row
 from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
-from lockstep.engine.routed_experts import account_of_row, check_routes, first_invalid
+from lockstep.engine.routed_experts import account_of_row, check_routed_experts, first_invalid
 from lockstep.errors import DataError
 from lockstep.models.registry import load_model_config
 
 
-def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_routed_experts_of_another_model_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     batch = batch_of(tree_sequences(rng), rng)
     config, dense = (load_model_config(tiny(family, tmp_path / family)) for family in ("qwen3_moe", "qwen3"))
     shape = (*batch.tokens_RS.shape, sum(config.moe_layers) - 1, config.experts_per_token)
-    routed = replace(batch, routes_RSLK=np.broadcast_to(np.arange(shape[-1], dtype=np.uint8), shape))
+    routed = replace(batch, experts_RSLK=np.broadcast_to(np.arange(shape[-1], dtype=np.uint8), shape))
     with pytest.raises(DataError, match="no experts"):
-        check_routes(routed, [], dense)
+        check_routed_experts(routed, [], dense)
     with pytest.raises(DataError, match="layers"):
-        check_routes(routed, [], config)
+        check_routed_experts(routed, [], config)
 
 
 @settings(max_examples=200, deadline=None)
@@ -42,30 +42,30 @@ def test_the_first_invalid_record_is_found(seed: int, dtype: type) -> None:
         random.integers(1, 5),
         random.integers(5, 9),
     )
-    routes_SLK = random.random((tokens, layers, experts)).argsort(-1)[..., :topk]
+    experts_SLK = random.random((tokens, layers, experts)).argsort(-1)[..., :topk]
     for _ in range(random.integers(0, 3)):
-        routes_SLK[random.integers(tokens), random.integers(layers), random.integers(topk)] = random.integers(
+        experts_SLK[random.integers(tokens), random.integers(layers), random.integers(topk)] = random.integers(
             experts + 2
         )
     records = (
-        all(len({*one}) == topk and max(one) < experts for one in routes_LK) for routes_LK in routes_SLK.tolist()
+        all(len({*one}) == topk and max(one) < experts for one in experts_LK) for experts_LK in experts_SLK.tolist()
     )
     first = next((at for at, valid in enumerate(records) if not valid), tokens)
-    assert int(first_invalid(torch.from_numpy(routes_SLK.astype(dtype)), int(experts))) == first
+    assert int(first_invalid(torch.from_numpy(experts_SLK.astype(dtype)), int(experts))) == first
 
 
-def test_routes_come_to_the_device_as_they_are() -> None:
+def test_routed_experts_come_to_the_device_as_they_are() -> None:
     """Narrow numbers beyond the signed ones too; padding tokens have different experts."""
     rng = np.random.default_rng(1)
     batch = batch_of(tree_sequences(rng), rng)
     for dtype, highest in ((np.uint8, 255), (np.uint16, 65535)):
-        routes_RSLK = rng.integers(0, highest, (*batch.tokens_RS.shape, 2, 3), endpoint=True).astype(dtype)
-        routes_RSLK[0, 0] = highest
-        row = packed_row(replace(batch, routes_RSLK=routes_RSLK), 0, torch.device("cpu"), unit=64)
+        experts_RSLK = rng.integers(0, highest, (*batch.tokens_RS.shape, 2, 3), endpoint=True).astype(dtype)
+        experts_RSLK[0, 0] = highest
+        row = packed_row(replace(batch, experts_RSLK=experts_RSLK), 0, torch.device("cpu"), unit=64)
         used = int(np.flatnonzero(batch.nodes_RS[0] >= 0)[-1]) + 1
-        assert row.routes_SLK is not None
-        assert row.routes_SLK[:used].tolist() == routes_RSLK[0, :used].tolist()
-        assert (row.routes_SLK[used:] == torch.arange(3)).all()
-        assert len(row.routes_SLK) == row.length
-        assert account_of_row(row.routes_SLK, 0) == account_of_row(row.routes_SLK.long(), 0)
+        assert row.experts_SLK is not None
+        assert row.experts_SLK[:used].tolist() == experts_RSLK[0, :used].tolist()
+        assert (row.experts_SLK[used:] == torch.arange(3)).all()
+        assert len(row.experts_SLK) == row.length
+        assert account_of_row(row.experts_SLK, 0) == account_of_row(row.experts_SLK.long(), 0)
     assert int(first_invalid(torch.tensor([[[255, 0]]], dtype=torch.uint8), 256)) == 1

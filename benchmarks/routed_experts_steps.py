@@ -1,6 +1,6 @@
-"""Run by the server's own Python (`route_capture.py`): seconds of each step, by vLLM's own way and by the pool's. Prints JSON.
+"""Run by the server's own Python (`routed_experts_capture.py`): seconds of each step, by vLLM's own way and by the pool's. Prints JSON.
 
-    python route_steps.py REQUESTS LAYERS
+    python routed_experts_steps.py REQUESTS LAYERS
 
 Shape suffixes: N requests (a token each), L layers, K experts per token.
 """
@@ -22,7 +22,7 @@ from vllm.distributed.aux_output_connector import connector, worker
 from vllm.distributed.aux_output_connector.routed_experts import RoutedExpertsBuffer
 from vllm.distributed.aux_output_connector.store import BackgroundBlockObjectStore, BlockObjectStore
 
-from lockstep_vllm.routed_experts.capture import PendingRoutes, SchedulerRoutes
+from lockstep_vllm.routed_experts.capture import PendingExperts, SchedulerExperts
 from lockstep_vllm.routed_experts.pool import Cache
 
 BLOCK, TOP_K, STEPS, PROMPT = 16, 8, 2000, 512
@@ -86,14 +86,14 @@ def vllms_way(live: dict[str, SimpleNamespace], rows_NLK: np.ndarray) -> Callabl
 
 
 def pools_way(live: dict[str, SimpleNamespace], rows_NLK: np.ndarray) -> Callable[[], None]:
-    here, rows = SchedulerRoutes(), torch.from_numpy(rows_NLK)
+    here, rows = SchedulerExperts(), torch.from_numpy(rows_NLK)
     cache, scheduled = Cache(0, 256 * len(live), BLOCK), SimpleNamespace(kv_cache_block_copies=None)
     firsts_N = torch.randperm(cache.blocks)[: len(live)] * BLOCK
-    places = [torch.stack((firsts_N + place, firsts_N)) for place in range(BLOCK)]
+    positions = [torch.stack((firsts_N + position, firsts_N)) for position in range(BLOCK)]
 
     def step() -> None:
         here.build_connector_meta(scheduled, live)
-        pending = PendingRoutes(rows, random.choice(places), cache)
+        pending = PendingExperts(rows, random.choice(positions), cache)
         pending.enqueue_cpu_copy(0, 0)
         output = pending.process_output()
         here.put(scheduled, SimpleNamespace(aux_output_connector_output=output))

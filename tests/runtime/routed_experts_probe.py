@@ -1,10 +1,12 @@
-"""Run by the server's own Python: vLLM's scheduler and its KV cache with random traffic, and a worker that computes nothing but routes.
+"""Run by the server's own Python: vLLM's scheduler and its KV cache with random traffic, and a
+worker that computes nothing but routed experts.
 
-    python route_probe.py SEED MODEL,plain|hybrid,STEPS ...
+    python routed_experts_probe.py SEED MODEL,plain|hybrid,STEPS ...
 
-So many steps are under way at a time (1 or 2). A row of routes says which tokens it belongs to (a hash of all up to its own) and in which
-step it was computed. Prints JSON: what vLLM itself does, then of each case for each request its token ids, the length of its prompt, the
-rows that it was given with each of its tokens, and the step that computed each token first.
+So many steps are under way at a time (1 or 2). A row of routed experts says which tokens it belongs
+to (a hash of all up to its own) and in which step it was computed. Prints JSON: what vLLM itself
+does, then of each case for each request its token ids, the length of its prompt, the rows that it
+was given with each of its tokens, and the step that computed each token first.
 
 Shape suffixes: S tokens, L layers, K experts per token.
 """
@@ -30,7 +32,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from lockstep_vllm.routed_experts import capture
-from lockstep_vllm.routed_experts.pool import StepRoutes
+from lockstep_vllm.routed_experts.pool import StepExperts
 
 BLOCK, BLOCKS = 16, {"plain": 22, "hybrid": 38}
 
@@ -42,7 +44,7 @@ def row_of(tokens, step):
 
 
 class Worker:
-    """What the real one knows of each request: its tokens, and its blocks in the group whose places count."""
+    """What the real one knows of each request: its tokens, and its blocks in the group whose positions count."""
 
     def __init__(self, cache):
         self.cache, self.tokens, self.blocks, self.first = cache, {}, {}, {}
@@ -67,17 +69,17 @@ class Worker:
         starts = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         starts |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         self.step += 1
-        names, rows, places, sampled = list(scheduled.num_scheduled_tokens), [], [], []
+        names, rows, positions, sampled = list(scheduled.num_scheduled_tokens), [], [], []
         for name in names:
             tokens, blocks = self.tokens[name], self.blocks[name]
             end = starts[name] + scheduled.num_scheduled_tokens[name]
             for position in range(starts[name], end):
                 rows.append(row_of(tokens[: position + 1], self.step))
-                places.append((blocks[position // BLOCK] * BLOCK + position % BLOCK, tokens[position]))
+                positions.append((blocks[position // BLOCK] * BLOCK + position % BLOCK, tokens[position]))
                 self.first.setdefault((name, position), self.step)
             sampled.append([random.randrange(1000)] if end == len(tokens) else [])
             tokens += sampled[-1]
-        step = StepRoutes(np.array(rows, np.uint8), np.array(places).T, self.cache)
+        step = StepExperts(np.array(rows, np.uint8), np.array(positions).T, self.cache)
         index = {name: number for number, name in enumerate(names)}
         return ModelRunnerOutput(names, index, sampled, aux_output_connector_output={"step": step} if rows else None)
 

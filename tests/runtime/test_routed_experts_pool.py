@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_vllm.routed_experts.pool import Cache, RoutePool, StepRoutes
+from lockstep_vllm.routed_experts.pool import Cache, RoutedExpertsPool, StepExperts
 
 CACHE = Cache(group=0, blocks=5, block_size=3)
 SLOTS = CACHE.blocks * CACHE.block_size
@@ -15,7 +15,7 @@ TOKENS = st.integers(0, 3)
 
 def step(slots, tokens, value):
     rows = np.full((len(slots), 2, 2), value, np.uint16)
-    return StepRoutes(rows, np.array([slots, tokens], np.int64), CACHE)
+    return StepExperts(rows, np.array([slots, tokens], np.int64), CACHE)
 
 
 @st.composite
@@ -30,7 +30,7 @@ BLOCKS = st.lists(st.integers(0, CACHE.blocks - 1), min_size=0, max_size=3)
 
 @given(st.lists(st.one_of(writes(), COPIES), max_size=8), BLOCKS, st.integers(0, 4), st.lists(TOKENS, max_size=5))
 def test_what_was_written_last_up_to_the_first_that_is_missing(events, blocks, start, tokens):
-    pool = RoutePool(step([0], [0], 0))
+    pool = RoutedExpertsPool(step([0], [0], 0))
     lying: dict[int, tuple[int, int]] = {}
     for value, (first, second) in enumerate(events):
         if isinstance(first, list):

@@ -1,9 +1,11 @@
-"""Python's time between two steps for the expert routes of all requests that decode: vLLM's own way, and the pool that replaces it. No GPU.
+"""Python's time between two steps for the routed experts of all requests that decode: vLLM's own
+way, and the pool that replaces it. No GPU.
 
-    python benchmarks/route_capture.py --requests 64 256
+    python benchmarks/routed_experts_capture.py --requests 64 256
 
-The routes come from nowhere; what is done with them in the engine's process is the real code, vLLM's on its side. A second thread of
-vLLM's, which works beside, is not counted. Milliseconds per step: median and 99th percentile.
+The routed experts come from nowhere; what is done with them in the engine's process is the real
+code, vLLM's on its side. A second thread of vLLM's, which works beside, is not counted.
+Milliseconds per step: median and 99th percentile.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from probing import probed
 
-PROGRAM = Path(__file__).with_name("route_steps.py")
+PROGRAM = Path(__file__).with_name("routed_experts_steps.py")
 
 
 def main() -> None:

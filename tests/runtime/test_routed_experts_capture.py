@@ -1,5 +1,6 @@
-"""A request's routes leave the engine once, complete, and are those of its tokens: vLLM's scheduler with random traffic, prefixes that
-are shared, copied blocks, preemptions, clients that leave.
+"""A request's routed experts leave the engine once, complete, and are those of its tokens: vLLM's
+scheduler with random traffic, prefixes that are shared, copied blocks, preemptions, clients that
+leave.
 
 The servers themselves, with models whose routers are Hugging Face's: `test_replay.py`, `test_replay_hybrid.py`, `test_preempted.py`.
 """
@@ -48,11 +49,11 @@ def check(request):
 @pytest.fixture(scope="module")
 def found(runtime, tmp_path_factory):
     """[what vLLM does, then of each of CASES], and the seed of it all."""
-    scratch, seed = tmp_path_factory.mktemp("routes"), random.randrange(1 << 30)
+    scratch, seed = tmp_path_factory.mktemp("routed_experts"), random.randrange(1 << 30)
     models = {shape: write_tiny(shape, scratch / shape) for shape in ("qwen3_moe", "qwen3_5_moe")}
     cases = [f"{models[shape]},{kind},{steps}" for shape, kind, steps in CASES]
     env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
-    [results] = probed(runtime, HERE / "route_probe.py", str(seed), *cases, env=env, log=scratch / "log")
+    [results] = probed(runtime, HERE / "routed_experts_probe.py", str(seed), *cases, env=env, log=scratch / "log")
     return results, seed
 
 
