@@ -36,8 +36,8 @@ OLDEST := 5.16.1
 test-oldest: .oldest/$(OLDEST)
 	@echo "== tests with transformers $(OLDEST)"
 	@PYTHONPATH=$(CURDIR)/.oldest/$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t'
-	@PYTHONPATH=$(CURDIR)/.oldest/$(OLDEST) $(PYTEST) -m "not slow" tests/families/test_tiny.py tests/families/test_model_config.py \
-		tests/families/test_contract.py tests/families/test_loading.py tests/engine/test_parity.py
+	@PYTHONPATH=$(CURDIR)/.oldest/$(OLDEST) $(PYTEST) -m "not slow" tests/unit/models/test_tiny.py tests/unit/models/test_model_config.py \
+		tests/unit/models/test_contract.py tests/unit/models/test_loading.py tests/unit/engine/test_parity.py
 
 .oldest/$(OLDEST): .venv/made-dev
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ "transformers==$(OLDEST)" "huggingface-hub<2"

@@ -35,7 +35,7 @@ from lockstep.backends.megatron.run import Run
 from lockstep.errors import ServerError
 from lockstep.rollouts.leases import rollout_scope
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 from inflight import sampled_tokens, seen_sampling
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("engine", "")]
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support" / folder) for folder in ("engine", "")]
+
+from test_parity import FAMILIES, random_fields  # noqa: E402
 
 import parity  # noqa: E402
 from cases import hugging_face_fp64, tiny  # noqa: E402
-from test_parity import FAMILIES, random_fields  # noqa: E402
-
 from lockstep.config.megatron import Parallel  # noqa: E402
 from lockstep.engine.parallel import device  # noqa: E402  (first: prepares torch for Megatron)
 

@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from packing import Case, batch_of, print_nothing
 from replay import checkpoint, device, weights_option
 from shapes import SHAPES
 from sync_common import write_config
@@ -55,8 +54,9 @@ from lockstep.inference.environment.locate import default_kind
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
+from packing import Case, batch_of, print_nothing
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 from inflight import counted, sampled_tokens
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 from probing import probed
 

@@ -5,10 +5,12 @@
     python benchmarks/verification.py --model SMOLLM2 --mode merged
     python benchmarks/verification.py --shape qwen3-8b --syncs 200             # random weights
 
-A sync is a training step and all that follows: adapter or merged weights into the server, the live memory read back, the probe scored on
-both sides. Rollouts are made anew every `--fresh` steps, and trained on again until then. Then, at each of three learning rates, one
-step with each fault in the server's memory (`tests/serving/planted.py`): the adapter of the step before, one stale matrix, or (merged)
-one tensor left at the step before. The program fails (exit code 1) if a correct sync is refused or a fault is not.
+A sync is a training step and all that follows: adapter or merged weights into the server, the live
+memory read back, the probe scored on both sides. Rollouts are made anew every `--fresh` steps, and
+trained on again until then. Then, at each of three learning rates, one step with each fault in the
+server's memory (`tests/support/server/planted.py`): the adapter of the step before, one stale
+matrix, or (merged) one tensor left at the step before. The program fails (exit code 1) if a correct
+sync is refused or a fault is not.
 
 `power` is how far a step moved the policy on the probe, in units of the noise between the two programs: below 1, behaviour alone can't
 tell the step from the one before, and digests do.
@@ -33,7 +35,7 @@ from lockstep.backends.megatron import publish, recovery
 from lockstep.errors import LockstepError, MismatchError
 from lockstep.inference.environment.install import find_runtime
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 from planting import EXTENSION, Plot
 

@@ -39,7 +39,7 @@ from lockstep.models.contract import Layout
 from lockstep.models.registry import get_model_support_handler, load_model_config
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests"))
+sys.path.append(str(HERE.parent / "tests" / "support"))
 
 from torchrun import torchrun  # noqa: E402
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from stopping import shared_memory
+from frozen_processes import shared_memory
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,3 +62,27 @@ async def server(runtime, tiny_qwen3, tmp_path_factory):
     assert shared
     await server.close()
     assert not any(path.exists() for path in shared)
+
+
+@pytest.fixture(scope="session")
+def groups() -> None:
+    """One process that is a whole trainer: most engine tests need Megatron's groups of size one."""
+    import torch
+
+    from lockstep.config.megatron import Parallel
+    from lockstep.engine.parallel import device
+
+    torch.set_num_threads(1)
+    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    missing = {key: value for key, value in defaults.items() if key not in os.environ}
+    os.environ.update(missing)
+    os.environ["MASTER_PORT"] = str(_free_port())
+    device.start(Parallel(), seed=0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,7 +1,7 @@
 """Which of vLLM's parsers a tokenizer can serve: known here, so that nothing has to be started to find out.
 
 vLLM 0.32 makes a parser at the end of its start, and dies there if the vocabulary lacks a token that the parser looks up.
-`tests/serving/test_parsers.py` asks vLLM itself for both tables.
+`tests/unit/inference/test_parsers.py` asks vLLM itself for both tables.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ vLLM 0.32 copies A and B for every token of a batch before it multiplies: a prom
 each projection of a small model, and most of a rollout's time goes there. And where tokens of the base model share a
 batch with those of adapters, their index -1 picks the last slot's adapter instead of none.
 
-`tests/runtime/test_lora_cpu.py` compares with a product per token, and fails when vLLM's own no longer needs this.
+`tests/server/kernels/test_lora_cpu.py` compares with a product per token, and fails when vLLM's own no longer needs this.
 
 Shape suffixes: T tokens, I input features, O output features, R rank, L slots.
 """

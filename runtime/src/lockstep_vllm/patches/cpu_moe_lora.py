@@ -3,7 +3,7 @@
 With LoRA enabled vLLM picks its Triton experts whatever the device. Here a class in plain torch takes their place. It
 loops over the experts: meant for tests and small models.
 
-`tests/families/test_served_adapters.py` shows the effect, and that a server without this class still dies.
+`tests/server/kernels/test_served_adapters.py` shows the effect, and that a server without this class still dies.
 
 Shape suffixes: T tokens, K experts per token, N tokens of one expert, E experts, H hidden, I expert size.
 """

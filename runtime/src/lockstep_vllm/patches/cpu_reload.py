@@ -5,7 +5,7 @@
 2. A tied `lm_head` keeps a packed copy of its own, and a reload, which loads no weight named after it, leaves that
 copy.
 
-`tests/runtime/test_cpu_reload.py` shows both with the fixes left out, so that it fails when vLLM no longer needs them.
+`tests/server/kernels/test_cpu_reload.py` shows both with the fixes left out, so that it fails when vLLM no longer needs them.
 """
 
 # pyright: reportMissingImports=false

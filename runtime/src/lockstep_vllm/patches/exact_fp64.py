@@ -6,7 +6,7 @@ kernels that know no fp64 (matrix products, rotary embedding, attention, experts
 replaced by plain torch of the same meaning. Scheduling, prefix caching, chunked prefill, adapters and sampling are
 vLLM's own. Slow: meant for tests and for small models.
 
-`tests/test_exact.py` shows the effect, and that a server without this module is off by more than 1e-6.
+`tests/server/test_exact.py` shows the effect, and that a server without this module is off by more than 1e-6.
 
 Shape suffixes: T tokens of a batch, N tokens of one request, C of its context, B requests, H query heads, K key heads,
 D head size, V vocabulary.

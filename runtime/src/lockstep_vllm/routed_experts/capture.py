@@ -13,7 +13,7 @@ process finds those strings, and ends the request without asking the engine for 
 is ended from outside (its client left) has no routed experts. A request whose rows are not all
 there gets those before the first that is missing, and training on it raises an error that names them.
 
-`tests/runtime/test_routed_experts_capture.py` drives vLLM's own scheduler with it, and fails when
+`tests/server/replay/test_routed_experts_capture.py` drives vLLM's own scheduler with it, and fails when
 vLLM hands over once by itself, and this is no longer needed.
 """
 

@@ -5,7 +5,7 @@ each other. On the sender nothing waits on the host but `accept` and `flush`: a 
 on a stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels
 on both sides.
 
-Evidence on GPUs: `tests/serving/test_nccl_sync.py` and `benchmarks/weight_sync.py`.
+Evidence on GPUs: `tests/gpu/test_nccl_sync.py` and `benchmarks/weight_sync.py`.
 """
 
 from __future__ import annotations

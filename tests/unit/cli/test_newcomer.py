@@ -1,0 +1,264 @@
+"""What a new user stumbles over in the first hour, each with what is shown instead."""
+
+import asyncio
+import re
+import sqlite3
+from contextlib import closing
+
+import pytest
+from openai.types.chat.chat_completion import Choice
+
+import lockstep as ls
+from lockstep.backends.base import TrainResult
+from lockstep.batching.tokenize import tokenize
+from lockstep.errors import ConfigError, DataError, RolloutError
+from lockstep.loop.run_file import TaskSection
+from lockstep.loop.synchronous import run
+from lockstep.loop.task import load_task
+from lockstep.metrics.names import is_known
+from lockstep.rollouts.failures import failure_of
+from lockstep.rollouts.parquet import read_parquet
+from lockstep.runs.store import RunStore
+from lockstep_vllm.http.served_names import unknown_name
+from lockstep_wire.reply_digest import reply_digest
+from random_batches import choice, trajectory
+
+
+class Model:
+    """As much of a registered model as the loop asks for."""
+
+    step = 0
+
+
+class Backend:
+    """Keeps metrics in a real run's store and trains nothing."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def record(self, model, metrics):
+        self.store.record(model.step, metrics)
+
+    async def recover(self, model):
+        return False
+
+    async def train(self, model, groups, config=None):
+        model.step += 1
+        seconds = {
+            "seconds_train": 1.0,
+            "seconds_sync": 0.1,
+            "seconds_compile": 0.5,
+            "compilations": float(model.step == 1),
+        }
+        return TrainResult(model.step, {"loss": 0.0, **seconds}, self.store.path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RunStore(tmp_path, "tests", "newcomer")
+    yield store
+    store.close()
+
+
+def task_file(tmp_path, rollout):
+    file = tmp_path / "task.py"
+    file.write_text(f"def scenarios():\n    return [0, 1]\n\n\n{rollout}")
+    return load_task(file)
+
+
+async def looped(store, task, rows=None, **settings):
+    section = TaskSection(**{"file": "task.py", "steps": 2, "groups_per_step": 2, "group_size": 2} | settings)
+    rows = [] if rows is None else rows
+    return await run(Model(), Backend(store), task, section, ls.TrainConfig(), store.path, rows.append)
+
+
+@pytest.mark.parametrize("what", ["evaluation of step 0", "rollouts for step 1"])
+async def test_newcomer_a1_a_bug_in_a_rollout_is_told_with_file_line_and_frames(store, tmp_path, what):
+    """The commonest error of all, in the first evaluation too; all tracebacks are in the file that the line names."""
+    condition = "True" if what.startswith("evaluation") else "temperature"
+    rollout = f"""async def rollout(model, scenario, temperature):
+    return look_up({{}}, {condition})
+
+
+def look_up(d, asked):
+    from json import loads
+    from random_batches import trajectory
+    return loads("{{") if asked else trajectory(reward=0.0)
+"""
+    task = task_file(tmp_path, rollout)
+    with pytest.raises(RolloutError) as error:
+        await looped(store, task)
+    place = f"{tmp_path}/task.py"
+    says = str(error.value)
+    assert says.startswith(f"{what}: ")
+    assert "\n" not in says
+    assert f"({place}:6 in rollout: return look_up({{}}, {condition}) > {place}:12 in look_up: return loads(" in says
+    assert "json/decoder.py" not in says  # the last frames are the user's, not those of a library
+    kind, number = ("evaluation", 0) if what.startswith("evaluation") else ("train", 1)
+    file = store.path / "trajectories" / kind / f"{number:04d}.parquet"
+    assert str(file) in says
+    failures = [failure for group in read_parquet(file) for failure in group.exceptions]
+    assert failures
+    assert all("json/decoder.py" in failure.traceback for failure in failures)
+
+
+def test_newcomer_a1_a_bad_reward_is_told_in_one_line():
+    try:
+        ls.Trajectory(messages_and_choices=[], reward=None)
+    except ValueError as error:
+        failure = failure_of(error)
+    assert failure.message.startswith("Trajectory: reward = None: input should be a valid number")
+    assert "test_newcomer.py" in failure.where
+
+
+async def test_newcomer_a5_a_failed_rollout_is_tolerated_and_a_hanging_one_ends(store, tmp_path):
+    """By default one of ten may fail, and a rollout that never answers is one of those."""
+    rollout = """async def rollout(model, scenario, temperature, calls=[]):
+    import asyncio
+    from random_batches import trajectory
+    calls.append(1)
+    if len(calls) == 3:
+        await asyncio.sleep(60)
+    return trajectory(reward=float(scenario))
+"""
+    outcome = await looped(store, task_file(tmp_path, rollout), steps=1, rollout_timeout_s=0.2)
+    assert outcome.step == 1
+    groups = read_parquet(store.path / "trajectories" / "train" / "0001.parquet")
+    (failure,) = [failure for group in groups for failure in group.exceptions]
+    assert failure.message == "it took longer than 0.2 s ([task] rollout_timeout_s)"
+    assert failure.where.endswith("task.py:10 in rollout: await asyncio.sleep(60)")
+
+
+async def test_newcomer_a5_a_fraction_never_tolerates_all_and_the_error_says_where_to_set_it(store, tmp_path):
+    task = task_file(tmp_path, "async def rollout(model, scenario, temperature):\n    raise ValueError(scenario)\n")
+    with pytest.raises(RolloutError, match=r"2 of 2 rollouts failed, 1 tolerated.* raise \[task\] max_exceptions"):
+        await looped(store, task, max_exceptions=0.9)
+    with pytest.raises(ConfigError, match=r"max_exceptions = 1\.5 must be a whole number, or a fraction below 1"):
+        await ls.gather_trajectory_groups([[asyncio.sleep(0)]], max_exceptions=1.5, progress=False)
+
+
+async def test_newcomer_a6_an_evaluation_is_kept(store, tmp_path):
+    """Its mean is in the run's SQLite file under the step that it is of, and its rollouts are on disk."""
+    rollout = """async def rollout(model, scenario, temperature):
+    from random_batches import trajectory
+    return trajectory(reward=scenario + model.step)
+
+
+def evaluation_scenarios():
+    return [10, 20, 30]
+"""
+    await looped(store, task_file(tmp_path, rollout))
+    with closing(sqlite3.connect(store.path / "run.sqlite")) as database:
+        rows = database.execute("SELECT step, value FROM metrics WHERE name = 'greedy_reward' ORDER BY step").fetchall()
+    assert rows == [(0, 20.0), (1, 21.0), (2, 22.0)]
+    assert all(is_known(name) for values in store.metrics().values() for name in values)
+    for step in range(3):
+        groups = read_parquet(store.path / "trajectories" / "evaluation" / f"{step:04d}.parquet")
+        assert [group.trajectories[0].reward for group in groups] == [10.0 + step, 20.0 + step, 30.0 + step]
+
+
+async def test_newcomer_b7_row_metrics_files_and_checkpoint_have_one_number(store, tmp_path):
+    """Row k: the rewards that step k was trained on, as in its Parquet file, and the greedy reward of step k itself."""
+    rollout = """async def rollout(model, scenario, temperature):
+    from random_batches import trajectory
+    return trajectory(reward=model.step + (0.5 if temperature else 0.0))
+"""
+    rows = []
+    outcome = await looped(store, task_file(tmp_path, rollout), rows)
+    assert [(row.step, row.greedy) for row in rows] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert [row.reward for row in rows[1:]] == [0.5, 1.5]
+    for row in rows[1:]:
+        groups = read_parquet(store.path / "trajectories" / "train" / f"{row.step:04d}.parquet")
+        assert {each.reward for group in groups for each in group.trajectories} == {row.reward}
+    assert outcome.step == 2
+    assert [row.compilations for row in rows] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TaskSection(file="task.py", steps="3"), "steps = '3': must be a number, not a text"),
+        (
+            lambda: TaskSection(file="task.py", steps=3, max_exceptions=1.5),
+            "max_exceptions = 1.5: must be a whole number",
+        ),
+        (lambda: TaskSection(file="task.py", steps=True), "steps = True: must be a number, not a truth value"),
+        (lambda: ls.TrainConfig(learning_rate="1e-4"), "learning_rate = '1e-4': must be a number, not a text"),
+        (lambda: ls.LoraConfig(rank="16"), "rank = '16': must be a number, not a text"),
+        (lambda: ls.MegatronBackend(max_model_len="4096"), "max_model_len = '4096': must be a number, not a text"),
+        (lambda: ls.MegatronBackend(enable_expert_replay=1), "enable_expert_replay = 1: must be true or false"),
+        (lambda: ls.Placement(trainer=["0"], inference=[1]), "trainer = ['0']: must be a number, not a text"),
+        (lambda: TaskSection(file="task.py", steps=2, temperature=1), None),
+        (lambda: ls.Placement(trainer=[0], inference=[1]), None),
+    ],
+)
+def test_newcomer_b4_settings_are_not_converted(make, says):
+    if says is None:
+        make()
+        return
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        make()
+
+
+def test_newcomer_b4_a_reward_is_no_text():
+    with pytest.raises(DataError, match=r"'0\.5' is a text: rewards and metrics must be numbers"):
+        ls.Trajectory(messages_and_choices=[], reward="0.5")
+    with pytest.raises(DataError, match="'2' is a text"):
+        ls.Trajectory(messages_and_choices=[], reward=1, metrics={"turns": "2"})
+
+
+async def test_newcomer_b4_a_dict_is_no_train_config():
+    backend = ls.MegatronBackend()
+    model = ls.TrainableModel(name="m", project="p", base_model="none")
+    with pytest.raises(ConfigError, match=r"train takes a TrainConfig, not a dict: write TrainConfig\(\*\*settings\)"):
+        await backend.train(model, [], {"learning_rate": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "says"),
+    [
+        (
+            "m@0",
+            ["m@11", "m@12"],
+            "`m@0` is no longer served: ask for model.inference_name(), which is m@12 now (m@11 too)",
+        ),
+        ("m", ["m@12"], "`m` does not exist: ask for model.inference_name(), which is m@12 now"),
+        ("Qwen/Qwen3-8B", ["m@12"], "does not exist"),
+    ],
+)
+def test_newcomer_b6_a_404_names_what_is_served(asked, served, says):
+    assert says in unknown_name(asked, served)
+
+
+def answered(text, **changes):
+    """A choice as the server sends it, with its digest."""
+    made = choice([1, 2], [3, 4]).model_dump()
+    made["message"] = {"role": "assistant", "content": text, "tool_calls": []}
+    made["reply_digest"] = reply_digest(made["token_ids"], made["message"])
+    return Choice.model_validate(made | changes)
+
+
+def test_newcomer_b8_what_has_no_ids_says_what_to_ask_for():
+    with pytest.raises(
+        DataError,
+        match=r"no prompt_token_ids: .*ask without stream; a choice that is put together from a stream has none",
+    ):
+        tokenize(trajectory(answered("yes", prompt_token_ids=None)), "m", 0, 0)
+    with pytest.raises(
+        DataError,
+        match=r"has no logprobs though it has token ids: keep the choice exactly as the server returned it",
+    ):
+        tokenize(trajectory(answered("yes", sampled_logprobs=None)), "m", 0, 0)
+
+
+def test_newcomer_b9_an_edited_choice_is_refused():
+    """Text, tool calls, or the ids below them; what clients add on their way changes nothing."""
+    call = {"id": "1", "type": "function", "function": {"name": "pay", "arguments": "{}"}}
+    good = answered("yes")
+    assert len(tokenize(trajectory(good, Choice.model_validate_json(good.model_dump_json())), "m", 0, 0).sequences) == 2
+    edited, called = answered("yes"), answered("yes")
+    edited.message.content = "edited!"
+    called.message = type(called.message).model_validate({"role": "assistant", "content": "yes", "tool_calls": [call]})
+    for bad in (edited, called, answered("yes", token_ids=[3, 5])):
+        with pytest.raises(DataError, match="group 0, trajectory 0, choice 0 was edited after it was sampled"):
+            tokenize(trajectory(bad), "m", 0, 0)
