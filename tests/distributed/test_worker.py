@@ -87,6 +87,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         out=str(folder / "s3"),
         reference=str(folder / "s1"),
     )
+    one = {"verb": "train_step", "job": "0009-lora_step-1", "batch": path, "config": config(), "out": None}
+    found["job"] = [parent.ask(**one), parent.ask(**one), parent.ask(**one | {"job": "0009-lora_step-2"})]
+    parent.call("load", step_dir=str(folder / "s1"))
+    found["job"].append(parent.ask(**one))
     far = batch_of(tree_sequences(rng), rng)
     far.logprobs_RS[far.loss_mask_RS] = -200.0
     save_batch(far, folder / "far.safetensors")
@@ -109,6 +113,14 @@ def test_lives_and_ends(run: dict[str, Any]) -> None:
         "score",
         "reference",
     }
+
+
+def test_a_job_that_is_repeated_is_done_once(run: dict[str, Any]) -> None:
+    """The same step asked for twice was once two optimizer steps. After a load the weights of before are back: done anew."""
+    first, repeated, another, after_load = (reply["result"]["metrics"] for reply in run["job"])
+    assert repeated == first
+    assert another["loss"] != first["loss"]
+    assert after_load["loss"] != first["loss"]
 
 
 def test_a_metric_that_is_no_number_is_named_and_the_trainer_goes_on(run: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ from lockstep.loop.task import Task, load_task
 from lockstep.metrics.names import is_known
 from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.parquet import read_parquet
+from lockstep.runs.database import read_jobs
 from lockstep.runs.store import published_steps
 from lockstep.trainer.protocol import Save, SyncReport
 from random_batches import trajectory
@@ -535,6 +536,14 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         result = await resumed.train(again, with_signal(await roll_out(again, task, section, step)), CONFIG)
         assert result.step == step + 1
         assert result.metrics["mismatch_max"] < 1e-5
+        jobs = read_jobs(resumed.run_path(again))
+        assert [(job.step, job.kind, job.state) for job in jobs[-2:]] == [
+            (step, "first_sync", "done"),
+            (step + 1, "lora_step", "done"),
+        ]
+        assert "TrainerError" in {job.error_type for job in jobs if job.state == "failed"}
+        assert not any(job.state in ("queued", "running") for job in jobs)
+        assert resumed._run(again).server.api_key not in repr(jobs)
     finally:
         await resumed.close()
 

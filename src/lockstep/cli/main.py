@@ -106,6 +106,14 @@ def steps(
 
 
 @app.command()
+def jobs(run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)]) -> None:
+    """List what a run asked of its trainer and server: steps and syncs, under way, done or failed."""
+    from lockstep.cli.steps import show_jobs
+
+    show_jobs(run, console)
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
     input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}')],  # noqa: A002

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lockstep.errors import StoreError
-from lockstep.runs.database import read_metrics, read_references, read_settings
+from lockstep.runs.database import read_jobs, read_metrics, read_references, read_settings
 from lockstep.runs.retention import Retention, kept_steps, manifest_of, remove
 from lockstep.runs.store import RunStore, published_steps
 
@@ -39,6 +40,25 @@ def show_steps(run: Path, console: Console) -> None:
             "yes" if (folder / "trainer").is_dir() else "no",
             *(_number(values.get(name)) for name in ("reward", "greedy_reward")),
             "KL reference" if step in references else kept.get(step, ""),
+        )
+    console.print(table)
+
+
+def show_jobs(run: Path, console: Console) -> None:
+    """One line a job: its id, state, age of its last sign of life, what it is busy with or why it failed."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "state", "asked for", "seconds", "last sign", "busy with, or failed by"):
+        table.add_column(name)
+    for job in read_jobs(run):
+        ended = job.ended or time.time()
+        busy = job.phase + (f", waits for {job.waits_for}" if job.waits_for else "")
+        table.add_row(
+            job.id,
+            job.state,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created)),
+            f"{ended - (job.claimed or job.created):.1f}",
+            f"{time.time() - job.beaten:.0f} s ago" if job.beaten and job.state == "running" else "",
+            Text(f"{job.error_type}: {job.error}" if job.state == "failed" else busy),
         )
     console.print(table)
 

@@ -84,18 +84,18 @@ class Verbs:
         return protocol.Loaded(load_step(self.trainer, request.step_dir))
 
     def save(self, request: protocol.Save, report: Report) -> protocol.Saved:
-        report({"kind": "phase", "phase": "save"})
+        report({"kind": "phase", "phase": "save", "waits_for": "the disk"})
         on_host = self.offloaded.on_host if self.offloaded else None
         return protocol.Saved(save_step(self.trainer, request.out, on_host))
 
     def sync_weights(self, request: protocol.SyncWeights, report: Report) -> protocol.SyncReport:
-        report({"kind": "phase", "phase": "sync"})
+        report({"kind": "phase", "phase": "sync", "waits_for": "the server"})
         if self.weights_out is None:
             self.weights_out = WeightsOut(self.trainer, self._senders("sync"))
         return self.weights_out.push(_server(request), request.version, request.transport, request.deadline_s)
 
     def sync_adapter(self, request: protocol.SyncAdapter, report: Report) -> protocol.SyncReport:
-        report({"kind": "phase", "phase": "sync"})
+        report({"kind": "phase", "phase": "sync", "waits_for": "the server"})
         if self.adapters_out is None:
             self.adapters_out = AdaptersOut(self.trainer, self._senders("adapters"), request.deadline_s)
         return self.adapters_out.push(_server(request), request.version, request.transport, request.deadline_s)

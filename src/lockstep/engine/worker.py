@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Worker:
     channel: Channel | Silent
     agreement: Agreement
     stale: bool = False
+    answered: dict[str, Json] = field(default_factory=dict)
+    """Results of jobs since the last `load`, by verb and job: a job that is asked for again is not done again."""
 
     def serve(self, receive: Callable[[int], Json]) -> None:
         """Answer requests until shutdown. `receive(n)` gives the n-th request."""
@@ -71,6 +73,10 @@ class Worker:
     def answer(self, number: int, request: Json) -> None:
         """Run one verb on this rank, agree on its outcome with the others, and reply."""
         identity, timeout_s = int(request["id"]), float(request.get("timeout_s") or deadlines.RANKS_S)
+        key = f"{request.get('verb')} {request['job']}" if request.get("job") else None
+        if key in self.answered:
+            self.channel.send(channels.result(identity, self.answered[key]))
+            return
         before, result, error = self.verbs.trainer.optimizer.count, None, None
 
         def give_up(why: str) -> None:
@@ -83,6 +89,8 @@ class Worker:
                 error = describe(caught, self.agreement.rank)
         error = self.agreement.settle(number, error, timeout_s)
         if error is None:
+            if key is not None:
+                self.answered[key] = result or {}
             self.channel.send(channels.result(identity, result or {}))
             return
         self.stale = self.stale or self.verbs.trainer.optimizer.count != before
@@ -102,6 +110,7 @@ class Worker:
         answer = self.verbs.run(request, report)
         if verb == Load.verb:
             self.stale = False
+            self.answered.clear()
         return to_json(answer)
 
 
@@ -118,13 +127,14 @@ def describe(caught: Exception, rank: int) -> dict[str, str]:
 
 
 class heartbeat:
-    """Sends an event every few seconds while a verb runs, with the phase it is in."""
+    """Sends an event every few seconds while a verb runs, with the phase it is in and what that waits for."""
 
     def __init__(self, channel: Channel | Silent, identity: int) -> None:
-        self.channel, self.identity, self.phase, self.done = channel, identity, "start", threading.Event()
+        self.channel, self.identity, self.done = channel, identity, threading.Event()
+        self.state: Json = {"phase": "start"}
 
     def report(self, value: Json) -> None:
-        self.phase = value.get("phase", self.phase)
+        self.state = {name: value[name] for name in ("phase", "waits_for") if name in value}
         self.channel.send(channels.event(self.identity, value))
 
     def __enter__(self) -> Callable[[Json], None]:
@@ -134,7 +144,7 @@ class heartbeat:
 
     def _beat(self) -> None:
         while not self.done.wait(deadlines.HEARTBEAT_S):
-            self.channel.send(channels.event(self.identity, {"kind": "heartbeat", "phase": self.phase}))
+            self.channel.send(channels.event(self.identity, {"kind": "heartbeat", **self.state}))
 
     def __exit__(self, *_exception: object) -> None:
         self.done.set()

@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 from lockstep.errors import StoreError
 from lockstep.metrics.names import EARLIER
+from lockstep.runs import jobs
+from lockstep.runs.jobs import Job, JobTable
 
 FILE = "run.sqlite"
 _TABLES = (
@@ -24,7 +26,7 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
     "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
     "CREATE TABLE IF NOT EXISTS kl_references (step INTEGER PRIMARY KEY);"
-)
+) + jobs.TABLE
 _WAIT_S = 30.0
 """For another process's commit."""
 
@@ -43,6 +45,7 @@ class RunDatabase:
                 raise StoreError(
                     f"{self.file} is damaged ({problem}): restore it, or choose another model name or path"
                 )
+        self.jobs = JobTable(self._open)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -71,10 +74,13 @@ class RunDatabase:
             database.execute("INSERT INTO server_starts VALUES (?)", (before,))
         return before
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], job: str | None = None) -> None:
+        """job: that made the step; it is done in the same transaction."""
         with self._open() as database:
             rows = [(step, name, value) for name, value in metrics.items()]
             database.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
+            if job is not None:
+                jobs.finish(database, job)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         with self._open() as database:
@@ -116,6 +122,15 @@ def read_references(run: Path) -> set[int]:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'kl_references'").fetchone():
             return set()
         return _references(database)
+
+
+def read_jobs(run: Path) -> list[Job]:
+    """All jobs in the order in which they were asked for; none for a run of an older version. Takes no lock."""
+    run = run.expanduser().resolve()
+    with _reading(run) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
+            return []
+        return jobs.listed(database)
 
 
 def _metrics(database: sqlite3.Connection) -> dict[int, dict[str, float]]:

@@ -1,7 +1,7 @@
 """A run on disk: immutable steps published atomically, metrics in one SQLite file, logs and trajectories beside them.
 
     <path>/<project>/<name>/   only its owner can read it: prompts, answers and weights are in there
-        run.sqlite            what the run is (base model, LoRA), metrics of each step
+        run.sqlite            what the run is (base model, LoRA), metrics of each step, jobs
         run.lock              held by the process that trains the run
         steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
         removed/0002.json     the manifest of a step that retention removed
@@ -33,6 +33,7 @@ from lockstep.runs.checkpoint import (
     write_manifest,
 )
 from lockstep.runs.database import RunDatabase, read_identity
+from lockstep.runs.jobs import JobTable
 
 _STAGING = ".staging-"
 REMOVED = ".removed-"
@@ -90,11 +91,22 @@ class RunStore:
                 )
 
     def _restore_metrics(self) -> None:
-        """Metrics of a step that was published and not recorded any more, from its manifest."""
+        """A step that was published, and whose metrics or whose job's end were not recorded any more, from its manifest.
+
+        Other jobs that a process left under way have failed.
+        """
         recorded = self._database.metrics()
+        under_way = {job.step for job in self.jobs.listed() if job.state in ("queued", "running")}
         for number in self.published():
-            if number not in recorded:
-                self._database.record(number, read_manifest(self._folder(number))["metrics"])
+            if number not in recorded or number in under_way:
+                manifest = read_manifest(self._folder(number))
+                self._database.record(number, manifest["metrics"], manifest.get("job"))
+        self.jobs.interrupt(max(self.published(), default=-1))
+
+    @property
+    def jobs(self) -> JobTable:
+        """What the run's backend asked of its trainer and server."""
+        return self._database.jobs
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Record what this run trains; raise StoreError if the folder already belongs to something else.
@@ -172,10 +184,16 @@ class RunStore:
         return folder
 
     def publish(
-        self, number: int, staged: Path, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None
+        self,
+        number: int,
+        staged: Path,
+        metrics: Mapping[str, float],
+        state: Mapping[str, Any] | None = None,
+        job: str | None = None,
     ) -> RunCheckpoint:
         """Make a staged folder step `number`: digests, flush, rename, flush. All or nothing.
 
+        job: that made the step. It is done when the metrics are recorded, or, after a kill, at the next start.
         Raises StoreError if the step exists or leaves a gap.
         """
         numbers = self.published()
@@ -189,12 +207,13 @@ class RunStore:
                 "identity": self._identity,
                 "metrics": dict(metrics),
                 "state": dict(state or {}),
+                "job": job,
             },
         )
         final = self._folder(number)
         staged.rename(final)
         fsync(self.steps_path)
-        self.record(number, metrics)
+        self._database.record(number, metrics, job)
         return RunCheckpoint(number, final, manifest)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Trainer:
         self._requests = 0
         self._lock = asyncio.Lock()
         self.ready: Ready | None = None
+        self.on_beat: Callable[[str, str], Awaitable[None]] | None = None
+        """Told of each sign of life: the phase that the trainer is in, and what that waits for."""
 
     @classmethod
     async def start(
@@ -112,8 +115,10 @@ class Trainer:
     def _last_lines(self) -> str:
         return f"last lines of {self._child.log_path}:\n{self._child.log_tail(12)}"
 
-    async def call(self, request: Request[Answer], *, deadline_s: float) -> Answer:
+    async def call(self, request: Request[Answer], *, deadline_s: float, job: str | None = None) -> Answer:
         """Ask, and wait for the answer. `deadline_s` bounds the silence between two messages, heartbeats included.
+
+        job: an id. A request that was answered well under that id is not run again: its answer is sent again.
 
         Raises the trainer's own error if it is the user's to fix, else TrainerError.
         """
@@ -122,7 +127,7 @@ class Trainer:
                 raise TrainerError(f"trainer is closed, it can't {request.verb}")
             self._requests += 1
             fields, secret = split_secrets(request)
-            message = {"id": self._requests, "verb": request.verb, "args": fields, "secret": secret}
+            message = {"id": self._requests, "verb": request.verb, "args": fields, "secret": secret, "job": job}
             self._writer.write(json.dumps(message).encode() + b"\n")
             raw = await self._answer(self._requests, request.verb, deadline_s)
             return from_json(request.answer, raw, f"the trainer's answer to {request.verb}")
@@ -131,8 +136,12 @@ class Trainer:
         """The result of request `number`."""
         while True:
             reply = json.loads(await self._line(verb, silence_s))
-            if reply["id"] != number or "event" in reply:
-                continue  # a late message of a request that was given up, or a sign of life
+            if reply["id"] != number:
+                continue  # a late message of a request that was given up
+            if (event := reply.get("event")) is not None:
+                if self.on_beat is not None:
+                    await self.on_beat(str(event.get("phase", "")), str(event.get("waits_for", "")))
+                continue
             if "error" not in reply:
                 return reply["result"]
             error = reply["error"]

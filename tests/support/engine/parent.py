@@ -46,10 +46,10 @@ class Parent:
                 return message
             self.events.append(message["event"])
 
-    def ask(self, verb: str, **args: Any) -> dict[str, Any]:
+    def ask(self, verb: str, job: str | None = None, **args: Any) -> dict[str, Any]:
         """The whole reply."""
         self.number += 1
-        self.channel.send({"id": self.number, "verb": verb, "args": args, "timeout_s": 120})
+        self.channel.send({"id": self.number, "verb": verb, "args": args, "timeout_s": 120, "job": job})
         return self.reply(self.number)
 
     def call(self, verb: str, **args: Any) -> dict[str, Any]:

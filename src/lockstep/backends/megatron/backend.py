@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.megatron.exact import exact_config
+from lockstep.backends.megatron.jobs import digest_of, job
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
@@ -128,7 +129,8 @@ class MegatronBackend:
                 step = await _publish_first(run)
             self._runs[model] = run
             self._say(f"loading {run.name(step.number)}")
-            await serve(run, step.number)
+            async with job(run, "first_sync", step.number, f"server {settings.server_start}"):
+                await serve(run, step.number)
             return step.number
         except BaseException:
             self._runs.pop(model, None)
@@ -166,11 +168,13 @@ class MegatronBackend:
         started, number = time.monotonic(), run.model.step + 1
         run.check_in_step()
         batch = await _packed(run, groups, config)
-        await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
-        step = await _trained(run, batch, config)
-        metrics = batch.metrics | step.metrics | {"seconds_train": time.monotonic() - started}
-        self._say(f"loading {run.name(number)}")
-        checkpoint, synced = await publish_and_serve(run, number, step.staged, metrics, step.scores)
+        digest = await asyncio.to_thread(digest_of, batch.path)
+        async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:
+            await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
+            step = await _trained(run, batch, config, made_by)
+            metrics = batch.metrics | step.metrics | {"seconds_train": time.monotonic() - started}
+            self._say(f"loading {run.name(number)}")
+            checkpoint, synced = await publish_and_serve(run, number, step.staged, metrics, step.scores, made_by)
         run.model._advance(number)
         run.store.record(number, synced)
         batch.path.unlink()
@@ -185,10 +189,13 @@ class MegatronBackend:
         """
         run = self._run(model)
         async with run.training:
-            restarted = await replace_lost_server(run, model.step)
-            if restarted is None:
+            if not await run.server.problem():
                 return False
-            run.store.record(model.step, restarted | await verify(run, model.step, None))
+            async with job(run, "restarted_sync", model.step, f"after server {run.settings.server_start}"):
+                restarted = await replace_lost_server(run, model.step)
+                if restarted is None:
+                    return False
+                run.store.record(model.step, restarted | await verify(run, model.step, None))
         return True
 
     async def close(self) -> None:
@@ -233,7 +240,7 @@ async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConf
     return _Batch(path, prepared.sequences, dict(prepared.metrics))
 
 
-async def _trained(run: Run, batch: _Batch, config: TrainConfig) -> _Step:
+async def _trained(run: Run, batch: _Batch, config: TrainConfig, made_by: str) -> _Step:
     """The trainer's step. Whatever it raises, a colocated server serves the step of before again."""
     current = run.model.step
     try:
@@ -247,7 +254,7 @@ async def _trained(run: Run, batch: _Batch, config: TrainConfig) -> _Step:
         run.trainer_ahead = True
         before = await BeforeStep.score(run, batch.sequences)
         request = TrainStep(batch.path, config, out=run.delivery.written_by_step(staged), reference=reference)
-        trained = await run.trainer.call(request, deadline_s=deadlines.STEP_S)
+        trained = await run.trainer.call(request, deadline_s=deadlines.STEP_S, job=made_by)
         scores, power = await before.after(run, current + 1)
     except BaseException as error:
         await give_gpu_back(run, error)

@@ -32,7 +32,7 @@ async def serve(run: Run, number: int) -> dict[str, float]:
 
 
 async def publish_and_serve(
-    run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None
+    run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None, job: str
 ) -> tuple[RunCheckpoint, dict[str, float]]:
     """`serve` for a step that was just trained, and its folder: (the published checkpoint, what `serve` returns).
 
@@ -40,21 +40,21 @@ async def publish_and_serve(
     trainer's memory first, and its folder is written and published while the server is verified. Whatever the sync or the verification
     raises, the step was trained, and is published.
 
-    trained: the trainer's scores of the run's probe.
+    trained: the trainer's scores of the run's probe. job: that makes the step; the publication ends it.
     """
     async with run.gpus.never_left_asleep():
         if run.settings.routed_experts is not None:
             trained = None  # they were scored on other experts than the server will use
         if run.delivery.replaces:
-            checkpoint, seconds = await _publish(run, number, staged, metrics)
+            checkpoint, seconds = await _publish(run, number, staged, metrics, job)
             figures = await _into_server(run, number)
             return checkpoint, figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
             figures = await _into_server(run, number)
         except BaseException:
-            await _publish(run, number, staged, metrics)
+            await _publish(run, number, staged, metrics, job)
             raise
-        publishing = asyncio.create_task(_publish(run, number, staged, metrics))
+        publishing = asyncio.create_task(_publish(run, number, staged, metrics, job))
         try:
             figures |= await _verify(run, number, trained)
         finally:
@@ -62,11 +62,13 @@ async def publish_and_serve(
         return checkpoint, figures | {"seconds_publish": seconds}
 
 
-async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float]) -> tuple[RunCheckpoint, float]:
+async def _publish(
+    run: Run, number: int, staged: Path, metrics: Mapping[str, float], job: str
+) -> tuple[RunCheckpoint, float]:
     """The published checkpoint, and the seconds until it was."""
     started = time.monotonic()
     await run.delivery.write(staged)
-    checkpoint = await asyncio.to_thread(run.store.publish, number, staged, metrics)
+    checkpoint = await asyncio.to_thread(run.store.publish, number, staged, metrics, None, job)
     run.trainer_ahead = False
     return checkpoint, time.monotonic() - started
 
