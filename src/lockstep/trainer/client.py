@@ -42,7 +42,7 @@ class Trainer:
         self._lock = asyncio.Lock()
         self.ready: Ready | None = None
         self.on_beat: Callable[[str, str], Awaitable[None]] | None = None
-        """Told of each sign of life: the phase that the trainer is in, and what that waits for."""
+        """Called at each sign of life with the phase that the trainer is in, and what the phase waits for."""
 
     @classmethod
     async def start(

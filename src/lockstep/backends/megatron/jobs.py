@@ -30,12 +30,12 @@ async def job(run: Run, kind: Kind, step: int, digest: str) -> AsyncIterator[str
     if submitted.state == "done":
         raise StoreError(f"job {submitted.id} is done: step {step} was made from this very batch")
     await asyncio.to_thread(jobs.claim, submitted.id)
-    told = 0.0
+    written = 0.0
 
     async def beat(phase: str, waits_for: str) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _EVERY_S:
-            told = time.monotonic()
+        nonlocal written
+        if time.monotonic() - written >= _EVERY_S:
+            written = time.monotonic()
             await asyncio.to_thread(jobs.beat, submitted.id, phase, waits_for)
 
     run.trainer.on_beat = beat
