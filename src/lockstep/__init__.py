@@ -1,5 +1,5 @@
-"""Lockstep: reinforcement-learning post-training of LLM agents. The policy that is trained is the policy that was
-sampled.
+"""Lockstep: reinforcement-learning post-training of LLM agents. The policy that is trained is the
+policy that was sampled.
 
 Names are resolved on first use, so that `import lockstep` costs nothing and loads no framework.
 """

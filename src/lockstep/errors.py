@@ -1,6 +1,7 @@
 """Errors a user can act on: one line that names the thing, what was expected, and the next step.
 
-The command line prints these without a traceback and exits with `exit_code`; everything else is a bug and keeps its traceback.
+The command line prints these without a traceback and exits with `exit_code`; everything else is a
+bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 ERROR = "error: "
-"""What the command line's one line begins with."""
+"""The beginning of the command line's one-line error."""
 
 
 class LockstepError(Exception):
@@ -31,9 +32,11 @@ class UnsupportedModelError(LockstepError):
 
 
 class DataError(LockstepError):
-    """Rollouts that can't be trained on: NaN rewards, no sampled token, a group of one, an empty batch.
+    """Rollouts that can't be trained on: NaN rewards, no sampled token, a group of one, an empty
+    batch.
 
-    unusable: what is wrong with one trajectory ("stale", ...), which a step may do without; None where nothing may be left out.
+    unusable: what is wrong with one trajectory ("stale", ...), which a step may do without; None
+        where nothing may be left out.
     """
 
     def __init__(self, message: str, unusable: str | None = None):
@@ -42,11 +45,15 @@ class DataError(LockstepError):
 
 
 class StaleRolloutError(DataError):
-    """A choice was sampled by a version that is unknown or older than `max_steps_off_policy` allows."""
+    """A choice was sampled by a version that is unknown or older than `max_steps_off_policy`
+    allows.
+    """
 
 
 class WeightsError(LockstepError):
-    """Weights, adapters or routed experts that are missing, unknown, half-written or of the wrong shape."""
+    """Weights, adapters or routed experts that are missing, unknown, half-written or of the wrong
+    shape.
+    """
 
 
 class StoreError(LockstepError):
@@ -54,7 +61,9 @@ class StoreError(LockstepError):
 
 
 class RuntimeNotInstalledError(LockstepError):
-    """The isolated vLLM environment does not exist or is incomplete: run `lockstep runtime install`."""
+    """The isolated vLLM environment does not exist or is incomplete: run `lockstep runtime
+    install`.
+    """
 
 
 class ServerError(LockstepError):
@@ -62,7 +71,9 @@ class ServerError(LockstepError):
 
 
 class ServerLostError(ServerError):
-    """The server ended itself or can't be trusted: it may hold a mixture of two versions. Restart it from the last published step."""
+    """The server ended itself or can't be trusted: it may hold a mixture of two versions. Restart
+    it from the last published step.
+    """
 
 
 class TrainerError(LockstepError):
@@ -74,7 +85,9 @@ class MismatchError(LockstepError):
 
 
 class RolloutError(LockstepError):
-    """More rollouts failed than `max_exceptions` tolerates. `groups` keeps everything that finished (TrajectoryGroup list)."""
+    """More rollouts failed than `max_exceptions` tolerates. `groups` keeps everything that finished
+    (TrajectoryGroup list).
+    """
 
     def __init__(self, message: str, groups: Sequence[Any] = ()):
         super().__init__(message)
@@ -82,7 +95,9 @@ class RolloutError(LockstepError):
 
 
 def error_of(name: str, message: str, otherwise: LockstepError) -> LockstepError:
-    """The error that another process described by the name of its class; `otherwise` for a name that is not a user's error."""
+    """The error that another process described by the name of its class; `otherwise` for a name
+    that is not a user's error.
+    """
     return _BY_NAME[name](message) if name in _BY_NAME else otherwise
 
 

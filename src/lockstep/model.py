@@ -24,7 +24,7 @@ _DEFAULT_LORA = LoraConfig()
 
 
 def version_name(name: str, step: int) -> str:
-    """What step `step` of model `name` is served as: "name@3"."""
+    """The name under which step `step` of model `name` is served: "name@3"."""
     return f"{name}@{step}"
 
 
@@ -41,7 +41,9 @@ def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: Non
     """A client of a run's own server. The caller closes it.
 
     It sends what the server has places for (`slots.py`); a deadline counts from then.
-    seed: asked once for each request that samples and sets none itself; None leaves the noise to the server.
+
+    seed: asked once for each request that samples and sets none itself; None leaves the noise to
+        the server.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
@@ -69,9 +71,12 @@ def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: Non
 
 
 class TrainableModel:
-    """A model to train. Files go to <backend path>/<project>/<name>; step N is served as `<name>@N`.
+    """A model to train. Files go to <backend path>/<project>/<name>; step N is served as
+    `<name>@N`.
 
-    base_model: a Hugging Face id or a folder. lora: the adapter's shape; None trains all weights.
+    base_model: a Hugging Face id or a folder.
+    lora: the adapter's shape; None trains all weights.
+
     Raises ConfigError for a name or project that can't be a folder and a model id.
     """
 
@@ -95,7 +100,8 @@ class TrainableModel:
     async def register(self, backend: Backend) -> None:
         """Start serving and training this model on `backend`, at its last published step.
 
-        Raises ConfigError if it is already registered with another backend, and whatever the backend raises.
+        Raises ConfigError if it is already registered with another backend, and whatever the
+        backend raises.
         """
         if self._backend is not None and self._backend is not backend:
             raise ConfigError(f"model {self.name} is already registered with another backend: close that one first")
@@ -124,8 +130,8 @@ class TrainableModel:
     def inference_name(self, step: int | None = None) -> str:
         """The model id to ask the server for: "name@3". `step` None: the current step.
 
-        Inside a rollout that `gather_trajectory_groups` runs, the first call decides the version of the whole rollout,
-        and it stays loaded until the rollout ends.
+        Inside a rollout of `gather_trajectory_groups`, the first call decides the version of the
+        full rollout. That version stays loaded until the rollout ends.
         """
         current, scope = self.step, current_scope()
         if scope is not None and step is None:
@@ -141,11 +147,13 @@ class TrainableModel:
     def openai_client(self) -> AsyncOpenAI:
         """A plain AsyncOpenAI on the run's server, reused between calls.
 
-        Requests beyond what the server takes at once wait here, those of rollouts under way first. Lost connections and overload are
-        retried; a request may take 600 s and a second for each token it may sample, counted from when the server takes it.
+        Requests beyond what the server takes at once wait here, those of rollouts under way first.
+        Lost connections and overload are retried. A request may take 600 s and a second for each
+        token it may sample, counted from when the server takes it.
 
-        In a rollout that gather runs, a request without a `seed` gets one, derived from the run's seed, the step, the rollout's
-        place and how many requests the rollout made before. The choices of one request (`n`) differ.
+        In a rollout of gather, a request without a `seed` gets one. The seed follows from the run's
+        seed, the step, the rollout's position and the number of its earlier requests. The choices
+        of one request (`n`) differ.
         """
         endpoint = self._registered().endpoint(self)
         try:
@@ -157,7 +165,9 @@ class TrainableModel:
         return self._client[2]
 
     def _next_seed(self, run_seed: int | None) -> int | None:
-        """The seed of the next request; None outside of rollouts, or where the run does not seed requests."""
+        """The seed of the next request; None outside of rollouts, or where the run does not seed
+        requests.
+        """
         scope, place = current_scope(), current_place()
         if run_seed is None or scope is None or place is None:
             return None

@@ -1,1 +1,3 @@
-"""Lockstep's part inside the vLLM server. Loaded by vLLM through its plugin entry points, never by the trainer."""
+"""Lockstep's part inside the vLLM server. Loaded by vLLM through its plugin entry points, never by
+the trainer.
+"""

@@ -1,12 +1,12 @@
 """Decides under which name an incoming weight is handed to the model.
 
-A sender ships Hugging Face names unchanged. What the live model calls its parameters depends on the server: with
-adapters switched on, vLLM wraps layers and their parameters move below one `.base_layer` segment. So a name is tried
-against the *live* names as it is, then with one such segment added or removed.
+A sender ships Hugging Face names unchanged. The live model's parameter names depend on the server.
+With adapters, vLLM wraps layers, and their parameters move below one `.base_layer` segment. So a
+name is tried against the *live* names as it is, then with one such segment added or removed.
 
-Fused owners (`q_proj` lives in `qkv_proj`, an expert's `gate_proj` in `w13_weight`) and the model's own name mapper
-only *decide* that a name is known. The name itself is never rewritten by them: the model's `load_weights` does that
-mapping, and would do it twice.
+Two mappings only *decide* that a name is known: fused owners (`q_proj` lives in `qkv_proj`, an
+expert's `gate_proj` in `w13_weight`) and the model's own name mapper. The name itself is never
+rewritten by them: the model's `load_weights` does that mapping, and would do it twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 BASE_LAYER = "base_layer"
 
-# One expert of a layer, or all of them stacked; `.weight` or `.bias` is left out of stacked names in some checkpoints.
+# One expert of a layer, or all of them stacked; `.weight` or `.bias` is left out of stacked names
+# in some checkpoints.
 _EXPERT = re.compile(
     r"^(?P<owner>.*\.experts)(?P<outer>\.base_layer)?(?:\.\d+)?"
     r"\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?P<inner>\.base_layer)?(?:[._](?P<leaf>weight|bias))?$"
@@ -42,11 +43,13 @@ def resolve(
 ) -> str:
     """The name under which `name` is to be given to the model's `load_weights`.
 
-    live_names: the model's parameter names (a set, for speed). packed_modules: fused module name to the names it is
-    made of, e.g. `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`. hf_to_vllm: the model's own name mapper; None from
-    it means that the model drops the weight.
+    live_names: the model's parameter names (a set, for speed).
+    packed_modules: fused module name to the names it is made of, e.g. `{"qkv_proj": ["q_proj",
+        "k_proj", "v_proj"]}`.
+    hf_to_vllm: the model's own name mapper; None from it means that the model drops the weight.
 
-    Returns `name` itself or `name` with one `.base_layer` segment more or less. Raises UnknownWeightError otherwise.
+    Returns `name` itself or `name` with one `.base_layer` segment more or less. Raises
+    UnknownWeightError otherwise.
     """
     owners = {part: fused for fused, parts in packed_modules.items() for part in parts}
     for candidate in _candidates(name):
@@ -56,7 +59,9 @@ def resolve(
 
 
 def _candidates(name: str) -> Iterator[str]:
-    """The name; then with one base_layer segment removed; then with one added, before the leaf first."""
+    """The name; then with one base_layer segment removed; then with one added, before the leaf
+    first.
+    """
     yield name
     parts = name.split(".")
     for index in reversed(range(len(parts))):
@@ -94,7 +99,9 @@ def _live_spellings(name: str, owners: Mapping[str, str]) -> Iterator[str]:
 
 
 def _expert_spellings(expert: re.Match[str]) -> Iterator[str]:
-    """vLLM holds a layer's experts as `w13` (gate and up) and `w2` (down), directly or in `routed_experts`."""
+    """vLLM holds a layer's experts as `w13` (gate and up) and `w2` (down), directly or in
+    `routed_experts`.
+    """
     leaf = ("w2_" if expert["projection"] == "down_proj" else "w13_") + (expert["leaf"] or "weight")
     owner = expert["owner"]
     if not (expert["outer"] or expert["inner"]):

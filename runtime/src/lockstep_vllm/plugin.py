@@ -1,7 +1,7 @@
 """Entry points that vLLM calls. This module imports nothing but the standard library.
 
-vLLM logs and skips a plugin that can't be *imported*, which would leave a server without it. So imports happen inside
-the functions, where a failure ends the process.
+vLLM logs and skips a plugin that can't be *imported*, which would leave a server without it. So
+imports happen inside the functions, where a failure ends the process.
 """
 
 # pyright: reportMissingImports=false

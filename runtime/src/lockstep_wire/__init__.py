@@ -1,1 +1,3 @@
-"""What trainer and server must agree on, once for both. Imports neither Lockstep nor vLLM."""
+"""The shared agreements of trainer and server, each defined once. Imports neither Lockstep nor
+vLLM.
+"""

@@ -1,7 +1,8 @@
 """A checksum of a bucket that costs one pass on the device the bucket lies on.
 
-The digest shows that the bytes received are the bytes sent: any changed, missing, repeated or moved 8-byte word changes it, up to
-chance. It is not a defence against somebody who wants two buckets to agree.
+The digest shows that the bytes received are the bytes sent. Any changed, missing, repeated or moved
+8-byte word changes the digest, up to chance. It is not a defence against somebody who wants two
+buckets to agree.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ _BLOCK_WORDS = 4096
 
 
 def digest(bytes_N: torch.Tensor, seed: int) -> str:
-    """Sum over the 8-byte words of word times an odd number that depends on its position and `seed`, modulo 2**64.
+    """Sum over the 8-byte words of word times an odd number that depends on its position and
+    `seed`, modulo 2**64.
 
-    bytes_N: uint8, 1-D, contiguous; a tail shorter than a word is filled up with zeros. seed: the bucket's index, so
-    that two buckets which changed places are seen. Returns 16 hexadecimal digits.
+    bytes_N: uint8, 1-D, contiguous; a tail shorter than a word is filled up with zeros.
+    seed: the bucket's index, so that two buckets which changed places are seen.
+
+    Returns 16 hexadecimal digits.
     """
     total = torch.zeros(1, dtype=torch.int64, device=bytes_N.device)
     _add(bytes_N, seed, total)
@@ -28,13 +32,18 @@ def digest(bytes_N: torch.Tensor, seed: int) -> str:
 
 
 class Digests:
-    """The digests of a sync's buckets, left on the device until they are read: a GPU is asked once, at the end."""
+    """The digests of a sync's buckets, left on the device until they are read: a GPU is asked once,
+    at the end.
+    """
 
     def __init__(self, buckets: int, device: torch.device) -> None:
         self._totals = torch.zeros(buckets, dtype=torch.int64, device=device)
 
     def add(self, index: int, bytes_N: torch.Tensor, seed: int | None = None) -> None:
-        """`digest` of bucket `index`; on a GPU, queued on the current stream. seed: the index unless given."""
+        """`digest` of bucket `index`; on a GPU, queued on the current stream.
+
+        seed: the index unless given.
+        """
         _add(bytes_N, index if seed is None else seed, self._totals[index : index + 1])
 
     def read(self) -> list[str]:
@@ -71,7 +80,9 @@ def _weights(start: int, count: int, seed: int, device: torch.device) -> torch.T
 
 
 def fused_sum(words: torch.Tensor, first: int, seed: int, total: torch.Tensor) -> None:
-    """The same sum in one pass over the words and no temporary; addition modulo 2**64 has no order, so the bits agree."""
+    """The same sum in one pass over the words and no temporary; addition modulo 2**64 has no order,
+    so the bits agree.
+    """
     from lockstep_wire.digest_kernel import digest_kernel
 
     kernel: Any = digest_kernel  # Triton has no stubs for it

@@ -1,4 +1,6 @@
-"""Paths of the server's HTTP API: OpenAI's that both sides name, and Lockstep's own below `/lockstep`."""
+"""Paths of the server's HTTP API: OpenAI's that both sides name, and Lockstep's own below
+`/lockstep`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A sync's plan on the wire: which box of which weight lies where in which bucket of which sender.
 
-The senders write it (`plan_json`), the receivers read it (`parse`). Which rows a sender copies into a bucket is its own affair
-(`lockstep.weight_sync.plan`).
+The senders write it (`plan_json`), the receivers read it (`parse`). Which rows a sender copies into
+a bucket is its own affair (`lockstep.weight_sync.plan`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class WireBucket:
 
 @dataclass(frozen=True)
 class WirePlan:
-    """buckets: in the one order in which every worker receives them, so that no two wait for each other. metas: of all weights."""
+    """buckets: in the one order in which every worker receives them, so that no two wait for each
+        other.
+    metas: of all weights.
+    """
 
     id: str
     senders: int
@@ -159,7 +162,8 @@ def _check_whole(buckets: Sequence[WireBucket], metas: Mapping[str, TensorMeta])
 
 
 def assemble(plan: WirePlan, buffers: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight, whole: a view of its bucket where it came in one piece, else put together in memory of its own.
+    """Every weight, whole: a view of its bucket where it came in one piece, else put together in
+    memory of its own.
 
     buffers: one for each bucket of the plan. One weight at a time; order: of their first parts.
     """

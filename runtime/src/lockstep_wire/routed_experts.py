@@ -1,4 +1,6 @@
-"""A digest that binds the routed experts of a choice to its token ids, so that a lost, moved or swapped row is seen."""
+"""A digest that binds the routed experts of a choice to its token ids, so that a lost, moved or
+swapped row is noticed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _EARLIER = "routes_digest"
 
 
 def routed_experts_digest(prompt_ids: Collection[Any], token_ids: Collection[Any], npy: bytes) -> str:
-    """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it) and its .npy bytes."""
+    """SHA-256 (hex) over a choice's ids (int32, little endian, each list with its length before it)
+    and its .npy bytes.
+    """
     digest = hashlib.sha256(_PREFIX)
     for ids in (prompt_ids, token_ids):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -22,5 +26,7 @@ def routed_experts_digest(prompt_ids: Collection[Any], token_ids: Collection[Any
 
 
 def stored_digest(choice: Mapping[str, Any]) -> str | None:
-    """The digest among a choice's fields, also where an earlier version of Lockstep named the field."""
+    """The digest among a choice's fields, also where an earlier version of Lockstep named the
+    field.
+    """
     return choice.get("routed_experts_digest", choice.get(_EARLIER))

@@ -1,4 +1,6 @@
-"""Sampling settings under which log-probabilities are those of the softmax at the request's temperature."""
+"""Sampling settings under which log-probabilities are those of the softmax at the request's
+temperature.
+"""
 
 from __future__ import annotations
 

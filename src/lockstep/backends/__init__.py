@@ -1,1 +1,1 @@
-"""What trains and serves a model: the interface, and one folder per implementation."""
+"""The backends that train and serve a model: the interface, and one folder per implementation."""

@@ -1,4 +1,4 @@
-"""What a model needs from whatever trains and serves it."""
+"""The interface of everything that trains and serves a model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served: an OpenAI-compatible base URL (it ends in `/v1`) and the run's bearer token.
+    """The address of a served model: an OpenAI-compatible base URL (ending in `/v1`) and the run's
+    bearer token.
 
-    slots: sequences that the server takes at once; None: it does not say. max_model_len: tokens of its longest sequence; None likewise.
+    slots: sequences that the server takes at once; None: it does not say.
+    max_model_len: tokens of its longest sequence; None likewise.
     seed: what the seeds of rollouts' requests follow from; None: requests get none.
     """
 
@@ -32,7 +34,9 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training step gave. `metrics` are plain floats; `checkpoint_path` is the immutable folder of the new step."""
+    """The result of a training step. `metrics` are plain floats; `checkpoint_path` is the immutable
+    folder of the new step.
+    """
 
     step: int
     metrics: dict[str, float]
@@ -40,10 +44,14 @@ class TrainResult:
 
 
 class Backend(Protocol):
-    """Trains and serves registered models. `train` publishes step N + 1 and returns once the server serves it."""
+    """Trains and serves registered models. `train` publishes step N + 1 and returns once the server
+    serves it.
+    """
 
     async def register(self, model: TrainableModel) -> int:
-        """Prepare `model` (start server and trainer, resume its last published step) and return that step."""
+        """Prepare `model` (start server and trainer, resume its last published step) and return
+        that step.
+        """
         ...
 
     def endpoint(self, model: TrainableModel) -> Endpoint: ...
@@ -64,7 +72,9 @@ class Backend(Protocol):
 
 
 def train_config(config: TrainConfig | None) -> TrainConfig:
-    """The settings of a step, the defaults for None. Raises ConfigError for anything else, such as a dict."""
+    """The settings of a step, the defaults for None. Raises ConfigError for anything else, such as
+    a dict.
+    """
     from lockstep.config.train import TrainConfig
 
     if config is not None and not isinstance(config, TrainConfig):

@@ -1,1 +1,3 @@
-"""Rollouts to training tokens: sequences, advantages, prefix trees, packed rows. numpy only, no framework."""
+"""Rollouts to training tokens: sequences, advantages, prefix trees, packed rows. numpy only, no
+framework.
+"""

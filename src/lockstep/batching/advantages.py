@@ -13,8 +13,9 @@ import numpy as np
 from lockstep.errors import DataError
 
 REWARD_EPS = 1e-5
-"""Rewards that differ by at most this share of the largest one are equal. Summing the fp32 terms of a reward in another order
-changes it by up to 8e-7 of its size (100 terms of one sign, 2,000 draws), and where terms cancel by up to 1e-5 (20 terms, 99 of 100).
+"""Rewards that differ by at most this share of the largest one are equal. Summing the fp32 terms of
+a reward in another order changes the reward by up to 8e-7 of its size (100 terms of one sign, 2,000
+draws). Where terms cancel, the change is up to 1e-5 (20 terms, 99 of 100).
 """
 LARGEST_REWARD = 1e30
 
@@ -28,10 +29,10 @@ def group_advantages(
     """[G] float64: reward minus the group's mean, for "std" over the group's standard deviation (GRPO, arXiv
     2402.03300).
 
-    Rewards that differ by at most `eps` of the largest |reward| are equal, and equal rewards give exactly zero. Nothing is
-    rescaled over the batch, so noise in one group can't grow through another.
-    Raises DataError, naming the group: a single trajectory (it has no baseline), a reward that is not finite or beyond
-    1e30.
+    Rewards that differ by at most `eps` of the largest |reward| are equal, and equal rewards give
+    exactly zero. Nothing is rescaled over the batch, so noise in one group can't grow through
+    another. Raises DataError, naming the group: a single trajectory (it has no baseline), a reward
+    that is not finite or beyond 1e30.
     """
     reward_G = np.asarray(rewards_G, dtype=np.float64)
     if len(reward_G) < 2:

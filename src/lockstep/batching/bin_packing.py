@@ -1,10 +1,10 @@
 """A prefix tree to rows of fixed length: best fit, deterministic for a seed.
 
-A tree that fits is never cut. One that doesn't is cut between children, and each part gets its own copy of the tokens
-above the cut.
+A tree that fits is never cut. One that doesn't is cut between children, and each part gets its own
+copy of the tokens above the cut.
 
-Shape suffixes: N nodes of the tree, Q sequences, P parts, I parts in the order they are laid out, C their nodes, M those
-nodes when runs of only children are one.
+Shape suffixes: N nodes of the tree, Q sequences, P parts, I parts in the order they are laid out, C
+their nodes, M those nodes when runs of only children are one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import numpy as np
 from lockstep.batching.prefix_tree import Tree, spread
 
 Copies = list[tuple[int, list[int]]]
-"""Copies of cut nodes, each with some of the parts below. Sequences that end at a node end at the first copy of it."""
+"""Copies of cut nodes, each with some of the parts below. Sequences that end at a node end at the
+first copy of it.
+"""
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Bins of at most `capacity` tokens, as indices into `sizes`. These descend, and each goes into the fullest bin that still
-    takes it.
+    """Bins of at most `capacity` tokens, as indices into `sizes`. These descend, and each goes into
+    the fullest bin that still takes it.
     """
     bins: list[list[int]] = []
     amounts: list[int] = []  # of free tokens in some bin, ascending
@@ -55,7 +57,9 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 def partition_into(tree: Tree, row_length: int, order_Q: np.ndarray, wanted: int) -> tuple[list[list[int]], Copies]:
-    """As `partition`, with trees cut further, as little as needed, until there are `wanted` rows or nothing is left to cut."""
+    """As `partition`, with trees cut further, as little as needed, until there are `wanted` rows or
+    nothing is left to cut.
+    """
     rows, copies = partition(tree, row_length, order_Q)
     limit = min(row_length, -(-int(tree.size_N.sum()) // wanted))
     while len(rows) < wanted and limit:
@@ -65,8 +69,9 @@ def partition_into(tree: Tree, row_length: int, order_Q: np.ndarray, wanted: int
 
 
 def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[list[int]], Copies]:
-    """Rows of at most `row_length` tokens, as lists of parts, and copies. Part n is node n with all below it, or, if there are
-    only N nodes, `copies[n - N]`. A path from the root that is longer than `row_length` gets a row of its own.
+    """Rows of at most `row_length` tokens, as lists of parts, and copies. Part n is node n with all
+    below it, or, if there are only N nodes, `copies[n - N]`. A path from the root that is longer
+    than `row_length` gets a row of its own.
 
     `order_Q` ranks the sequences; only ties depend on it.
     """
@@ -100,7 +105,9 @@ def partition(tree: Tree, row_length: int, order_Q: np.ndarray) -> tuple[list[li
 
 
 def computed_tokens(tree: Tree, copies: Copies) -> int:
-    """Tokens of all rows of a partition: the tree's, and once more for every further copy of a node."""
+    """Tokens of all rows of a partition: the tree's, and once more for every further copy of a
+    node.
+    """
     copied = np.array([node for node, _ in copies], dtype=np.int64)
     return int(tree.size_N.sum() + tree.size_N[copied].sum() - tree.size_N[np.unique(copied)].sum())
 
@@ -117,7 +124,9 @@ def _below(tree: Tree, order_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies. `source` are positions of the flat arrays, in the order of rows; the other fields are as in PackedBatch."""
+    """The positions of all nodes in the rows. `source` are positions of the flat arrays, in the
+    order of rows; the other fields are as in PackedBatch.
+    """
 
     source: np.ndarray
     row_M: np.ndarray
@@ -160,7 +169,8 @@ def lay_out(tree: Tree, rows: list[list[int]], copies: Copies) -> Layout:
     lead_N[node_C[leads]] = leads
     children_C = np.bincount(parent_C[parent_C >= 0], minlength=len(node_C))
     ends_C = np.bincount(lead_N[tree.end_Q], minlength=len(node_C))
-    # Where nothing branches or ends there is one node and not two: the only child comes next in any case.
+    # Where nothing branches or ends there is one node and not two: the only child comes next in any
+    # case.
     begins_C = np.concatenate([[True], (children_C != 1) | (ends_C > 0)])[:-1]
     head, number_C = np.flatnonzero(begins_C), np.cumsum(begins_C) - 1
     size_C = tree.size_N[node_C]

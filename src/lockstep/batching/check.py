@@ -43,7 +43,8 @@ def _require(holds: bool | np.ndarray | np.bool_, what: str) -> None:
 def validate(batch: PackedBatch, *, training: bool = True, experts: int | None = None) -> None:
     """Check every invariant of `batch`; raises DataError naming the first that fails.
 
-    training: scored tokens must have finite sampling logprobs (not so for a batch that is only scored).
+    training: scored tokens must have finite sampling logprobs (not so for a batch that is only
+        scored).
     experts: how many experts a layer has, to range-check the routed experts.
     """
     checks: list[Callable[[PackedBatch], None]] = [
@@ -110,7 +111,9 @@ def _check_nodes(batch: PackedBatch) -> None:
 
 
 def _check_rows(batch: PackedBatch) -> None:
-    """Node ids, positions and previous indices follow from the node table alone: rebuild and compare."""
+    """Node ids, positions and previous indices follow from the node table alone: rebuild and
+    compare.
+    """
     nodes_RS = np.full(batch.tokens_RS.shape, -1, dtype=np.int32)
     position_RS = np.zeros(batch.tokens_RS.shape, dtype=np.int32)
     previous_RS = np.full(batch.tokens_RS.shape, -1, dtype=np.int32)

@@ -1,7 +1,8 @@
-"""Pack token sequences into a PackedBatch, take it apart again, check it, and keep it in one safetensors file.
+"""Pack token sequences into a PackedBatch, take it apart again, check it, and keep it in one
+safetensors file.
 
-Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries its loss), X tokens of
-all sequences end to end.
+Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries
+its loss), X tokens of all sequences end to end.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from lockstep.errors import DataError
 
 SCHEMA = "lockstep.packed/2"
 AUTO_ROW_LENGTH = 4096
-"""Rows grow to this many tokens before a second one is opened, when the caller leaves the length open."""
+"""Rows grow to this many tokens before a second one is opened, when the caller leaves the length
+open.
+"""
 MOST_ROW_LENGTH = 32768
-"""Rows grow to this many tokens, where memory carries them, before what sequences share is computed again."""
+"""Rows grow to this many tokens, where memory carries them, before what sequences share is computed
+again.
+"""
 _REPEATED = 1.02
 """Rows grow until at most so many times the unique tokens are computed."""
 _MULTIPLE = 64
@@ -42,7 +47,8 @@ class Fitted:
 def fit(
     sequences: Sequence[TokenSequence], row_length: int | None, over_length: Literal["error", "truncate", "drop"]
 ) -> Fitted:
-    """Apply the rule for sequences longer than a row. A sequence that is cut before its first scored token is dropped.
+    """Apply the rule for sequences longer than a row. A sequence that is cut before its first
+    scored token is dropped.
 
     Raises DataError naming the first long sequence (over_length "error"), or if nothing is left.
     """
@@ -83,15 +89,18 @@ def pack(
     multiple: int = _MULTIPLE,
     row_limit: int = MOST_ROW_LENGTH,
 ) -> PackedBatch:
-    """Pack `sequences` with one advantage and one weight per scored token each; sequence order is kept in the Q fields.
+    """Pack `sequences` with one advantage and one weight per scored token each; sequence order is
+    kept in the Q fields.
 
-    row_length: tokens per row; None: the longest sequence, or up to 4096 if there are that many tokens, and further up to
-    `row_limit` where shorter rows would compute what sequences share more than once. `multiple`: the length is rounded up
-    to it. The number of rows is a multiple of `minibatches` x `data`: trees are cut further until there are so many, and
-    where too few sequences exist, rows of padding go to the end of each minibatch. Equal input and seed give equal bytes.
+    row_length: tokens per row. None: the longest sequence, or up to 4096 if there are that many
+        tokens. Rows grow further, up to `row_limit`, where shorter rows would compute shared tokens
+        more than once.
+    `multiple`: the length is rounded up to it. The number of rows is a multiple of `minibatches` x
+        `data`. Trees are cut further until there are so many rows. With too few sequences, rows of
+        padding end each minibatch. Equal input and seed give equal bytes.
 
-    Raises DataError: nothing to pack, a sequence longer than a row (see `fit`) or that can't be packed (see `end_to_end`), fewer
-    sequences than minibatches.
+    Raises DataError: nothing to pack, a sequence longer than a row (see `fit`), an unfit sequence
+    (see `end_to_end`), or fewer sequences than minibatches.
     """
     if not len(sequences):
         raise DataError("the batch is empty: there is no sequence to pack")
@@ -128,7 +137,8 @@ def pack(
 
 
 def _grown(tree: Tree, order_Q: np.ndarray, longest: int, rows: int, limit: int) -> int:
-    """The row length to pack with: grown from that of short prompts by a quarter at a time, until hardly a token is computed twice.
+    """The row length for packing. It grows from that of short prompts by a quarter at a time, until
+    hardly a token is computed twice.
 
     rows: as many are wanted, so that none may be longer than its share of the tokens.
     """
@@ -148,7 +158,9 @@ def minibatch_rows(rows: int, minibatches: int, index: int) -> range:
 
 
 def _distribute(rows: list[list[int]], minibatches: int, data: int) -> list[list[int]]:
-    """Rows distributed to minibatches round-robin, each filled up with empty rows to the same multiple of `data`."""
+    """Rows distributed to minibatches round-robin, each filled up with empty rows to the same
+    multiple of `data`.
+    """
     size = -(-len(rows) // (minibatches * data)) * data
     assigned: list[list[int]] = []
     for index in range(minibatches):
@@ -158,7 +170,9 @@ def _distribute(rows: list[list[int]], minibatches: int, data: int) -> list[list
 
 
 def _scored(layout: Layout, mask_X: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets of each sequence's scored tokens, int64 [Q + 1]; row index of every one, sequence by sequence)."""
+    """(offsets of each sequence's scored tokens, int64 [Q + 1]; row index of every one, sequence by
+    sequence).
+    """
     sequences: list[np.ndarray] = []
     nodes: list[np.ndarray] = []
     owner, node = np.arange(len(layout.leaf_Q)), layout.leaf_Q
@@ -236,8 +250,8 @@ def loss_fields(
     weight_Q: np.ndarray,
     advantage_Q: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(weights_RS, advantages_RS, loss_mask_RS) that follow from who owns which token. Sums in float64, stored as
-    float32.
+    """(weights_RS, advantages_RS, loss_mask_RS) that follow from who owns which token. Sums in
+    float64, stored as float32.
     """
     counts_Q = np.diff(offsets_Q)
     flat_P = np.repeat(row_Q.astype(np.int64) * shape[1], counts_Q) + index_P
@@ -254,7 +268,9 @@ def loss_fields(
 
 
 def flatten(batch: PackedBatch) -> list[TokenSequence]:
-    """The sequences of a batch as they went in (routed experts of tokens whose experts did not matter may differ)."""
+    """The sequences of a batch as they went in (routed experts of tokens whose experts did not
+    matter may differ).
+    """
     row_Q = batch.row_Q
     sequences = []
     for q, name in enumerate(batch.sequence_ids):
@@ -275,8 +291,8 @@ def flatten(batch: PackedBatch) -> list[TokenSequence]:
 
 
 def packing_metrics(batch: PackedBatch) -> dict[str, float]:
-    """padding_share: of all row tokens; shared_share: of the sequences' tokens, how many were not computed again;
-    counts.
+    """padding_share: of all row tokens; shared_share: of the sequences' tokens, how many were not
+    computed again; counts.
     """
     computed = int((batch.nodes_RS >= 0).sum())
     lengths_Q = batch.positions_RS[batch.row_Q, batch.node_stop_M[batch.leaf_Q] - 1] + 1
@@ -296,7 +312,9 @@ _ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name != "se
 
 
 def save_batch(batch: PackedBatch, path: str | Path) -> None:
-    """Write `batch` to one safetensors file: under a temporary name, flushed, renamed. Raises OSError for one that can't be written."""
+    """Write `batch` to one safetensors file: under a temporary name, flushed, renamed. Raises
+    OSError for one that can't be written.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -317,7 +335,9 @@ def save_batch(batch: PackedBatch, path: str | Path) -> None:
 
 
 def load_batch(path: str | Path) -> PackedBatch:
-    """Read what `save_batch` wrote. Raises DataError for another kind of file, another schema, or missing fields."""
+    """Read what `save_batch` wrote. Raises DataError for another kind of file, another schema, or
+    missing fields.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

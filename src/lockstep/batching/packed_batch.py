@@ -1,11 +1,13 @@
-"""PackedBatch: what the tokens side hands to the engine, as plain numpy arrays in one safetensors file.
+"""PackedBatch: what the tokens side hands to the engine, as plain numpy arrays in one safetensors
+file.
 
-A token that several sequences share is stored, and computed, once. Whose loss it carries is said per sequence:
-`scored_offsets_Q` and `scored_index_P` list, for every sequence, the row indices of the tokens it was sampled at. So
-two sequences may share a token and still give it different advantages and weights.
+A token that several sequences share is stored, and computed, once. The owner of a token's loss is
+listed per sequence. `scored_offsets_Q` and `scored_index_P` give, for every sequence, the row
+indices of its sampled tokens. So two sequences may share a token and still give it different
+advantages and weights.
 
-Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries its loss), N scored
-tokens of one row, L MoE layers, K experts per token, C most likely ids.
+Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs (sequence, token that carries
+its loss), N scored tokens of one row, L MoE layers, K experts per token, C most likely ids.
 """
 
 from __future__ import annotations
@@ -18,18 +20,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Token rows of fixed length, each holding prefix trees whose nodes are contiguous runs of tokens.
+    """Token rows of fixed length, each holding prefix trees whose nodes are contiguous runs of
+    tokens.
 
-    A query sees a key if the key comes earlier in (or at) its row index and lies in the query's node or one of its
-    ancestors.
-    A sequence lies in one row as a whole: it is the tokens of its leaf's ancestors, root first, and of the leaf.
+    A query sees a key if the key comes no later in the row and lies in the query's node or an
+    ancestor. A sequence lies in one row entirely: the tokens of its leaf's ancestors, root first,
+    and those of the leaf.
     """
 
     tokens_RS: np.ndarray  # int32, padding 0
     positions_RS: np.ndarray  # int32, position in the token's own sequence (continues over ancestors)
     nodes_RS: np.ndarray  # int32, global node id, -1 padding
-    # int32, row index of the token before it in its own sequence (may lie in the parent node), -1 at a sequence's first
-    # token and on padding
+    # int32, row index of the token before it in its own sequence (may lie in the parent node), -1
+    # at a sequence's first token and on padding
     previous_RS: np.ndarray
     loss_mask_RS: np.ndarray  # bool, True on tokens that carry loss (they were sampled)
     logprobs_RS: np.ndarray  # float32, sampling logprob of the token; NaN where not sampled
@@ -43,17 +46,21 @@ class PackedBatch:
     node_parent_M: np.ndarray
     leaf_Q: np.ndarray  # int32, node that ends each sequence
     scored_offsets_Q: np.ndarray  # int64 [Q + 1]: sequence q owns scored_index_P[offsets[q]:offsets[q + 1]]
-    # int32, row index (in the sequence's row) of a token that carries the sequence's loss, ascending
+    # int32, row index (in the sequence's row) of a token that carries the sequence's loss,
+    # ascending
     scored_index_P: np.ndarray
     sequence_weight_Q: np.ndarray  # float32, weight of one trained token of that sequence
     sequence_advantage_Q: np.ndarray  # float32
     sequence_ids: tuple[str, ...]  # Q names for error messages: "group 0, trajectory 3"
     experts_RSLK: np.ndarray | None = None  # uint8/uint16 expert ids; None for dense models
-    # bool, sampled by the very step that the batch trains, not by an earlier one; None: all sampled tokens were
+    # bool, sampled by the very step that the batch trains, not by an earlier one; None: all sampled
+    # tokens were
     current_RS: np.ndarray | None = None
-    # int32, ids that the server held most likely in the place of each pair's token, best first, -1 where unknown; None: everywhere
+    # int32, ids that the server held most likely in the place of each pair's token, best first, -1
+    # where unknown; None: everywhere
     top_PC: np.ndarray | None = None
-    # float64 [1], weight of the scored tokens that were left out because they add nothing to a gradient; None: of none
+    # float64 [1], weight of the scored tokens that were left out because they add nothing to a
+    # gradient; None: of none
     unpacked_weight: np.ndarray | None = None
 
     @property
@@ -86,7 +93,9 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The tokens of one row that carry loss, and who owns them. Q counts the row's sequences from 0."""
+    """The tokens of one row that carry loss, and who owns them. Q counts the row's sequences from
+    0.
+    """
 
     index_N: np.ndarray  # int64, row index, ascending
     predictor_N: np.ndarray  # int64, row index whose hidden state predicts the token
@@ -148,12 +157,16 @@ def total_weight(batch: PackedBatch, rows: Iterable[int] | None = None) -> float
 
 
 def unpacked_weight(batch: PackedBatch) -> float:
-    """Weight of the scored tokens of the batch that were left out of it. They count where a loss is normalised."""
+    """Weight of the scored tokens of the batch that were left out of it. They count where a loss is
+    normalised.
+    """
     return 0.0 if batch.unpacked_weight is None else float(batch.unpacked_weight[0])
 
 
 def has_signal(batch: PackedBatch, rows: Iterable[int]) -> bool:
-    """Whether a scored token in `rows` has an advantage; without, the policy loss has no gradient."""
+    """Whether a scored token in `rows` has an advantage. Without any, the policy loss has no
+    gradient.
+    """
     carries_Q = (np.diff(batch.scored_offsets_Q) > 0) & (batch.sequence_advantage_Q * batch.sequence_weight_Q != 0)
     return bool(carries_Q[np.isin(batch.row_Q, list(rows))].any())
 

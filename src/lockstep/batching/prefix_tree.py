@@ -1,13 +1,15 @@
 """Token sequences to a prefix tree: tokens that may be computed once are stored once.
 
-Two sequences share a token when everything that its computation depends on agrees: all ids up to it, the experts that
-must be replayed, and, if both were sampled there, the temperature and the sampling log-probability. Loss mask,
-advantage and weight need not agree, since the loss of a token is kept per sequence (see `packed_batch.py`).
+Two sequences share a token when everything agrees that the token's computation depends on. That is:
+all ids up to the token, the replayed experts and, if both sampled the token, temperature and
+sampling log-probability. Loss mask, advantage and weight need not agree, since the loss of a token
+is kept per sequence (see `packed_batch.py`).
 
-A batch may have hundreds of thousands of sequences, so what is done per sequence is done for all at once, in arrays.
+A batch may have hundreds of thousands of sequences, so work per sequence is done for all at once,
+in arrays.
 
-Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("positions"), Q sequences, N nodes, L MoE layers, K
-experts per token, C most likely ids.
+Shape suffixes: S tokens of one sequence, X tokens of all sequences end to end ("positions"), Q
+sequences, N nodes, L MoE layers, K experts per token, C most likely ids.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class TokenSequence:
     name: str
     tokens_S: np.ndarray  # int32
     loss_mask_S: np.ndarray  # bool, True on tokens that were sampled and carry loss
-    # float32, sampling logprob; NaN where not sampled (everywhere, if the sequence is only to be scored)
+    # float32, sampling logprob; NaN where not sampled (everywhere, if the sequence is only to be
+    # scored)
     logprobs_S: np.ndarray
     temperatures_S: np.ndarray  # float32, sampling temperature; 1 where not sampled
     experts_SLK: np.ndarray | None = None  # uint8 or uint16 expert ids
@@ -43,7 +46,8 @@ class TokenSequence:
     group: int = 0
     trajectory: int = 0
     steps_S: np.ndarray | None = None  # int32, the step that sampled the token; -1 where not sampled
-    # int32, the server's most likely ids at the token's position, see top_logprobs.py; -1 where unknown
+    # int32, the server's most likely ids at the token's position, see top_logprobs.py; -1 where
+    # unknown
     top_SC: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -51,7 +55,7 @@ class TokenSequence:
 
     @property
     def scored(self) -> int:
-        """How many tokens carry loss."""
+        """The number of tokens that carry loss."""
         return int(np.count_nonzero(self.loss_mask_S))
 
     def cut(self, length: int) -> TokenSequence:
@@ -62,9 +66,12 @@ class TokenSequence:
 
 
 def scoring_sequence(name: str, tokens: Sequence[int], experts_SLK: np.ndarray | None = None) -> TokenSequence:
-    """A sequence whose every token after the first is to be scored at temperature 1, with no sampling logprobs.
+    """A sequence whose every token after the first is to be scored at temperature 1, with no
+    sampling logprobs.
 
-    experts_SLK: experts to replay, one row per token; the last token's may be left out, nothing depends on it.
+    experts_SLK: experts to replay, one row per token; the last token's may be left out, nothing
+        depends on it.
+
     Raises DataError if there are fewer or more rows.
     """
     size = len(tokens)
@@ -99,7 +106,9 @@ class Flat:
     routed_X: np.ndarray | None
 
     def known(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What sharers of a token must agree on besides its id: (bool, where it is known; the values there)."""
+        """The values that sharers of a token must agree on besides its id: (bool, where the value
+        is known; the values there).
+        """
         sampling = [(self.sampled_X, self.sampling_X2)]
         if self.experts_XLK is None or self.routed_X is None:
             return sampling
@@ -109,7 +118,8 @@ class Flat:
 def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
     """All in copies.
 
-    Raises DataError naming a sequence without tokens, with a scored first token, or without routed experts where others have some.
+    Raises DataError naming a sequence without tokens, with a scored first token, or without routed
+    experts where others have some.
     """
     length_Q = np.fromiter(map(len, map(attrgetter("tokens_S"), sequences)), np.int64, len(sequences))
     if not length_Q.all():
@@ -142,7 +152,9 @@ def end_to_end(sequences: Sequence[TokenSequence]) -> Flat:
 
 
 def _joined(sequences: Sequence[TokenSequence], field: str, positions: int, dtype: type[np.generic]) -> np.ndarray:
-    """A field of all sequences and a 0 of padding. `np.concatenate` takes twice as long if they are short."""
+    """A field of all sequences and a 0 of padding. `np.concatenate` takes twice as long if they are
+    short.
+    """
     joined, size, fits = bytearray(), np.dtype(dtype).itemsize, True
     for first in range(0, len(sequences), _CHUNK):
         arrays = [getattr(sequence, field) for sequence in sequences[first : first + _CHUNK]]
@@ -157,7 +169,9 @@ def _joined(sequences: Sequence[TokenSequence], field: str, positions: int, dtyp
 
 
 def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one array."""
+    """`first[0], first[0] + 1, ...` for `size[0]` numbers, then the same for the next, all in one
+    array.
+    """
     before = np.cumsum(size) - size
     spread_X = np.repeat(first - before, size)
     spread_X += np.arange(len(spread_X))
@@ -165,7 +179,9 @@ def spread(first: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def _first_equal(key: np.ndarray) -> np.ndarray:
-    """For each uint64 the index of the first that equals it: a hash table that is filled and read for all at once."""
+    """For each uint64 the index of the first equal value: a hash table that is filled and read for
+    all values at once.
+    """
     first, left, bits = np.empty(len(key), dtype=np.int64), np.arange(len(key)), len(key).bit_length()
     table = np.empty(1 << bits, dtype=np.int64)
     while len(left):
@@ -180,11 +196,12 @@ def _first_equal(key: np.ndarray) -> np.ndarray:
 
 
 def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> list[tuple[np.ndarray, ...]] | None:
-    """Runs of tokens that sequences have in common with an earlier one: (starts, starts in that one, sizes). In that one, parts
-    of a run may be in a later entry of the list.
+    """Runs of tokens that sequences have in common with an earlier one: (starts, starts in that
+    one, sizes). In that one, parts of a run may be in a later entry of the list.
 
-    Halves what is not alike, for all sequences at once, so that the steps depend on the number of sequences and hardly on
-    their lengths. `hash_X` is summed over all positions before. None: sequences that are not alike have the same hash.
+    Binary search for the first difference, for all sequences in parallel. Cost grows with the
+    number of sequences and only logarithmically with their length. `hash_X` is summed over all
+    positions before. None: sequences that are not alike have the same hash.
     """
     low, stop, before, group = start_Q, stop_Q, hash_X[start_Q], np.zeros_like(start_Q)
     groups, runs = 1, []  # of candidates that have everything up to `low` in common
@@ -207,7 +224,8 @@ def _common_runs(hash_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) ->
 
 
 def _first_positions(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(For each position the first one whose sequence has the same keys up to there; all positions for which it is an earlier one.)
+    """(For each position, the first position whose sequence has the same keys up to there. All
+    positions that are such a first position of another sequence.)
 
     Found by hash and then checked, so no collision gets through: another hash is drawn.
     """
@@ -232,7 +250,9 @@ def _first_positions(key_X: np.ndarray, start_Q: np.ndarray, stop_Q: np.ndarray)
 
 
 def _forks(flat: Flat, first_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(Position of each sequence's first token that no earlier one has, or its stop; position of the token before that, -1 for none.)"""
+    """(The position of each sequence's first token that no earlier sequence has, or its stop. The
+    position of the token before that; -1 for none.)
+    """
     shared_X = first_X[:-1] != np.arange(len(first_X) - 1)
     own_Q = flat.start_Q + np.add.reduceat(shared_X, flat.start_Q, dtype=np.int64)
     return own_Q, np.where(own_Q > flat.start_Q, first_X[own_Q - 1], -1)
@@ -247,7 +267,8 @@ def _divided(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same as `_first_positions`, with tokens shared only by those whose known `values` agree.
 
-    A sequence that does not know goes with the earlier one that it has the longest way in common with.
+    A sequence that does not know goes with the earlier one that it has the longest way in common
+    with.
     """
     known = shared[known_X[shared]]
     late = known[~known_X[first_X[known]]][::-1]
@@ -287,8 +308,13 @@ def _merge(flat: Flat, first_X: np.ndarray, shared: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Tree:
-    """Runs of tokens in preorder, siblings by position. `start_N` are positions of the flat arrays, `above_N` tokens of a node's ancestors,
-    `parent_N` -1 at roots, `count_N` nodes in the subtree, `end_Q` the node whose last token ends a sequence.
+    """Runs of tokens in preorder, siblings by position.
+
+    `start_N`: positions in the flat arrays.
+    `above_N`: tokens of a node's ancestors.
+    `parent_N`: -1 at roots.
+    `count_N`: nodes in the subtree.
+    `end_Q`: the node whose last token ends a sequence.
     """
 
     start_N: np.ndarray
@@ -300,8 +326,9 @@ class Tree:
 
 
 def build(flat: Flat, share: bool = True) -> Tree:
-    """The prefix tree of all sequences; knowledge of shared tokens is merged in `flat`. `share` False: one root per sequence,
-    whatever they have in common. Time is linear in the number of tokens, but for sorting.
+    """The prefix tree of all sequences; knowledge of shared tokens is merged in `flat`. `share`
+    False: one root per sequence, whatever they have in common. Time is linear in the number of
+    tokens, but for sorting.
     """
     own_Q, fork_Q, last_Q = flat.start_Q, np.full(len(flat.start_Q), -1), flat.stop_Q - 1
     if share:
@@ -336,7 +363,9 @@ def build(flat: Flat, share: bool = True) -> Tree:
 
 
 def _preorder(parent_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(Nodes in each subtree, each node's number in preorder) of nodes that come after their parents, in the order of siblings."""
+    """(Nodes in each subtree, each node's number in preorder) of nodes that come after their
+    parents, in the order of siblings.
+    """
     node_N, count_N = np.arange(len(parent_N)), np.ones_like(parent_N)
     jumps, up_N = [], parent_N  # the first, second, fourth ... ancestor of those that have one
     while len(deep := np.flatnonzero(up_N >= 0)):

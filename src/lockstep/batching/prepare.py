@@ -1,4 +1,5 @@
-"""From groups of trajectories to a PackedBatch and the metrics of its data: the whole tokens side in one call.
+"""From groups of trajectories to a PackedBatch and the metrics of its data: the whole tokens side
+in one call.
 
 Shape suffixes: Q sequences, P pairs (sequence, token that carries its loss), C most likely ids.
 """
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch ready for the engine, metrics of the rollouts and of packing, and the sequences that were packed."""
+    """A batch ready for the engine, metrics of the rollouts and of packing, and the sequences that
+    were packed.
+    """
 
     batch: PackedBatch
     metrics: dict[str, float]
@@ -37,7 +40,9 @@ class Prepared:
 
 
 def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> np.ndarray:
-    """Weight of one scored token of each sequence. `owner_Q` numbers the trajectory a sequence belongs to."""
+    """Weight of one scored token of each sequence. `owner_Q` numbers the trajectory a sequence
+    belongs to.
+    """
     if config.weighs_by == "token":
         return np.ones(len(scored_Q))
     return 1 / np.bincount(owner_Q, weights=scored_Q)[owner_Q]
@@ -57,16 +62,14 @@ def prepare(
 ) -> Prepared:
     """Check, tokenize and pack what step `step` of `model_name` is to be trained on.
 
-    data: data-parallel size, the number of rows becomes a multiple of it (times config.minibatches). multiple: of the
-    row length. row_limit: tokens that a row may grow to where config.row_length is None. vocabulary: how many token ids
-    the model has.
+    data: data-parallel size; the number of rows is a multiple of it (times config.minibatches).
+    multiple: of the row length; row_limit: its largest value where config.row_length is None.
+    vocabulary: how many token ids the model has.
 
-    A trajectory that can't be trained on is left out and counted (see `select`): its group's baseline is that of the
-    others. Groups that are left with fewer than two trajectories are skipped and counted.
+    Unusable trajectories are left out and counted, and so are groups with fewer than two others.
 
-    Raises DataError or StaleRolloutError, naming group, trajectory and choice: an empty batch, a group of one, missing ids,
-    logprobs, versions or routed experts, another model's versions; and what `select` leaves out, where it is more than config.max_dropped:
-    a bad reward or metric, nothing sampled, sampling that can't be trained on, stale versions, a sequence longer than a row.
+    Raises DataError or StaleRolloutError, naming group, trajectory and choice: at once for missing
+    ids, logprobs, versions or experts; for the causes in `select` beyond config.max_dropped.
     """
     selected = select(groups, model_name, step, config, routed_experts, vocabulary)
     tokenized = [rollout.tokenized for rollout in selected.usable]
@@ -119,7 +122,9 @@ def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
 
 
 def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
-    """Trajectories without a truncated reply. The others count in their group's baseline only. Raises DataError if there are none."""
+    """Trajectories without a truncated reply. The others count in their group's baseline only.
+    Raises DataError if there are none.
+    """
     unmasked = [rollout for rollout in tokenized if not rollout.truncated]
     if not unmasked:
         raise DataError(
@@ -130,10 +135,12 @@ def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
 
 
 def _trained(config: TrainConfig, advantage_Q: np.ndarray, group_Q: np.ndarray) -> np.ndarray:
-    """bool `[Q]`: sequences to compute. Without a KL penalty those of a group without signal add exactly nothing to the gradient.
+    """bool `[Q]`: sequences to compute. Without a KL penalty those of a group without signal add
+    exactly nothing to the gradient.
 
-    They still count where the loss is normalised, so that leaving them out changes no update (as in TRL and verl, where they are
-    computed). All stay where too few would be left for the minibatches; the trainer then finds out which have no signal.
+    They still count in the loss's normalisation, so leaving them out changes no update. TRL and
+    verl compute them. All stay where too few would be left for the minibatches; the trainer then
+    finds out which have no signal.
     """
     every_Q = np.ones(len(advantage_Q), dtype=bool)
     if config.kl_coef > 0:
@@ -152,7 +159,9 @@ def _current(batch: PackedBatch, sequences: list[TokenSequence], step: int) -> n
 
 
 def _top(sequences: list[TokenSequence]) -> np.ndarray | None:
-    """int32 `[P, C]`: the server's most likely ids in the place of each scored token, sequence by sequence; None if no rollout has any."""
+    """int32 `[P, C]`: the server's most likely ids at each scored token, sequence by sequence; None
+    if no rollout has any.
+    """
     if all(sequence.top_SC is None for sequence in sequences):
         return None
     unknown = np.full((1, TOP), -1, dtype=np.int32)
@@ -165,7 +174,9 @@ def _top(sequences: list[TokenSequence]) -> np.ndarray | None:
 
 
 def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -> dict[str, float]:
-    """Tokens for which turns recorded different experts, and the share of shared-prefix tokens where siblings did."""
+    """Tokens for which turns recorded different experts, and the share of shared-prefix tokens
+    where siblings did.
+    """
     compared, differing = prefix_disagreement(sequences)
     return {
         "routed_experts_differ_between_turns": float(sum(rollout.disagreeing for rollout in tokenized)),
@@ -174,7 +185,7 @@ def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -
 
 
 def _without_signal(selected: Selected, advantages: list[float]) -> float:
-    """How many groups have all rewards equal, and so no gradient."""
+    """The number of groups whose rewards are all equal, and which so have no gradient."""
     count, start = 0, 0
     for group in selected.groups.values():
         size = len(group)
@@ -210,7 +221,9 @@ def _sequence_metrics(fitted: Fitted, trained_Q: np.ndarray) -> dict[str, float]
 
 
 def _reply_metrics(tokenized: list[Tokenized], unmasked: list[Tokenized]) -> dict[str, float]:
-    """How long replies are, how many of them a limit cut off, how many a trajectory has, and what is left for the loss."""
+    """The length of replies, the share that a limit cut off, the replies per trajectory, and the
+    tokens left for the loss.
+    """
     replies = [size for rollout in tokenized for size in rollout.replies]
     return {
         "reply_tokens_mean": sum(replies) / len(replies),

@@ -1,14 +1,14 @@
-"""The experts that the server used, from its replies to the tokens of a sequence; whatever is incomplete is an error
-with a name.
+"""The experts that the server used, from its replies to the tokens of a sequence. Whatever is
+incomplete is an error with a name.
 
-With each choice the server sends base64 of a .npy array: one row per token it computed, prompt included, in order. The
-last sampled token was never computed, so N sampled tokens after P of prompt have P + N - 1 rows (or P + N, if the
-server did compute it). A digest over ids and rows, made in the server, shows that rows were neither lost, nor moved,
-nor attached to another choice.
+With each choice the server sends base64 of a .npy array: one row per token it computed, prompt
+included, in order. The last sampled token was never computed. So N sampled tokens after P tokens of
+prompt have P + N - 1 rows, or P + N if the server did compute the last. The server makes a digest
+over ids and rows. It shows that rows were neither lost, nor moved, nor attached to another choice.
 
-Rules where two records of one token disagree: within a trajectory the token keeps the experts of the turn that first
-saw it (it was sampled with them); between siblings the prefix tree splits there, so that each sequence keeps its own
-(`prefix_tree.py`). Both are counted.
+Two records of one token may disagree. Within a trajectory the token keeps the experts of the turn
+that first saw it, since they sampled it. Between siblings the prefix tree splits there, so each
+sequence keeps its own (`prefix_tree.py`). Both are counted.
 
 Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 """
@@ -30,7 +30,9 @@ from lockstep_wire.routed_experts import routed_experts_digest
 
 @dataclass(frozen=True)
 class RoutedExpertsShape:
-    """What a model's routed experts look like: mixture-of-experts layers, experts per token, experts per layer."""
+    """The shape of a model's routed experts: mixture-of-experts layers, experts per token, experts
+    per layer.
+    """
 
     layers: int
     top_k: int
@@ -62,9 +64,9 @@ def decode_routed_experts(
 ) -> np.ndarray:
     """[P + N - 1 or P + N, L, K] uint8 or uint16: the experts of one choice's tokens, checked.
 
-    Raises DataError, naming the choice and the token range: no routed experts (capture was off, or a preempted request lost
-    them), too few or too many rows, another model's shape, rows that are not the ones the server made, an expert out of
-    range, an expert twice.
+    Raises DataError, naming the choice and the token range. Causes: no routed experts (capture was
+    off, or a preempted request lost them), too few or too many rows, another model's shape, rows
+    that the server did not make, an expert out of range, an expert twice.
     """
     computed = len(prompt_ids) + len(token_ids) - 1
     tokens = f"tokens 0 to {computed - 1}"
@@ -123,8 +125,9 @@ def check_ids(rows_SLK: np.ndarray, shape: RoutedExpertsShape, name: str) -> Non
 
 @dataclass(frozen=True)
 class Aligned:
-    """Routed experts of a sequence. `routed_S` is False only on tokens that no turn computed. `disagreeing`: tokens with two
-    different records.
+    """Routed experts of a sequence. `routed_S` is False only on tokens that no turn computed.
+
+    `disagreeing`: tokens with two different records.
     """
 
     experts_SLK: np.ndarray
@@ -133,7 +136,8 @@ class Aligned:
 
 
 def align(turns: Sequence[np.ndarray], length: int, name: str) -> Aligned:
-    """Lay the routed experts of turns that continue each other over a sequence of `length` tokens, earlier turns first.
+    """Lay the routed experts of turns that continue each other over a sequence of `length` tokens,
+    earlier turns first.
 
     Raises DataError if a token other than the last one has no routed experts.
     """
@@ -153,8 +157,8 @@ def align(turns: Sequence[np.ndarray], length: int, name: str) -> Aligned:
 
 
 def prefix_disagreement(sequences: Sequence[TokenSequence]) -> tuple[int, int]:
-    """(tokens compared, tokens whose routed experts differ) between each sequence and the first of its group, over their common
-    prefix of ids.
+    """(tokens compared, tokens whose routed experts differ) between each sequence and the first of
+    its group, over their common prefix of ids.
     """
     first: dict[int, TokenSequence] = {}
     compared = differing = 0

@@ -1,4 +1,6 @@
-"""Which trajectories of a step can be trained on. One that can't be is left out, as a rollout that failed is."""
+"""The trajectories of a step that can be trained on. One that can't be is left out, as a rollout
+that failed is.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ class Usable:
 
 @dataclass(frozen=True)
 class Selected:
-    """groups: those that can be trained on, by their index among all groups. skipped: groups that failed rollouts and dropped
-    trajectories left with fewer than two. dropped: trajectories left out, by what is wrong with them.
+    """groups: those that can be trained on, by their index among all groups.
+    skipped: groups that failed rollouts and dropped trajectories left with fewer than two.
+    dropped: trajectories left out, by what is wrong with them.
     """
 
     groups: dict[int, list[Usable]]
@@ -58,10 +61,12 @@ def select(
     routed_experts: RoutedExpertsShape | None,
     vocabulary: int = MOST_IDS,
 ) -> Selected:
-    """Check and tokenize every trajectory, and leave out those that can't be trained on, each named in a warning.
+    """Check and tokenize every trajectory, and leave out those that can't be trained on, each named
+    in a warning.
 
-    Raises DataError or StaleRolloutError: more of them than `config.max_dropped` tolerates, nothing left, and at once for what only
-    a bug explains (another model, missing ids, log-probabilities, versions or routed experts).
+    Raises DataError or StaleRolloutError if more trajectories drop out than `config.max_dropped`
+    tolerates, or if none is left. Causes that only a bug explains raise at once: another model,
+    missing ids, log-probabilities, versions or routed experts.
     """
     if not groups:
         raise DataError("the batch is empty: there is no group to train on")
@@ -118,7 +123,9 @@ def _checked(
 
 
 def _check_limit(errors: list[DataError], trajectories: int, limit: int | float) -> None:
-    """Raise the kind of error that the first one is, if there are more than `limit`: a count, or a share rounded up."""
+    """Raise the first error's kind if there are more than `limit` errors: a count, or a share
+    rounded up.
+    """
     tolerated = math.ceil(round(limit * trajectories, 6)) if limit < 1 else int(limit)
     if len(errors) > tolerated:
         raise type(errors[0])(

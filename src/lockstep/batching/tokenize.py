@@ -1,9 +1,10 @@
-"""Trajectories to token sequences, from nothing but the ids that the server returned with each choice.
+"""Trajectories to token sequences, from nothing but the ids that the server returned with each
+choice.
 
-Choice k was sampled from prompt ids P_k and gave C_k. If a later choice's prompt starts with P_k + C_k, its turn
-continues the same sequence; otherwise (the chat template dropped thinking, or rendered an earlier turn differently) it
-starts a new one, which is counted. Loss lies on sampled tokens only, with the log-probability and temperature they were
-sampled with.
+Choice k was sampled from prompt ids P_k and gave C_k. If a later choice's prompt starts with P_k +
+C_k, its turn continues the same sequence. Otherwise the turn starts a new sequence, which is
+counted: the chat template dropped thinking, or rendered an earlier turn differently. Loss lies on
+sampled tokens only, with the log-probability and temperature they were sampled with.
 
 Shape suffixes: S tokens, L MoE layers, K experts per token, C most likely ids.
 """
@@ -36,8 +37,8 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     for setting, value in SAMPLING_DEFAULTS.items()
     if setting != "temperature"
 }
-"""Settings under which the server's log-probabilities are those of the temperature-scaled softmax, which the trainer
-can compute.
+"""Settings under which the server's log-probabilities are those of the temperature-scaled softmax,
+which the trainer can compute.
 """
 
 
@@ -51,7 +52,8 @@ class Turn:
     logprobs_S: np.ndarray  # float32, of sampled_S
     temperature: float
     steps_S: np.ndarray  # int32, the step that sampled each token
-    # [P + N - 1 or P + N, L, K] expert ids, see routed_experts.py; None where experts are not replayed
+    # [P + N - 1 or P + N, L, K] expert ids, see routed_experts.py; None where experts are not
+    # replayed
     experts_SLK: np.ndarray | None = None
     top_SC: np.ndarray | None = (
         None  # int32, the server's most likely ids in the place of sampled_S, see top_logprobs.py
@@ -97,8 +99,8 @@ def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
 
 
 def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: str) -> None:
-    """Raise DataError if the choice's text or tool calls are not those that the server made of the ids. A service that binds them by
-    no digest is believed.
+    """Raise DataError if the choice's text or tool calls are not those that the server made of the
+    ids. A service that binds them by no digest is believed.
     """
     if digest is not None and reply_digest(token_ids, choice.message.model_dump(mode="json")) != digest:
         raise DataError(
@@ -108,11 +110,15 @@ def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: 
 
 
 LEAST_TEMPERATURE = 0.01
-"""vLLM samples with this where a request asks for less (and more than 0), and reports what was asked for."""
+"""vLLM samples with this where a request asks for less (and more than 0), and reports what was
+asked for.
+"""
 
 
 def _temperature(sampling: object, name: str) -> float:
-    """The choice's temperature; raises DataError if the trainer can't compute the distribution it was sampled from."""
+    """The choice's temperature; raises DataError if the trainer can't compute the distribution it
+    was sampled from.
+    """
     if not isinstance(sampling, dict) or "temperature" not in sampling:
         raise DataError(f"{name} does not say how it was sampled: keep the choice exactly as the server returned it")
     for setting, value in sampling.items():
@@ -139,7 +145,9 @@ def _temperature(sampling: object, name: str) -> float:
 
 
 def _steps(spans: object, count: int, model_name: str, name: str) -> np.ndarray:
-    """int32 `[count]`: the step of `model_name` that sampled each token; the choice's spans must cover all of them."""
+    """int32 `[count]`: the step of `model_name` that sampled each token; the choice's spans must
+    cover all of them.
+    """
     if not isinstance(spans, list) or (count and not spans):
         raise StaleRolloutError(f"{name} carries no weight version: sample it with model.openai_client()")
     steps, position = [], 0
@@ -167,7 +175,9 @@ def read_turn(
     routed_experts: RoutedExpertsShape | None = None,
     vocabulary: int = MOST_IDS,
 ) -> Turn:
-    """Check one choice. vocabulary: how many ids the model has.
+    """Check one choice.
+
+    vocabulary: how many ids the model has.
 
     Raises DataError (or StaleRolloutError) naming it: ids, logprobs, sampling settings or version
     missing or wrong.
@@ -212,8 +222,8 @@ class _Growing:
 
 
 def merge_turns(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Turns of one trajectory to sequences: each turn joins the latest sequence that its prompt continues, or starts a
-    new one.
+    """Turns of one trajectory to sequences: each turn joins the latest sequence that its prompt
+    continues, or starts a new one.
     """
     growing: list[_Growing] = []
     for turn in turns:
@@ -226,7 +236,9 @@ def merge_turns(turns: Sequence[Turn]) -> list[list[Turn]]:
 
 
 def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -> tuple[TokenSequence, int]:
-    """One token sequence from turns that continue each other, and how many of its tokens have two different routed experts."""
+    """One token sequence from turns that continue each other, and how many of its tokens have two
+    different routed experts.
+    """
     last = turns[-1]
     tokens_S = np.concatenate([last.prompt_S, last.sampled_S])
     mask_S = np.zeros(len(tokens_S), dtype=bool)
@@ -263,11 +275,14 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A trajectory's sequences. `splits`: turns that did not continue an earlier one. `steps`: versions that sampled
-    it.
+    """A trajectory's sequences.
 
-    `replies`: sampled tokens of each turn. `truncated`: how many of these a limit of tokens cut off. `disagreeing`: tokens for which
-    two turns recorded different experts.
+    `splits`: turns that did not continue an earlier one.
+    `steps`: versions that sampled it.
+
+    `replies`: sampled tokens of each turn.
+    `truncated`: how many of these a limit of tokens cut off.
+    `disagreeing`: tokens for which two turns recorded different experts.
     """
 
     sequences: list[TokenSequence]
@@ -286,7 +301,10 @@ def tokenize(
     routed_experts: RoutedExpertsShape | None = None,
     vocabulary: int = MOST_IDS,
 ) -> Tokenized:
-    """The training sequences of one trajectory. `routed_experts`: the model's, where experts are replayed. vocabulary: how many ids it has.
+    """The training sequences of one trajectory.
+
+    `routed_experts`: the model's, where experts are replayed.
+    vocabulary: how many ids it has.
 
     Raises DataError naming trajectory and choice, also if nothing in it was sampled.
     """

@@ -1,8 +1,10 @@
-"""The server's most likely tokens in the place of each sampled one, where the client asked for them with a rollout.
+"""The server's most likely tokens in the place of each sampled one, where the client asked for them
+with a rollout.
 
-A request with `top_logprobs=20` and `return_tokens_as_token_ids=True` brings them; without the second they come as text, which does not
-say which token it was. vLLM lists the sampled token first, then the most likely ones, and stops at 20: so where the sampled token is not
-among the 20 most likely, the last of those is missing.
+A request with `top_logprobs=20` and `return_tokens_as_token_ids=True` brings them. Without the
+second setting they come as text, which does not identify the token. vLLM lists the sampled token
+first, then the most likely ones, and stops at 20. So where the sampled token is not among the 20
+most likely, the last of those is missing.
 
 Shape suffixes: N sampled tokens of a choice, C most likely ids.
 """
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 
 TOP = 20
-"""How many are compared; a server gives no more by default."""
+"""The number of ids compared; a server gives no more by default."""
 _PREFIX = "token_id:"
 
 
@@ -43,7 +45,9 @@ def _row(entry: ChatCompletionTokenLogprob) -> list[int]:
 
 
 def hits(server_NC: np.ndarray, trainer_NC: np.ndarray) -> tuple[float, float]:
-    """Sums over tokens: 1 where the most likely token is the same; the share of the server's known ids that are among the trainer's."""
+    """Sums over tokens: 1 where the most likely token agrees; the share of the server's known ids
+    that are also the trainer's.
+    """
     known_NC = server_NC >= 0
     found_NC = (server_NC[:, :, None] == trainer_NC[:, None, :]).any(axis=2) & known_NC
     shares_N = found_NC.sum(axis=1) / known_NC.sum(axis=1)

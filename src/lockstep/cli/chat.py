@@ -13,7 +13,8 @@ from lockstep.errors import ServerError
 
 
 def chat_with(run: Path, message: str | None, step: int | None, console: Console) -> None:
-    """Serve the run's base model with a step's adapter; answer `message`, or read messages from the terminal until it ends.
+    """Serve the run's base model with a step's adapter; answer `message`, or read messages from the
+    terminal until it ends.
 
     Not async: while an event loop runs, Ctrl-C at the prompt would only be noted.
     """
@@ -46,7 +47,9 @@ def _read(console: Console) -> str | None:
 
 
 async def _answer(base_url: str, api_key: str, name: str, messages: list[Any]) -> str:
-    """The reply's text. Raises ServerError when there is none, or the server refuses (a conversation that got too long)."""
+    """The reply's text. Raises ServerError when there is none, or the server refuses (a
+    conversation that got too long).
+    """
     from openai import APIError
 
     from lockstep.backends.base import Endpoint

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live table in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def _compiled(row: StepSummary) -> str:
 
 
 class LiveTable:
-    """Context manager; call it with each StepSummary. `reward` is that of a step's training rollouts, `greedy` that of the step itself."""
+    """Context manager; call it with each StepSummary. `reward` is that of a step's training
+    rollouts, `greedy` that of the step itself.
+    """
 
     def __init__(self, console: Console, title: str):
         self._console = console
-        # A path may look like markup. Fits 80 columns: what does not fit would be cut off, without a word.
+        # A path may look like markup. Fits 80 columns: what does not fit would be cut off, without
+        # a word.
         self._table = Table(title=Text(title), title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
         for name in _COLUMNS:
             self._table.add_column(name, justify="right", min_width=7, no_wrap=True)

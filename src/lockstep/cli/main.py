@@ -1,4 +1,6 @@
-"""The command line. Every command is a few lines over a function of the library; errors a user can fix print as one line."""
+"""The command line. Every command is a few lines over a function of the library; errors a user can
+fix print as one line.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,11 @@ def quickstart(
         bool, typer.Option("--real", help="SmolLM2-135M-Instruct learns arithmetic instead; a download of 93 MB")
     ] = False,
 ) -> None:
-    """Make a tiny Qwen3 and train it with GRPO until its answers earn 0.9. Needs no GPU and no download; about a minute.
+    """Make a tiny Qwen3 and train it with GRPO until its answers earn 0.9. Needs no GPU and no
+    download; about a minute.
 
-    With --real: a real model, until its greedy reward on 64 held-out questions has risen by 0.15; some minutes.
+    With --real: a real model, until its greedy reward on 64 held-out questions has risen by 0.15;
+    some minutes.
     """
     from lockstep.cli.quickstart import run_quickstart
 
@@ -69,9 +73,11 @@ def train(
         bool, typer.Option("--dry-run", help="show every setting with its reason, check them all, and start nothing")
     ] = False,
 ) -> None:
-    """Train a model on your own task: a TOML file and a short Python file with the rollout and the reward.
+    """Train a model on your own task: a TOML file and a short Python file with the rollout and the
+    reward.
 
-    Run it again to go on from the last published step. Exits with 3 if the run ends below its stop_at_reward.
+    Run it again to go on from the last published step. Exits with 3 if the run ends below its
+    stop_at_reward.
     """
     from lockstep.cli.train import run_file
 
@@ -84,7 +90,9 @@ def chat(
     message: Annotated[str | None, typer.Option("--message", "-m", help="say this, print the reply, and leave")] = None,
     step: Annotated[int | None, typer.Option(help="which published step; the last one if not given")] = None,
 ) -> None:
-    """Talk to a trained model: starts its server, loads the step's adapter, and reads from the terminal."""
+    """Talk to a trained model: starts its server, loads the step's adapter, and reads from the
+    terminal.
+    """
     from lockstep.cli.chat import chat_with
 
     chat_with(run, message, step, console)
@@ -97,7 +105,9 @@ def steps(
         list[int] | None, typer.Option("--delete", help="delete this step; its metrics and manifest stay (repeatable)")
     ] = None,
 ) -> None:
-    """List a run's published steps and why each is kept; --delete removes some of a run that is not in use."""
+    """List a run's published steps and why each is kept; --delete removes some of a run that is not
+    in use.
+    """
     from lockstep.cli.steps import delete_steps, show_steps
 
     if delete:
@@ -129,7 +139,9 @@ def score(
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
 ) -> None:
-    """Score token sequences with the training engine: one log-probability per token after the first."""
+    """Score token sequences with the training engine: one log-probability per token after the
+    first.
+    """
     from lockstep.cli.score import read_lines, write_lines
     from lockstep.cli.score import score as score_lines
     from lockstep.config.megatron import Parallel
@@ -138,7 +150,8 @@ def score(
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: give a file in a folder that exists")
-    # Experts split the ranks that tensor, context and data parallelism span, so what the first two leave open is data parallel.
+    # Experts split the ranks that tensor, context and data parallelism span, so what the first two
+    # leave open is data parallel.
     data = math.lcm(ep, tp * cp) // (tp * cp)
     parallel = Parallel(tensor=tp, pipeline=pp, expert=ep, context=cp, data=data, sequence=sp)
     lines = read_lines(input)
@@ -158,7 +171,9 @@ def validate(
     tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
 ) -> None:
-    """Check a model on this machine: the trainer against the server. Exits with 1 if a stage is outside its limits."""
+    """Check a model on this machine: the trainer against the server. Exits with 1 if a stage is
+    outside its limits.
+    """
     from lockstep.validate.runner import validate_model
 
     if dtype not in (None, "float32", "bfloat16"):
@@ -207,7 +222,9 @@ def import_gguf_command(
     folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
     dtype: Annotated[str, typer.Option(help="of the weights that are written: bfloat16 or float32")] = "bfloat16",
 ) -> None:
-    """Turn a GGUF file of a supported architecture into a Hugging Face checkpoint, weights dequantized."""
+    """Turn a GGUF file of a supported architecture into a Hugging Face checkpoint, weights
+    dequantized.
+    """
     from lockstep.models.gguf.convert import import_gguf
 
     if dtype not in ("float32", "bfloat16"):
@@ -221,7 +238,9 @@ def import_gguf_command(
 def runtime_install(
     kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
 ) -> None:
-    """Build the server's environment from its lock file. Continues where an interrupted install stopped."""
+    """Build the server's environment from its lock file. Continues where an interrupted install
+    stopped.
+    """
     from lockstep.inference.environment.install import install
 
     if kind not in (None, "cpu", "cuda"):

@@ -16,9 +16,11 @@ from lockstep.runs.store import published_steps
 
 
 async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
-    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward reached its target.
+    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward
+    reached its target.
 
-    fresh: whatever an earlier quickstart left in the folder is deleted first. real: arithmetic on SmolLM2 instead.
+    fresh: whatever an earlier quickstart left in the folder is deleted first.
+    real: arithmetic on SmolLM2 instead.
     """
     from lockstep.cli.real_quickstart import train_real
 

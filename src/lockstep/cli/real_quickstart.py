@@ -1,4 +1,6 @@
-"""`lockstep quickstart --real`: a real model learns arithmetic, and shows what it says before and after."""
+"""`lockstep quickstart --real`: a real model learns arithmetic, and shows what it says before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lockstep.rollouts.trajectory import Trajectory
 
 RISE = 0.15
-"""How much the greedy reward on held-out questions has to rise."""
+"""The required rise of the greedy reward on held-out questions."""
 _SHOWN = 5
 ON_A_CPU: dict[str, dict[str, Any]] = {
     "backend": {"dtype": "float32"},  # which its cores multiply faster than bf16
@@ -34,12 +36,14 @@ ON_A_CPU: dict[str, dict[str, Any]] = {
     },
     "train": {"learning_rate": 5e-4, "row_length": 512},  # short rows: attention there reads a mask of S x S
 }
-"""Where the run file asks for more than two cores can do in ten minutes: fewer and likelier replies, larger steps."""
+"""Changes for a machine of two cores, on which the run file's settings take longer than ten
+minutes: fewer and likelier replies, larger steps.
+"""
 
 
 @dataclass
 class Replies:
-    """What the model answered to each evaluation scenario: step -> scenario -> (reply, reward)."""
+    """The model's answer to each evaluation scenario: step -> scenario -> (reply, reward)."""
 
     by_step: dict[int, dict[Any, tuple[str, float]]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -65,7 +69,9 @@ class Replies:
 
 
 async def train_real(path: Path, seed: int, console: Console) -> int:
-    """Fetch the model, train it until the reward has risen by RISE, and print replies. Returns the exit code."""
+    """Fetch the model, train it until the reward has risen by RISE, and print replies. Returns the
+    exit code.
+    """
     from lockstep.cli.examples import examples_folder, placed
     from lockstep.cli.train import execute
 

@@ -1,4 +1,6 @@
-"""The pages below docs/reference, made from the code: `python -m lockstep.cli.reference docs/reference`."""
+"""The pages below docs/reference, made from the code: `python -m lockstep.cli.reference
+docs/reference`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""`lockstep score`: log-probabilities of token sequences, computed by the training engine at any parallel size.
+"""`lockstep score`: log-probabilities of token sequences, computed by the training engine at any
+parallel size.
 
-A line in: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}; a line out: {"id": "a",
-"logprobs": [-1.2, -0.4]}, one value (nats) per token after the first, in input order.
+A line in: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}. A line out: {"id": "a",
+"logprobs": [-1.2, -0.4]}, in input order, with a value (nats) per token after the first.
 `routed_experts` are expert ids [tokens][MoE layers][experts per token] for mixture-of-experts
 models.
 
@@ -58,7 +59,9 @@ class Scored:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read a JSON-lines file. Raises DataError naming the line: not JSON, unknown key, fewer than two tokens, an id twice."""
+    """Read a JSON-lines file. Raises DataError naming the line: not JSON, unknown key, fewer than
+    two tokens, an id twice.
+    """
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a JSON-lines file with id and tokens")
     try:
@@ -148,8 +151,10 @@ async def score(
 ) -> list[Scored]:
     """Score `lines` with the engine, in input order.
 
-    packed: put the sequences into prefix trees first; the values don't change. dtype: None takes the checkpoint's. Raises
-    UnsupportedModelError, DataError, WeightsError, or TrainerError.
+    packed: put the sequences into prefix trees first; the values don't change.
+    dtype: None takes the checkpoint's.
+
+    Raises UnsupportedModelError, DataError, WeightsError, or TrainerError.
     """
     folder, parallel = checkpoint_folder(base_model), parallel or Parallel()
     sequences = _sequences(lines, load_model_config(str(folder)))

@@ -1,4 +1,6 @@
-"""What a run is started with, for a person to read: a few lines at its start, all of it for `lockstep train --dry-run`."""
+"""The settings of a run, for a person to read: a few lines at its start, all of them for `lockstep
+train --dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def show_notes(console: Console, plan: Plan) -> None:
 
 
 def show_all(console: Console, plan: Plan, task: TaskSection, train: TrainConfig) -> None:
-    """Every setting of a run in one table: its name as the config file spells it, its value, and who decided."""
+    """Every setting of a run in one table: its name as the config file spells it, its value, and
+    who decided.
+    """
     table = Table(box=SIMPLE_HEAD, padding=0)
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold", ratio=2)

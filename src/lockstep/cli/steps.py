@@ -22,7 +22,9 @@ _SETTINGS = ("keep_newest", "keep_best", "keep_every", "keep_optimizer_states")
 
 
 def show_steps(run: Path, console: Console) -> None:
-    """One line a step: number, time, size, whether training can go on from there, rewards, and why the step is kept."""
+    """One line a step: number, time, size, whether training can go on from there, rewards, and why
+    the step is kept.
+    """
     run = run.expanduser().resolve()
     metrics, references = read_metrics(run), read_references(run)
     steps = published_steps(run)
@@ -45,7 +47,9 @@ def show_steps(run: Path, console: Console) -> None:
 
 
 def show_jobs(run: Path, console: Console) -> None:
-    """One line a job: its id, state, age of its last sign of life, what it is busy with or why it failed."""
+    """One line a job: its id, state, age of its last sign of life, what it is busy with or why it
+    failed.
+    """
     table = Table(box=None, pad_edge=False)
     for name in ("job", "state", "asked for", "seconds", "last sign", "busy with, or failed by"):
         table.add_column(name)
@@ -66,7 +70,8 @@ def show_jobs(run: Path, console: Console) -> None:
 def delete_steps(run: Path, steps: Sequence[int], console: Console) -> None:
     """Delete published steps; their metrics and manifests stay.
 
-    Raises StoreError, before anything is deleted, for a run in use, the last step, a KL reference, or a step that is not published.
+    Raises StoreError, before anything is deleted, for a run in use, the last step, a KL reference,
+    or an unpublished step.
     """
     run = run.expanduser().resolve()
     read_settings(run)  # a folder that is no run is not made one
@@ -90,7 +95,9 @@ def delete_steps(run: Path, steps: Sequence[int], console: Console) -> None:
 
 
 def _kept(settings: dict[str, Any], steps: list[int], metrics: dict[int, dict[str, float]]) -> dict[int, str]:
-    """Why each step stays, by what the run was started with last; empty for a run that removes none."""
+    """Why each step stays, by what the run was started with last; empty for a run that removes
+    none.
+    """
     if any(name not in settings for name in _SETTINGS):
         return {}
     first = {0} if "lora.rank" in settings else set()

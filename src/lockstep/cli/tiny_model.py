@@ -24,9 +24,11 @@ _RECIPE = "warmup.json"
 
 
 async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -> Path:
-    """Write the tiny base model and teach it the task's demonstrations; a folder that is complete already is kept.
+    """Write the tiny base model and teach it the task's demonstrations; a folder that is complete
+    already is kept.
 
-    It is made under a name of its own and renamed. Raises ConfigError for a folder that holds something else.
+    It is made under a name of its own and renamed. Raises ConfigError for a folder that holds
+    something else.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recipe = {"tiny": file.tiny.model_dump(mode="json"), "seed": file.task.seed}
@@ -67,7 +69,9 @@ def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 async def _python(*arguments: str, on_line=lambda line: None) -> None:
-    """Run this Python in a process of its own (it may load torch; we don't) and raise with its last lines if it fails."""
+    """Run this Python in a process of its own, which may load torch, and raise with its last lines
+    if it fails.
+    """
     process = await asyncio.create_subprocess_exec(
         *guarded([sys.executable, *arguments]),
         stdin=asyncio.subprocess.PIPE,

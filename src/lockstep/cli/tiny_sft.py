@@ -1,7 +1,9 @@
-"""Teach a tiny random model the format of a task by a few seconds of supervised training, so that it answers at all.
+"""Teach a tiny random model the format of a task by a few seconds of supervised training. An
+untrained model would never answer.
 
-Runs as a process of its own (`python -m lockstep.cli.tiny_sft`), since it loads torch and transformers. It trains all weights of the
-Hugging Face model in place, on the assistant's tokens only, and leaves an ordinary checkpoint behind.
+Runs as a process of its own (`python -m lockstep.cli.tiny_sft`), since it loads torch and
+transformers. It trains all weights of the Hugging Face model in place, on the assistant's tokens
+only, and leaves an ordinary checkpoint behind.
 
 Shape suffixes: B batch, S tokens, V vocabulary.
 """
@@ -20,8 +22,9 @@ IGNORED = -100
 def encode(tokenizer: Any, demonstration: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Token ids of one conversation, and labels that are IGNORED outside the assistant's turns.
 
-    A turn's tokens are the difference between the conversation rendered up to it with a generation prompt and with the turn itself;
-    raises ValueError if the chat template doesn't extend its own prefix, since then the labels would lie.
+    A turn's tokens are the difference between two renderings of the conversation: up to the turn
+    with a generation prompt, and with the turn. Raises ValueError if the chat template doesn't
+    extend its own prefix, since the labels would then be wrong.
     """
     messages, tools = demonstration["messages"], demonstration.get("tools")
 

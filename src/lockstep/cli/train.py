@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 async def run_file(config: Path, tiny: bool, console: Console, dry_run: bool = False) -> int:
-    """`lockstep train CONFIG`. Returns the exit code. dry_run: every resolved setting is shown, and nothing is started."""
+    """`lockstep train CONFIG`. Returns the exit code.
+
+    dry_run: every resolved setting is shown, and nothing is started.
+    """
     file = load_run_file(config)
     return await (show_settings if dry_run else execute)(file, config, tiny, console)
 
@@ -33,7 +36,8 @@ async def run_file(config: Path, tiny: bool, console: Console, dry_run: bool = F
 async def show_settings(file: RunFile, config: Path, tiny: bool, console: Console) -> int:
     """Resolve and check all that `execute` would start, show it, and start nothing.
 
-    A tiny model is made for it in a temporary folder, untaught, where the run has not made its own yet.
+    A tiny model is made for it in a temporary folder, untaught, where the run has not made its own
+    yet.
     """
     from lockstep.cli.settings_table import show_all
 
@@ -70,7 +74,8 @@ async def execute(
 ) -> int:
     """Prepare the model, start the backend, run the loop, and say where the result is.
 
-    task: None loads the one that the file names. rise: see `loop.run`.
+    task: None loads the one that the file names.
+    rise: see `loop.run`.
     """
     started = time.monotonic()
     task = task or load_task(config.parent / file.task.file)
@@ -131,7 +136,9 @@ def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBacke
 
 
 def _check_not_past(file: RunFile) -> None:
-    """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate and end."""
+    """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate
+    and end.
+    """
     path = file.backend.path.expanduser() / file.model.project / file.model.name
     if (steps := published_steps(path)) and steps[-1] > file.task.steps:
         raise ConfigError(

@@ -1,1 +1,3 @@
-"""Every setting a user can make: frozen, documented with its unit, and refused when unknown, out of range, or without effect."""
+"""Every setting a user can make: frozen, documented with its unit, and refused when unknown, out of
+range, or without effect.
+"""

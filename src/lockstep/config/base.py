@@ -28,7 +28,9 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _not_converted(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take "3" for 3 and true for 1. (Its strict mode would also refuse the lists and paths of a file.)"""
+        """pydantic would take "3" for 3 and true for 1. (Its strict mode would also refuse the
+        lists and paths of a file.)
+        """
         return _checked(value, _types(cls.model_fields[info.field_name].annotation)) if info.field_name else value
 
     @classmethod
@@ -52,7 +54,9 @@ class Config(BaseModel):
 
 
 def _types(annotation: Any) -> set[Any]:
-    """The plain types below an annotation: {int, NoneType} of `int | None`, and likewise of `tuple[int, ...]`."""
+    """The plain types below an annotation: {int, NoneType} of `int | None`, and likewise of
+    `tuple[int, ...]`.
+    """
     parts = get_args(annotation)
     if get_origin(annotation) is Annotated:
         parts = parts[:1]
@@ -60,7 +64,9 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _checked(value: Any, types: set[Any]) -> Any:
-    """value, if it is no text for a number, no number for a truth value, and no truth value for a number."""
+    """value, if it is no text for a number, no number for a truth value, and no truth value for a
+    number.
+    """
     if isinstance(value, list | tuple):
         plain = {
             kind for kind in types if not isinstance(kind, str)
@@ -87,8 +93,8 @@ def settings_text(schema: type[BaseModel]) -> str:
 
 
 def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigError:
-    """The error for a valid setting that `backend` can't honour: `raise unsupported("loss", "gspo", "TinkerBackend",
-    "...")`.
+    """The error for a valid setting that `backend` can't honour: `raise unsupported("loss", "gspo",
+    "TinkerBackend", "...")`.
     """
     return ConfigError(f"{backend} does not support {setting} = {value!r}: {why}")
 
@@ -96,8 +102,8 @@ def unsupported(setting: str, value: object, backend: str, why: str) -> ConfigEr
 def load_toml(path: str | Path, schema: type[Schema]) -> Schema:
     """Read a TOML file into `schema`.
 
-    Raises ConfigError, one line that names the file and the setting: file missing, not TOML, unknown key (with close
-    matches), bad value.
+    Raises ConfigError, one line that names the file and the setting: file missing, not TOML,
+    unknown key (with close matches), bad value.
     """
     path = Path(path).expanduser()
     try:

@@ -1,6 +1,7 @@
 """Every deadline of a run, in seconds: who waits for whom, and for how long.
 
-A trainer that works sends heartbeats, so deadlines of its requests bound a silence and not a long step.
+A trainer that works sends heartbeats, so deadlines of its requests bound a silence and not a long
+step.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 STEP_S = 600.0
 """The backend for the trainer: longest silence while it trains, scores, saves or loads."""
 SYNC_S = 300.0
-"""Trainer and server for each other in a weight sync: to join, for the receiver of a bucket, for the swap."""
+"""Trainer and server for each other in a weight sync: to join, for the receiver of a bucket, for
+the swap.
+"""
 OFFLOAD_S = 600.0
 """The backend for the trainer, to move its memory before the server starts."""
 IN_FLIGHT_S = 600.0
@@ -36,9 +39,11 @@ LOST_RANK_S = 15.0
 SCORING_S = 600.0
 """`lockstep score` and `lockstep validate` for the trainer."""
 DOWNLOAD_S = 600.0
-"""Whoever downloads a model from the package index."""
+"""The download of a model from the package index."""
 INSTALL_STEP_S = 3600.0
-"""`lockstep runtime install` for one step of it, and for another installation of the same environment."""
+"""`lockstep runtime install` for one step of it, and for another installation of the same
+environment.
+"""
 TINKER_CALL_S = 3600.0
 """TinkerBackend for the service's answer to a step."""
 TINKER_SAMPLE_S = 600.0

@@ -11,8 +11,9 @@ from lockstep.config.base import Config
 
 
 class Placement(Config):
-    """Which GPUs of this machine train and which serve. The same list in both: colocated mode, the server sleeps while
-    training. "cpu" in both: colocated mode without a GPU, to try it out.
+    """The GPUs of this machine that train, and those that serve. The same list in both: colocated
+    mode, the server sleeps while training. "cpu" in both: colocated mode without a GPU, to try it
+    out.
     """
 
     trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
@@ -46,7 +47,7 @@ class Placement(Config):
 
 
 class Parallel(Config):
-    """How the trainer is spread over processes: tensor x pipeline x data x context of them."""
+    """The distribution of the trainer over processes: tensor x pipeline x data x context of them."""
 
     tensor: int = Field(
         default=1, gt=0, description="tensor parallel size: each matrix is split over this many processes"
@@ -80,7 +81,7 @@ class Parallel(Config):
 
     @property
     def processes(self) -> int:
-        """How many trainer processes that makes."""
+        """The number of trainer processes."""
         return self.tensor * self.pipeline * self.replicas
 
     @property
@@ -94,11 +95,15 @@ class Parallel(Config):
 
 
 LEAST_CONTEXT = 49
-"""Tokens of the shortest `max_model_len`: the text that verifies a step has to fit, and a shorter one says little."""
+"""Tokens of the shortest `max_model_len`: the text that verifies a step has to fit, and a shorter
+one says little.
+"""
 
 
 class MegatronConfig(Config):
-    """How Megatron-Core trains and vLLM serves on this machine. Every setting has a default that runs on the machine at hand."""
+    """The settings of Megatron-Core and vLLM on this machine. Every setting has a default that runs
+    on the machine at hand.
+    """
 
     path: Path = Field(default=Path("runs"), description="folder that holds all runs, relative to the current folder")
     rollout_weights_mode: Literal["lora", "merged"] = Field(

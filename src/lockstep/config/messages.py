@@ -1,4 +1,4 @@
-"""What is wrong with a setting, as one line that names the setting."""
+"""A validation error as one line that names the setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _PLAIN_WORDS = {
     "model_type": "must be a table of settings",
     "model_attributes_type": "must be a table of settings",
 }
-"""For pydantic's messages that name Python's types: what the value has to be in a file or a call."""
+"""For pydantic's messages that name Python's types: what the value has to be in a file or a call.
+"""
 
 
 def unknown(key: str, known: Iterable[str], where: str) -> str:

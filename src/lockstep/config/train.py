@@ -237,7 +237,9 @@ class TrainConfig(Config):
 
     @property
     def importance_bounds(self) -> tuple[float, float]:
-        """(floor, cap) of the importance correction with its defaults filled in; (0, inf) without one."""
+        """(floor, cap) of the importance correction with its defaults filled in; (0, inf) without
+        one.
+        """
         if self.importance_correction is None:
             return 0.0, float("inf")
         floor, cap = _CORRECTION_DEFAULTS[self.importance_correction]

@@ -1,4 +1,6 @@
-"""From a model's config and parallel sizes to a Megatron model on this rank, loaded through the weight contract."""
+"""From a model's config and parallel sizes to a Megatron model on this rank, loaded through the
+weight contract.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def sizes_here() -> Sizes:
 def transformer_config(config: ModelConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration. Every fusion that needs TransformerEngine or apex is off.
 
-    Megatron sees one pipeline stage only: stages, their schedule and the tied embedding across them are ours (`pipeline.py`).
+    Megatron sees one pipeline stage only: stages, their schedule and the tied embedding across them
+    are ours (`pipeline.py`).
     """
     moe: dict[str, Any] = {}
     if config.is_moe:
@@ -96,7 +99,8 @@ def transformer_config(config: ModelConfig, parallel: Parallel, dtype: torch.dty
         transformer_impl="local",
         **moe,
     )
-    # Set afterwards: Megatron refuses one expert per token with normalised weights, which models do have (the weight is then 1).
+    # Set afterwards: Megatron refuses one expert per token with normalised weights, which models do
+    # have (the weight is then 1).
     made.moe_router_pre_softmax = not config.norm_topk_prob
     return made
 
@@ -136,7 +140,9 @@ def _layer_spec(config: ModelConfig, number: int) -> ModuleSpec:
 
 
 def build(config: ModelConfig, parallel: Parallel, dtype: torch.dtype, layers: range, recompute: bool = False) -> Model:
-    """An unloaded model of the layers `layers` (this pipeline stage), parameters allocated on the engine's device, none trainable."""
+    """An unloaded model of the layers `layers` (this pipeline stage), parameters allocated on the
+    engine's device, none trainable.
+    """
     RouterReplay.clear_global_router_replay_instances()  # Megatron's list of routers belongs to one model
     megatron_config = transformer_config(config, parallel, dtype)
     first, last = layers.start == 0, layers.stop == config.layers

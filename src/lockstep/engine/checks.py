@@ -1,4 +1,6 @@
-"""What a step must pass before it may change the weights: finite losses, every record replayed once, server and trainer in agreement."""
+"""The checks of a step before the weights change: finite losses, every record replayed once, server
+and trainer in agreement.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Sums = dict[str, float]
 
 
 def gather_sums(trainer: TrainerState, losses: Sequence[LossSums], work: Sequence[MicroBatch]) -> tuple[Sums, Sums]:
-    """(sums, maxima) over all ranks, on every rank. Raises TrainerError, also everywhere, if a row's loss is not finite."""
+    """(sums, maxima) over all ranks, on every rank. Raises TrainerError, also everywhere, if a
+    row's loss is not finite.
+    """
     message: dict[str, Any] = {}
     if trainer.model.post_process:
         sums, maxima = reduce_sums(losses)
@@ -54,7 +58,9 @@ def _floats(values: Mapping[str, Any]) -> Sums:
 
 
 def check_average(trainer: TrainerState, sums: Sums, limit: float | None) -> None:
-    """Raise MismatchError if server and trainer disagree by more than `limit` nats per token that the trained step sampled."""
+    """Raise MismatchError if server and trainer disagree by more than `limit` nats per token that
+    the trained step sampled.
+    """
     if limit is None or not sums["current"]:
         return
     mismatch = sums["drift_abs"] / sums["current"]
@@ -67,7 +73,9 @@ def check_average(trainer: TrainerState, sums: Sums, limit: float | None) -> Non
 
 
 def check_tokens(trainer: TrainerState, rows: Sequence[TokenMismatch], limit: float) -> None:
-    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the largest."""
+    """Raise MismatchError on every rank if any rank's row has a token beyond `limit`, naming the
+    largest.
+    """
     here = max(rows, key=lambda token: token.excess, default=TokenMismatch())
     everywhere: list[TokenMismatch] = [here] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -81,7 +89,9 @@ def check_tokens(trainer: TrainerState, rows: Sequence[TokenMismatch], limit: fl
 
 
 def check_records(trainer: TrainerState, work: Sequence[MicroBatch]) -> None:
-    """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these rows exactly once."""
+    """Raise TrainerError, on every rank, unless the routers of all ranks used each record of these
+    rows exactly once.
+    """
     if not trainer.config.is_moe or all(micro.row.experts_SLK is None for micro in work):
         return
     sums = torch.zeros(2, dtype=torch.int64, device=device())
@@ -101,7 +111,9 @@ def check_records(trainer: TrainerState, work: Sequence[MicroBatch]) -> None:
 
 
 def expert_choices_that_differ(trainer: TrainerState) -> dict[str, float]:
-    """`expert_choices_differ`: share of the replayed choices that the routers here would not have made. Nothing without replay."""
+    """`expert_choices_differ`: share of the replayed choices that the routers here would not have
+    made. Nothing without replay.
+    """
     if not trainer.config.is_moe:
         return {}
     counts = trainer.model.replayed.choices.clone()

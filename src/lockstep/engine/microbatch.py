@@ -22,7 +22,7 @@ _NONE = np.zeros(0, np.int64)
 
 
 NOTHING = ScoredRow(_NONE, _NONE, _NONE, _NONE * 1.0, _NONE * 1.0, _NONE, _NONE, _NONE * 1.0, _NONE * 1.0, ())
-"""What a padding row has to score."""
+"""The scored tokens of a padding row: none."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The model a rank holds: Megatron's GPTModel and TransformerLayer with forward passes of our own.
 
-Rotary angles come from each token's own position (rows hold many sequences), and the model returns hidden states: logits exist only
-in chunks, inside `lm_head.py`. Sequence-first layout as in Megatron: `[S, 1, H]`, S split over context-parallel ranks, and over TP under
-sequence parallelism.
+Rotary angles come from each token's own position, since rows hold many sequences. The model returns
+hidden states; logits exist only in chunks, inside `lm_head.py`. Sequence-first layout as in
+Megatron: `[S, 1, H]`, S split over context-parallel ranks, and over TP under sequence parallelism.
 
 Shapes: S tokens, H hidden, D rotary dims.
 """
@@ -28,7 +28,9 @@ from lockstep.models.config import Rope
 
 
 def inverse_frequencies(rope: Rope) -> Tensor:
-    """fp32 `[D/2]` on CPU. kind "llama3" stretches the low frequencies (Llama 3.1's rule, as in transformers' `rope_utils`)."""
+    """fp32 `[D/2]` on CPU. kind "llama3" stretches the low frequencies (Llama 3.1's rule, as in
+    transformers' `rope_utils`).
+    """
     inverse = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
     if rope.kind != "llama3":
         return inverse
@@ -49,7 +51,9 @@ def _passes() -> tuple[AbstractContextManager[None], AbstractContextManager[None
 
 
 class Layer(TransformerLayer):
-    """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, recomputed in the backward pass when asked."""
+    """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, recomputed in the
+    backward pass when asked.
+    """
 
     recompute = False
 
@@ -72,7 +76,9 @@ class Layer(TransformerLayer):
 
 
 class Model(GPTModel):
-    """One pipeline stage. `forward_row` is the only entry; the first stage embeds, the last applies the final norm."""
+    """One pipeline stage. `forward_row` is the only entry; the first stage embeds, the last applies
+    the final norm.
+    """
 
     def __init__(self, *args: Any, rope: Rope, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
@@ -87,7 +93,10 @@ class Model(GPTModel):
         return angle_S1D.cos(), angle_S1D.sin()
 
     def forward_row(self, row: PackedRow, received: Tensor | None = None) -> Tensor:
-        """Hidden states after this stage. `received`: the previous stage's output, on every stage but the first."""
+        """Hidden states after this stage.
+
+        `received`: the previous stage's output, on every stage but the first.
+        """
         if self.pre_process:
             tokens_S = share(row.tokens_S)
             hidden = self.embedding(input_ids=tokens_S[None], position_ids=share(row.positions_S)[None])

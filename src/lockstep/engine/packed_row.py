@@ -1,14 +1,17 @@
-"""One row of a PackedBatch as the engine sees it: which token may see which, and in what order states flow down the tree.
+"""One row of a PackedBatch in the engine: the visibility of tokens, and the order in which states
+flow down the tree.
 
-The rule (design, PackedBatch): a query sees a key if the key comes no later in the row and lies in the query's node or one of its
-ancestors. Numbering the nodes depth first turns "is an ancestor" into two comparisons: node a is an ancestor of b (or b itself)
-exactly if `enter[a] <= enter[b] < leave[a]`. The dense mask, and FlexAttention's mask function and block mask all come from the
-per-token `enter` and `leave`; nothing of size S x S is needed but for the dense one.
+The rule: a query sees a key if the key comes no later in the row and lies in the query's node or an
+ancestor. Numbering the nodes depth first turns "is an ancestor" into two comparisons. Node a is an
+ancestor of b (or b itself) exactly if `enter[a] <= enter[b] < leave[a]`. The dense mask,
+FlexAttention's mask function and the block mask all come from the per-token `enter` and `leave`.
+Only the dense mask needs anything of size S x S.
 
 Padding tokens form a node of their own, so every query sees at least itself and no NaN can arise.
 
-Shapes: S row length, M nodes of the row (local numbers, padding last), N nodes of a depth level, L longest of them, T their tokens,
-B blocks, G segments (nodes cut at block borders). Routed experts: L mixture-of-experts layers, K experts per token.
+Shapes: S row length, M nodes of the row (local numbers, padding last), N nodes of a depth level, L
+longest of them, T their tokens, B blocks, G segments (nodes cut at block borders). Routed experts:
+L mixture-of-experts layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -29,13 +32,17 @@ BLOCK = 128
 
 
 def padded_length(used: int, unit: int) -> int:
-    """The least multiple of `unit` that holds `used` tokens, and at least two units: torch compiles length 1 apart."""
+    """The least multiple of `unit` that holds `used` tokens, and at least two units: torch compiles
+    length 1 apart.
+    """
     return max(2, -(-used // unit)) * unit
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """A row's nodes in row order: contiguous runs of tokens that cover the row. `parent_M` is a local node number or -1."""
+    """A row's nodes in row order: contiguous runs of tokens that cover the row. `parent_M` is a
+    local node number or -1.
+    """
 
     start_M: np.ndarray
     stop_M: np.ndarray
@@ -52,7 +59,9 @@ class Nodes:
 
     @cached_property
     def intervals_M(self) -> tuple[np.ndarray, np.ndarray]:
-        """(enter, leave) of a depth-first numbering: a is b's ancestor or b itself iff enter[a] <= enter[b] < leave[a]."""
+        """(enter, leave) of a depth-first numbering: a is b's ancestor or b itself iff enter[a] <=
+        enter[b] < leave[a].
+        """
         count = len(self.parent_M)
         size_M = np.ones(count, np.int64)
         for node in range(count - 1, -1, -1):
@@ -72,7 +81,9 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Level:
-    """The nodes of one depth, laid side by side: `tokens_NL` row indices (padded with S), `lengths_N`, `parent_N` among all nodes."""
+    """The nodes of one depth, laid side by side: `tokens_NL` row indices (padded with S),
+    `lengths_N`, `parent_N` among all nodes.
+    """
 
     nodes_N: Tensor
     parent_N: Tensor
@@ -95,7 +106,9 @@ class PackedRow:
     index: int
     experts_SLK: Tensor | None = None
     replays: list[Replay] = field(default_factory=list, repr=False)
-    """What the layers did with the routed experts in the present pass over the row; the model adds it up and empties the list."""
+    """The records of the layers in the present pass over the row. The model adds them up and
+    empties the list.
+    """
     _cache: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
@@ -112,7 +125,9 @@ class PackedRow:
         return self._cache["dense"]  # pyright: ignore[reportReturnType]
 
     def block_mask(self) -> object:
-        """FlexAttention's BlockMask of the same rule, from counts per block: memory and time grow with blocks, not with S x S."""
+        """FlexAttention's BlockMask of the same rule, from counts per block: memory and time grow
+        with blocks, not with S x S.
+        """
         if "block" not in self._cache:
             self._cache["block"] = build_block_mask(self.nodes, self.enter_S, self.leave_S)
         return self._cache["block"]
@@ -124,7 +139,9 @@ class PackedRow:
         return self._cache["levels"]  # pyright: ignore[reportReturnType]
 
     def followed_S(self) -> Tensor:
-        """bool, True on tokens that another one follows in some sequence: nothing depends on what the others compute."""
+        """bool, True on tokens that another one follows in some sequence: nothing depends on what
+        the others compute.
+        """
         if "followed" not in self._cache:
             followed = torch.zeros(self.length + 1, dtype=torch.bool, device=self.previous_S.device)
             followed[self.previous_S] = True  # -1, no token before, falls on the spare place at the end
@@ -138,7 +155,9 @@ class PackedRow:
         return self._cache["keys"]  # pyright: ignore[reportReturnType]
 
     def conv_taps_KS(self, taps: int) -> Tensor:
-        """Row index of the token 0, 1, .. taps-1 places before each in its own sequence (S: before its beginning)."""
+        """Row index of the token 0, 1, .. taps-1 places before each in its own sequence (S: before
+        its beginning).
+        """
         key = f"taps{taps}"
         if key not in self._cache:
             beyond = self.length
@@ -152,7 +171,9 @@ class PackedRow:
 
 
 def packed_row(batch: PackedBatch, index: int, device: torch.device, unit: int) -> PackedRow:
-    """Row `index` of the batch, its unused tail cut off, padded to a multiple of `unit` tokens (shards of a row, blocks)."""
+    """Row `index` of the batch, its unused tail cut off, padded to a multiple of `unit` tokens
+    (shards of a row, blocks).
+    """
     if index < 0:
         raise IndexError(f"row {index}")
     used_S = np.flatnonzero(batch.nodes_RS[index] >= 0)
@@ -184,7 +205,9 @@ def packed_row(batch: PackedBatch, index: int, device: torch.device, unit: int) 
 
 
 def padding_row(batch: PackedBatch, length: int, device: torch.device) -> PackedRow:
-    """A row of nothing but padding, routed like any padding: it keeps a rank in step with others that have a row more."""
+    """A row of padding alone, routed like any padding. It keeps a rank in step with ranks that have
+    a row more.
+    """
     zeros_S = torch.zeros(length, dtype=torch.long, device=device)
     nodes = Nodes(np.array([0]), np.array([length]), np.array([-1]))
     routed_experts = None
@@ -194,9 +217,11 @@ def padding_row(batch: PackedBatch, length: int, device: torch.device) -> Packed
 
 
 def _routed_experts(batch: PackedBatch, index: int, used: int, length: int, device: torch.device) -> Tensor | None:
-    """Replayed experts `[S, L, K]`; padding tokens go to the first K, so that every token has K different ones.
+    """Replayed experts `[S, L, K]`; padding tokens go to the first K, so that every token has K
+    different ones.
 
-    uint8, or int32 for more experts: they are by far the most that a row has, and all rows of a step are on the device.
+    uint8, or int32 for more experts. They are by far the largest part of a row, and all rows of a
+    step are on the device.
     """
     if batch.experts_RSLK is None:
         return None
@@ -255,7 +280,9 @@ def _levels(nodes: Nodes, length: int, device: torch.device) -> list[Level]:
 
 
 def block_counts_BB(nodes: Nodes, block: int = BLOCK) -> np.ndarray:
-    """How many (query, key) pairs of each block pair are visible, ignoring row order inside the diagonal blocks."""
+    """The number of visible (query, key) pairs of each block pair, ignoring row order inside the
+    diagonal blocks.
+    """
     length = int(nodes.stop_M[-1])
     blocks = -(-length // block)
     cuts = np.unique(np.concatenate([nodes.start_M, [length], np.arange(0, length, block)]))
@@ -269,7 +296,9 @@ def block_counts_BB(nodes: Nodes, block: int = BLOCK) -> np.ndarray:
 
 
 def build_block_mask(nodes: Nodes, enter_S: Tensor, leave_S: Tensor) -> object:
-    """BlockMask `[1, 1, B, B]`: a block pair below the diagonal is full if all its pairs are visible, else partial if any is."""
+    """BlockMask `[1, 1, B, B]`. A block pair below the diagonal is full if all its pairs are
+    visible, else partial if any is.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     length, device = enter_S.shape[0], enter_S.device

@@ -1,8 +1,9 @@
 """Rows through pipeline stages: one forward one backward (1F1B, arXiv 2104.04473), or forward only.
 
-With one stage this is a plain loop. Activations and their gradients travel point to point; every rank knows every row's length, so
-nothing but the tensors is sent. Warm-up: a stage runs as many rows ahead as there are stages after it, so that it never waits in
-steady state and holds at most that many rows' activations.
+With one stage this is a plain loop. Activations and their gradients travel point to point; every
+rank knows every row's length, so nothing but the tensors is sent. Warm-up: a stage runs as many
+rows ahead as there are stages after it. So it never waits in steady state and holds at most that
+many rows' activations.
 
 Shapes: S tokens of this rank's shard of a row, H hidden.
 """
@@ -22,13 +23,17 @@ from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
 
 LastStage = Callable[[int, Tensor], Tensor]
-"""(number of the row in the list, hidden states) -> the scalar to differentiate. Called on the last stage only."""
+"""(number of the row in the list, hidden states) -> the scalar to differentiate. Called on the last
+stage only.
+"""
 
 
 class _Links:
-    """Point-to-point transfers with the neighbouring stages. The sends and receives of one moment go out together: none can block another.
+    """Point-to-point transfers with the neighbouring stages. The sends and receives of one moment
+    go out together: none can block another.
 
-    Row numbers say what is sent: `take`/`give` a row's activations (from the stage before, to the stage after) or their gradient.
+    Row numbers say what is sent: `take`/`give` a row's activations (from the stage before, to the
+    stage after) or their gradient.
     """
 
     def __init__(self, model: Model, rows: Sequence[PackedRow], shard: int) -> None:
@@ -61,7 +66,10 @@ class _Links:
 
 
 def forward_only(model: Model, rows: Sequence[PackedRow], last: Callable[[int, Tensor], None], shard: int = 1) -> None:
-    """Run every row without gradients; `last` sees each one's hidden states on the last stage. shard: parts a row's tokens are split in."""
+    """Run every row without gradients; `last` sees each one's hidden states on the last stage.
+
+    shard: parts a row's tokens are split in.
+    """
     links = _Links(model, rows, shard)
     with torch.no_grad():
         for number, row in enumerate(rows):
@@ -73,7 +81,9 @@ def forward_only(model: Model, rows: Sequence[PackedRow], last: Callable[[int, T
 
 
 def forward_backward(model: Model, rows: Sequence[PackedRow], last: LastStage, shard: int = 1) -> None:
-    """Run every row forward and backward; gradients accumulate in the parameters. `last` returns the loss to differentiate."""
+    """Run every row forward and backward; gradients accumulate in the parameters. `last` returns
+    the loss to differentiate.
+    """
     links = _Links(model, rows, shard)
     ahead = min(links.group.size() - 1 - links.group.rank(), len(rows))
     in_flight: deque[tuple[Tensor | None, Tensor]] = deque()

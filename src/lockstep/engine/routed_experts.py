@@ -1,11 +1,13 @@
-"""Routed experts of a batch: checked before any layer replays them (`router.py`), since Megatron uses replayed numbers unchecked, and
-accounted for afterwards: every record was used exactly once, at its own token and layer.
+"""Routed experts of a batch, checked before any layer replays them (`router.py`), since Megatron
+uses replayed numbers unchecked. An account then shows that every record was used exactly once, at
+its own token and layer.
 
-The account is a sum modulo 2^64. Each record is multiplied with a pseudo-random number of its row, token, layer and place in the top K;
-what the routers used, over all ranks, must add up to what the rows hold. A record that is left out, used twice, or used elsewhere
-changes the sum.
+The account is a sum modulo 2^64. Each record is multiplied with a pseudo-random number of its row,
+token, layer and position in the top K. The sum over the routers of all ranks must equal the sum
+over the rows. A record that is left out, used twice, or used elsewhere changes the sum.
 
-Shapes: R rows, S row length, T tokens of this rank, L mixture-of-experts layers, K experts per token.
+Shapes: R rows, S row length, T tokens of this rank, L mixture-of-experts layers, K experts per
+token.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _LAYERS = 1 << 40
 """Row numbers and layer numbers draw from different ranges."""
 
 recomputing: ContextVar[bool] = ContextVar("lockstep_recomputing", default=False)
-"""True while activations are computed a second time for the backward pass: nothing is counted then."""
+"""True while activations are computed a second time for the backward pass: nothing is counted then.
+"""
 
 
 @contextmanager
@@ -59,7 +62,9 @@ def record_keys(row: int, length: int, device: torch.device) -> Tensor:
 
 @cache
 def _layer_keys(layers: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 `[L]`: a number for each of these mixture-of-experts layers, counted over the whole model."""
+    """int64 `[L]`: a number for each of these mixture-of-experts layers, counted over the whole
+    model.
+    """
     return mixed(torch.tensor(layers, device=device) + _LAYERS)
 
 
@@ -70,7 +75,10 @@ def _place_keys(topk: int, device: torch.device) -> Tensor:
 
 
 def account(experts_TK: Tensor, keys_T: Tensor) -> Tensor:
-    """int64 scalar: these records' part of the sum. keys_T: their token's times their layer's. `[..., K]` and `[...]` do as well."""
+    """int64 scalar: these records' part of the sum.
+
+    keys_T: their token's times their layer's. `[..., K]` and `[...]` do as well.
+    """
     places_K = _place_keys(experts_TK.shape[-1], experts_TK.device)
     return (((experts_TK + 1) * places_K).sum(-1) * keys_T).sum()
 
@@ -83,7 +91,9 @@ def account_of_row(experts_SLK: Tensor, row: int) -> Tensor:
 
 
 class Replay(NamedTuple):
-    """What one layer did with its share of a row's records. The last two are alike in all layers of a row."""
+    """The replay of one layer, for its share of a row's records. The last two are alike in all
+    layers of a row.
+    """
 
     layer: int
     experts_TK: Tensor
@@ -111,7 +121,9 @@ class Replayed:
 
     @torch.no_grad()
     def add(self, layers: Sequence[Replay]) -> None:
-        """One row's, all layers in one go: layer by layer these few sums would be a percent of a training step."""
+        """One row's, all layers in one go: layer by layer these few sums would be a percent of a
+        training step.
+        """
         if not layers:
             return
         counted_T, keys_T = layers[0].counted_T, layers[0].keys_T
@@ -125,10 +137,11 @@ class Replayed:
 
 
 def check_routed_experts(batch: PackedBatch, rows: Sequence[PackedRow], config: ModelConfig) -> None:
-    """Raise DataError, on every rank, unless the batch's routed experts, if any, fit the model:
-    layers, experts per token, range, no expert twice.
+    """Raise DataError, on every rank, unless the batch's routed experts fit the model: layers,
+    experts per token, range, no expert twice.
 
-    rows: this rank's, whose routed experts are on the device already: there looking at each of them takes no time.
+    rows: this rank's, whose routed experts are on the device already: there looking at each of them
+        takes no time.
     """
     if batch.experts_RSLK is None:
         return
@@ -159,7 +172,9 @@ def check_routed_experts(batch: PackedBatch, rows: Sequence[PackedRow], config: 
 
 
 def first_invalid(experts_SLK: Tensor, experts: int) -> Tensor:
-    """int64 scalar: the first token with an expert that is not there, or with one twice in a layer; S if there is none."""
+    """int64 scalar: the first token with an unknown expert, or with one expert twice in a layer; S
+    if there is none.
+    """
     invalid_SL = experts_SLK.amax(-1).int() >= experts  # a narrow type may not hold `experts`
     for shift in range(1, experts_SLK.shape[-1] // 2 + 1):  # round the circle of places, each meets every other one
         invalid_SL |= (experts_SLK == experts_SLK.roll(shift, -1)).any(-1)

@@ -22,9 +22,11 @@ from lockstep.engine.timing import Clock, Report
 
 
 def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarray:
-    """float32 `[R, S]`: log-probability of every token given the ones before it in its sequence, NaN where there is none.
+    """float32 `[R, S]`: log-probability of every token given the ones before it in its sequence,
+    NaN where there is none.
 
-    Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss or not. On every rank.
+    Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss
+    or not. On every rank.
     """
     return score_and_rank(trainer, batch, report, 0)[0]
 
@@ -32,8 +34,8 @@ def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarr
 def score_and_rank(
     trainer: TrainerState, batch: PackedBatch, report: Report, count: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`score`, and where `count` is not 0 int32 `[R, S, count]`: the ids that were most likely in each token's place, best first,
-    -1 where there is no prediction.
+    """`score` and, where `count` is not 0, int32 `[R, S, count]`: the most likely ids at each
+    token, best first; -1 where there is no prediction.
     """
     clock = Clock(report)
     values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)

@@ -1,6 +1,8 @@
-"""What the model says about a row's scored tokens: log-probability, entropy, most likely ids.
+"""The model's values for a row's scored tokens: log-probability, entropy, most likely ids.
 
-Shapes: N scored tokens of a row, P pairs (sequence, such a token), T tokens whose C most likely ids are compared."""
+Shapes: N scored tokens of a row, P pairs (sequence, such a token), T tokens whose C most likely ids
+are compared.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from lockstep.engine.state import TrainerState
 def head_outputs(
     trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, target: np.ndarray, temperature: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose predictor is its own."""
+    """(log-probability, entropy) of a row's scored tokens, on every rank; each computes those whose
+    predictor is its own.
+    """
     own = context.owned(predictor)
 
     def put(values: np.ndarray) -> Tensor:
@@ -58,7 +62,9 @@ def most_likely_ids(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray
 
 
 def top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
-    """How far a row's most likely tokens agree with those that came with its rollouts, over what the trained step sampled: as sums."""
+    """The agreement of a row's most likely tokens with those of its rollouts, over the trained
+    step's samples, as sums.
+    """
     assert scored.top_PC is not None
     known_P = scored.top_PC[:, 0] >= 0
     if scored.current_N is not None:
@@ -77,7 +83,9 @@ def row_shards(trainer: TrainerState) -> int:
 
 
 def logprobs_of_rows(trainer: TrainerState, work: Sequence[MicroBatch]) -> list[Tensor]:
-    """Detached log-probabilities of each row's scored tokens under the present weights; empty on all stages but the last."""
+    """Detached log-probabilities of each row's scored tokens under the present weights; empty on
+    all stages but the last.
+    """
     outputs: list[Tensor] = [torch.empty(0)] * len(work)
 
     def last(number: int, hidden: Tensor) -> None:

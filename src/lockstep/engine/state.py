@@ -1,4 +1,6 @@
-"""What one rank of the trainer holds between requests: model, trainable set, optimizer; and how it is made, loaded and saved."""
+"""The state of one trainer rank between requests: model, trainables, optimizer. It is made, loaded
+and saved here.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ Shape = tuple[int, ...]
 
 @dataclass
 class TrainerState:
-    """One rank's state. shapes: of every tensor trained on any rank, by canonical name. sites: every LoRA pair of the whole model."""
+    """One rank's state.
+
+    shapes: of every tensor trained on any rank, by canonical name.
+    sites: every LoRA pair of the whole model.
+    """
 
     settings: EngineConfig
     config: ModelConfig
@@ -60,7 +66,9 @@ class TrainerState:
 
 
 def open_trainer(settings: EngineConfig) -> TrainerState:
-    """Build and load everything on this rank; process groups must be up. Raises LockstepError before anything large is allocated."""
+    """Build and load everything on this rank; process groups must be up. Raises LockstepError
+    before anything large is allocated.
+    """
     folder = Path(settings.model)
     handler = get_model_support_handler(str(folder), allow_unvalidated_arch=settings.allow_unvalidated_arch)
     config = load_model_config(str(folder))
@@ -93,7 +101,8 @@ def open_trainer(settings: EngineConfig) -> TrainerState:
         trainables = attach_adapters(model, shards, lora.targets, lora.rank, lora.alpha, settings.seed)
     if initial is not None:
         assign(trainables, initial)
-    # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed it.
+    # Masters are fp32 also where the model computes in fp64: a step is the same, whatever computed
+    # it.
     narrow = torch.float32 if DTYPES[settings.dtype] == torch.float64 else None
     optimizer = Optimizer(trainables if settings.trains else [], settings.parallel, config.tied, narrow)
     return TrainerState(settings, config, handler, checkpoint, shards, model, trainables, optimizer, shapes, sites)
@@ -123,7 +132,9 @@ def _check_targets(shards: Sequence[Shard], lora: LoraSettings | None) -> None:
 
 
 def _preflight(shards: Sequence[Shard], settings: EngineConfig) -> None:
-    """Weights, and for full fine-tuning fp32 gradients here and three fp32 copies spread over the replicas."""
+    """Weights, and for full fine-tuning fp32 gradients here and three fp32 copies spread over the
+    replicas.
+    """
     elements = sum(torch.Size(s.shape).numel() for s in shards)
     needed = elements * DTYPES[settings.dtype].itemsize
     if settings.lora is None and settings.trains:
@@ -154,7 +165,8 @@ def _load(model: Model, checkpoint: Checkpoint, shards: Sequence[Shard], dtype: 
 
 
 def load_step(trainer: TrainerState, folder: Path) -> int:
-    """Take over a step's optimizer state, and with it its weights. Returns the optimizer steps until then.
+    """Take over a step's optimizer state, and with it its weights. Returns the optimizer steps
+    until then.
 
     Raises WeightsError when it does not fit; nothing is changed then.
     """
@@ -166,10 +178,13 @@ def load_step(trainer: TrainerState, folder: Path) -> int:
 
 
 def save_step(trainer: TrainerState, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
-    """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/` (all weights, as a Hugging Face
-    folder in the layout and dtype of the base checkpoint). Collective; all ranks must see the folder.
+    """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/`
+    (all weights). The latter is a Hugging Face folder in the layout and dtype of the base
+    checkpoint. Collective; all ranks must see the folder.
 
-    on_host: as for `write_state`; nothing else is read from the device. Returns the files, relative to the folder.
+    on_host: as for `write_state`; nothing else is read from the device.
+
+    Returns the files, relative to the folder.
     """
     state = folder / "trainer"
     if state.exists():  # seen by every rank, so that all of them fail
@@ -197,7 +212,8 @@ def _masters(trainer: TrainerState, state: Path) -> Iterator[tuple[str, Tensor]]
 
 
 def _write_adapter(trainer: TrainerState, folder: Path, state: Path) -> None:
-    """The masters of the file just written, rounded to the model's dtype: exactly what the forward pass uses.
+    """The masters of the file just written, rounded to the model's dtype: exactly what the forward
+    pass uses.
 
     A model that computes in fp64 uses the masters as they are.
     """
@@ -211,7 +227,9 @@ def _write_adapter(trainer: TrainerState, folder: Path, state: Path) -> None:
 
 @contextmanager
 def reference_weights(trainer: TrainerState, folder: Path) -> Iterator[None]:
-    """Another published step's weights in the model while the block runs; the present ones come back in any case."""
+    """Another published step's weights in the model while the block runs; the present ones come
+    back in any case.
+    """
     try:
         if trainer.settings.lora is not None:
             tensors, _ = read_adapter(folder / "adapter", trainer.sites, trainer.config, trainer.checkpoint.layout)
@@ -226,7 +244,9 @@ def reference_weights(trainer: TrainerState, folder: Path) -> Iterator[None]:
 
 
 class Masters(Mapping[str, Tensor]):
-    """The masters of a state file by tensor name, each a view of the file: what is read of one is not kept for the next."""
+    """The masters of a state file by tensor name, each a view of the file. The pages of one view
+    are not kept for the next.
+    """
 
     def __init__(self, file: StateFile, shapes: Mapping[str, Shape]) -> None:
         self.file, self.shapes = file, shapes

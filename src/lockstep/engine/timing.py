@@ -23,7 +23,7 @@ class Clock:
     report: Report
     seconds: dict[str, float] = field(default_factory=dict)
     compiled: Compiled = field(default_factory=lambda: compile_clock().compiled)
-    """What torch had compiled when the clock was started."""
+    """The compilations of torch before the clock started."""
 
     @contextmanager
     def phase(self, name: str):
@@ -35,7 +35,9 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each phase; how often torch compiled since the start, and the seconds that took."""
+        """Seconds of each phase; how often torch compiled since the start, and the seconds that
+        took.
+        """
         compiled = compile_clock().compiled
         return {f"seconds_{name}": value for name, value in self.seconds.items()} | {
             "compilations": float(compiled.count - self.compiled.count),

@@ -13,12 +13,16 @@ from torch import Tensor
 from lockstep.batching.packed_batch import ScoredRow
 
 HALF_ULP = 2.0**-24
-"""Largest relative error of a number that was rounded to fp32, as the server's log-probabilities are."""
+"""Largest relative error of a number that was rounded to fp32, as the server's log-probabilities
+are.
+"""
 
 
 @dataclass(frozen=True)
 class TokenMismatch:
-    """A token: what it exceeds the limit by (nats, negative if within), the difference, and the server's log-probability."""
+    """A token: what it exceeds the limit by (nats, negative if within), the difference, and the
+    server's log-probability.
+    """
 
     excess: float = float("-inf")
     difference: float = 0.0

@@ -1,6 +1,8 @@
-"""One training step over a PackedBatch: rows distributed round-robin over data-parallel ranks, run through the stages, summed over all.
+"""One training step over a PackedBatch: rows distributed round-robin over data-parallel ranks, run
+through the stages, summed over all.
 
-Shapes: R rows, S row length, N scored tokens of a row, P pairs (sequence, such a token), T tokens whose C most likely ids are compared.
+Shapes: R rows, S row length, N scored tokens of a row, P pairs (sequence, such a token), T tokens
+whose C most likely ids are compared.
 """
 
 from __future__ import annotations
@@ -50,12 +52,13 @@ def train_step(
 ) -> dict[str, float]:
     """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
 
-    A minibatch without signal (every advantage is 0, and no KL penalty) is not computed and changes nothing. If that is all of
-    them, so is the whole step.
+    A minibatch without signal (every advantage is 0, and no KL penalty) is not computed and changes
+    nothing. If that is all of them, so is the whole step.
 
-    Raises TrainerError when a loss or gradient is not finite and MismatchError when server and trainer disagree by more than
-    `config.max_mismatch` on average or `config.max_token_mismatch` on one token. Every token that the trained step sampled counts,
-    whatever its minibatch: both are decided before the first update, with weights unchanged. After a failure in a later minibatch
+    Raises TrainerError when a loss or gradient is not finite. Raises MismatchError when server and
+    trainer disagree by more than `config.max_mismatch` on average or `config.max_token_mismatch` on
+    one token. Every token that the trained step sampled counts, whatever its minibatch: both are
+    decided before the first update, with weights unchanged. After a failure in a later minibatch
     the weights are those of the updates before it; `load` the last published step.
     """
     clock = Clock(report)
@@ -102,7 +105,9 @@ def _reference_logprobs(
 
 @dataclass(frozen=True)
 class Compared:
-    """The batch under the weights before the first update: log-probabilities of each minibatch, and how far the server's are."""
+    """The batch under the weights before the first update: log-probabilities of each minibatch, and
+    how far the server's are.
+    """
 
     logprobs: list[list[Tensor]]
     sums: Sums
@@ -113,7 +118,9 @@ class Compared:
 def _compare(
     trainer: TrainerState, work: Sequence[Sequence[MicroBatch]], config: TrainConfig, clock: Clock
 ) -> Compared:
-    """A forward pass over all minibatches, which one update would not need: the policy before it is the one that is differentiated."""
+    """A forward pass over all minibatches, which one update would not need: the policy before it is
+    the one that is differentiated.
+    """
     every = [micro for part in work for micro in part]
     logprobs: list[Tensor] = [torch.empty(0)] * len(every)
     rows: list[LossSums] = []
@@ -146,7 +153,10 @@ def _compare(
 
 @dataclass(frozen=True)
 class Update:
-    """What came of one minibatch. norm: of its gradient; 0: the optimizer took no step."""
+    """The result of one minibatch.
+
+    norm: of its gradient; 0: the optimizer took no step.
+    """
 
     sums: Sums
     maxima: Sums
@@ -164,7 +174,11 @@ def _update(
     clock: Clock,
     only: bool,
 ) -> Update:
-    """One optimizer step. only: of a batch that has no other, so that its forward pass is the one to compare with the server."""
+    """One optimizer step.
+
+    only: of a batch that has no other, so that its forward pass is the one to compare with the
+        server.
+    """
     if weight <= 0:
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
@@ -212,7 +226,9 @@ def _update(
 def _summary(
     trainer: TrainerState, batch: PackedBatch, before: Compared | None, updates: Sequence[Update], clock: Clock
 ) -> dict[str, float]:
-    """Sums of all updates are added up, maxima are maxima; what compares server and trainer is of the weights before the first."""
+    """Sums of all updates are added up, maxima are maxima; what compares server and trainer is of
+    the weights before the first.
+    """
     sums = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     maxima = {name: max(update.maxima[name] for update in updates) for name in updates[0].maxima}
     if before is not None:

@@ -1,4 +1,4 @@
-"""What each verb of the trainer does on one rank. `trainer/protocol.py` has the requests and answers."""
+"""The work of each trainer verb on one rank. `trainer/protocol.py` has the requests and answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Verbs:
-    """One rank's model, and what it keeps between requests: connections to the server, and what lies on the host."""
+    """One rank's model, and what it keeps between requests: connections to the server, and what
+    lies on the host.
+    """
 
     def __init__(self, trainer: TrainerState, agreement: Agreement) -> None:
         self.trainer, self.agreement = trainer, agreement
@@ -138,7 +140,9 @@ def _server(request: protocol.SyncWeights | protocol.SyncAdapter) -> Endpoint:
 
 
 def check_finite(metrics: Mapping[str, float]) -> None:
-    """Raise TrainerError naming the first metric that is not finite. The weights have changed by then: the step can't be published."""
+    """Raise TrainerError naming the first metric that is not finite. The weights have changed by
+    then: the step can't be published.
+    """
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainerError(
@@ -148,5 +152,5 @@ def check_finite(metrics: Mapping[str, float]) -> None:
 
 
 def resident_bytes() -> int:
-    """What this process holds of the host's memory."""
+    """The host memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,9 @@
-"""The trainer process: `python -m lockstep.engine.parallel.launch N -m lockstep.engine.worker --config engine.json --socket PATH`.
+"""The trainer process: `python -m lockstep.engine.parallel.launch N -m lockstep.engine.worker
+--config engine.json --socket PATH`.
 
-Rank 0 speaks to the parent (`trainer/protocol.py`), every rank runs every verb (`verbs.py`). A verb that fails leaves the worker
-usable; when weights were already changed it refuses to go on until `load`.
+Rank 0 speaks to the parent (`trainer/protocol.py`), every rank runs every verb (`verbs.py`). A verb
+that fails leaves the worker usable; when weights were already changed it refuses to go on until
+`load`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Json = dict[str, Any]
 
 
 class Silent:
-    """What ranks other than 0 have in place of a channel."""
+    """The channel of ranks other than 0: none."""
 
     def send(self, message: Json) -> None:
         """Nothing: the parent listens to rank 0 only."""
@@ -46,14 +48,19 @@ class Silent:
 
 @dataclass
 class Worker:
-    """One rank between start and shutdown. `stale`: weights differ from the last step the parent knows of."""
+    """One rank between start and shutdown.
+
+    `stale`: weights differ from the last step the parent knows of.
+    """
 
     verbs: Verbs
     channel: Channel | Silent
     agreement: Agreement
     stale: bool = False
     answered: dict[str, Json] = field(default_factory=dict)
-    """Results of jobs since the last `load`, by verb and job: a job that is asked for again is not done again."""
+    """Results of jobs since the last `load`, by verb and job: a job that is asked for again is not
+    done again.
+    """
 
     def serve(self, receive: Callable[[int], Json]) -> None:
         """Answer requests until shutdown. `receive(n)` gives the n-th request."""
@@ -127,7 +134,9 @@ def describe(caught: Exception, rank: int) -> dict[str, str]:
 
 
 class heartbeat:
-    """Sends an event every few seconds while a verb runs, with the phase it is in and what that waits for."""
+    """Sends an event every few seconds while a verb runs, with the phase it is in and what that
+    waits for.
+    """
 
     def __init__(self, channel: Channel | Silent, identity: int) -> None:
         self.channel, self.identity, self.done = channel, identity, threading.Event()

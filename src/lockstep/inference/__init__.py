@@ -1,1 +1,3 @@
-"""The isolated server seen from our side: start it, talk to it, understand its end. Imports no torch."""
+"""The isolated server seen from our side: start it, talk to it, understand its end. Imports no
+torch.
+"""

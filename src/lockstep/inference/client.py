@@ -17,7 +17,8 @@ from lockstep_wire import http_paths
 
 
 class Server:
-    """A vLLM server under its guard, spoken to over loopback with the run's token. Every call has a deadline.
+    """A vLLM server under its guard, spoken to over loopback with the run's token. Every call has a
+    deadline.
 
     `base_url` (with `/v1`) and `api_key` are what an OpenAI client needs.
     """
@@ -30,10 +31,11 @@ class Server:
         self.served_name = served_name
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Serves the PEFT folder `path` as model `name`, once its slot was read back and holds what the folder does. One name and one
-        unchanging folder per version.
+        """Serves the PEFT folder `path` as model `name`, once its slot was read back and holds what
+        the folder does. One name and one unchanging folder per version.
 
-        Raises ServerError if the name is taken, the folder is not an adapter for this model, or the slot holds anything else.
+        Raises ServerError if the name is taken, the folder is not an adapter for this model, or the
+        slot holds anything else.
         """
         body = {"lora_name": name, "lora_path": str(path.resolve()), **adapter_fields(path)}
         await self.call("POST", "/v1/load_lora_adapter", body, deadline_s=deadlines.ADAPTER_S)
@@ -51,23 +53,29 @@ class Server:
         return [entry["id"] for entry in reply["data"]]
 
     async def score(self, model: str, tokens: list[int]) -> list[float]:
-        """Log-probability (nats, temperature 1) of each token after the first under `model`, computed afresh.
+        """Log-probability (nats, temperature 1) of each token after the first under `model`,
+        computed afresh.
 
-        vLLM reads no prefix cache for a request that asks for its prompt's logprobs, so this shows the weights and the
-        adapter that the server holds now. The server's context must have room for one token more than these.
+        vLLM reads no prefix cache for a request that asks for its prompt's logprobs. So the reply
+        shows the weights and the adapter that the server holds now. The server's context must have
+        room for one token more than these.
         """
         return (await self.score_choice(model, tokens))[0]
 
     async def score_choice(self, model: str, tokens: list[int], top: int = 0) -> tuple[list[float], dict[str, Any]]:
-        """`score`, and the whole choice of the reply: where routed experts are captured, it has those of all `tokens`.
+        """`score`, and the whole choice of the reply: where routed experts are captured, it has
+        those of all `tokens`.
 
-        top: also the most likely ids in each token's place, for `most_likely`; the server gives at most 20.
+        top: also the most likely ids in each token's place, for `most_likely`; the server gives at
+            most 20.
         """
         choice = (await self.score_choices(model, [tokens], top))[0]
         return logprobs_of(choice, tokens), choice
 
     async def score_choices(self, model: str, sequences: list[list[int]], top: int = 0) -> list[dict[str, Any]]:
-        """`score_choice` of several sequences in one request: the choices, in order, for `logprobs_of` and `most_likely`."""
+        """`score_choice` of several sequences in one request: the choices, in order, for
+        `logprobs_of` and `most_likely`.
+        """
         for tokens in sequences:
             if len(tokens) < 2:
                 raise ValueError(f"a sequence to score needs at least 2 tokens, got {len(tokens)}")
@@ -86,32 +94,42 @@ class Server:
         self.served_name = name
 
     async def keep_names(self, names: list[str]) -> None:
-        """Older names that the base model answers to as well, from now on and after the next rename; any others are dropped.
+        """Older names that the base model answers to as well, from now on and after the next
+        rename; any others are dropped.
 
         Every reply says by which weights it was made, in its `model` and its `weight_versions`.
         """
         await self.call("POST", http_paths.KEPT_NAMES, {"names": names})
 
     async def version(self) -> dict[str, Any]:
-        """`version` of the base weights, `names` they answer to (the current first), and the parts that are `asleep`."""
+        """`version` of the base weights, `names` they answer to (the current first), and the parts
+        that are `asleep`.
+        """
         return (await self.call("GET", http_paths.VERSION)).json()
 
     async def sleep(self, level: int, *, deadline_s: float) -> None:
-        """Lets requests in flight finish, then gives the device's memory away; requests that come meanwhile wait.
+        """Lets requests in flight finish, then gives the device's memory away; requests that come
+        meanwhile wait.
 
-        level: 1 keeps the weights on the host, 2 forgets them. Raises ServerError, with the server awake, if requests are still in
-        flight after `deadline_s`.
+        level: 1 keeps the weights on the host, 2 forgets them.
+
+        Raises ServerError, with the server awake, if requests are still in flight after
+        `deadline_s`.
         """
         body = {"level": level, "deadline_s": deadline_s}
         await self.call("POST", http_paths.SLEEP, body, deadline_s=deadline_s + deadlines.CALL_S)
 
     async def wake(self, *parts: str) -> None:
-        """Takes the memory of `parts` ("weights", "kv_cache") back; all of them, and requests go on, when none is named."""
+        """Takes the memory of `parts` ("weights", "kv_cache") back; all of them, and requests go
+        on, when none is named.
+        """
         body = {"parts": list(parts or ("weights", "kv_cache"))}
         await self.call("POST", http_paths.WAKE, body, deadline_s=deadlines.ADAPTER_S)
 
     async def memory(self) -> list[dict[str, int]]:
-        """Bytes of each worker: `resident` on the host; on a GPU also `reserved`, `device_free` and `device_total`."""
+        """Bytes of each worker: `resident` on the host; on a GPU also `reserved`, `device_free` and
+        `device_total`.
+        """
         return (await self.call("GET", http_paths.MEMORY)).json()["workers"]
 
     async def in_flight(self) -> dict[str, int]:
@@ -125,10 +143,12 @@ class Server:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = deadlines.CALL_S
     ) -> httpx.Response:
-        """One request with the token. Raises ServerError on a refusal, a missed deadline or a dead server."""
+        """One request with the token. Raises ServerError on a refusal, a missed deadline or a dead
+        server.
+        """
         headers = {"Authorization": f"Bearer {self.api_key}"}
-        # One client per call: this object may be used from several event loops, a client may not. No proxy for
-        # loopback.
+        # One client per call: this object may be used from several event loops, a client may not.
+        # No proxy for loopback.
         async with httpx.AsyncClient(timeout=deadline_s, verify=False, trust_env=False) as client:
             try:
                 request = client.request(method, self.root_url + path, json=body, headers=headers)
@@ -151,7 +171,9 @@ class Server:
         return response
 
     async def problem(self) -> str:
-        """Why the server can't serve any more, in one line: it ended, or its engine did. Empty for a server that lives, slow or not."""
+        """Why the server can't serve any more, in one line: it ended, or its engine did. Empty for
+        a server that lives, slow or not.
+        """
         async with httpx.AsyncClient(timeout=deadlines.HEALTH_S, verify=False, trust_env=False) as client:
             try:
                 reply = await client.get(f"{self.root_url}/health", headers={"Authorization": f"Bearer {self.api_key}"})
@@ -175,12 +197,15 @@ class Server:
     async def close(self) -> None:
         """Ends the server and everything it started, at once; harmless when it has ended.
 
-        By SIGKILL: on a request to end, vLLM kills its engine as well, and with it what would have removed their shared memory.
+        Uses SIGKILL. On a request to end, vLLM also kills its engine, which then can't remove their
+        shared memory.
         """
         await asyncio.to_thread(self.child.kill)
 
     async def _noticed_end(self) -> None:
-        """A broken connection mostly means that the server is going down: gives the guard a moment to notice."""
+        """A broken connection mostly means that the server is going down: gives the guard a moment
+        to notice.
+        """
         for _ in range(20):
             self.check_alive()
             await asyncio.sleep(0.1)
@@ -193,7 +218,9 @@ def logprobs_of(choice: dict[str, Any], tokens: list[int]) -> list[float]:
 
 
 def most_likely(choice: dict[str, Any], count: int) -> list[list[int]]:
-    """The `count` most likely ids, best first, in the place of each token after the first of a prompt that was scored with `top=count`."""
+    """The `count` most likely ids, best first, at each token after the first of a prompt that was
+    scored with `top=count`.
+    """
     entries: list[dict[str, dict[str, Any]]] = choice["prompt_logprobs"][1:]
     # The token that stands there comes too, whatever its rank.
     return [sorted(map(int, entry), key=lambda token: -entry[str(token)]["logprob"])[:count] for entry in entries]

@@ -31,7 +31,9 @@ _REPORT_S = 2.0
 
 
 class LoraServing(BaseModel):
-    """How many adapters a server holds. vLLM allocates room for `max_loras` of rank `max_rank` on the device."""
+    """The number and size of adapters that a server holds. vLLM allocates room for `max_loras` of
+    rank `max_rank` on the device.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,10 +43,11 @@ class LoraServing(BaseModel):
     max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters kept in host memory."""
     targets: tuple[str, ...] = Field(min_length=1)
-    """The only layers that adapters change, by their Hugging Face names; vLLM then keeps no room for the others.
+    """The only layers that adapters change, by their Hugging Face names; vLLM then keeps no room
+    for the others.
 
-    Without this limit vLLM 0.32 wraps the output head too, and on a CPU it dies of a request for prompt logprobs that is
-    batched with another one.
+    Without this limit vLLM 0.32 wraps the output head too. On a CPU it then dies of a request for
+    prompt logprobs that is batched with another request.
     """
 
 
@@ -62,16 +65,23 @@ class ServerConfig(BaseModel):
     max_model_len: int = Field(default=2048, ge=2)
     max_num_seqs: int = Field(default=64, ge=1)
     gpus: tuple[int, ...] = ()
-    """Devices of a CUDA server; their number is the tensor-parallel size. Empty: one, the first visible."""
+    """Devices of a CUDA server; their number is the tensor-parallel size. Empty: one, the first
+    visible.
+    """
     seed: int = 0
     kv_cache_bytes: int | None = Field(default=None, ge=1)
-    """Memory of the KV cache. None: 256 MiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    """Memory of the KV cache. None: 256 MiB on a CPU, what `gpu_memory_utilization` leaves on a
+    GPU.
+    """
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     sleeps: bool = False
-    """Colocated mode: the server can give its device memory away (vLLM then allocates it in a way that it can)."""
+    """Colocated mode: the server can give its device memory away (vLLM then allocates it in a way
+    that it can).
+    """
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads of a CPU server. None: `OMP_NUM_THREADS` where it is set, else all of this machine's cores, since the
-    trainer rests while the server samples."""
+    """Compute threads of a CPU server. None: `OMP_NUM_THREADS` where it is set, else all of this
+    machine's cores, since the trainer rests while the server samples.
+    """
     tool_call_parser: str | None = None
     """vLLM's name of the parser that turns text into tool calls. None:
 
@@ -85,9 +95,12 @@ class ServerConfig(BaseModel):
     On a CPU vLLM can do this with Triton's interpreter only: some tens of tokens per second.
     """
     exact: bool = False
-    """Weights in fp32, computed in fp64, on a CPU only: log-probabilities are right to their own fp32 rounding. Slow."""
+    """Weights in fp32, computed in fp64, on a CPU only: log-probabilities are right to their own
+    fp32 rounding. Slow.
+    """
     plain_weights: bool = False
-    """On a CPU: weights stay as they are loaded, unpacked, so that a weight sync copies them in place as it does on a GPU.
+    """On a CPU, weights stay as they are loaded, unpacked. A weight sync then copies them in place,
+    as on a GPU.
 
     The numbers are the same; large models are slower.
     """
@@ -105,10 +118,11 @@ async def launch(
     progress: Progress = lambda line: None,
     log_name: str = "server.log",
 ) -> Server:
-    """Starts the server on a free loopback port with a fresh token; returns when it has generated a token.
+    """Starts the server on a free loopback port with a fresh token; returns when it has generated a
+    token.
 
-    Its log is `log_name` in `run_dir/logs`. Raises ServerError, with the log's last lines, if it dies or misses its
-    deadline.
+    Its log is `log_name` in `run_dir/logs`. Raises ServerError, with the log's last lines, if it
+    dies or misses its deadline.
     """
     if not (config.model / "config.json").is_file():
         raise ServerError(f"{config.model} is no Hugging Face checkpoint folder: it has no config.json")
@@ -153,7 +167,8 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     command += ["--model", str(config.model), "--served-model-name", config.served_name, "--dtype", config.dtype]
     command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--seed", str(config.seed), "--disable-uvicorn-access-log"]
-    # Nothing hidden in the checkpoint changes the sampling, and logprobs are of the distribution that was sampled from.
+    # Nothing hidden in the checkpoint changes the sampling, and logprobs are of the distribution
+    # that was sampled from.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     # The last one is the outermost.
     command += ["--middleware", "lockstep_vllm.http.openai_fields.ChoiceFields"]
@@ -177,7 +192,8 @@ def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:
     if runtime.kind == "cpu":
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_bytes or 256 << 20)]
         if not config.capture_routed_experts and not server_facts(config.model).own_block_size_on_cpu:
-            # vLLM's own 128 reuses no prefix of a short prompt; its kernels want multiples of 32. Hybrid models choose theirs.
+            # vLLM's own 128 reuses no prefix of a short prompt; its kernels want multiples of 32.
+            # Hybrid models choose theirs.
             command += ["--block-size", "32"]
     else:
         command += ["--tensor-parallel-size", str(max(1, len(config.gpus)))]
@@ -206,7 +222,8 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder: nothing is to be looked up
-        # Frameworks mark tools as strict. vLLM would hold the calls to a grammar, and the tokens be no sample of the policy.
+        # Frameworks mark tools as strict. vLLM would hold the calls to a grammar, and the tokens be
+        # no sample of the policy.
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",
     }
     if Path("/sys/class/net/lo").exists():
@@ -217,15 +234,16 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
         # Pinned threads of two servers, or of a server and a trainer, would share the first core.
         threads = str(config.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         extra |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
-        # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token, for nothing here.
+        # vLLM compiles a helper of its sampler even in eager mode: 15 s of C++ at the first token,
+        # for nothing here.
         extra["TORCH_COMPILE_DISABLE"] = "1"
         if config.plain_weights:
             extra["LOCKSTEP_PLAIN_CPU_WEIGHTS"] = "1"
         if config.exact:
             extra["LOCKSTEP_EXACT"] = "1"
         if config.capture_routed_experts or config.exact:
-            # Only vLLM's second model runner returns routed experts, and only it is taught fp64. It wants Triton, which a CPU has
-            # as an interpreter only.
+            # Only vLLM's second model runner returns routed experts, and only it is taught fp64. It
+            # wants Triton, which a CPU has as an interpreter only.
             interpreter = runtime.plugin_path / "lockstep_vllm" / "interpreter"
             extra["PYTHONPATH"] = os.pathsep.join([str(runtime.plugin_path), str(interpreter)])
             extra |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
@@ -237,9 +255,10 @@ def _environment(config: ServerConfig, runtime: Runtime, token: str) -> dict[str
 def reserved_port() -> socket.socket:
     """A free loopback port, kept from every other program while the returned socket is open.
 
-    vLLM opens its port many seconds after it is given its number, and the machine hands a free port to whoever asks. A socket
-    that is bound and doesn't listen keeps it: it is given to no one who asks for any port, and a program that names it
-    and sets SO_REUSEADDR, as vLLM's does, may listen there.
+    vLLM opens its port many seconds after it is given its number, and the machine hands a free port
+    to whoever asks. A bound socket that doesn't listen keeps the port: the machine gives the port
+    to nobody who asks for any port. A program that names the port and sets SO_REUSEADDR, as vLLM
+    does, may listen there.
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -268,7 +287,7 @@ async def _until_ready(server: Server, config: ServerConfig, progress: Progress)
 
 
 def _listens(server: Server) -> bool:
-    """Whether the port accepts connections; vLLM opens it when all its endpoints are up."""
+    """True if the port accepts connections. vLLM opens the port when all its endpoints are up."""
     port = int(server.root_url.rpartition(":")[2])
     with socket.socket() as probe:
         probe.settimeout(1.0)

@@ -1,4 +1,4 @@
-"""What a server's log says about its end, short enough for an error message."""
+"""The reason of a server's end from its log, short enough for an error message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def why_it_ended(child: Child, what: str, lines: int = 12) -> str:
 
 
 def root_cause(log: list[str]) -> str:
-    """The first exception in the log that is not a parent's report of its child's; empty if there is none."""
+    """The first exception in the log that is not a parent's report of its child's; empty if there
+    is none.
+    """
     lines = [line.strip() for line in log]
     exceptions = [_with_detail(lines, index) for index, line in enumerate(lines) if _EXCEPTION.match(line)]
     own = [line for line in exceptions if not any(repeat in line for repeat in _REPEATS)]

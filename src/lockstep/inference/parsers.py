@@ -1,7 +1,7 @@
-"""Which of vLLM's parsers a tokenizer can serve: known here, so that nothing has to be started to find out.
+"""The vLLM parsers that a tokenizer can serve, found without starting anything.
 
-vLLM 0.32 makes a parser at the end of its start, and dies there if the vocabulary lacks a token that the parser looks up.
-`tests/unit/inference/test_parsers.py` asks vLLM itself for both tables.
+vLLM 0.32 makes a parser at the end of its start, and dies if the vocabulary lacks a token of that
+parser. `tests/unit/inference/test_parsers.py` asks vLLM itself for both tables.
 """
 
 from __future__ import annotations
@@ -59,20 +59,24 @@ UNSERVED = ("cohere_command3", "cohere_command4")
 
 @dataclass(frozen=True)
 class ToolCalls:
-    """What becomes of requests that offer tools: `parser` reads the calls; None: they are refused, and `off` says why and what helps."""
+    """The fate of requests that offer tools. `parser` reads the calls; None: they are refused, and
+    `off` gives the reason and the remedy.
+    """
 
     parser: str | None
     off: str | None = None
     note: str | None = None
-    """What is worth saying although it works."""
+    """A remark about a choice that works."""
 
 
 def resolve_tool_calls(
     asked: str | None, family: str, tokenizer: TokenizerFiles, server_args: Sequence[str] = ()
 ) -> ToolCalls:
-    """The parser that was asked for, by the setting or in `server_args`, which win; else the family's, where the tokenizer serves it.
+    """The parser that was asked for, by the setting or in `server_args`, which win; else the
+    family's, where the tokenizer serves it.
 
-    Raises ConfigError for an explicit parser that vLLM does not have or whose tokens the tokenizer lacks.
+    Raises ConfigError for an explicit parser that vLLM does not have or whose tokens the tokenizer
+    lacks.
     """
     inside = argument(server_args, "tool-call-parser")
     if inside is not None and argument(server_args, "tool-parser-plugin"):
@@ -92,7 +96,9 @@ def resolve_tool_calls(
 
 
 def check_reasoning(tokenizer: TokenizerFiles, server_args: Sequence[str]) -> str | None:
-    """The reasoning parser in `server_args`. Raises ConfigError for one that vLLM lacks, or whose tokens the tokenizer lacks."""
+    """The reasoning parser in `server_args`. Raises ConfigError for one that vLLM lacks, or whose
+    tokens the tokenizer lacks.
+    """
     name = argument(server_args, "reasoning-parser")
     if name and not argument(server_args, "reasoning-parser-plugin"):
         _check("server_args: --reasoning-parser", name, REASONING_PARSERS, tokenizer, "leave it out")

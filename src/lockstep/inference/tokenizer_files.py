@@ -1,4 +1,6 @@
-"""What a checkpoint's tokenizer files say, read without transformers: the vocabulary and the chat template."""
+"""The contents of a checkpoint's tokenizer files, read without transformers: the vocabulary and the
+chat template.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _ARGUMENT = "--"
 
 
 def argument(server_args: Sequence[str], name: str) -> str | None:
-    """The value that vLLM's argument `--NAME` has in `server_args`, in any of its spellings; None: it is not there. The last one wins."""
+    """The value that vLLM's argument `--NAME` has in `server_args`, in any of its spellings; None:
+    it is not there. The last one wins.
+    """
     value = None
     for position, text in enumerate(server_args):
         flag, equals, rest = text.partition("=")
@@ -37,7 +41,9 @@ OURS = {
     "speculative-config": "a draft model's acceptance may change what is sampled",
     "seed": "set seed of the backend",
 }
-"""Arguments of vLLM that a run decides itself, and why: changed behind its back, training would be silently wrong."""
+"""Arguments of vLLM that a run decides itself, and why: changed behind its back, training would be
+silently wrong.
+"""
 
 
 def check_server_args(server_args: Sequence[str]) -> None:
@@ -52,7 +58,8 @@ class TokenizerFiles:
     """The tokenizer that a server uses.
 
     tokens: id of each token; None where the files don't list them (a sentencepiece model alone).
-    template: the chat template that a request without tools gets; tool_template: the one with tools. None: there is none.
+    template: the chat template that a request without tools gets.
+    tool_template: the one with tools. None: there is none.
     response_template: the tokenizer's configuration describes the form of its replies.
     """
 
@@ -64,12 +71,13 @@ class TokenizerFiles:
 
     @property
     def shows_tools(self) -> bool:
-        """Whether the chat template writes the tools that a request offers into the prompt."""
+        """True if the chat template writes a request's tools into the prompt."""
         return self.tool_template is not None and re.search(r"\btools\b", self.tool_template) is not None
 
 
 def read_tokenizer(model: Path, server_args: Sequence[str] = ()) -> TokenizerFiles:
-    """The tokenizer files of a checkpoint folder. `--tokenizer` and `--chat-template` in `server_args` win, as they do in the server.
+    """The tokenizer files of a checkpoint folder. `--tokenizer` and `--chat-template` in
+    `server_args` win, as they do in the server.
 
     Raises ConfigError for a file that can't be read.
     """
@@ -109,7 +117,9 @@ def _tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(without tools, with tools), as transformers chooses them: the file of its own, then the configuration's text or named texts."""
+    """(without tools, with tools), as transformers chooses them: the file of its own, then the
+    configuration's text or named texts.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         text = file.read_text(encoding="utf-8")

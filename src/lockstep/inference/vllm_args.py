@@ -1,4 +1,6 @@
-"""Facts about a checkpoint or an adapter that vLLM doesn't find out by itself, as its arguments (vLLM 0.32)."""
+"""Facts about a checkpoint or an adapter that vLLM doesn't find out by itself, as its arguments
+(vLLM 0.32).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The loop: evaluate, roll out, train, until the reward or the last step is reached.
 
-This is the whole of `lockstep train`; a user's own script can call the same few lines with their own objects.
+This is the whole of `lockstep train`; a user's own script can call the same few lines with their
+own objects.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class StepSummary:
-    """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in this step.
+    """One line of the live table. Rewards are means; seconds are wall time. NaN: not measured in
+    this step.
 
     step: the checkpoint that all of the line is about, as in the run's metrics and folders.
-    reward: of the rollouts that the step was trained on. greedy: of the checkpoint itself.
+    reward: of the rollouts that the step was trained on.
+    greedy: of the checkpoint itself.
     signal: False where no group's rewards differed, so that nothing was trained.
     compilations, compile_s: programs that the step compiled, and the time within train_s for that.
     """
@@ -57,7 +60,9 @@ class StepSummary:
 
 @dataclass
 class Outcome:
-    """How a run ended: its rows, the last published step, and whether the target reward was reached."""
+    """The end of a run: its rows, the last published step, and whether the target reward was
+    reached.
+    """
 
     rows: list[StepSummary] = field(default_factory=list)
     step: int = 0
@@ -77,8 +82,8 @@ Finished = Callable[[int, Trajectory], None]
 async def evaluate(
     model: TrainableModel, task: Task, section: TaskSection, finished: Finished = lambda group, trajectory: None
 ) -> list[TrajectoryGroup]:
-    """A group of one rollout per scenario at temperature 0: the first `evaluate_scenarios` of the task's evaluation scenarios, of
-    its scenarios if it has none.
+    """A group of one rollout per scenario at temperature 0: the first `evaluate_scenarios` of the
+    task's evaluation scenarios. A task without evaluation scenarios uses its scenarios.
     """
     scenarios = (task.evaluation_scenarios or task.scenarios)[: section.evaluate_scenarios]
     return await _gather(model, task, section, scenarios, "evaluation", finished, tries=1, temperature=0.0)
@@ -153,9 +158,10 @@ async def run(
 
     rise: the greedy reward also suffices once it is this much above the first one measured here.
 
-    The model must be registered. Below `run_path`, trajectories/train/0003.parquet has what step 3 was trained on, before it is
-    trained, and trajectories/evaluation/0003.parquet what step 3 answered; those of a failed gather too. `trajectory_file.py` says what is
-    there of earlier attempts.
+    The model must be registered. Below `run_path`, trajectories/train/0003.parquet holds the
+    training data of step 3, written before training. trajectories/evaluation/0003.parquet holds the
+    answers of step 3. Both also keep a failed gather. `trajectory_file.py` says what is there of
+    earlier attempts.
     """
     outcome = Outcome(step=model.step)
     row = StepSummary(step=model.step, reward=math.nan, greedy=math.nan)
@@ -207,7 +213,8 @@ async def _kept(
     step: int,
     what: str,
 ) -> list[TrajectoryGroup]:
-    """What a gather gives, once it is on disk. Where rollouts failed because the server was lost, they begin again on a new one, once.
+    """The groups of a gather, once they are on disk. Where rollouts failed because the server was
+    lost, they begin again on a new one, once.
 
     What was there of an attempt before stays, under another name.
 

@@ -1,6 +1,8 @@
-"""A user's task: scenarios, a rollout that earns a reward, and (for a tiny model) demonstrations of the format.
+"""A user's task: scenarios, a rollout that earns a reward, and (for a tiny model) demonstrations of
+the format.
 
-A task is an ordinary Python file, which may import modules beside it, with these names at module level:
+A task is an ordinary Python file, which may import modules beside it, with these names at module
+level:
 
     def scenarios() -> list                                            required; anything the rollout understands
     async def rollout(model, scenario, temperature) -> Trajectory      required; the same function trains and evaluates
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task file defines, checked."""
+    """The checked definitions of a task file."""
 
     path: Path
     scenarios: list[Any]
@@ -38,7 +40,9 @@ class Task:
     """Empty: the training scenarios are evaluated."""
 
     def draw(self, count: int, seed: int, step: int) -> list[Any]:
-        """The scenarios of one step, from epochs of a shuffled list: a function of (seed, step) alone, so a resumed run keeps the order."""
+        """The scenarios of one step, from epochs of a shuffled list. They depend on (seed, step)
+        alone, so a resumed run keeps the order.
+        """
         drawn: list[Any] = []
         orders: dict[int, list[int]] = {}
         for position in range(step * count, (step + 1) * count):
@@ -50,7 +54,9 @@ class Task:
 
 
 def load_task(path: Path) -> Task:
-    """Import a task file and check its names. Raises ConfigError naming what is missing; errors inside the file keep their traceback."""
+    """Import a task file and check its names. Raises ConfigError naming what is missing; errors
+    inside the file keep their traceback.
+    """
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ConfigError(f"task file {path} does not exist: set [task] file to a Python file beside the config")
@@ -72,7 +78,7 @@ def load_task(path: Path) -> Task:
 
 
 def _listed(path: Path, name: str, make: Any) -> list[Any]:
-    """What a task file's function of that name returns, as a list that isn't empty."""
+    """The result of a task file's function of that name, as a list that isn't empty."""
     if not inspect.isfunction(make) or not _takes(make, 0):
         raise ConfigError(f"{path} must define `def {name}() -> list`")
     made: Any = make()

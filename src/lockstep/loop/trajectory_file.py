@@ -1,4 +1,5 @@
-"""The file of one gather's trajectories: what finished is on disk soon, and an attempt that was made before stays beside.
+"""The file of one gather's trajectories: what finished is on disk soon, and an attempt that was
+made before stays beside.
 
 trajectories/train/0003.parquet             of the attempt that step 3 was trained on
 trajectories/train/0003.attempt-1.parquet   of an attempt that a kill, Ctrl-C or a lost server ended, or that was not published
@@ -24,7 +25,9 @@ _EVERY_S = 1.0
 
 
 class TrajectoryFile:
-    """Use as `async with`: at the beginning earlier attempts are set aside, and at an end without `finish` this one is."""
+    """Use as `async with`: at the beginning earlier attempts are set aside, and at an end without
+    `finish` this one is.
+    """
 
     def __init__(self, file: Path, step: int):
         self.file, self._step = file, step
@@ -39,13 +42,17 @@ class TrajectoryFile:
         return self
 
     def add(self, group: int, trajectory: Trajectory) -> None:
-        """A rollout has finished. It is on disk within a second or two, whatever becomes of this process then."""
+        """A rollout has finished. It is on disk within a second or two, whatever becomes of this
+        process then.
+        """
         self._waiting.append((group, trajectory))
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_parts())
 
     async def finish(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """All groups, in place of the parts. Raises DataError or OSError where they can't be written."""
+        """All groups, in place of the parts. Raises DataError or OSError where they can't be
+        written.
+        """
         if self._writer is not None:
             self._writer.cancel()
         await asyncio.to_thread(self._write_all, groups)
@@ -76,7 +83,9 @@ class TrajectoryFile:
             shutil.rmtree(self._parts, ignore_errors=True)
 
     def _write_part(self, waiting: list[tuple[int, Trajectory]]) -> None:
-        """What has finished since the last part. A part that can't be written ends nothing: `finish` says why."""
+        """The trajectories that finished since the last part. A part that can't be written ends
+        nothing: `finish` says why.
+        """
         if not waiting:
             return
         groups = [TrajectoryGroup(trajectories=[]) for _ in range(max(group for group, _ in waiting) + 1)]
@@ -90,7 +99,7 @@ class TrajectoryFile:
             _LOG.warning("%d finished rollouts are not on disk yet: %s", len(waiting), error)
 
     def _set_aside(self) -> None:
-        """What lies there of an attempt goes to a name of its own."""
+        """The files of an attempt move to a name of their own."""
         with self._files:
             self._move()
 

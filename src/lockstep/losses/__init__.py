@@ -1,4 +1,6 @@
-"""The policy losses: one file each in this folder, and whatever a user names as "module:function". Imports no torch."""
+"""The policy losses: one file each in this folder, and whatever a user names as "module:function".
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ def named_losses() -> dict[str, PolicyLoss]:
 
 @cache
 def find_loss(name: str) -> PolicyLoss:
-    """The loss of this name, or of a user: "module:attribute", a `PolicyLoss` or a function of `LossInputs` and `Clips`.
+    """The loss of this name, or of a user: "module:attribute", a `PolicyLoss` or a function of
+    `LossInputs` and `Clips`.
 
-    A function alone gets a `PolicyLoss`'s defaults: it is not clipped unless clip_low and clip_high are set.
-    Raises ConfigError for a name that is unknown, or can't be imported.
+    A function alone gets a `PolicyLoss`'s defaults: it is not clipped unless clip_low and clip_high
+    are set. Raises ConfigError for a name that is unknown, or can't be imported.
     """
     if name in named_losses():
         return named_losses()[name]

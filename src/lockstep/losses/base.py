@@ -1,9 +1,12 @@
-"""What a policy loss is: a function of a row's pairs, and the settings that go with it. Imports no torch.
+"""The interface of a policy loss: a function of a row's pairs, and the settings that go with the
+function. Imports no torch.
 
-A *pair* is a sampled token together with one of the sequences that own it (siblings in a prefix tree may share a computed token).
-A loss gives one value a pair, so k micro-batches on d ranks add up to exactly what one big batch gives.
+A *pair* is a sampled token with a sequence that owns the token. Siblings in a prefix tree may share
+a computed token. A loss gives one value a pair, so k micro-batches on d ranks add up to exactly
+what one big batch gives.
 
-Shape suffixes: P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64), natural logs.
+Shape suffixes: P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64),
+natural logs.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Clips:
-    """Bounds of the importance ratio new/old. dual: where a negative advantage's loss stops growing; inf: nowhere."""
+    """Bounds of the importance ratio new/old.
+
+    dual: where a negative advantage's loss stops growing; inf: nowhere.
+    """
 
     low: float
     high: float

@@ -16,8 +16,9 @@ def gspo(
 ) -> tuple[Tensor, Tensor]:
     """The ratio is `s = exp(mean over the sequence's tokens of log(new/old))`.
 
-    A sequence's tokens are found through its pairs, so tokens it shares with siblings count as they do unpacked.
-    Returns (loss per pair: its sequence's value, so that weighting works as for tokens; bool: the clip cut the gradient).
+    A sequence's tokens are found through its pairs, so tokens it shares with siblings count as they
+    do unpacked. Returns (loss per pair: its sequence's value, so that weighting works as for
+    tokens; bool: the clip cut the gradient).
     """
     log_ratio_Q = mean_by_sequence(new_P - old_P, sequence_P, len(advantage_Q))
     loss_Q, clipped_Q = ppo_clip(log_ratio_Q, log_ratio_Q.new_zeros(log_ratio_Q.shape), advantage_Q, low, high)

@@ -1,4 +1,6 @@
-"""PPO's clipped surrogate per token (arXiv 1707.06347), with the dual clip of arXiv 1912.09729, equation 5."""
+"""PPO's clipped surrogate per token (arXiv 1707.06347), with the dual clip of arXiv 1912.09729,
+equation 5.
+"""
 
 from __future__ import annotations
 

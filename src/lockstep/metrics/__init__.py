@@ -1,1 +1,1 @@
-"""What metrics mean and how they are computed."""
+"""The meaning of metrics, and their computation."""

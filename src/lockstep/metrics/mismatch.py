@@ -1,10 +1,11 @@
-"""How far the policy that is scored is from the policy that sampled: pure functions of log-probabilities, top tokens
-and routed experts.
+"""The distance between the scored policy and the sampling policy: pure functions of
+log-probabilities, top tokens and routed experts.
 
-Compare the trainer with the server, the server with itself (generate, then score again: its own noise), and the
-adapter's delta with the server's; all with the same functions.
+The same functions compare the trainer with the server, the adapter's delta with the server's, and
+the server with itself. The last is the server's own noise: generate, then score again.
 
-Shape suffixes: T tokens, V most likely tokens of one position, L mixture-of-experts layers, K experts per token.
+Shape suffixes: T tokens, V most likely tokens of one position, L mixture-of-experts layers, K
+experts per token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class LogprobMismatch:
     """Differences of log-probabilities of the same tokens, in nats.
 
     mean_abs_pct: mean |difference| over mean |reference|, in percent.
-    kl: k3 estimate of KL(reference policy || other), nats per token, for tokens the reference sampled.
+    kl: k3 estimate of KL(reference policy || other), nats per token, for tokens the reference
+        sampled.
     """
 
     tokens: int
@@ -39,8 +41,8 @@ class LogprobMismatch:
 
 
 def logprob_mismatch(reference_T: np.ndarray, other_T: np.ndarray) -> LogprobMismatch:
-    """Compare log-probabilities of tokens that the reference sampled. Raises DataError if lengths differ, or a value is
-    not finite.
+    """Compare log-probabilities of tokens that the reference sampled. Raises DataError if lengths
+    differ, or a value is not finite.
     """
     reference_T, other_T = np.asarray(reference_T, dtype=np.float64), np.asarray(other_T, dtype=np.float64)
     if reference_T.shape != other_T.shape or reference_T.ndim != 1 or not len(reference_T):
@@ -64,8 +66,8 @@ def logprob_mismatch(reference_T: np.ndarray, other_T: np.ndarray) -> LogprobMis
 
 
 def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> float:
-    """Mean share of the reference's `count` most likely token ids that are also among the other's, 0 to 1. Ids, most
-    likely first.
+    """Mean share of the reference's `count` most likely token ids that are also among the other's,
+    0 to 1. Ids, most likely first.
     """
     first, second = reference_TV[:, :count], other_TV[:, :count]
     if first.shape != second.shape or first.shape[1] != count or not len(first):
@@ -74,8 +76,8 @@ def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> f
 
 
 def expert_choices_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:
-    """Share of the reference's expert choices that the other did not make (order within a token's top-k does not matter),
-    0 to 1.
+    """Share of the reference's expert choices that the other did not make, 0 to 1. Order within a
+    token's top-k does not matter.
     """
     if reference_TLK.shape != other_TLK.shape or reference_TLK.ndim != 3 or not reference_TLK.size:
         raise DataError(f"can't compare routed experts of shape {reference_TLK.shape} with {other_TLK.shape}")

@@ -1,6 +1,8 @@
-"""Every metric that a training step records: its unit, its section, and what it says. The reference page is made from this table.
+"""Every metric that a training step records: its unit, its section, and what it says. The reference
+page is made from this table.
 
-A user's own metrics (`Trajectory.metrics`) are recorded as `rollout/NAME`, the mean over the trajectories that have them.
+A user's own metrics (`Trajectory.metrics`) are recorded as `rollout/NAME`, the mean over the
+trajectories that have them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """unit: of the value. says: what it is, and what to do about it where that is known."""
+    """unit: of the value.
+    says: what it is, and what to do about it where that is known.
+    """
 
     unit: str
     section: str
@@ -37,7 +41,9 @@ EARLIER = {
     "routes_differ_between_turns": "routed_experts_differ_between_turns",
     "routes_differ_between_siblings": "routed_experts_differ_between_siblings",
 }
-"""Names that runs of earlier versions have recorded, and today's. A renamed metric keeps its meaning."""
+"""Names that runs of earlier versions have recorded, and today's. A renamed metric keeps its
+meaning.
+"""
 
 METRICS: dict[str, Metric] = {
     **_of(
@@ -186,7 +192,7 @@ METRICS: dict[str, Metric] = {
 }
 
 USERS = "rollout/"
-"""What a user's own metrics begin with."""
+"""The prefix of a user's own metrics."""
 
 
 def is_known(name: str) -> bool:

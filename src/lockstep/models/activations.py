@@ -1,4 +1,6 @@
-"""Memory of activations, by the sizes of a model: what the backward pass of a layer needs, and the longest row that memory carries."""
+"""Memory of activations by the sizes of a model: the needs of a layer's backward pass, and the
+longest row that memory carries.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _STATE_CHUNK = 64
 
 
 def kept_elements(config: ModelConfig, layer: int, tensor: int) -> int:
-    """Elements per token that the backward pass of layer `layer` needs on one of `tensor` ranks when nothing is recomputed."""
+    """Elements per token that the backward pass of layer `layer` needs on one of `tensor` ranks
+    when nothing is recomputed.
+    """
     stream = 6 * config.hidden_size
     if config.layer_types[layer] == "linear_attention":
         keys, values = (
@@ -35,7 +39,8 @@ def kept_elements(config: ModelConfig, layer: int, tensor: int) -> int:
 def row_tokens(config: ModelConfig, width: int, tensor: int, free: int) -> int:
     """Tokens of the longest row that `free` bytes of one rank carry when every layer is recomputed.
 
-    width: bytes of an element. tensor: ranks that a layer is split over.
+    width: bytes of an element.
+    tensor: ranks that a layer is split over.
     """
     inputs = config.layers * config.hidden_size
     layer = max(kept_elements(config, number, tensor) for number in range(config.layers))

@@ -10,38 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockstep.errors import ConfigError, UnsupportedModelError
+from lockstep.models.config_fields import IGNORED, MTP_FIELDS, READ
 from lockstep.models.spec import LayerKind, ModelSupportSpec
-
-_MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-
-_READ_NAMES = """
-    architectures model_type text_config vocab_size hidden_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim intermediate_size hidden_act rms_norm_eps max_position_embeddings tie_word_embeddings
-    rope_parameters rope_theta rope_scaling partial_rotary_factor attention_bias mlp_bias attention_dropout layer_types
-    full_attention_interval attn_output_gate use_sliding_window sliding_window num_experts num_local_experts
-    num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob decoder_sparse_step
-    mlp_only_layers linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
-    linear_conv_kernel_dim eos_token_id quantization_config
-"""
-_READ = frozenset(_READ_NAMES.split()) | frozenset(_MTP_FIELDS)
-"""Fields that decide the model's mathematics or tokens; every value is checked."""
-
-_IGNORED_NAMES = """
-    transformers_version torch_dtype dtype use_cache initializer_range bos_token_id pad_token_id vision_config
-    image_token_id video_token_id vision_start_token_id vision_end_token_id output_router_logits router_aux_loss_coef
-    max_window_layers mamba_ssm_dtype mtp_use_dedicated_embeddings pretraining_tp language_model_only _name_or_path
-    chunk_size_feed_forward id2label label2id is_encoder_decoder output_attentions output_hidden_states return_dict
-    problem_type
-"""
-_IGNORED = frozenset(_IGNORED_NAMES.split())
-"""Fields that change nothing of what is computed here: storage, generation, other modalities, losses we don't use."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: `dim` leading dimensions of each head turn; `kind` "llama3" scales low frequencies by the four
-    numbers below.
-    """
+    """Rotary embedding of each head's first `dim` dimensions. "llama3" scales low frequencies."""
 
     theta: float
     dim: int
@@ -56,9 +31,9 @@ class Rope:
 class ModelConfig:
     """The text model. Sizes count elements; a size of 0 means the model has no such part.
 
-    layer_types and moe_layers have one entry per layer. rope applies to full-attention layers. mtp_layers counts the
-    checkpoint's multi-token-prediction layers, which are never trained. unknown_fields are set in the file and read by
-    nobody: possible risks.
+    layer_types and moe_layers have one entry per layer. rope applies to full-attention layers.
+    mtp_layers counts the checkpoint's multi-token-prediction layers, which are never trained.
+    unknown_fields are set in the file and read by nobody: possible risks.
     """
 
     key: str
@@ -107,9 +82,7 @@ _MOST_SIZE = 1 << 24
 
 
 class _Fields:
-    """Checked access to the flat view of a config: nested text fields win, a contradiction with the outer level is
-    refused.
-    """
+    """Checked, flat access to a config. Nested text fields win; contradictions are refused."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         nested = raw.get("text_config")
@@ -140,7 +113,7 @@ class _Fields:
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """How many layers, heads or experts."""
+        """A number of layers, heads or experts."""
         return self.integer(name, default, most=_MOST_PARTS)
 
     def number(self, name: str) -> float:
@@ -168,7 +141,7 @@ class _Fields:
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder. Raises UnsupportedModelError when it is missing or no JSON object."""
+    """`config.json` of a checkpoint folder. Raises UnsupportedModelError if there is no object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{folder} has no config.json; give a Hugging Face checkpoint folder")
@@ -183,19 +156,14 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def architecture(raw: Mapping[str, Any]) -> str | None:
     """The model class a config names, or None."""
-    architectures = raw.get("architectures")
-    return (
-        architectures[0]
-        if isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)
-        else None
-    )
+    names = raw.get("architectures")
+    return names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
 
 
 def parse_config(raw: Mapping[str, Any], spec: ModelSupportSpec, source: str = "config.json") -> ModelConfig:
     """Check every field that decides the mathematics and return the model as plain numbers.
 
-    Raises UnsupportedModelError naming the field when a value is missing, unknown, or contradicts another field or the
-    family.
+    Raises UnsupportedModelError for a missing, unknown or contradicting field.
     """
     fields, traits = _Fields(raw, source), spec.traits
     _refuse_unsupported(fields, spec)
@@ -252,7 +220,7 @@ def _refuse_unsupported(fields: _Fields, spec: ModelSupportSpec) -> None:
 
 
 def _rope(fields: _Fields, spec: ModelSupportSpec, head_dim: int) -> Rope:
-    """Either spelling: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`, `partial_rotary_factor`."""
+    """From `rope_parameters` (transformers 5), or `rope_theta` and the older fields beside it."""
     new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
     both = sorted(k for k in set(new) & set(old) if new[k] != old[k])
     if both:
@@ -364,7 +332,8 @@ def _linear_sizes(fields: _Fields) -> dict[str, Any]:
 
 
 def _token_ids(fields: _Fields, name: str) -> tuple[int, ...]:
-    # The outer level of a multimodal config may name another end token than the text model; both end a text.
+    # The outer level of a multimodal config may name another end token than the text model; both
+    # end a text.
     tokens: list[int] = []
     for level in (fields.text, fields.outer):
         value = level.get(name)
@@ -378,14 +347,14 @@ def _token_ids(fields: _Fields, name: str) -> tuple[int, ...]:
 
 def _mtp_layers(fields: _Fields) -> int:
     levels = (fields.text, fields.outer)
-    counts = {level[name] for level in levels for name in _MTP_FIELDS if level.get(name) is not None}
+    counts = {level[name] for level in levels for name in MTP_FIELDS if level.get(name) is not None}
     if len(counts) > 1:
         raise fields.fail(
             f"the config counts its multi-token-prediction layers as {sorted(counts)}; make the fields agree"
         )
     count = counts.pop() if counts else 0
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise fields.fail(f"{' / '.join(_MTP_FIELDS)} is {count!r}, expected a number of layers")
+        raise fields.fail(f"{' / '.join(MTP_FIELDS)} is {count!r}, expected a number of layers")
     return count
 
 
@@ -396,14 +365,14 @@ def _unknown_fields(fields: _Fields) -> tuple[str, ...]:
         prefix + name
         for level, prefix in levels
         for name in sorted(level)
-        if name not in _READ and name not in _IGNORED and level[name] not in (None, False, 0, [], {}, "")
+        if name not in READ and name not in IGNORED and level[name] not in (None, False, 0, [], {}, "")
     )
 
 
 def checkpoint_dtype(folder: Path | str) -> Literal["float32", "bfloat16"]:
-    """The dtype that a checkpoint's `config.json` names ("bfloat16", "float32"), in either spelling, nested or not.
+    """The dtype in a checkpoint's `config.json`: "bfloat16" or "float32".
 
-    Raises ConfigError when it names none or one that isn't trained in.
+    Raises ConfigError for none, and for a dtype without training.
     """
     raw = read_json(Path(folder))
     text = raw.get("text_config") or {}

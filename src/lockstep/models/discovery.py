@@ -1,5 +1,5 @@
-"""What a model is made of, from its `config.json` alone: kinds of layers, a short version that has them all, and open
-risks.
+"""The parts of a model, from its `config.json` alone: kinds of layers, a short version that has
+them all, and open risks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from lockstep.models.spec import ModelSupportSpec
 
 @dataclass(frozen=True)
 class LayerFamily:
-    """One kind of layer: `full_attention+moe`, `linear_attention+dense`, ...; how many there are, and the first one's
-    number.
+    """One kind of layer: `full_attention+moe`, `linear_attention+dense`, ...; how many there are,
+    and the first one's number.
     """
 
     key: str
@@ -26,8 +26,9 @@ class LayerFamily:
 class ArchitectureReport:
     """Result of `inspect_architecture`.
 
-    minimum_layers: the fewest leading layers of the model that contain every kind. unresolved_risks: what nobody has
-    checked for this model, one sentence each; empty for a validated model whose config holds nothing unknown.
+    minimum_layers: the fewest leading layers of the model that contain every kind.
+    unresolved_risks: what nobody has checked for this model, one sentence each; empty for a
+        validated model whose config holds nothing unknown.
     """
 
     base_model: str
@@ -59,7 +60,7 @@ def layer_families(config: ModelConfig) -> tuple[LayerFamily, ...]:
 
 
 def unresolved_risks(spec: ModelSupportSpec, config: ModelConfig) -> tuple[str, ...]:
-    """What the contract does not cover or nobody has validated."""
+    """The parts that the contract does not cover or nobody has validated."""
     risks = []
     if config.architecture not in spec.architectures:
         risks.append(f"architecture {config.architecture} is not validated; it is treated as {spec.key}")

@@ -1,4 +1,4 @@
-"""What the engine asks of a family. One instance per spec, made on first use."""
+"""The interface of a family towards the engine. One instance per spec, made on first use."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class ModelSupportHandler:
         return next((reason for prefix, reason in self.spec.skipped if name.startswith(prefix)), None)
 
     def layout(self, config: ModelConfig, names: Collection[str]) -> Layout:
-        """Which of the family's spellings a checkpoint with these tensor names uses. Raises WeightsError when it mixes
-        two.
+        """The spelling of the family that a checkpoint with these tensor names uses. Raises
+        WeightsError when it mixes two.
         """
         text = [n for n in names if self.skip_reason(n) is None]
         nested = any(n.startswith("model.language_model.") for n in text)

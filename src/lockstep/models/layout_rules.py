@@ -1,8 +1,9 @@
-"""Layout rules: how Hugging Face tensors become one rank's Megatron parameters. Families compose these.
+"""Layout rules: how Hugging Face tensors become one rank's Megatron parameters. Families compose
+these.
 
-Row orders (source: Megatron-Core 0.16.1's local layer spec): fused QKV rows run, per KV head, `[its q heads | their
-gates | k | v]`; a gate/up pair is `[gate | up]` *per rank*; GatedDeltaNet's fused projection is `[q | k | v]` per rank.
-H is hidden_size below.
+Row orders (source: Megatron-Core 0.16.1's local layer spec). Fused QKV rows run, per KV head, `[its
+q heads | their gates | k | v]`. A gate/up pair is `[gate | up]` *per rank*. GatedDeltaNet's fused
+projection is `[q | k | v]` per rank. H is hidden_size below.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from lockstep.models.parallel_sizes import check_sizes
 
 @dataclass(frozen=True)
 class Stage:
-    """What a contract is asked for: one rank's part of the layers `layers` (global numbers) of a model."""
+    """The question to a contract: one rank's part of the layers `layers` (global numbers) of a
+    model.
+    """
 
     config: ModelConfig
     layout: Layout
@@ -44,8 +47,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Linear:
-    """One weight matrix `[rows, cols]`: its tensor name, and its LoRA target and canonical module name (empty: no
-    LoRA).
+    """One weight matrix `[rows, cols]`: its tensor name, and its LoRA target and canonical module
+    name (empty: no LoRA).
     """
 
     name: str
@@ -57,7 +60,9 @@ class Linear:
 
 
 def linear(stage: Stage, layer: int, module: str, rows: int, cols: int) -> Linear:
-    """The matrix of `module` (`self_attn.q_proj`) of one layer, as a LoRA target under its last name."""
+    """The matrix of `module` (`self_attn.q_proj`) of one layer, as a LoRA target under its last
+    name.
+    """
     return Linear(
         f"{stage.source(layer)}{module}.weight",
         rows,
@@ -74,7 +79,7 @@ def replicated(megatron: str, name: str, *shape: int) -> Shard:
 
 
 def split_rows(megatron: str, name: str, rows: int, tail: tuple[int, ...], sizes: Sizes) -> Shard:
-    """Rank r of TP holds rows [r, r + 1) * rows / TP of a tensor `[rows, *tail]` that carries no LoRA."""
+    """Rank r of TP holds rows [r, r + 1) * rows / TP of a tensor `[rows, *tail]` without LoRA."""
     part = rows // sizes.tp
     return Shard(megatron, (part, *tail), (Piece(name, sizes.tp_rank * part, (sizes.tp_rank + 1) * part),), "tensor")
 
@@ -113,7 +118,9 @@ def tri_split(blocks: Sequence[int], sizes: Sizes) -> list[tuple[int, int]]:
 
 
 def qkv(megatron: str, stage: Stage, layer: int) -> Shard:
-    """Fused, interleaved query/[gate]/key/value rows. Hugging Face's gated q_proj has rows `[q | gate]` per head."""
+    """Fused, interleaved query/[gate]/key/value rows. Hugging Face's gated q_proj has rows `[q |
+    gate]` per head.
+    """
     config, dim = stage.config, stage.config.head_dim
     gates = 2 if config.output_gate else 1
     group = config.heads // config.kv_heads
@@ -143,9 +150,11 @@ def _window(blocks: Iterable[tuple[Linear, int, int]], start: int, rows: int) ->
 
 
 def _stacked_pieces(megatron: str, ranges: Sequence[tuple[Linear, int, int]], weights: Sequence[Linear] = ()) -> Shard:
-    """A shard of whole-width row ranges, split over TP; neighbouring ranges of one matrix are joined.
+    """A shard of whole-width row ranges, split over TP; neighbouring ranges of one matrix are
+    joined.
 
-    weights: matrices that have a LoRA site on every rank and in this order, also where none of their rows are held.
+    weights: matrices that have a LoRA site on every rank and in this order, also where none of
+        their rows are held.
     """
     joined: list[tuple[Linear, int, int]] = []
     for weight, start, stop in ranges:
@@ -176,7 +185,9 @@ def _site(megatron: str, weight: Linear, rows: tuple[RowMap, ...], cols: tuple[i
 
 
 def padded_vocab(config: ModelConfig, tp: int) -> int:
-    """Rows of the embedding and the head in Megatron: the vocabulary rounded up to a multiple of TP."""
+    """Rows of the embedding and the head in Megatron: the vocabulary rounded up to a multiple of
+    TP.
+    """
     return -(-config.vocab_size // tp) * tp
 
 
@@ -193,8 +204,8 @@ def vocabulary(megatron: str, name: str, stage: Stage) -> Shard:
 
 
 def ends(stage: Stage) -> list[Shard]:
-    """Embedding on the first stage; final norm and head on the last (a tied head only where the embedding lives on
-    another stage).
+    """Embedding on the first stage; final norm and head on the last. A tied head exists only where
+    the embedding lives on another stage.
     """
     config, prefix = stage.config, stage.layout.prefix
     embedding, shards = f"{prefix}embed_tokens.weight", []
@@ -230,8 +241,8 @@ def attention(stage: Stage, layer: int) -> list[Shard]:
 
 
 def gated_delta_net(stage: Stage, layer: int) -> list[Shard]:
-    """Linear attention (arXiv:2412.06464): projections and convolution head-parallel over TP, the per-head norm
-    replicated.
+    """Linear attention (arXiv:2412.06464): projections and convolution head-parallel over TP, the
+    per-head norm replicated.
     """
     config, sizes = stage.config, stage.sizes
     here, there = stage.local(layer) + "self_attention.", stage.source(layer) + "linear_attn."
@@ -278,8 +289,8 @@ def moe(stage: Stage, layer: int) -> list[Shard]:
 
 
 def experts(stage: Stage, layer: int) -> list[Shard]:
-    """Stacked parameters of this EP rank: `experts.w1` `[E_local, 2f, H]` and `experts.w2` `[E_local, H, f]`, f split
-    over ETP.
+    """Stacked parameters of this EP rank: `experts.w1` `[E_local, 2f, H]` and `experts.w2`
+    `[E_local, H, f]`, f split over ETP.
     """
     config, sizes = stage.config, stage.sizes
     count, size = config.experts // sizes.ep, config.expert_size // sizes.etp
@@ -345,7 +356,9 @@ def _expert_sites(
 
 
 def decoder(stage: Stage, layer_parts: Callable[[Stage, int], list[Shard]]) -> list[Shard]:
-    """Every parameter of one rank, in model order: the ends around `layer_parts(stage, layer)` of each layer."""
+    """Every parameter of one rank, in model order: the ends around `layer_parts(stage, layer)` of
+    each layer.
+    """
     check_sizes(stage.config, stage.sizes)
     around = ends(stage)
     before = [s for s in around if s.megatron.startswith("embedding.")]

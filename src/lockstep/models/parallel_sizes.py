@@ -1,4 +1,6 @@
-"""Whether parallel sizes divide a model: everything that the trainer would refuse at its start, from the config alone."""
+"""Divisibility of a model by parallel sizes: everything that the trainer would refuse at its start,
+from the config alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def check_parallel(config: ModelConfig, parallel: Parallel) -> None:
 
 
 def check_heads(config: ModelConfig, parallel: Parallel) -> None:
-    """Raise ConfigError unless every kind of head of this model can be distributed over the context ranks."""
+    """Raise ConfigError unless every kind of head of this model can be distributed over the context
+    ranks.
+    """
     if parallel.context == 1:
         return
     counts = {"num_attention_heads": config.heads}
@@ -66,7 +70,8 @@ def _divides(size_name: str, size: int, name: str, value: int) -> None:
 
 
 def stage_layers(layers: int, pipeline: int, counts: Sequence[int] | None = None) -> list[range]:
-    """Layer range of every pipeline stage: `counts` layers each, or as even as possible with the longer stages first.
+    """Layer range of every pipeline stage: `counts` layers each, or as even as possible with the
+    longer stages first.
 
     Raises ConfigError when the counts don't add up or a stage would be empty.
     """

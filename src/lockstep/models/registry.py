@@ -1,4 +1,6 @@
-"""Which models are supported, and how. Reads the families' `spec.py` only; handlers are imported on first use."""
+"""The supported models, and their support. Reads the families' `spec.py` only; handlers are
+imported on first use.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """How a base model is trained and served unless the user says otherwise; known without its weights."""
+    """The default training and serving of a base model, known without its weights."""
 
     base_model: str
     key: str
@@ -50,10 +52,11 @@ def get_model_support_spec_by_key(key: str) -> ModelSupportSpec:
 
 
 def get_model_support_spec(base_model: str, *, allow_unvalidated_arch: bool = False) -> ModelSupportSpec:
-    """The family of a Hugging Face id or of a local checkpoint folder (by the architecture its `config.json` names).
+    """The family of a Hugging Face id or of a local checkpoint folder (by the architecture its
+    `config.json` names).
 
-    An unregistered model raises UnsupportedModelError; with `allow_unvalidated_arch` the family that looks nearest is
-    tried, with a warning that says so.
+    An unregistered model raises UnsupportedModelError; with `allow_unvalidated_arch` the family
+    that looks nearest is tried, with a warning that says so.
     """
     spec = spec_of_folder(Path(base_model).expanduser()) if is_folder(base_model) else _spec_of_name(base_model)
     if spec is not None:
@@ -84,8 +87,8 @@ def get_model_support_handler(base_model: str, *, allow_unvalidated_arch: bool =
 
 @cache
 def get_model_support_handler_for_spec(spec: ModelSupportSpec) -> ModelSupportHandler:
-    """Import the handler that a spec names. Raises ConfigError when an installed dependency is older than the family
-    needs.
+    """Import the handler that a spec names. Raises ConfigError when an installed dependency is
+    older than the family needs.
     """
     check_dependency_floors(spec)
     module, _, attribute = spec.handler.partition(":")
@@ -93,8 +96,8 @@ def get_model_support_handler_for_spec(spec: ModelSupportSpec) -> ModelSupportHa
 
 
 def check_dependency_floors(spec: ModelSupportSpec) -> None:
-    """Raise ConfigError naming the first installed distribution below the family's floor. What isn't installed isn't
-    checked.
+    """Raise ConfigError naming the first installed distribution below the family's floor. What
+    isn't installed isn't checked.
     """
     for floor in spec.dependency_floors:
         try:
@@ -116,7 +119,7 @@ def default_target_modules_for_model(base_model: str, *, allow_unvalidated_arch:
 
 
 def native_vllm_lora_status_for_model(base_model: str, *, allow_unvalidated_arch: bool = False) -> NativeLoraStatus:
-    """Whether vLLM serves this model's adapters as they are."""
+    """True if vLLM serves this model's adapters as they are."""
     return get_model_support_spec(base_model, allow_unvalidated_arch=allow_unvalidated_arch).native_vllm_lora_status
 
 
@@ -145,7 +148,9 @@ def model_uses_expert_parallel(base_model: str, *, allow_unvalidated_arch: bool 
 
 
 def get_model_config(base_model: str, *, allow_unvalidated_arch: bool = False) -> ModelSetup:
-    """Defaults for training and serving a base model. Needs neither its weights nor a training environment."""
+    """Defaults for training and serving a base model. Needs neither its weights nor a training
+    environment.
+    """
     spec = get_model_support_spec(base_model, allow_unvalidated_arch=allow_unvalidated_arch)
     return ModelSetup(
         base_model,
@@ -158,7 +163,9 @@ def get_model_config(base_model: str, *, allow_unvalidated_arch: bool = False) -
 
 
 def load_model_config(base_model: str, *, allow_unvalidated_arch: bool = False) -> ModelConfig:
-    """The checked architecture of a base model, from its `config.json` (fetched for a Hugging Face id)."""
+    """The checked architecture of a base model, from its `config.json` (fetched for a Hugging Face
+    id).
+    """
     folder = checkpoint_folder(base_model, weights=False)
     spec = get_model_support_spec(str(folder), allow_unvalidated_arch=allow_unvalidated_arch)
     return parse_config(read_json(folder), spec, source=f"{base_model}: config.json")
@@ -169,7 +176,9 @@ def _spec_of_name(name: str) -> ModelSupportSpec | None:
 
 
 def spec_of_folder(folder: Path) -> ModelSupportSpec | None:
-    """The family whose architecture or model type a checkpoint's config.json names; None: no family's."""
+    """The family whose architecture or model type a checkpoint's config.json names; None: no
+    family's.
+    """
     raw = read_json(folder)
     named = architecture(raw)
     if named is not None:
@@ -178,7 +187,9 @@ def spec_of_folder(folder: Path) -> ModelSupportSpec | None:
 
 
 def _nearest(base_model: str) -> ModelSupportSpec | None:
-    """The family whose name is the longest common start with the model's type or name, dense or MoE as the model is."""
+    """The family whose name is the longest common start with the model's type or name, dense or MoE
+    as the model is.
+    """
     if is_folder(base_model):
         raw = read_json(Path(base_model).expanduser())
         text = raw.get("text_config") or raw

@@ -1,4 +1,4 @@
-"""What a family says about itself before anything heavy is imported."""
+"""A family's facts, readable before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DependencyFloor:
 
 @dataclass(frozen=True)
 class Traits:
-    """What is true of every model of a family although no field of `config.json` says so.
+    """The facts of a family that no field of `config.json` gives.
 
     Values of the config that contradict a trait are refused when the config is read.
     """
@@ -36,11 +36,15 @@ class Traits:
     rope_types: tuple[str, ...] = ("default",)
     layer_kinds: tuple[LayerKind, ...] = ("full_attention",)
     full_attention_interval: int = 1
-    """Where the config lists no layer types: every n-th layer is full attention."""
+    """For configs without layer types: every n-th layer is full attention."""
     norm_topk_prob: bool | None = None
-    """MoE: True when the family always normalises the chosen experts' probabilities; None when the config says."""
+    """MoE: True when the family always normalises the chosen experts' probabilities; None when the
+    config says.
+    """
     fused_expert_lora: bool = False
-    """MoE: gate and up of a routed expert share one LoRA A (the stacked PEFT layout) instead of having one each."""
+    """MoE: gate and up of a routed expert share one LoRA A (the stacked PEFT layout) instead of
+    having one each.
+    """
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,10 @@ class ServerFacts:
 class ModelSupportSpec:
     """One model family as users, the registry and the command line see it.
 
-    handler: "module:attribute", imported on first use. skipped: (tensor name prefix, reason) of checkpoint tensors that
-    are carried over untouched instead of being trained. evidence: where the validation of this family is documented.
+    handler: "module:attribute", imported on first use.
+    skipped: (tensor name prefix, reason) of checkpoint tensors that are carried over untouched
+        instead of being trained.
+    evidence: where the validation of this family is documented.
     """
 
     key: str

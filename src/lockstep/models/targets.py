@@ -15,9 +15,12 @@ def available_targets(shards: Iterable[Shard]) -> tuple[str, ...]:
 
 
 def check_targets(spec: ModelSupportSpec, shards: Sequence[Shard], targets: Sequence[str] | None) -> tuple[str, ...]:
-    """The targets to train: the ones asked for, or the family's default as far as this model has them.
+    """The targets to train: the ones asked for, or the family's default as far as this model has
+    them.
 
-    shards: of the whole model. Raises ConfigError for a target that no module of the model carries, an empty list or a
+    shards: of the whole model.
+
+    Raises ConfigError for a target that no module of the model carries, an empty list or a
     repetition.
     """
     available = available_targets(shards)

@@ -1,1 +1,3 @@
-"""Child processes that cannot outlive their parent, and what the machine has free. Standard library only."""
+"""Child processes that cannot outlive their parent, and what the machine has free. Standard library
+only.
+"""

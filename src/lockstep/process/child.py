@@ -1,4 +1,5 @@
-"""Child processes that can't outlive this one: each runs under `lockstep.process.guard`, in a process group of its own.
+"""Child processes that can't outlive this one: each runs under `lockstep.process.guard`, in a
+process group of its own.
 
 Works from any thread and under asyncio: nothing here depends on the thread that started the child.
 """
@@ -15,8 +16,8 @@ from pathlib import Path
 from lockstep.process import guard
 from lockstep.process.scratch import remove_abandoned
 
-# What a child may see of our environment. PYTHONPATH, PYTHONHOME, VIRTUAL_ENV and the like are not here on purpose:
-# they would pull modules of this environment into another one.
+# What a child may see of our environment. PYTHONPATH, PYTHONHOME, VIRTUAL_ENV and the like are not
+# here on purpose: they would pull modules of this environment into another one.
 _PASSED = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TMP", "TEMP", "TZ", "TERM", "LANG", "LANGUAGE",
@@ -36,8 +37,9 @@ LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 """Bytes of a Unix socket's path."""
 
 
-# What compilers keep for the next process, by the environment variable that says where. Each keys its
-# entries by versions, device and source, so that trainers and servers of all runs may share them.
+# What compilers keep for the next process, by the environment variable that says where. Each keys
+# its entries by versions, device and source, so that trainers and servers of all runs may share
+# them.
 _COMPILER_CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "torch",
     "TRITON_CACHE_DIR": "triton",
@@ -55,8 +57,9 @@ def lockstep_home() -> Path:
 def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False) -> dict[str, str]:
     """Environment of a child: an allow-list of ours, then `extra`.
 
-    Compilers keep their results below `lockstep_home()`: a child's own TMPDIR goes with it, and a second run starts warm.
-    `installer=True` also passes pip's and uv's settings, passwords included. Other tokens and passwords stay here.
+    Compilers keep their results below `lockstep_home()`: a child's own TMPDIR goes with it, and a
+    second run starts warm. `installer=True` also passes pip's and uv's settings, passwords
+    included. Other tokens and passwords stay here.
     """
     kept = {
         name: value
@@ -70,7 +73,9 @@ def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False
 
 
 def seen_gpus() -> list[str] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process, by number or UUID; None: it says nothing, all of them."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process, by number or UUID; None: it says
+    nothing, all of them.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return None
@@ -80,13 +85,17 @@ def seen_gpus() -> list[str] | None:
 
 
 def visible_gpus(numbers: Sequence[int]) -> str:
-    """CUDA_VISIBLE_DEVICES of a child that gets these GPUs, counted among those that this process may use; none hides all."""
+    """CUDA_VISIBLE_DEVICES of a child that gets these GPUs, counted among those that this process
+    may use; none hides all.
+    """
     seen = seen_gpus()
     return ",".join(str(number) if seen is None else seen[number] for number in numbers)
 
 
 class Child:
-    """A command that runs under its guard. `pid` is the guard's; its end means that the whole tree is gone."""
+    """A command that runs under its guard. `pid` is the guard's; its end means that the whole tree
+    is gone.
+    """
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], log_path: Path, log_start: int = 0) -> None:
         """log_start: bytes of the log that others wrote before."""
@@ -101,7 +110,9 @@ class Child:
         return self._process.poll()
 
     def wait(self, timeout: float) -> int:
-        """Waits for the end of the whole tree. Raises TimeoutError, which names the child, after `timeout` seconds."""
+        """Waits for the end of the whole tree. Raises TimeoutError, which names the child, after
+        `timeout` seconds.
+        """
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -114,7 +125,8 @@ class Child:
         """
         pipe = self._process.stdin
         assert pipe is not None
-        # A broken or closed pipe: the guard has ended, or a second thread is terminating too. The wait below sees both.
+        # A broken or closed pipe: the guard has ended, or a second thread is terminating too. The
+        # wait below sees both.
         with contextlib.suppress(BrokenPipeError, ValueError):
             pipe.write(b"terminate %g\n" % grace_s)
             pipe.flush()
@@ -129,12 +141,16 @@ class Child:
         return self.terminate(0.0)
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines that it wrote to its log; those of an earlier child that wrote there are left out."""
+        """The last lines that it wrote to its log; those of an earlier child that wrote there are
+        left out.
+        """
         return tail(self.log_path, lines, self._log_start)
 
 
 def tail(path: Path, lines: int, start: int = 0) -> str:
-    """The last `lines` lines of a text file behind byte `start`, at most its last 64 KiB; empty if there is no such file."""
+    """The last `lines` lines of a text file behind byte `start`, from its last 64 KiB at most.
+    Empty if there is no such file.
+    """
     try:
         with path.open("rb") as log:
             log.seek(0, os.SEEK_END)
@@ -147,7 +163,9 @@ def tail(path: Path, lines: int, start: int = 0) -> str:
 
 
 def private_log(path: Path) -> int:
-    """Opens a log for appending that only this user can read (0600 in a 0700 folder); returns the file descriptor."""
+    """Opens a log for appending that only this user can read (0600 in a 0700 folder); returns the
+    file descriptor.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -156,7 +174,9 @@ def private_log(path: Path) -> int:
 
 
 def guarded(command: Sequence[str], removes: Sequence[Path] = ()) -> list[str]:
-    """`command` under a guard, for a process whose standard input is a pipe that only this one holds."""
+    """`command` under a guard, for a process whose standard input is a pipe that only this one
+    holds.
+    """
     options = [word for folder in removes for word in ("--remove", str(folder))]
     return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *options, "--", *map(str, command)]
 
@@ -170,11 +190,13 @@ def spawn(
     cwd: Path | None = None,
     removes: Sequence[Path] = (),
 ) -> Child:
-    """Starts `command` under a guard, in a process group of its own, with exactly `env` and its output appended to `log_path`.
+    """Starts `command` under a guard, in a process group of its own, with exactly `env` and its
+    output appended to `log_path`.
 
-    Only TMPDIR is another one, the command's own. The tree dies when this process ends in any way, SIGKILL included, and leaves
-    nothing in TMPDIR and no shared memory; the folders in `removes` go with the tree, and what a killed guard left goes
-    now. A command that can't be started ends with status 127 and a line in the log.
+    Only TMPDIR is another one, the command's own. The tree dies when this process ends in any way,
+    SIGKILL included, and leaves nothing in TMPDIR and no shared memory. The folders in `removes` go
+    with the tree. Leftovers of a killed guard go now. A command that can't be started ends with
+    status 127 and a line in the log.
     """
     remove_abandoned()
     log_fd = private_log(log_path)
@@ -187,8 +209,8 @@ def spawn(
             stderr=log_fd,
             env=dict(env),
             cwd=cwd,
-            # Not a session: Linux schedules each session as one (autogroup), and a server that spins on every core
-            # would then keep this process from running for a second at a time.
+            # Not a session: Linux schedules each session as one (autogroup), and a server that
+            # spins on every core would then keep this process from running for a second at a time.
             process_group=0,
         )
     finally:

@@ -1,4 +1,4 @@
-"""What this machine has free now: host memory, the memory of its GPUs, disk. Standard library only."""
+"""The free resources of this machine: host memory, GPU memory, disk. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class DeviceMemory:
 
 
 def host_available() -> int:
-    """Bytes that may still be allocated on the host: what the kernel calls available, and what the control group allows."""
+    """Bytes that may still be allocated on the host: what the kernel calls available, and what the
+    control group allows.
+    """
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     limit = _cgroup_free()
@@ -25,7 +27,7 @@ def host_available() -> int:
 
 
 def _cgroup_free() -> int | None:
-    """What the control group still allows (cgroup 2), None when it sets no limit."""
+    """The bytes that the control group still allows (cgroup 2); None when it sets no limit."""
     folder = Path("/sys/fs/cgroup")
     if not (folder / "memory.max").exists():
         return None
@@ -50,7 +52,9 @@ class _Memory(ctypes.Structure):
 
 
 def gpu_memory(name: str) -> DeviceMemory | None:
-    """Memory of the GPU that CUDA_VISIBLE_DEVICES calls `name` (a number or a UUID), from the driver's library; None: it does not say."""
+    """Memory of the GPU that CUDA_VISIBLE_DEVICES calls `name` (a number or a UUID), from the
+    driver's library; None: it does not say.
+    """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,19 +1,22 @@
-"""Runs one command and takes its whole process tree down with itself or with the process that asked for it.
+"""Runs one command and takes its whole process tree down with itself or with the process that asked
+for it.
 
-Standard library only: it is started by path, `python -I -S guard.py`, from any interpreter. Standard input is a pipe
-whose other end only the asking process holds; when that process is gone, however it went, the pipe reads end-of-file
-and everything below the guard is killed. A line `terminate SECONDS` on the pipe asks for an orderly end: SIGTERM to
-the command's group, SIGKILL to the whole tree after that many seconds.
+Standard library only: it is started by path, `python -I -S guard.py`, from any interpreter.
+Standard input is a pipe whose other end only the asking process holds. When that process is gone,
+in whatever way, the pipe reads end-of-file, and the guard kills everything below it. A line
+`terminate SECONDS` on the pipe asks for an orderly end: SIGTERM to the command's group, then
+SIGKILL to the tree after that many seconds.
 
-On Linux the guard is a child-subreaper: a process that left its session or lost its parent becomes the guard's own
-child, so that killing direct children until there are none reaches every descendant, and a process id can't have been
-recycled (only the guard reaps them). The command gets SIGKILL from the kernel if the guard itself is killed.
-Elsewhere only the command's process group is killed.
+On Linux the guard is a child-subreaper: a process that left its session or lost its parent becomes
+the guard's own child. So killing direct children until there are none reaches every descendant.
+Only the guard reaps them, so no process id can have been recycled. The command gets SIGKILL from
+the kernel if the guard itself is killed. Elsewhere only the command's process group is killed.
 
-Nothing is left behind. The command's TMPDIR is a folder of its own that the guard removes at the end: killed processes leave
-sockets and the like there. `--remove FOLDER` before `--` names one more. Folders of a guard that was killed itself are
-known by their lock, which nobody holds any more: `scratch.py` removes them. Python's resource trackers are killed last,
-and seldom: a tracker removes the shared memory of those that were killed, which nobody else would, and then ends.
+Nothing is left behind. The command's TMPDIR is a folder of its own, which the guard removes at the
+end: killed processes leave sockets there. `--remove FOLDER` before `--` names one more. Folders of
+a guard that was killed itself are known by their lock, which nobody holds any more: `scratch.py`
+removes them. Resource trackers get up to 5 s to remove the shared memory of killed processes; only
+a tracker that is still alive then is killed.
 
 Exit status: the command's own, 128 + N after signal N, 127 if it could not be started.
 """
@@ -37,11 +40,14 @@ PREFIX = "lockstep-"
 LOCK = ".lock"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# The pipe's end-of-file comes at once; the parent's id is looked at too, since a forked sibling may hold the pipe open.
+# The pipe's end-of-file comes at once; the parent's id is looked at too, since a forked sibling may
+# hold the pipe open.
 _PARENT_CHECK_S = 0.25
 _TICK_S = 0.02
 _TRACKER_S = 5.0
-"""A tracker needs milliseconds once it is alone; one that is not alone, since somebody outside the tree has its pipe, is killed then."""
+"""A tracker needs milliseconds once it is alone. A tracker whose pipe somebody outside the tree
+holds is killed.
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +77,9 @@ def main(argv: list[str]) -> int:
 
 
 def locked_folder() -> tuple[str, int]:
-    """A new folder in TMPDIR for this user alone, and the descriptor of its lock: the folder is in use while that is open."""
+    """A new folder in TMPDIR for this user alone, and the descriptor of its lock. The folder is in
+    use while the lock is open.
+    """
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX)
         path = os.path.join(folder, LOCK)
@@ -97,7 +105,7 @@ def _start(command: list[str], scratch: str) -> subprocess.Popen[bytes]:
 
 
 class _Status:
-    """How the command ended."""
+    """The exit of the command."""
 
     def __init__(self, wait_status: int) -> None:
         code = os.waitstatus_to_exitcode(wait_status)
@@ -139,7 +147,9 @@ def _watch(pid: int, parent_pid: int, wakeup_fd: int, stop_signals: list[int]) -
 
 
 def _reap(pid: int) -> _Status | None:
-    """Reaps whatever ended, adopted orphans included; returns the command's status once it is among them."""
+    """Reaps whatever ended, adopted orphans included; returns the command's status once it is among
+    them.
+    """
     while True:
         try:
             done, wait_status = os.waitpid(-1, os.WNOHANG)
@@ -186,8 +196,8 @@ def _direct_children() -> list[int]:
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as stat:
-                # "pid (command) state ppid …": the command may hold blanks and brackets, so split behind the last
-                # bracket.
+                # "pid (command) state ppid …": the command may hold blanks and brackets, so split
+                # behind the last bracket.
                 if int(stat.read().rpartition(b")")[2].split()[1]) == me:
                     processes.append(int(name))
         except (FileNotFoundError, ProcessLookupError):
@@ -196,7 +206,9 @@ def _direct_children() -> list[int]:
 
 
 def _is_tracker(pid: int) -> bool:
-    """Whether it is Python's own process that removes what others leave; these ignore SIGTERM for the same end."""
+    """True for Python's own process that removes what others leave. Such processes ignore SIGTERM
+    for the same end.
+    """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as command_line:
             return b"multiprocessing.resource_tracker" in command_line.read()
@@ -215,7 +227,9 @@ def _signal_wakeup() -> int:
 
 
 def die_with(parent_pid: int):
-    """What a process calls to ask the kernel for SIGKILL at its parent's death; None where no kernel does that."""
+    """The call that asks the kernel for SIGKILL at the parent's death; None where no kernel offers
+    that.
+    """
     if not LINUX:
         return None
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork

@@ -16,7 +16,9 @@ class LockHeldError(Exception):
 
 
 def take(lock: Path) -> FileLock:
-    """The lock, held until its `release`. Raises LockHeldError if another process holds it, OSError where no file can be made."""
+    """The lock, held until its `release`. Raises LockHeldError if another process holds it, OSError
+    where no file can be made.
+    """
     taken = FileLock(lock)
     owner = lock.with_name(f"{lock.name}.owner")
     try:

@@ -13,7 +13,8 @@ from lockstep.process.guard import LOCK, PREFIX
 
 
 def remove_abandoned() -> None:
-    """Remove this user's folders in TMPDIR whose lock nobody holds: what made them was killed, and its guard, too.
+    """Remove this user's folders in TMPDIR whose lock nobody holds: what made them was killed, and
+    its guard, too.
 
     A lock decides, not a process id: programs in other containers may share the folder.
     """

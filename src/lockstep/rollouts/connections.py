@@ -1,8 +1,8 @@
 """Connections to one server for many requests at once, each found in constant time.
 
-The pool of httpx looks at every connection and asks the system about each idle one, at every request's start and end.
-With 512 requests under way this is half of what a client computes. Here each connection has a pool of its own, and a
-free one is taken from a stack.
+The pool of httpx looks at every connection and asks the system about each idle one, at every
+request's start and end. With 512 requests under way this is half of what a client computes. Here
+each connection has a pool of its own, and a free one is taken from a stack.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 
 def connections_for(client_class: type) -> Any:
-    """A transport for `client_class`, an async client of httpx or of its successor, which openai builds upon."""
+    """A transport for `client_class`, an async client of httpx or of its successor, which openai
+    builds upon.
+    """
     library = _library_of(client_class)
     context = ssl.create_default_context()  # made once: reading the certificates takes longer than a request
     limits = library.Limits(max_connections=1, max_keepalive_connections=1)

@@ -24,7 +24,9 @@ _INSTALLED = tuple(
 
 
 def failure_of(error: BaseException) -> RolloutFailure:
-    """The exception as it is stored: type, message, the user's last frames, and the whole traceback."""
+    """The exception as it is stored: type, message, the user's last frames, and the whole
+    traceback.
+    """
     text = "".join(traceback.format_exception(error))
     message = str(error)
     if isinstance(error, ValidationError) and error.title == Trajectory.__name__:
@@ -39,9 +41,11 @@ def one_line(failure: RolloutFailure) -> str:
 
 
 def user_frames(error: BaseException) -> str:
-    """The last frames outside Lockstep and what is installed, outermost first: `task.py:8 in rollout: return d['answer'] > ...`.
+    """The last frames outside Lockstep and what is installed, outermost first: `task.py:8 in
+    rollout: return d['answer'] > ...`.
 
-    An error without such a frame (a deadline) has the place of its cause. Empty: no user's code was under way.
+    An error without such a frame (a deadline) has the place of its cause. Empty: no user's code was
+    under way.
     """
     frames = [(frame, line) for frame, line in _frames(error) if _is_users(frame)][-_FRAMES:]
     if frames:

@@ -34,18 +34,20 @@ async def gather_trajectory_groups(
 ) -> list[TrajectoryGroup]:
     """Run all rollouts at once and return their groups, in the order given.
 
-    groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an awaitable that
-    gives a TrajectoryGroup. Give coroutines: a task that you started yourself is awaited, but the first
-    `model.inference_name()` in it does not decide the version of the whole rollout.
-    max_exceptions: failed rollouts to tolerate in all, as a count, or below 1 as a fraction of the rollouts,
-    rounded up but never all of them. Those are kept on their group.
-    after_each: called with each finished group (may be async); returns the group to keep, or a list of groups (an empty
-    one drops it).
-    noise: a name. Rollouts at the same place of two calls of one name sample the same noise at one step, such as a call
-    that is made again after a failure. None: each call of a step has noise of its own.
+    groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an
+        awaitable that gives a TrajectoryGroup. Give coroutines. A task that you started yourself is
+        awaited, but its first `model.inference_name()` does not decide the version of the full
+        rollout.
+    max_exceptions: failed rollouts to tolerate in all, as a count. Below 1 it is a fraction of the
+        rollouts, rounded up but never all of them. Those are kept on their group.
+    after_each: called with each finished group (may be async). It returns the group to keep, or a
+        list of groups; an empty list drops the group.
+    noise: a name. Rollouts at the same position of two calls of one name sample the same noise at
+        one step, such as a call that is repeated after a failure. None: each call of a step has
+        noise of its own.
 
-    Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and what finished is in
-    its `groups`.
+    Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and
+    what finished is in its `groups`.
     """
     gathering = _Gathering(list(groups), after_each, Gathered(noise))
     with _progress_bar(progress, description, gathering.expected) as report:
@@ -71,7 +73,8 @@ class _Gathering:
     """One call of gather: a task per rollout, what each gave, and what failed."""
 
     def __init__(self, sources: list[GroupSource], after_each: AfterEach | None, gathered: Gathered):
-        # Per group: the finished group or the awaitable of one (a single slot), or the list of attempts.
+        # Per group: the finished group or the awaitable of one (a single slot), or the list of
+        # attempts.
         self._slots: list[list[Any]] = []
         self._is_group: list[bool] = []
         for source in sources:
@@ -124,7 +127,9 @@ class _Gathering:
                 await self._finish(group)
 
     def _take(self, task: asyncio.Future[Any], group: int, index: int) -> None:
-        """Keep what an ended rollout gave, or its failure. Raises what must not be taken for a failure, such as KeyboardInterrupt."""
+        """Keep what an ended rollout gave, or its failure. Raises what must not be taken for a
+        failure, such as KeyboardInterrupt.
+        """
         error = asyncio.CancelledError("the rollout was cancelled") if task.cancelled() else task.exception()
         if error is None:
             self._keep(group, index, task.result())
@@ -224,7 +229,9 @@ class _Gathering:
 
 @contextmanager
 def _progress_bar(show: bool, description: str, expected: int) -> Iterator[_Report]:
-    """A bar on stderr with the mean reward and the failures so far; nothing when stderr is no terminal."""
+    """A bar on stderr with the mean reward and the failures so far; nothing when stderr is no
+    terminal.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)

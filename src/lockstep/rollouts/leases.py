@@ -1,7 +1,7 @@
-"""Which served versions running rollouts still use, so that none of them is unloaded.
+"""The served versions that running rollouts still use, so that none of them is unloaded.
 
-A rollout runs in a scope. The first `model.inference_name()` inside it pins the model's current step for the whole
-scope, whatever training does meanwhile; the end of the scope gives it back.
+A rollout runs in a scope. The first `model.inference_name()` inside it pins the model's current
+step for the full scope, whatever training does. The end of the scope releases the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 
 class Leases:
-    """How many scopes hold each step of one model."""
+    """The number of scopes that hold each step of one model."""
 
     def __init__(self) -> None:
         self._held: Counter[int] = Counter()
@@ -31,17 +31,21 @@ class Leases:
 
 
 class RolloutScope:
-    """What one rollout holds. Tasks that the rollout starts share its scope."""
+    """The lease of one rollout. Tasks that the rollout starts share its scope."""
 
     def __init__(self) -> None:
         self._pinned: dict[Leases, int] = {}
         self._taken: set[tuple[Leases, int]] = set()
         self.open = True
         self.served = False
-        """A request of this rollout has had its place in the server: its next ones go before those of rollouts that have not begun."""
+        """A request of this rollout has had its slot in the server. Its next requests go before
+        those of rollouts that have not begun.
+        """
 
     def pin(self, leases: Leases, current: int) -> int:
-        """The step this scope uses of that model: the current one at the first call, the same ever after."""
+        """The step this scope uses of that model: the current one at the first call, the same ever
+        after.
+        """
         step = self._pinned.setdefault(leases, current)
         self.hold(leases, step)
         return step
@@ -67,7 +71,9 @@ _current: ContextVar[RolloutScope | None] = ContextVar("lockstep_rollout_scope",
 
 
 def current_scope() -> RolloutScope | None:
-    """The running rollout's scope; None outside of one, or when it has ended (a task left over by a rollout)."""
+    """The running rollout's scope; None outside of one, or when it has ended (a task left over by a
+    rollout).
+    """
     scope = _current.get()
     return scope if scope is not None and scope.open else None
 

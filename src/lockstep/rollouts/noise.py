@@ -1,7 +1,9 @@
-"""The sampling noise of rollouts: each request has a seed that follows from where the request stands in the run.
+"""The sampling noise of rollouts: each request has a seed that follows from where the request
+stands in the run.
 
-Without a seed a server draws one stream of noise in the order of its batches, which no two runs repeat. With a seed per request a
-run that was killed and resumed samples what the undisturbed run samples.
+Without a seed a server draws one stream of noise in the order of its batches, which no two runs
+repeat. With a seed per request a run that was killed and resumed samples what the undisturbed run
+samples.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ _SEED_BYTES = 6
 
 
 class GatherCall:
-    """One call of gather. Calls of one name at one step sample the same noise; without a name each call has its own."""
+    """One call of gather. Calls of one name at one step sample the same noise; without a name each
+    call has its own.
+    """
 
     def __init__(self, name: str | None = None):
         self.name = name
 
 
 class RolloutPlace:
-    """Where a rollout stands: in which outermost gather, and by which group and rollout of it and of gathers inside."""
+    """The position of a rollout: its outermost gather, its group, its number, and the gathers
+    inside.
+    """
 
     def __init__(self, gather: GatherCall, path: tuple[str, ...]):
         self.gather = gather

@@ -1,10 +1,11 @@
-"""Trajectories in one Parquet file, without loss: one row per trajectory, token ids and log-probabilities as number
-columns.
+"""Trajectories in one Parquet file, without loss: one row per trajectory, token ids and
+log-probabilities as number columns.
 
-Columns: step, group, trajectory, reward; messages, tools, metrics, metadata as JSON; choices as a list of structs with
-the token ids, the log-probabilities, the routed experts (the server's .npy bytes) and the rest of the choice as JSON.
-In `messages`, a choice is {"choice": k}. What belongs to a group (metadata, failures) is in the file's own metadata, so
-that a group without trajectories is kept too.
+Columns: step, group, trajectory, reward; messages, tools, metrics and metadata as JSON; choices as
+a list of structs. A struct has the token ids, the log-probabilities, the routed experts (the
+server's .npy bytes) and the rest as JSON. In `messages`, a choice is {"choice": k}. What belongs to
+a group (metadata, failures) is in the file's own metadata, so that a group without trajectories is
+kept too.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def _join_choice(struct: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Any, where: str) -> str:
-    """JSON of what a user put together. Raises DataError for what is none; objects of the OpenAI client are written as their fields."""
+    """JSON of what a user put together. Raises DataError for what is none; objects of the OpenAI
+    client are written as their fields.
+    """
     try:
         return json.dumps(value, default=_plain)
     except TypeError as error:
@@ -144,7 +147,8 @@ def _row(step: int, group: int, index: int, trajectory: Trajectory) -> dict[str,
 
 
 def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int) -> None:
-    """Write the groups of `step` to `path`: under a temporary name, flushed, renamed. Missing folders are made.
+    """Write the groups of `step` to `path`: under a temporary name, flushed, renamed. Missing
+    folders are made.
 
     Raises DataError, naming the trajectory, for messages or metadata that are not JSON.
     """
@@ -179,7 +183,9 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
 
 
 def read_parquet(path: str | Path) -> list[TrajectoryGroup]:
-    """The groups that `write_parquet` wrote. Raises StoreError if the file is missing, damaged, or of another kind."""
+    """The groups that `write_parquet` wrote. Raises StoreError if the file is missing, damaged, or
+    of another kind.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""What gives the requests of an OpenAI client their seeds."""
+"""The seeds of an OpenAI client's requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ _SAMPLING = ("/chat/completions", "/completions", "/responses")
 
 
 class SeededRequests:
-    """Mixed into an OpenAI client: a request that samples gets `next_seed()` where it sets no seed. Its retries keep the seed."""
+    """Mixed into an OpenAI client: a request that samples gets `next_seed()` where it sets no seed.
+    Its retries keep the seed.
+    """
 
     next_seed: Callable[[], int | None]
 

@@ -1,7 +1,8 @@
 """As many requests at a server as it serves at once: the others wait here, where no deadline runs.
 
-vLLM takes every request and lets it queue, while the client's deadline goes on: a request that is given up there begins again, and what
-was computed for it is lost. So a request leaves this process when there is a place for it, and its deadline counts from then.
+vLLM takes every request and lets it queue, while the client's deadline goes on. A request that is
+given up there begins again, and its computation is lost. So a request leaves this process when
+there is a place for it, and its deadline counts from then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _SAMPLING = ("/completions", "/responses", "/messages")
 
 
 class Slots:
-    """The places of one server, for one event loop. Requests of rollouts under way go first, then in order."""
+    """The places of one server, for one event loop. Requests of rollouts under way go first, then
+    in order.
+    """
 
     def __init__(self, count: int):
         self.count = self._free = count
@@ -55,14 +58,17 @@ class Slots:
 
 
 class SlotSending:
-    """Mixed into an HTTP client of openai's, whose `send` it holds back: requests that sample leave when there is a place for them.
+    """A mixin for openai's HTTP client, which holds back `send`: requests that sample leave when
+    there is a slot for them.
 
     The end of the reply gives the place back.
     """
 
     slots: Slots | None = None
     default_s: float = 0.0
-    """The client's own read deadline, in seconds. A request that came with no other gets a second more for each token it may sample."""
+    """The client's own read deadline, in seconds. A request that came with no other gets a second
+    more for each token it may sample.
+    """
     longest: int = 0
     """Tokens of a request that does not say how many."""
 

@@ -1,4 +1,6 @@
-"""What a rollout gives back: conversations with the server's own choices in them, a reward, and groups of them."""
+"""The result of a rollout: conversations with the server's own choices, a reward, and groups of
+them.
+"""
 
 from __future__ import annotations
 
@@ -57,11 +59,13 @@ Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_without_numpy)]
 class Trajectory(BaseModel):
     """One attempt at a task.
 
-    messages_and_choices: the conversation in order. Dicts are context; `Choice` objects, exactly as the server's reply
-    holds them, are what was sampled, and are trained on. They carry token ids, log-probabilities and the weight
-    version; nothing is tokenized again.
-    tools: the tools the model was offered. reward: finite. metrics: numbers to average over the step. metadata:
-    anything JSON.
+    messages_and_choices: the conversation in order. Dicts are context; `Choice` objects, exactly as
+        the server's reply holds them, are what was sampled, and are trained on. They carry token
+        ids, log-probabilities and the weight version; nothing is tokenized again.
+    tools: the tools the model was offered.
+    reward: finite.
+    metrics: numbers to average over the step.
+    metadata: anything JSON.
 
     Raises DataError for a reward that is NaN or infinite, also when it is assigned later.
     """
@@ -105,12 +109,16 @@ class Trajectory(BaseModel):
 
     @property
     def choices(self) -> list[Choice]:
-        """What the model sampled, in order. Raises DataError for an item, appended since, that is no message and no choice."""
+        """The model's sampled choices, in order. Raises DataError for an item, appended since, that
+        is no message and no choice.
+        """
         return [item for item in map(_as_item, self.messages_and_choices) if is_choice(item)]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation as plain OpenAI messages, choices turned into assistant messages. Raises DataError as `choices` does."""
+        """The conversation as plain OpenAI messages, choices turned into assistant messages. Raises
+        DataError as `choices` does.
+        """
         return [
             item.message.model_dump(mode="json", exclude_none=True) if is_choice(item) else item
             for item in map(_as_item, self.messages_and_choices)
@@ -118,7 +126,9 @@ class Trajectory(BaseModel):
 
 
 class RolloutFailure(BaseModel):
-    """A rollout that raised: the exception's type and message, the last frames in the user's own files, and its traceback as text."""
+    """A rollout that raised: the exception's type and message, the last frames in the user's own
+    files, and its traceback as text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -129,7 +139,10 @@ class RolloutFailure(BaseModel):
 
 
 class TrajectoryGroup(BaseModel):
-    """Attempts at the same task; their rewards are compared with each other. `exceptions`: attempts that failed."""
+    """Attempts at the same task; their rewards are compared with each other.
+
+    `exceptions`: attempts that failed.
+    """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 

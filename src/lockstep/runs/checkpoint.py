@@ -1,4 +1,6 @@
-"""A published step: an immutable folder with a manifest that holds the SHA-256 of every file, and its own."""
+"""A published step: an immutable folder with a manifest that holds the SHA-256 of every file, and
+its own.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class RunCheckpoint:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """What the caller stored with the step (position in the data, and the like)."""
+        """The caller's own data of the step (position in the data, and the like)."""
         return self.manifest["state"]
 
 
@@ -64,7 +66,9 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A step's manifest. Raises StoreError where it was changed, or is not one that this version reads."""
+    """A step's manifest. Raises StoreError where it was changed, or is not one that this version
+    reads.
+    """
     file, remedy = folder / MANIFEST, f"the step is damaged; delete {folder} to resume before it"
     try:
         manifest = json.loads(file.read_text())
@@ -81,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_checked(number: int, folder: Path) -> RunCheckpoint:
-    """The step in `folder`, its files compared with the manifest. Raises StoreError for a file that is missing, changed or new."""
+    """The step in `folder`, its files compared with the manifest. Raises StoreError for a file that
+    is missing, changed or new.
+    """
     manifest = read_manifest(folder)
     present = {str(file.relative_to(folder)) for file in _files(folder)}
     stateless = (folder / STATELESS).exists()

@@ -1,6 +1,7 @@
 """A run's SQLite file: what the run is, its settings, and its metrics.
 
-Write-ahead logging: readers never wait for the process that trains, and a commit that was cut off is undone by whoever opens the file next.
+Write-ahead logging: readers never wait for the process that trains. Whoever opens the file next
+undoes a commit that was cut off.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _WAIT_S = 30.0
 
 
 class RunDatabase:
-    """The file as the process that trains the run sees it. Every error is a StoreError that names the file."""
+    """The file as the process that trains the run sees it. Every error is a StoreError that names
+    the file.
+    """
 
     def __init__(self, run: Path) -> None:
         """Make the tables that are missing. Raises StoreError for a damaged file."""
@@ -96,13 +99,17 @@ class RunDatabase:
 
 
 def read_identity(run: Path) -> dict[str, Any]:
-    """What a run trains. Takes no lock. Raises StoreError if the folder is not a run."""
+    """The identity of what a run trains. Takes no lock. Raises StoreError if the folder is not a
+    run.
+    """
     with _reading(run) as database:
         return _values(run / FILE, database, "identity", "key")
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """What the run was started with last, by name; empty for a run of an older version. Takes no lock."""
+    """The settings of the run's last start, by name; empty for a run of an older version. Takes no
+    lock.
+    """
     run = run.expanduser().resolve()
     with _reading(run) as database:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
@@ -117,7 +124,9 @@ def read_metrics(run: Path) -> dict[int, dict[str, float]]:
 
 
 def read_references(run: Path) -> set[int]:
-    """Steps that a KL penalty of the run has pulled towards; none for a run of an older version. Takes no lock."""
+    """Steps that a KL penalty of the run has pulled towards; none for a run of an older version.
+    Takes no lock.
+    """
     with _reading(run) as database:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'kl_references'").fetchone():
             return set()
@@ -125,7 +134,9 @@ def read_references(run: Path) -> set[int]:
 
 
 def read_jobs(run: Path) -> list[Job]:
-    """All jobs in the order in which they were asked for; none for a run of an older version. Takes no lock."""
+    """All jobs in the order in which they were asked for; none for a run of an older version. Takes
+    no lock.
+    """
     run = run.expanduser().resolve()
     with _reading(run) as database:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():

@@ -1,8 +1,10 @@
-"""Jobs of a run: what the backend asks of trainer and server, one row each in the run's SQLite file.
+"""Jobs of a run: what the backend asks of trainer and server, one row each in the run's SQLite
+file.
 
-A job is known by (step, kind, attempt) and carries a digest of its input. It is queued, then running under one claim, then done or
-failed with a typed error. "done" and the step's metrics are one transaction. A row holds no secret: addresses and tokens stay in
-memory. Whoever opens the run next finds what a process that was killed left running, and says so.
+A job is known by (step, kind, attempt) and carries a digest of its input. It is queued, then
+running under one claim, then done or failed with a typed error. "done" and the step's metrics are
+one transaction. A row holds no secret: addresses and tokens stay in memory. Whoever opens the run
+next finds what a process that was killed left running, and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from lockstep.errors import StoreError
 
 SCHEMA = 1
 Kind = Literal["first_sync", "lora_step", "merged_step", "restarted_sync"]
-"""first_sync: of a run that is registered. restarted_sync: into a server that took the place of a lost one."""
+"""first_sync: of a run that is registered. restarted_sync: into a server that took the place of a
+lost one.
+"""
 STEPS: tuple[Kind, ...] = ("lora_step", "merged_step")
 """Kinds that make a step: each step is made once."""
 State = Literal["queued", "running", "done", "failed"]
@@ -36,7 +40,10 @@ _COLUMNS = "id, schema, step, kind, attempt, digest, state, phase, waits_for, er
 
 @dataclass(frozen=True)
 class Job:
-    """One row. Times are seconds since 1970; `beaten`: the last sign of life, with `phase` and what the phase waits for."""
+    """One row. Times are seconds since 1970;
+
+    `beaten`: the last sign of life, with `phase` and what the phase waits for.
+    """
 
     id: str
     schema: int
@@ -56,7 +63,9 @@ class Job:
 
 
 class JobTable:
-    """The jobs of one run, as the process that holds the run's lock sees them. Each method is one transaction."""
+    """The jobs of one run, as the process that holds the run's lock sees them. Each method is one
+    transaction.
+    """
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]):
         self._transaction = transaction
@@ -106,12 +115,16 @@ class JobTable:
             )
 
     def finish(self, identity: str) -> None:
-        """A job without metrics is done; harmless for one that is. `RunDatabase.record` finishes a step's job."""
+        """A job without metrics is done; harmless for one that is. `RunDatabase.record` finishes a
+        step's job.
+        """
         with self._transaction() as database:
             finish(database, identity)
 
     def fail(self, identity: str, error_type: str, error: str) -> None:
-        """The job has failed. One that is done stays so: a step that was published is not unmade by what comes after."""
+        """The job has failed. One that is done stays so: a step that was published is not unmade by
+        what comes after.
+        """
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET state = 'failed', error_type = ?, error = ?, ended = ?"
@@ -120,7 +133,10 @@ class JobTable:
             )
 
     def interrupt(self, last_step: int) -> None:
-        """What is queued or running belonged to a process that has ended. last_step: a step after that was deleted, and is made again."""
+        """What is queued or running belonged to a process that has ended.
+
+        last_step: a step after that was deleted, and is made again.
+        """
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET state = 'failed', error_type = 'Deleted', error = 'its step was deleted'"

@@ -1,7 +1,8 @@
-"""Which published steps a run keeps: the newest, the best, every n-th, and those that something still needs; and how others go.
+"""The published steps that a run keeps (the newest, the best, every n-th, and those still needed),
+and the removal of others.
 
-A step loses its name first, so that a process that ends on the way leaves whole steps only; the next start clears the rest away. One
-that loses its optimizer state alone is marked before.
+A step loses its name first, so a process that ends on the way leaves complete steps only. The next
+start clears the rest away. One that loses its optimizer state alone is marked before.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from lockstep.runs.store import REMOVED, RunStore, folder_name, published_steps
 
 @dataclass(frozen=True)
 class Retention:
-    """newest: how many of the last steps stay. best: the step with the highest value of this metric stays, None: no such rule. every:
-    steps whose number is a multiple stay, None: none. states: kept steps keep their optimizer state, not only the newest.
+    """newest: how many of the last steps stay.
+    best: the step with the highest value of this metric stays, None: no such rule.
+    every: steps whose number is a multiple stay, None: none.
+    states: kept steps keep their optimizer state, not only the newest.
     """
 
     newest: int = 3
@@ -38,7 +41,10 @@ class Retention:
 def kept_steps(
     rule: Retention, steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]], needed: Collection[int] = ()
 ) -> dict[int, str]:
-    """The steps of `steps`, ascending, that stay, each with the reason. needed: steps that stay whatever the rule says."""
+    """The steps of `steps`, ascending, that stay, each with the reason.
+
+    needed: steps that stay whatever the rule says.
+    """
     kept = {step: "needed" for step in steps if step in needed}
     if rule.every is not None:
         kept |= {step: f"every {rule.every}" for step in steps if step % rule.every == 0}
@@ -57,8 +63,9 @@ def _value(metrics: Mapping[int, Mapping[str, float]], step: int, name: str) -> 
 def prune(store: RunStore, rule: Retention, needed: Collection[int], full_weights: bool) -> list[int]:
     """Remove what the rule does not keep, oldest first; the steps that were removed.
 
-    needed: steps that are served, or that running rollouts hold. full_weights: a KL reference is read from its optimizer state, which
-    stays then. A process that ends on the way leaves whole steps only.
+    needed: steps that are served, or that running rollouts hold.
+    full_weights: a KL reference is read from its optimizer state, which stays then. A process that
+        ends on the way leaves whole steps only.
     """
     steps, references = store.published(), store.references()
     kept = kept_steps(rule, steps, store.metrics(), {*needed, *references})
@@ -71,9 +78,11 @@ def prune(store: RunStore, rule: Retention, needed: Collection[int], full_weight
 
 
 def remove(store: RunStore, number: int) -> bool:
-    """Remove a published step, and keep its manifest and metrics. False: another process is reading the step, which stays.
+    """Remove a published step, and keep its manifest and metrics. False: another process is reading
+    the step, which stays.
 
-    Raises StoreError for the last step, which the run goes on from, and for one that is not published.
+    Raises StoreError for the last step, which the run goes on from, and for one that is not
+    published.
     """
     folder = store.steps_path / folder_name(number)
     with _unread(store.path, number) as free:
@@ -92,7 +101,9 @@ def remove(store: RunStore, number: int) -> bool:
 
 
 def remove_state(store: RunStore, number: int) -> bool:
-    """Remove a step's optimizer state, which only going on from there needs. False: another process is reading the step."""
+    """Remove a step's optimizer state, which only going on from there needs. False: another process
+    is reading the step.
+    """
     folder = store.steps_path / folder_name(number)
     with _unread(store.path, number) as free:
         if not free:
@@ -104,7 +115,9 @@ def remove_state(store: RunStore, number: int) -> bool:
 
 
 def manifest_of(run: Path, number: int) -> dict[str, Any]:
-    """The manifest of a step, also of one that was removed. Raises StoreError for a step that never was. Takes no lock."""
+    """The manifest of a step, also of one that was removed. Raises StoreError for a step that never
+    was. Takes no lock.
+    """
     name = folder_name(number)
     for file in (run / "steps" / name / MANIFEST, run / "removed" / f"{name}.json"):
         if file.is_file():

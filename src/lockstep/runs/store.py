@@ -1,4 +1,5 @@
-"""A run on disk: immutable steps published atomically, metrics in one SQLite file, logs and trajectories beside them.
+"""A run on disk: immutable steps published atomically, metrics in one SQLite file, logs and
+trajectories beside them.
 
     <path>/<project>/<name>/   only its owner can read it: prompts, answers and weights are in there
         run.sqlite            what the run is (base model, LoRA), metrics of each step, jobs
@@ -7,8 +8,9 @@
         removed/0002.json     the manifest of a step that retention removed
         trajectories/ logs/ batches/
 
-A step is written under a temporary name, flushed to disk, and renamed. Whatever still has a temporary name was never published.
-A step is removed in the other order: it loses its name first. One that loses only its optimizer state is marked before.
+A step is written under a temporary name, flushed to disk, and renamed. Whatever still has a
+temporary name was never published. A step is removed in the other order: it loses its name first.
+One that loses only its optimizer state is marked before.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class RunStore:
     def _remove_unpublished(self) -> None:
         for leftover in (*self.steps_path.glob(f"{_STAGING}*"), *self.steps_path.glob(f"{REMOVED}*")):
             shutil.rmtree(leftover)
-        # Of a step that a kill ended: its batch, weights on their way to the server, half-written trajectories.
+        # Of a step that a kill ended: its batch, weights on their way to the server, half-written
+        # trajectories.
         for leftover in (*self.path.glob("batches/*"), *self.path.glob("trajectories/*/.*.parquet.*")):
             leftover.unlink()
         shutil.rmtree(self.path / "weights", ignore_errors=True)
@@ -83,7 +86,9 @@ class RunStore:
             shutil.rmtree(marked.parent / "trainer", ignore_errors=True)
 
     def _check_steps(self) -> None:
-        """Raise StoreError for a step without a manifest: the run would go on before it, and could never publish its number again."""
+        """Raise StoreError for a step without a manifest: the run would go on before it, and could
+        never publish its number again.
+        """
         for folder in _step_folders(self.path):
             if not (folder / MANIFEST).is_file():
                 raise StoreError(
@@ -91,7 +96,8 @@ class RunStore:
                 )
 
     def _restore_metrics(self) -> None:
-        """A step that was published, and whose metrics or whose job's end were not recorded any more, from its manifest.
+        """A step that was published, and whose metrics or whose job's end were not recorded any
+        more, from its manifest.
 
         Other jobs that a process left under way have failed.
         """
@@ -109,7 +115,8 @@ class RunStore:
         return self._database.jobs
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Record what this run trains; raise StoreError if the folder already belongs to something else.
+        """Record what this run trains; raise StoreError if the folder already belongs to something
+        else.
 
         An identity that run.sqlite has lost comes from the newest step's manifest.
         """
@@ -131,11 +138,15 @@ class RunStore:
         self._database.add_identity(self._identity)
 
     def keep_settings(self, settings: Mapping[str, Any]) -> None:
-        """Record what the run was started with this time; a later start may differ, and replaces it."""
+        """Record what the run was started with this time; a later start may differ, and replaces
+        it.
+        """
         self._database.keep_settings(settings)
 
     def next_server_start(self) -> int:
-        """Count one more start of the run's server; how many there were before, in all processes that worked on the run."""
+        """Count one more start of the run's server; how many there were before, in all processes
+        that worked on the run.
+        """
         return self._database.next_server_start()
 
     def published(self) -> list[int]:
@@ -155,9 +166,12 @@ class RunStore:
         return _read_step(self.path, number)
 
     def reference(self, number: int, with_state: bool) -> Path:
-        """The folder of the step that a KL penalty pulls towards: checked once, and kept from then on.
+        """The folder of the step that a KL penalty pulls towards: checked once, and kept from then
+        on.
 
-        with_state: full weights are read from the optimizer's state. Raises StoreError if that, or the whole step, was removed.
+        with_state: full weights are read from the optimizer's state.
+
+        Raises StoreError if that, or the whole step, was removed.
         """
         known = self._references.get(number)
         if known is None or not (known.path / MANIFEST).is_file():
@@ -193,7 +207,9 @@ class RunStore:
     ) -> RunCheckpoint:
         """Make a staged folder step `number`: digests, flush, rename, flush. All or nothing.
 
-        job: that made the step. It is done when the metrics are recorded, or, after a kill, at the next start.
+        job: that made the step. It is done when the metrics are recorded, or, after a kill, at the
+            next start.
+
         Raises StoreError if the step exists or leaves a gap.
         """
         numbers = self.published()
@@ -234,7 +250,7 @@ def published_steps(run: Path) -> list[int]:
 
 
 def read_checkpoint(run: Path, number: int | None) -> tuple[dict[str, Any], RunCheckpoint]:
-    """What a run trains (its identity) and one of its published steps, the last if `number` is None; takes no lock.
+    """A run's identity and one of its published steps, the last if `number` is None. Takes no lock.
 
     Raises StoreError if the folder is not a run, or the step is not published or damaged.
     """

@@ -1,9 +1,10 @@
-"""JSON lines over a Unix socket between the parent and the trainer; `protocol.py` says what they hold. Standard library only.
+"""JSON lines over a Unix socket between the parent and the trainer; `protocol.py` says what they
+hold. Standard library only.
 
-Request `{"id": 1, "verb": "train_step", "args": {...}, "secret": {...}}`; the secret stays in rank 0. Replies
-`{"id": 1, "event": {...}}`, and at the end of a verb `{"id": 1, "result": {...}}` or
-`{"id": 1, "error": {"type", "message", "traceback"}}`. The worker's first line is `{"token": "..."}` and its
-second `{"id": 0, "result": {...}}` (ready) or `{"id": 0, "error": {...}}`.
+Request `{"id": 1, "verb": "train_step", "args": {...}, "secret": {...}}`; the secret stays in rank
+0. Replies `{"id": 1, "event": {...}}` and, at the end of a verb, `{"id": 1, "result": {...}}` or
+`{"id": 1, "error": {"type", "message", "traceback"}}`. The worker's first line is `{"token":
+"..."}` and its second `{"id": 0, "result": {...}}` (ready) or `{"id": 0, "error": {...}}`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Channel:
             self._connection.sendall(line)
 
     def receive(self) -> dict[str, Any]:
-        """The next message. Raises ChannelClosed at end of file and ValueError on a line that is not a message."""
+        """The next message. Raises ChannelClosed at end of file and ValueError on a line that is
+        not a message.
+        """
         line = self._reader.readline(MAX_LINE)
         if not line.endswith(b"\n"):
             raise ChannelClosed("the other side closed the connection")

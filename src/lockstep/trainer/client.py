@@ -1,7 +1,9 @@
-"""The trainer processes seen from the parent: start them, ask them for things, notice when they die.
+"""The trainer processes seen from the parent: start them, ask them for things, notice when they
+die.
 
-The parent listens on a Unix socket in a private folder; rank 0 connects, shows with a token that it is the process we started, and
-answers JSON lines. Every request has a deadline. Tensors travel as safetensors files, never over the socket.
+The parent listens on a Unix socket in a private folder. Rank 0 connects, shows with a token that
+the parent started it, and answers JSON lines. Every request has a deadline. Tensors travel as
+safetensors files, never over the socket.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Trainer:
         self._lock = asyncio.Lock()
         self.ready: Ready | None = None
         self.on_beat: Callable[[str, str], Awaitable[None]] | None = None
-        """Called at each sign of life with the phase that the trainer is in, and what the phase waits for."""
+        """Called at each sign of life with the phase that the trainer is in, and what the phase
+        waits for.
+        """
 
     @classmethod
     async def start(
@@ -56,6 +60,7 @@ class Trainer:
         """Start `processes` ranks with `config` (engine.json) and wait until the model is loaded.
 
         gpus: what they may use; none of them is the CPU, None all that this process may.
+
         Raises TrainerError with the log's last lines if a process dies or `deadline_s` passes.
         """
         scratch, lock = locked_folder()  # 0700: only this user reaches the socket
@@ -116,9 +121,11 @@ class Trainer:
         return f"last lines of {self._child.log_path}:\n{self._child.log_tail(12)}"
 
     async def call(self, request: Request[Answer], *, deadline_s: float, job: str | None = None) -> Answer:
-        """Ask, and wait for the answer. `deadline_s` bounds the silence between two messages, heartbeats included.
+        """Ask, and wait for the answer. `deadline_s` bounds the silence between two messages,
+        heartbeats included.
 
-        job: an id. A request that was answered well under that id is not run again: its answer is sent again.
+        job: an id. A request that was answered well under that id is not run again: its answer is
+            sent again.
 
         Raises the trainer's own error if it is the user's to fix, else TrainerError.
         """

@@ -1,8 +1,10 @@
-"""What the parent asks of the trainer, and what the trainer answers: one class for each verb and each reply.
+"""The requests of the parent and the answers of the trainer: one class for each verb and each
+reply.
 
-On the socket (`channel.py`) a request is `{"id", "verb", "args", "secret"}`: the fields of its class, of which `secrets` stay in
-rank 0. A reply is `{"id", "result"}` with the fields of the verb's `answer`. `Ready` answers the start. Every rank runs every verb.
-A verb that fails leaves the trainer usable; where weights were already changed it refuses to go on until `Load`.
+On the socket (`channel.py`) a request is `{"id", "verb", "args", "secret"}`: the fields of its
+class. Fields listed in `secrets` stay in rank 0. A reply is `{"id", "result"}` with the fields of
+the verb's `answer`. `Ready` answers the start. Every rank runs every verb. A verb that fails leaves
+the trainer usable; where weights were already changed it refuses to go on until `Load`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, config=STRICT)
 class LoraSettings:
-    """rank, alpha: as in LoraConfig. targets: never empty here; the parent fills in the family's default."""
+    """rank, alpha: as in LoraConfig.
+    targets: never empty here; the parent fills in the family's default.
+    """
 
     rank: int
     alpha: float
@@ -41,12 +45,15 @@ class EngineConfig:
     model: a checkpoint folder.
     dtype: of the weights; float64 computes fp32 weights in fp64.
     lora: None trains all weights.
-    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays None.
-    recompute: all activations in the backward pass, or none; None decides for each batch by the memory there is.
+    adapter: a PEFT folder to start from; rank, alpha and targets are its own then, and lora stays
+        None.
+    recompute: all activations in the backward pass, or none; None decides for each batch by the
+        memory there is.
     compile: run the regions that the family's policy names through torch.compile; None: on a GPU.
     stages: layers per pipeline stage; None: even.
     timeout_s: of the start and of collectives, in seconds.
-    trains: False for scoring only: no gradients, no optimizer state, and of the verbs only those in `SCORING`.
+    trains: False for scoring only: no gradients, no optimizer state, and of the verbs only those in
+        `SCORING`.
     """
 
     model: str
@@ -64,7 +71,10 @@ class EngineConfig:
 
 
 class Request(Generic[Answer]):
-    """Base of the requests. secrets: fields that rank 0 passes to no other rank."""
+    """Base of the requests.
+
+    secrets: fields that rank 0 passes to no other rank.
+    """
 
     verb: ClassVar[str]
     answer: ClassVar[type[Any]]
@@ -73,7 +83,10 @@ class Request(Generic[Answer]):
 
 @dataclass(frozen=True, config=STRICT)
 class Ready:
-    """The model is loaded. trained_parameters_rank0: elements that rank 0 trains."""
+    """The model is loaded.
+
+    trained_parameters_rank0: elements that rank 0 trains.
+    """
 
     world: int
     trained_parameters_rank0: int
@@ -128,8 +141,9 @@ class TrainStep(Request[Trained]):
 
 @dataclass(frozen=True, config=STRICT)
 class Scored:
-    """rows: of the packed batch. expert_choices_differ: with replayed experts, the share of choices
-    that the live router would not have made.
+    """rows: of the packed batch.
+    expert_choices_differ: with replayed experts, the share of choices that the live router would
+        not have made.
     """
 
     rows: int
@@ -138,7 +152,9 @@ class Scored:
 
 @dataclass(frozen=True, config=STRICT)
 class Score(Request[Scored]):
-    """Write `out`: logprobs_RS, float32, NaN where nothing is predicted. With top = C also top_RSC, int32, the C most likely ids there."""
+    """Write `out`: logprobs_RS, float32, NaN where nothing is predicted. With top = C also top_RSC,
+    int32, the C most likely ids there.
+    """
 
     verb: ClassVar[str] = "score"
     answer: ClassVar[type[Scored]] = Scored
@@ -165,14 +181,18 @@ class Load(Request[Loaded]):
 
 @dataclass(frozen=True, config=STRICT)
 class SyncReport:
-    """What one sync took. Seconds by the wall clock; `pause_s` is the server's own figure.
+    """The measurements of one sync. Seconds by the wall clock; `pause_s` is the server's own
+    figure.
 
-    phases: where the seconds went, in turn: on this side "prepare" (the server lets its workers begin), "send" (buckets are filled and
-        queued), "flush" (the last has left, digests are read); in the server "receive" (waiting for the last bucket) and "load" and
-        "verify" (reading the slot back), or "swap" (with reading the weights back).
+    phases: seconds of each phase. On this side: "prepare" (the server lets its workers begin),
+        "send" (buckets are filled and queued), "flush" (the last has left, digests are read). In
+        the server: "receive" (waiting for the last bucket), then "load" and "verify" (reading the
+        slot back), or "swap" (with reading the weights back).
     policy: "staged" or "streamed".
-    path: how the weights got into the model: "direct" (planned copies), "load_weights", or "adapter".
-    compared: whether the server could compare the live weights with those sent; they were the same, or there is no report.
+    path: how the weights got into the model: "direct" (planned copies), "load_weights", or
+        "adapter".
+    compared: whether the server could compare the live weights with those sent; they were the same,
+        or there is no report.
     """
 
     version: str
@@ -188,7 +208,8 @@ class SyncReport:
 
 @dataclass(frozen=True, config=STRICT)
 class SyncWeights(Request[SyncReport]):
-    """The server serves the (merged) weights as `version`; after an error it holds what it held before.
+    """The server serves the (merged) weights as `version`; after an error it holds what it held
+    before.
 
     transport: a name of `lockstep_wire.transports`, or "disk:FOLDER".
     deadline_s: of every wait for the server.
@@ -207,7 +228,9 @@ class SyncWeights(Request[SyncReport]):
 
 @dataclass(frozen=True, config=STRICT)
 class SyncAdapter(Request[SyncReport]):
-    """The server serves the adapter, from memory, as model `version`, beside what it serves. Fields as in `SyncWeights`."""
+    """The server serves the adapter, from memory, as model `version`, beside what it serves. Fields
+    as in `SyncWeights`.
+    """
 
     verb: ClassVar[str] = "sync_adapter"
     answer: ClassVar[type[SyncReport]] = SyncReport
@@ -228,7 +251,9 @@ class Moved:
 
 @dataclass(frozen=True, config=STRICT)
 class Offload(Request[Moved]):
-    """Memory of the device to the host. `Save` works on from there; with keep_weights `Score` and the syncs do too."""
+    """Memory of the device to the host. `Save` works on from there; with keep_weights `Score` and
+    the syncs do too.
+    """
 
     verb: ClassVar[str] = "offload"
     answer: ClassVar[type[Moved]] = Moved
@@ -253,7 +278,9 @@ class Release(Request[Done]):
 
 @dataclass(frozen=True, config=STRICT)
 class MemoryReport:
-    """Bytes of rank 0; device_free: of the rank that has least.
+    """Bytes of rank 0.
+
+    device_free: of the rank that has least.
 
     device_storages: of weights and optimizer on the device.
     host_copies: of the same on the host.
@@ -303,7 +330,9 @@ def to_json(message: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
-    """The message with these fields. Raises ConfigError, one line that begins with `where`, for a field that is unknown or wrong."""
+    """The message with these fields. Raises ConfigError, one line that begins with `where`, for a
+    field that is unknown or wrong.
+    """
     try:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:

@@ -1,4 +1,6 @@
-"""A random adapter that changes a model clearly, for validation. Imports torch: call it from a thread or a worker."""
+"""A random adapter that changes a model clearly, for validation. Imports torch: call it from a
+thread or a worker.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,15 @@ from lockstep.models.targets import check_targets, lora_sites
 
 RANK, ALPHA = 8, 16.0
 _STRENGTH = 0.1
-"""Standard deviation of (alpha / rank) B A's entries, relative to a fan-in scaled matrix: a few tenths of a nat."""
+"""Standard deviation of (alpha / rank) B A's entries, relative to a fan-in scaled matrix: a few
+tenths of a nat.
+"""
 
 
 def write_random_adapter(base: Path, folder: Path, seed: int, dtype: str) -> Path:
-    """Write a PEFT folder on the family's default targets, A as PEFT starts it and B random, in the model's dtype."""
+    """Write a PEFT folder on the family's default targets, A as PEFT starts it and B random, in the
+    model's dtype.
+    """
     handler, config = get_model_support_handler(str(base)), load_model_config(str(base))
     checkpoint = open_checkpoint(base, handler, config)
     shards = handler.all_shards(config, checkpoint.layout)

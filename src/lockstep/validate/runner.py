@@ -18,7 +18,9 @@ from lockstep.validate.stage import Report, Request, check_names, run_stage
 async def validate_model(
     base_model: str, stages: Sequence[str], output: Path, settings: dict[str, Any], console: Console
 ) -> int:
-    """The exit code: 0, or 1 if a stage is outside its limits. settings: further fields of `Request`.
+    """The exit code: 0, or 1 if a stage is outside its limits.
+
+    settings: further fields of `Request`.
 
     Raises ConfigError for an unknown stage before anything starts, and whatever a stage raises.
     """

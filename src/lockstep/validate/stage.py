@@ -1,6 +1,7 @@
-"""What a validation stage is asked and what it answers; the stages themselves are one module each.
+"""The request and the result of a validation stage. The stages themselves are one module each.
 
-`STAGES` is plain data: `lockstep validate MODEL --stages a,b` imports a stage's module and awaits its `run`.
+`STAGES` is plain data: `lockstep validate MODEL --stages a,b` imports a stage's module and awaits
+its `run`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ STAGES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What every stage gets. dtype None: the checkpoint's. folder: for logs and whatever the stage keeps.
+    """The input of every stage. dtype None: the checkpoint's.
 
-    tokens: sampled per prompt. say: progress, one line at a time. server_args: further arguments of vLLM's command line.
+    folder: for logs and whatever the stage keeps.
+
+    tokens: sampled per prompt.
+    say: progress, one line at a time.
+    server_args: further arguments of vLLM's command line.
     """
 
     base_model: str
@@ -50,7 +55,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage found. `columns` names the values worth a column, in order, with their headings."""
+    """The result of a stage. `columns` names the values worth a column, in order, with their
+    headings.
+    """
 
     stage: str
     base_model: str

@@ -1,4 +1,6 @@
-"""Fills a plan's buckets from a stream of weights, with two buffers: one travels while the next is filled."""
+"""Fills a plan's buckets from a stream of weights, with two buffers: one travels while the next is
+filled.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorMeta]:
 
 
 class BucketFiller:
-    """Two buffers of the largest bucket's size, kept from sync to sync, and the place of every block in them."""
+    """Two buffers of the largest bucket's size, kept from sync to sync, and the place of every
+    block in them.
+    """
 
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
@@ -35,10 +39,14 @@ class BucketFiller:
         return views
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, Bucket, torch.Tensor]]:
-        """Yields (index, bucket, bytes_N) in the plan's order; the bytes stay valid until the yield after the next.
+        """Yields (index, bucket, bytes_N) in the plan's order; the bytes stay valid until the yield
+        after the next.
 
-        tensors: (key, tensor) of every source of the plan, in order. On a GPU everything is queued on the current stream, a bucket's
-        blocks in few kernels. Raises WeightsError when the stream differs from the plan in a key, its order, a dtype, a size or its end.
+        tensors: (key, tensor) of every source of the plan, in order. On a GPU everything is queued
+            on the current stream, a bucket's blocks in few kernels.
+
+        Raises WeightsError when the stream differs from the plan in a key, its order, a dtype, a
+        size or its end.
         """
         stream = _Stream(self.plan, tensors)
         for index, bucket in enumerate(self.plan.buckets):
@@ -49,7 +57,9 @@ class BucketFiller:
 
 
 class _Stream:
-    """The sources in the plan's order, each checked when it comes and held until the next one is asked for."""
+    """The sources in the plan's order, each checked when it comes and held until the next one is
+    asked for.
+    """
 
     def __init__(self, plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._expected = iter(plan.sources)

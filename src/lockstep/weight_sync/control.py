@@ -13,7 +13,9 @@ from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLos
 from lockstep_wire import error_kinds
 
 _IDLE_S = 2.0
-"""A connection that was idle for longer is made anew: vLLM closes its end after 5 s, and a call must not meet that."""
+"""A connection that was idle for longer is replaced: vLLM closes its end after 5 s, and a call must
+not meet that.
+"""
 
 
 _KINDS: dict[str, type[LockstepError]] = {
@@ -25,14 +27,16 @@ _KINDS: dict[str, type[LockstepError]] = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and the token that opens it."""
+    """The address of the server and the token that opens it."""
 
     root_url: str
     api_key: str = field(repr=False)
 
 
 class Control:
-    """One call at a time over one connection; each raises ServerError, WeightsError or MismatchError for what the server refuses."""
+    """One call at a time over one connection; each raises ServerError, WeightsError or
+    MismatchError for what the server refuses.
+    """
 
     def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
         self._endpoint = endpoint
@@ -65,7 +69,9 @@ class Control:
         return self._client
 
     def during(self, path: str, body: dict[str, Any], step: Callable[[], None]) -> None:
-        """POSTs while `step` runs: the server answers when it has done its part, and it does that only while this side is doing its own."""
+        """POST in a background thread while `step` runs. Server and sender must join the transport
+        at the same time; the POST returns when the server has joined.
+        """
         answers: list[LockstepError | None] = []
 
         def call() -> None:

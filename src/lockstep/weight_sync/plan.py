@@ -1,8 +1,9 @@
-"""Which bytes of which sender go into which bucket: computed once, the same every time.
+"""The assignment of every sender's bytes to buckets, computed once and the same every time.
 
-A sender holds `Source`s: tensors seen as rows, in which boxes of Hugging Face tensors (`Part`s) lie one after another. A trainer rank's
-sources are its Megatron parameters; a sender of whole Hugging Face tensors has one source of one part for each. Rows that follow each
-other in a source leave as one block, so that a bucket is filled by few copies however many parts (experts, heads) a block holds.
+A sender holds `Source`s: tensors seen as rows, in which boxes of Hugging Face tensors (`Part`s) lie
+one after another. A trainer rank's sources are its Megatron parameters. A sender of full Hugging
+Face tensors has one source of one part for each. Adjacent rows of a source leave as one block. So
+few copies fill a bucket, however many parts (experts, heads) a block holds.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ DEFAULT_BUCKET_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a weight, which lies in a source from row `row` on. rows: how many of the source's rows it takes.
+    """A box of a weight, which lies in a source from row `row` on.
 
-    The rows run over the box's first dimension that is longer than one; everything after it is one row.
+    rows: how many of the source's rows it takes.
+
+    The rows run over the box's first dimension that is longer than one; everything after it is one
+    row.
     """
 
     meta: TensorMeta
@@ -45,7 +49,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that a sender hands out under `key`: `rows` rows of `width` elements. Rows that no part covers don't travel."""
+    """A tensor that a sender hands out under `key`: `rows` rows of `width` elements. Rows that no
+    part covers don't travel.
+    """
 
     key: str
     dtype: torch.dtype
@@ -66,7 +72,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What fills it (blocks, for the sender), what it holds (slots, for the receiver), and its size in bytes."""
+    """Its contents for the sender (blocks) and for the receiver (slots), and its size in bytes."""
 
     blocks: tuple[Block, ...]
     slots: tuple[Slot, ...]
@@ -96,7 +102,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """The plans of all senders, in rank order. Raises WeightsError when two of them ship the same part of a weight."""
+    """The plans of all senders, in rank order. Raises WeightsError when two of them ship the same
+    part of a weight.
+    """
 
     senders: tuple[Plan, ...]
 
@@ -113,12 +121,14 @@ class SyncPlan:
         return sum(plan.nbytes for plan in self.senders)
 
     def to_json(self) -> dict[str, Any]:
-        """What the receiver needs, with an id that names this content."""
+        """The receiver's plan, with an id that names this content."""
         return plan_json([(bucket.nbytes, bucket.slots) for bucket in plan.buckets] for plan in self.senders)
 
 
 def _overlap(boxes: list[Box]) -> bool:
-    """Whether any two boxes share an element. Sorted by their first range, only neighbours that reach each other are compared."""
+    """True if any two boxes share an element. Sorted by their first range, only neighbours that
+    reach each other are compared.
+    """
     boxes = sorted(boxes)
     for i, box in enumerate(boxes):
         for other in boxes[i + 1 :]:
@@ -145,7 +155,9 @@ def make_plan(metas: Sequence[TensorMeta], bucket_bytes: int = DEFAULT_BUCKET_BY
 
 
 def plan_sources(sources: Sequence[Source], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Plan:
-    """Fills buckets in order; a source is cut between rows where a bucket is full, so only a single row can make one larger."""
+    """Fills buckets in order. A full bucket cuts a source between rows, so only a single row can
+    exceed the bucket size.
+    """
     filling = _Filling(bucket_bytes)
     for source in sources:
         for parts in _runs(source):

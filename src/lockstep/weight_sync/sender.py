@@ -1,9 +1,10 @@
 """One weight sync, from the senders' side: stream, commit, or leave the server as it was.
 
-Every sender has a connection of its own and streams what it holds; rank 0 speaks to the server for all. Where the server has memory for a
-second copy it receives into that while it goes on generating, and only when every byte is there and its digests agree does it pause, swap
-and resume (`staged`): whatever fails before leaves the old version serving. Else it pauses first and receives straight into the live
-weights (`streamed`): what fails on the way ends the server, and ServerLostError says so.
+Every sender has a connection of its own and streams what it holds; rank 0 speaks to the server for
+all. `staged`: a server with memory for a second copy receives into that copy while it generates. It
+pauses, swaps and resumes only when every byte is there and all digests agree. A failure before the
+swap leaves the old version serving. `streamed`: otherwise the server pauses first and receives
+straight into the live weights. A failure on the way ends the server, and ServerLostError says so.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Policy = Literal["auto", "staged", "streamed"]
 
 
 class _Pusher:
-    """One sender's part; it keeps the connection, the plan and the buffers from sync to sync. Every sender calls the same, together."""
+    """One sender's part; it keeps the connection, the plan and the buffers from sync to sync. Every
+    sender calls the same, together.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,9 @@ class _Pusher:
         senders: SenderGroup | None = None,
         policy: Policy = "auto",
     ) -> None:
-        """plan: of all senders, the same on each; a single sender's may come bare. policy: "auto" stages where there is memory for it."""
+        """plan: of all senders, the same on each; a single sender's may come bare.
+        policy: "auto" stages where there is memory for it.
+        """
         self._plan = SyncPlan((plan,)) if isinstance(plan, Plan) else plan
         self._senders = senders or SingleSender()
         self._control = Control(endpoint, deadline_s)
@@ -63,9 +68,11 @@ class _Pusher:
         return self._senders.rank == 0
 
     def connect(self) -> None:
-        """Brings the server's workers into the transport and gives them the plan. `push` does it when it is needed.
+        """Brings the server's workers into the transport and gives them the plan. `push` does it
+        when it is needed.
 
-        Raises WeightsError when the plan names a weight the server does not know, or misses one that it holds.
+        Raises WeightsError when the plan names a weight the server does not know, or misses one
+        that it holds.
         """
         self._transport.close()
         asked = self._step(lambda: self._control.call("GET", http_paths.SYNC) if self._leads else None)
@@ -152,7 +159,8 @@ class _Pusher:
 
     def _give_up(self, version: str, error: LockstepError) -> NoReturn:
         """Undoes what can be undone and raises the error, with what the server says of it."""
-        # The two sides may be at different buckets: only a new connection is sure to be at the first.
+        # The two sides may be at different buckets: only a new connection is sure to be at the
+        # first.
         self.close()
         left = self._abort()
         if left["lost"] and not isinstance(error, ServerLostError):
@@ -165,7 +173,9 @@ class _Pusher:
         raise error
 
     def _abort(self) -> dict[str, Any]:
-        """Makes the server forget what it received. `lost`: it could not, and ended itself. `waiting_for`: what had not come."""
+        """Makes the server forget what it received. `lost`: it could not, and ended itself.
+        `waiting_for`: what had not come.
+        """
         nothing = {"lost": False, "waiting_for": ""}
         if not self._leads:
             return nothing
@@ -179,7 +189,9 @@ class WeightPusher(_Pusher):
     """All weights of the base model, again and again: merged weights and full fine-tuning."""
 
     def __init__(self, *arguments: Any, skipped: Sequence[str] = (), **options: Any) -> None:
-        """skipped: starts of names of the checkpoint that are never sent, since the server does not load them. Else as `_Pusher`."""
+        """skipped: starts of names of the checkpoint that are never sent, since the server does not
+        load them. Else as `_Pusher`.
+        """
         super().__init__(*arguments, **options)
         self._described |= {"skipped": list(skipped)}
 
@@ -188,10 +200,13 @@ class WeightPusher(_Pusher):
     ) -> SyncReport:
         """Sends the weights and makes them `version`; all or nothing.
 
-        tensors: (key, tensor) of this sender's sources, in the plan's order. served_name: the base model's name from now on.
-        Raises WeightsError (the stream is not the plan's), ServerError (a side stalled or refused) or MismatchError
-        (the bytes that came, or those that an adapter's slot then holds, are not those that left); after each of them the server
-        serves what it served before. Raises ServerLostError when it can't, and has to be restarted.
+        tensors: (key, tensor) of this sender's sources, in the plan's order.
+        served_name: the base model's name from now on.
+
+        Raises WeightsError (the stream is not the plan's), ServerError (a side stalled or refused)
+        or MismatchError (the received bytes, or those in an adapter's slot, differ from the sent
+        ones). After each the server serves what it served before. Raises ServerLostError when it
+        can't, and has to be restarted.
         """
         return self._sync(tensors, version, http_paths.SYNC_COMMIT, {"served_name": served_name})
 
@@ -211,7 +226,8 @@ class AdapterPusher(_Pusher):
         senders: SenderGroup | None = None,
     ) -> None:
         """adapter_config: the fields of PEFT's adapter_config.json."""
-        # An adapter is received into memory of its own whatever there is room for, so there is nothing to choose.
+        # An adapter is received into memory of its own whatever there is room for, so there is
+        # nothing to choose.
         super().__init__(
             endpoint, transport, plan, device=device, deadline_s=deadline_s, senders=senders, policy="staged"
         )
@@ -220,9 +236,11 @@ class AdapterPusher(_Pusher):
         self._extra = {"stacked_experts": bool(adapter_config.get("target_parameters"))}
 
     def push(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> SyncReport:
-        """Sends an adapter's tensors (by their names in a PEFT file) and serves them as model `name`.
+        """Sends an adapter's tensors (by their names in a PEFT file) and serves them as model
+        `name`.
 
-        Raises like `WeightPusher.push`, and WeightsError when the name is taken or a module is unknown; what was
-        served before goes on being served. `Server.unload_adapter` frees it again.
+        Raises like `WeightPusher.push`, and WeightsError when the name is taken or a module is
+        unknown. The server goes on serving what it served before. `Server.unload_adapter` frees it
+        again.
         """
         return self._sync(tensors, name, http_paths.SYNC_COMMIT_ADAPTER, self._extra)

@@ -1,4 +1,6 @@
-"""The processes that send together: how they tell each other what came of each step, so that none waits for one that gave up."""
+"""The processes that send together. They exchange the outcome of each step, so that none waits for
+a process that gave up.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class SenderGroup(Protocol):
     size: int
 
     def exchange(self, value: Any, deadline_s: float) -> list[Any]:
-        """Everyone's value (JSON), in rank order. Raises TrainerError, which names who is late, at the deadline."""
+        """Everyone's value (JSON), in rank order. Raises TrainerError, which names who is late, at
+        the deadline.
+        """
         ...
 
 
@@ -66,8 +70,8 @@ class StoreSenderGroup:
 
 
 def run_on_all(senders: SenderGroup, step: Callable[[], Any], deadline_s: float) -> list[Any]:
-    """Runs `step` on every rank, and returns what each got. If it failed anywhere, the error that came first is raised everywhere:
-    those after it are mostly its consequences.
+    """Runs `step` on every rank, and returns what each got. If it failed anywhere, the error that
+    came first is raised everywhere: those after it are mostly its consequences.
     """
     value, failure = None, None
     try:

@@ -1,4 +1,6 @@
-"""A trainer rank's share of the weights as sources of a plan: one for each parameter, or for a few experts of a stack."""
+"""A trainer rank's share of the weights as sources of a plan: one for each parameter, or for some
+experts of a stack.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ MERGED_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class Supply:
-    """What one source is made of: experts [first, last) of a stacked parameter, or (None) a whole parameter."""
+    """The contents of one source: experts [first, last) of a stacked parameter, or (None) a full
+    parameter.
+    """
 
     name: str
     experts: tuple[int, int] | None
@@ -27,7 +31,10 @@ class Supply:
 def share_sources(
     share: Share, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[Source, Supply]]:
-    """A share as sources: one, or for a stack of experts one for every few of them. dtype: as the weights travel."""
+    """A share as sources: one, or for a stack of experts one for every few of them.
+
+    dtype: as the weights travel.
+    """
     shard = share.shard
     parts = []
     for piece, row in share.pieces:

@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 
 def make_transport(name: str, deadline_s: float) -> Sender:
-    """name: of `SENDERS`, or "disk:FOLDER". Raises ConfigError, which names those there are."""
+    """name: of `SENDERS`, or "disk:FOLDER".
+
+    Raises ConfigError, which names those there are.
+    """
     if name.startswith(_DISK):
         return DiskSender(deadline_s, Path(name.removeprefix(_DISK)))
     if name not in SENDERS:

@@ -1,7 +1,9 @@
-"""Adapters that vLLM loaded from a folder, compared with the folder's file: the slot has to hold what a sync from memory would put there.
+"""Adapters that vLLM loaded from a folder, compared with the folder's file. The slot must hold what
+a sync from memory would put there.
 
-A PEFT file has one pair for each expert, or all experts of a layer in one matrix; here they are stacked as adapters from memory come
-(`from_memory.py`), and the same slot writer says which element of a slot each is.
+A PEFT file has one pair for each expert, or all experts of a layer in one matrix. Here they are
+stacked as adapters from memory are (`from_memory.py`), and the same slot writer names every element
+of a slot.
 
 Shapes: E experts, R LoRA rank, I inputs, O outputs.
 """
@@ -26,10 +28,14 @@ _ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts)(\.base_layer)?\.(lora_([AB])\.wei
 
 
 def refusal(folder: Path, lora_id: int, version: str, worker: int, manager: Any) -> tuple[str, bool]:
-    """(What the live slot of `version` holds otherwise than the folder, "" when nothing is; whether it could be compared.)
+    """(What the live slot of `version` holds otherwise than the folder, "" when nothing is; whether
+    it could be compared.)
 
-    lora_id: of the adapter that requests for `version` use. manager: vLLM's WorkerLoRAManager. Raises ValueError for a module that the
-    server has no LoRA layer for, which vLLM leaves out without a word.
+    lora_id: of the adapter that requests for `version` use.
+    manager: vLLM's WorkerLoRAManager.
+
+    Raises ValueError for a module that the server has no LoRA layer for, which vLLM leaves out
+    without a word.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = stacked(load_file(folder / "adapter_model.safetensors", device=str(manager.device)), int(config["r"]))
@@ -51,7 +57,9 @@ def refusal(folder: Path, lora_id: int, version: str, worker: int, manager: Any)
 
 
 def stacked(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """A file's tensors with routed experts as A [E, R, I] and B [E, O, R], one tensor for each layer and projection."""
+    """A file's tensors, routed experts as A [E, R, I] and B [E, O, R], with one tensor for each
+    layer and projection.
+    """
     done: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():

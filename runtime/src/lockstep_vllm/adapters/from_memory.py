@@ -1,11 +1,13 @@
 """Adapters that never touch a disk: staged in the worker, loaded by vLLM under a path `mem://...`.
 
-vLLM 0.32 loads an adapter from a folder only. Its manager's `_load_adapter` is given a second source here: tensors that
-a weight sync has staged. They stay staged as long as the adapter is served, since vLLM loads it again after it fell out
-of its cache. A path is used once: vLLM keys its prefix cache on an adapter's name and path.
+vLLM 0.32 loads an adapter from a folder only. Its manager's `_load_adapter` is given a second
+source here: tensors that a weight sync has staged. They stay staged as long as the adapter is
+served, since vLLM loads it again after it fell out of its cache. A path is used once: vLLM keys its
+prefix cache on an adapter's name and path.
 
-Where this model's layers take an adapter by plain copies (`slot_writer.py`), vLLM's manager keeps its books and the copies are
-made at once; else the tensors go through vLLM's own loading and filling.
+Where this model's layers take an adapter by plain copies (`slot_writer.py`), vLLM's manager keeps
+its books and the copies are made at once. Elsewhere the tensors go through vLLM's own loading and
+filling.
 """
 
 # pyright: reportMissingImports=false
@@ -36,10 +38,14 @@ _STACKED = re.compile(r"\.mlp\.experts\.(gate_proj|up_proj|down_proj|gate_up_pro
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """An adapter as it was received. config: the fields of adapter_config.json. slot_writer: None where only vLLM's own way is left.
+    """An adapter as it was received.
 
-    expected: the digests of what its slot has to hold, of the bytes as they arrived; None where there is no slot writer. lora_ids: under
-    which vLLM's manager loaded it, if it did.
+    config: the fields of adapter_config.json.
+    slot_writer: None where only vLLM's own way is left.
+
+    expected: the digests that its slot must have, from the bytes as they arrived; None where there
+        is no slot writer.
+    lora_ids: under which vLLM's manager loaded it, if it did.
     """
 
     config: dict[str, Any]
@@ -65,10 +71,12 @@ def nbytes() -> int:
 
 
 def forget(path: str, manager: Any) -> None:
-    """Frees a staged adapter that no request uses; harmless when there is none. manager: vLLM's WorkerLoRAManager.
+    """Frees a staged adapter that no request uses; harmless when there is none.
 
-    vLLM's manager would keep it until as many others have come as it has room for: gigabytes of a GPU's memory each where experts are
-    adapted.
+    manager: vLLM's WorkerLoRAManager.
+
+    vLLM's manager would keep the adapter until the manager is full. Where experts are adapted, an
+    adapter takes gigabytes of a GPU's memory.
     """
     adapter = staged.pop(path, None)
     for lora_id in adapter.lora_ids if adapter is not None else ():
@@ -76,9 +84,11 @@ def forget(path: str, manager: Any) -> None:
 
 
 def refusal(path: str, lora_id: int, version: str, worker: int, manager: Any) -> tuple[str, bool]:
-    """(What the live slot of a staged adapter holds otherwise than it was sent, "" when nothing is; whether it could be compared.)
+    """(The difference between a staged adapter's live slot and the sent bytes, "" for none; whether
+    the comparison was possible.)
 
-    lora_id: of the adapter that requests for `version` use. manager: vLLM's WorkerLoRAManager.
+    lora_id: of the adapter that requests for `version` use.
+    manager: vLLM's WorkerLoRAManager.
     """
     adapter, ids = staged[path], manager._adapter_manager.lora_index_to_id
     if lora_id not in adapter.lora_ids or lora_id not in ids:
@@ -89,7 +99,9 @@ def refusal(path: str, lora_id: int, version: str, worker: int, manager: Any) ->
 
 
 def check_config(config: dict[str, Any], lora_config: Any) -> None:
-    """Raises ValueError when this server can't serve an adapter of that kind: no LoRA at all, or too high a rank."""
+    """Raises ValueError when this server can't serve an adapter of that kind: no LoRA at all, or
+    too high a rank.
+    """
     from vllm.lora.peft_helper import PEFTHelper
 
     if lora_config is None:
@@ -98,7 +110,9 @@ def check_config(config: dict[str, Any], lora_config: Any) -> None:
 
 
 def apply() -> None:
-    """Teaches vLLM's adapter manager, in this worker, the paths above. Does nothing the second time."""
+    """Teaches vLLM's adapter manager, in this worker, the paths above. Does nothing the second
+    time.
+    """
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
 
@@ -141,9 +155,12 @@ def _activate(adapters: Any, lora_id: int, adapter: Staged, activate: Any) -> bo
 
 
 def make_slot_writer(manager: Any, config: dict[str, Any], plan: WirePlan) -> SlotWriter | None:
-    """The copies of every adapter of this plan; None, with a line in the log, where this model's layers can't be filled so.
+    """The copies of every adapter of this plan. None, with a line in the log, where this model's
+    layers can't be filled by copies.
 
-    manager: vLLM's WorkerLoRAManager. Raises ValueError for an adapter that this server can't serve at all.
+    manager: vLLM's WorkerLoRAManager.
+
+    Raises ValueError for an adapter that this server can't serve at all.
     """
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -170,7 +187,9 @@ def make_slot_writer(manager: Any, config: dict[str, Any], plan: WirePlan) -> Sl
 
 
 def _from_memory(manager: Any, lora_request: Any) -> Any:
-    """The checks and the steps of vLLM's own loader, from tensors instead of a file, on the device that the tensors are on."""
+    """The checks and steps of vLLM's own loader, from tensors instead of a file, on the tensors'
+    device.
+    """
     from vllm.lora.peft_helper import PEFTHelper
 
     adapter = staged[lora_request.lora_path]
@@ -182,7 +201,8 @@ def _from_memory(manager: Any, lora_request: Any) -> Any:
         lora.lockstep_staged = adapter
         return lora
     dtype = manager.lora_config.lora_dtype
-    # vLLM multiplies B by alpha/r in place, and loads an adapter again when it fell out of its cache: it gets a B of its own.
+    # vLLM multiplies B by alpha/r in place, and loads an adapter again when it fell out of its
+    # cache: it gets a B of its own.
     tensors = {
         name: t.to(dtype, copy=name.endswith("lora_B.weight")) for name, t in assemble(adapter.plan, adapter.buffers)
     }
@@ -218,9 +238,10 @@ def _mapper(model: Any) -> Any:
 
 
 def _add_stacked(lora: Any, stacked: dict[str, torch.Tensor], helper: Any, adapters: Any, mapper: Any) -> None:
-    """Experts that come stacked, A [E, r, in] and B [E, out, r], in the form vLLM would pack them into, as they are.
+    """Stacked experts, A [E, r, in] and B [E, out, r], as they are, in vLLM's packed form.
 
-    One pair per expert, as a file has them, would be 37,000 tensors for 48 layers of 128 experts, each with its own Python.
+    One pair per expert, as in a file, would be 37,000 tensors for 48 layers of 128 experts, each
+    with its own Python.
     """
     from vllm.lora.lora_weights import PackedLoRALayerWeights
     from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -239,9 +260,11 @@ def _add_stacked(lora: Any, stacked: dict[str, torch.Tensor], helper: Any, adapt
 
 
 def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tensor], is_a: bool) -> list[torch.Tensor]:
-    """The list that the layer's `set_lora` takes: gate, down, up; or where the layer has gate and up as one matrix, that and down.
+    """The list for the layer's `set_lora`: gate, down, up; or gate-and-up and down, where gate and
+    up are one matrix.
 
-    A layer with two matrices (vLLM's text-only class of Qwen3.5, its mixed format) takes a pair for both as two that share A.
+    A layer with two matrices (vLLM's text-only class of Qwen3.5, its mixed format) takes a joint
+    pair as two pairs that share A.
     """
     from vllm.lora.layers import FusedMoE3DWithLoRA
 

@@ -1,9 +1,11 @@
-"""Where an adapter's bytes go in vLLM's slots: planned once, so that a new adapter is a few batched copies.
+"""The positions of an adapter's bytes in vLLM's slots, planned once, so that a new adapter is a few
+batched copies.
 
-vLLM keeps room for some adapters in each layer and fills a slot layer by layer: every matrix set to zero, scaled and copied by kernels
-of its own, thousands for a large model. Here its own loading and filling run once for each slot on meta tensors, and the copies they would
-make are noted (`in_place_load.py`). From then on a slot is filled by repeating them. B is scaled in the slot, so what was received stays as
-it was and can fill a slot again.
+vLLM keeps room for some adapters in each layer and fills a slot layer by layer. Kernels of its own
+set every matrix to zero, scale and copy it: thousands for a large model. Here vLLM's loading and
+filling run once for each slot on meta tensors, and their copies are recorded (`in_place_load.py`).
+From then on a slot is filled by repeating them. B is scaled in the slot, so what was received stays
+as it was and can fill a slot again.
 """
 
 # pyright: reportMissingImports=false
@@ -26,7 +28,9 @@ _EXPERTS_ROOM = ("w13_lora_{}_stacked", "w2_lora_{}_stacked")
 
 @dataclass(frozen=True)
 class _Slot:
-    """The copies into one slot; what they leave out and has to be zero; all its Bs; switches that say that a layer is adapted."""
+    """The copies into one slot; the rest, which must be zero; all its Bs; and the switches that
+    mark a layer as adapted.
+    """
 
     copies: DirectPlan
     identity: Identity
@@ -50,7 +54,8 @@ class SlotWriter:
     def __init__(
         self, manager: Any, plan: WirePlan, scaling: float, load: Callable[[dict[str, torch.Tensor]], Any]
     ) -> None:
-        """manager: vLLM's LoRAModelManager. load: tensors by their shipped names to vLLM's LoRAModel, nothing scaled.
+        """manager: vLLM's LoRAModelManager.
+        load: tensors by their shipped names to vLLM's LoRAModel, nothing scaled.
 
         Raises DirectUnavailableError where a matrix gets there otherwise than by copies.
         """
@@ -59,7 +64,9 @@ class SlotWriter:
 
     @torch.no_grad()
     def fill(self, index: int, buffers: Sequence[torch.Tensor]) -> None:
-        """Puts an adapter, received in these buffers, into a slot; on a GPU, queued on the current stream."""
+        """Puts an adapter, received in these buffers, into a slot; on a GPU, queued on the current
+        stream.
+        """
         slot = self._slots[index]
         if slot.empty:
             torch._foreach_zero_(slot.empty)
@@ -79,7 +86,7 @@ class SlotWriter:
 
     @torch.no_grad()
     def refusal(self, index: int, expected: Sequence[str], version: str, worker: int) -> str:
-        """What a slot holds otherwise than `expected` says; "" when nothing is."""
+        """The difference between a slot and `expected`; "" for none."""
         slot = self._slots[index]
         differences = slot.identity.differing(expected)
         if differences:

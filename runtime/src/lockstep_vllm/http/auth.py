@@ -1,7 +1,7 @@
 """A bearer token on every endpoint.
 
-vLLM's own `--api-key` guards `/v1`, `/v2` and `/inference` only and leaves the control endpoints (pause, weight update,
-adapters' aliases, metrics) open to anybody who can reach the port.
+vLLM's own `--api-key` guards `/v1`, `/v2` and `/inference` only. It leaves the control endpoints
+(pause, weight update, adapters' aliases, metrics) open to anybody who can reach the port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _REFUSAL = b'{"error":{"message":"missing or wrong bearer token","type":"unautho
 
 
 class BearerAuth:
-    """ASGI middleware: refuses every HTTP request and websocket without the token, whatever its path or method.
+    """ASGI middleware: refuses every HTTP request and websocket without the token, whatever its
+    path or method.
 
     It takes the token from `LOCKSTEP_SERVER_TOKEN`; a server without one does not start.
     """

@@ -34,7 +34,9 @@ class LockstepApi:
         patches.apply("api", on_cpu=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Called once the engine is up. The first version is the name that the base model is served under."""
+        """Called once the engine is up. The first version is the name that the base model is served
+        under.
+        """
         assert engine_client is not None
         state.lockstep_sleep = sleep_api.SleepControl(engine_client)
         state.lockstep_sync = sync_api.WeightSync(engine_client, state)

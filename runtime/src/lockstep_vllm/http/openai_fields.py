@@ -1,7 +1,9 @@
-"""What the trainer needs to know of each sampled choice, added to the replies a plain OpenAI client gets.
+"""The fields that the trainer needs of each sampled choice, added to the replies of a plain OpenAI
+client.
 
-Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logprobs` on, `return_token_ids: true` and
-`temperature: 1.0` where the client says nothing. Each choice of a reply that is not a stream gets
+Requests to `/v1/chat/completions` and `/v1/completions` get the defaults `logprobs` on,
+`return_token_ids: true` and `temperature: 1.0` where the client says nothing. Each choice of a
+reply that is not a stream gets
 
     prompt_token_ids  list[int]
     token_ids         list[int]   what was sampled, the end-of-turn token included
@@ -43,7 +45,9 @@ CONSTRAINTS = (
     "vllm_xargs",
     "watermarking",
 )
-"""Request settings that change which tokens can be sampled, or how likely they are; absent or neutral as a rule."""
+"""Request settings that change which tokens can be sampled, or how likely they are; absent or
+neutral as a rule.
+"""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"response_format": ({"type": "text"},), "tool_choice": ("auto", "none")}
 
 _MORE_LOGPROBS = ("top_logprobs", "prompt_logprobs", "logprob_token_ids", "echo")
@@ -99,16 +103,20 @@ def add_request_defaults(request: dict[str, Any], *, chat: bool) -> None:
 
 
 def _asks_for_logprobs(request: dict[str, Any]) -> bool:
-    """Whether the client wants OpenAI's log-probabilities in the reply. `logprobs: 0` of a completion does, false does not."""
+    """True if the client wants OpenAI's log-probabilities in the reply. `logprobs: 0` of a
+    completion does, false does not.
+    """
     logprobs = request.get("logprobs")
     return (logprobs is not None and logprobs is not False) or any(request.get(name) for name in _MORE_LOGPROBS)
 
 
 def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], sampled: list[sampled_tokens.Sampled]) -> None:
-    """Adds prompt ids, log-probabilities, weight versions and sampling settings to each choice of a parsed reply, in place.
+    """Adds prompt ids, log-probabilities, weight versions and sampling settings to each choice of a
+    parsed reply, in place.
 
-    sampled: what is known of each choice, in their order. Other than one per choice, vLLM did not track them (a beam
-    search), and the choices say null: nothing can be trained on them.
+    sampled: what is known of each choice, in their order. If their number is not one per choice,
+        vLLM did not track them (a beam search). The choices then say null, and nothing can be
+        trained on them.
     """
     sampling = sampling_of(request)
     tracked = len(sampled) == len(reply["choices"])
@@ -131,8 +139,8 @@ def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], sampled: l
 
 
 def sampling_of(request: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what the request's tokens were sampled from: the numbers with vLLM's defaults filled in,
-    and the constraints it set.
+    """The settings that decide the sampling distribution of the request: numbers with vLLM's
+    defaults filled in, and constraints.
     """
     numbers = {name: _or(request.get(name), default) for name, default in SAMPLING_DEFAULTS.items()}
     asked = {name: request[name] for name in CONSTRAINTS if request.get(name)}
@@ -141,7 +149,9 @@ def sampling_of(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _ReplyEditor:
-    """Holds a JSON reply back until it is complete, then sends it with the fields added. Errors pass unchanged."""
+    """Holds a JSON reply back until it is complete, then sends it with the fields added. Errors
+    pass unchanged.
+    """
 
     def __init__(self, send: Send, request: dict[str, Any], request_id: str) -> None:
         self._send = send
@@ -189,7 +199,9 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body` once and then the connection's own messages (vLLM waits for a disconnect)."""
+    """A `receive` that hands out `body` once and then the connection's own messages (vLLM waits for
+    a disconnect).
+    """
     sent = False
 
     async def replay() -> Message:

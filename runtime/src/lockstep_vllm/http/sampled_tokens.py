@@ -1,10 +1,13 @@
-"""What vLLM knows of each sampled token and does not put into a reply: the weights that sampled it, and its log-probability.
+"""The weights and the log-probability of each sampled token, which vLLM knows and does not put into
+a reply.
 
-vLLM tracks the weight version of every token and reports it on one of its own endpoints only. It reports log-probabilities
-as OpenAI does, an object with text and bytes per token: at 128 tokens making, sending and reading them costs more than
-all else of a request. So a client that does not ask for them gets them as one list of numbers.
+vLLM tracks the weight version of every token and reports it on one of its own endpoints only. It
+reports log-probabilities as OpenAI does, an object with text and bytes per token. At 128 tokens
+making, sending and reading these objects costs more than the rest of a request. So a client that
+does not ask for them gets them as one list of numbers.
 
-This keeps what vLLM tracked for the requests that `ChoiceFields` has announced, until the reply is written.
+This keeps what vLLM tracked for the requests that `ChoiceFields` has announced, until the reply is
+written.
 """
 
 # pyright: reportMissingImports=false
@@ -23,7 +26,11 @@ _LEAST = -9999.0
 
 @dataclass(frozen=True)
 class Sampled:
-    """One choice. spans: which version sampled which tokens. logprobs: one a token, nats; None where the client asked for OpenAI's."""
+    """One choice.
+
+    spans: which version sampled which tokens.
+    logprobs: one a token, nats; None where the client asked for OpenAI's.
+    """
 
     spans: list[Span]
     logprobs: list[float] | None
@@ -49,10 +56,12 @@ def expect(request_id: str, *, listed: bool) -> None:
 
 
 def record(engine_request_id: str, index: int, sampled: Sampled) -> None:
-    """Keeps one finished sequence, if its request was announced. Never raises: an error here ends the server.
+    """Keeps one finished sequence, if its request was announced. Never raises: an error here ends
+    the server.
 
-    engine_request_id: `chatcmpl-ID` or `cmpl-ID-PROMPT`, as vLLM builds it. A beam of a beam search has a name
-    of its own; its tokens are no sample of the policy, and their versions stay unknown.
+    engine_request_id: `chatcmpl-ID` or `cmpl-ID-PROMPT`, as vLLM builds it. A beam of a beam search
+        has a name of its own. Its tokens are no sample of the policy, and their versions stay
+        unknown.
     """
     request_id, prompt = _parts(engine_request_id)
     if request_id in _announced and (not prompt or prompt.isdecimal()):
@@ -71,7 +80,7 @@ def forget(request_id: str) -> None:
 
 
 def wants_list(engine_request_id: str) -> bool:
-    """Whether the request's log-probabilities are kept as a list."""
+    """True if the request's log-probabilities are kept as a list."""
     announced = _announced.get(_parts(engine_request_id)[0])
     return announced is not None and announced.listed
 
@@ -110,7 +119,9 @@ def _record_choices() -> None:
 
 
 def _list_logprobs(processor_class: Any) -> None:
-    """Keeps the sampled tokens' log-probabilities of announced requests as a `LogprobList`, without decoding a token's text."""
+    """Keeps the sampled tokens' log-probabilities of announced requests as a `LogprobList`, without
+    decoding a token's text.
+    """
     original = processor_class.from_new_request.__func__
 
     class ListProcessor(processor_class):
@@ -144,7 +155,9 @@ def _leave_lists_out(serving_class: Any, method: str) -> None:
 
 
 def _parts(engine_request_id: str) -> tuple[str, str]:
-    """(the announced id, the number of a prompt or nothing); two empty texts for an id that is not built as ours are."""
+    """(The announced id, the number of a prompt or nothing); two empty texts for an id of another
+    form.
+    """
     for prefix in _PREFIXES:
         if engine_request_id.startswith(prefix):
             request_id, _, prompt = engine_request_id.removeprefix(prefix).partition("-")
@@ -153,7 +166,9 @@ def _parts(engine_request_id: str) -> tuple[str, str]:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Neighbours of one version as one span: an adapter's tokens across a change of the base's version."""
+    """Neighbours of one version as one span: an adapter's tokens across a change of the base's
+    version.
+    """
     merged: list[Span] = []
     for span in spans:
         if merged and merged[-1]["version"] == span["version"]:

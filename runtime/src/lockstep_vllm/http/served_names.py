@@ -1,8 +1,10 @@
-"""Under which names the base model's weights are served: the current version's, and older ones that rollouts still use.
+"""Under which names the base model's weights are served: the current version's, and older ones that
+rollouts still use.
 
-A merged server holds one version. A rollout that began under `name@3` and asks for it again after the swap to `name@4` gets its
-answer from what the server holds, and the reply says so: its `model` is `name@4`, and so is the version of its tokens. What may be
-trained on is for the trainer to decide (`max_steps_off_policy`). A name that nobody kept is unknown (404).
+A merged server holds one version. A rollout may begin under `name@3` and ask for that name again
+after the swap to `name@4`. The current weights then answer, and the reply says so: its `model` and
+the version of its tokens are `name@4`. What may be trained on is for the trainer to decide
+(`max_steps_off_policy`). A name that nobody kept is unknown (404).
 """
 
 # pyright: reportMissingImports=false
@@ -17,13 +19,17 @@ if TYPE_CHECKING:
 
 
 def keep_names(state: State, names: list[str]) -> list[str]:
-    """From now on also answer to `names`, and to no other older name; the current one stays. Returns all names, the current first."""
+    """From now on also answer to `names`, and to no other older name; the current one stays.
+    Returns all names, the current first.
+    """
     state.lockstep_kept_names = list(names)
     return rename_base(state, state.openai_serving_models.base_model_paths[0].name)
 
 
 def rename_base(state: State, name: str) -> list[str]:
-    """Serves the base model as `name` from now on; of its older names only those that `keep_names` was given stay."""
+    """Serves the base model as `name` from now on; of its older names only those that `keep_names`
+    was given stay.
+    """
     paths: list[Any] = state.openai_serving_models.base_model_paths
     kept = [kept_name for kept_name in getattr(state, "lockstep_kept_names", []) if kept_name != name]
     paths[:] = [type(paths[0])(name=served, model_path=paths[0].model_path) for served in [name, *kept]]
@@ -31,7 +37,10 @@ def rename_base(state: State, name: str) -> list[str]:
 
 
 def unknown_name(asked: str, served: Sequence[str]) -> str:
-    """The text of a 404. served: versions of the model, the current one last."""
+    """The text of a 404.
+
+    served: versions of the model, the current one last.
+    """
     name, _, step = asked.rpartition("@")
     gone = step.isdecimal() and any(other.rpartition("@")[0] == name for other in served)
     others = f" ({', '.join(served[:-1])} too)" if served[:-1] else ""
@@ -42,7 +51,9 @@ def unknown_name(asked: str, served: Sequence[str]) -> str:
 
 
 def apply() -> None:
-    """Names the versions that are served in vLLM's answer to an unknown name. Called once, in the API process."""
+    """Names the versions that are served in vLLM's answer to an unknown name. Called once, in the
+    API process.
+    """
     from http import HTTPStatus
 
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -60,7 +71,9 @@ def apply() -> None:
 
 
 def _served(models: Any) -> list[str]:
-    """Names that requests may ask for, the current version last: the adapters', or the base weights' if there are none."""
+    """Names that requests may ask for, the current version last: the adapters', or the base
+    weights' if there are none.
+    """
     if models.lora_requests:
         return sorted(models.lora_requests, key=_step)
     return [path.name for path in reversed(models.base_model_paths)]

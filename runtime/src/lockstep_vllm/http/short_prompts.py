@@ -1,4 +1,6 @@
-"""Refuses prompts of one token, which end vLLM 0.32's engine on a CPU for models with convolutions (Qwen3.5)."""
+"""Refuses prompts of one token, which end vLLM 0.32's engine on a CPU for models with convolutions
+(Qwen3.5).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _REFUSAL = {
 
 
 class TwoTokenPrompts:
-    """ASGI middleware: a completion whose prompt, or one of its prompts, has a single token gets status 400.
+    """ASGI middleware: a completion whose prompt, or one of its prompts, has a single token gets
+    status 400.
 
     A text is counted by the server's own `/tokenize`. Chat prompts are longer by their template.
     """
@@ -56,7 +59,9 @@ class TwoTokenPrompts:
         return False
 
     async def _count(self, scope: Scope, request: dict[str, Any], text: str) -> int | None:
-        """Tokens of a text as a prompt; None where the server refuses to say, and then refuses the request itself."""
+        """Tokens of a text as a prompt; None where the server refuses to say, and then refuses the
+        request itself.
+        """
         asked = {"prompt": text, "add_special_tokens": request.get("add_special_tokens", True)}
         if request.get("model") is not None:
             asked["model"] = request["model"]
@@ -67,7 +72,8 @@ class TwoTokenPrompts:
             sent.append(message)
 
         async def receive() -> Message:
-            # Nothing comes after the body: vLLM ends a request whose client it hears going, with an empty answer.
+            # Nothing comes after the body: vLLM ends a request whose client it hears going, with an
+            # empty answer.
             return await asyncio.get_running_loop().create_future()
 
         headers = _with_length([(b"content-type", b"application/json")], len(body))

@@ -1,9 +1,12 @@
-"""Colocated mode, the server's side: it gives its device memory away while the trainer works, and takes it back.
+"""Colocated mode, the server's side: it gives its device memory away while the trainer works, and
+takes it back.
 
-Asleep, requests are accepted and wait in vLLM's queue until the server is awake, as they wait during a swap; the client's own timeout
-bounds that. vLLM has sleep and wake endpoints of its own, for development servers only and without a deadline.
+Asleep, requests are accepted and wait in vLLM's queue until the server is awake, as during a swap.
+The client's own timeout bounds the wait. vLLM has sleep and wake endpoints of its own, for
+development servers only and without a deadline.
 
-On a CPU vLLM's workers free nothing when they sleep: only the order of things is real there. `benchmarks/colocated.py` runs them on a GPU.
+On a CPU vLLM's workers free nothing when they sleep: only the order of things is real there.
+`benchmarks/colocated.py` runs them on a GPU.
 """
 
 # pyright: reportMissingImports=false
@@ -36,10 +39,13 @@ class SleepControl:
         self.asleep: set[Part] = set()
 
     async def sleep(self, level: int, deadline_s: float) -> dict[str, Any]:
-        """Lets the requests in flight finish, then frees the device. Requests that come meanwhile wait until the server is awake.
+        """Lets the requests in flight finish, then frees the device. Requests that come meanwhile
+        wait until the server is awake.
 
-        level: 1 keeps the weights in host memory, 2 forgets them (send them again after waking). Raises SleepRefusedError, and goes on
-        serving, when requests are still in flight after `deadline_s`.
+        level: 1 keeps the weights in host memory, 2 forgets them (send them again after waking).
+
+        Raises SleepRefusedError, and goes on serving, when requests are still in flight after
+        `deadline_s`.
         """
         async with self._lock:
             if self.asleep:
@@ -58,7 +64,9 @@ class SleepControl:
         return self.state()
 
     async def wake(self, parts: list[Part]) -> dict[str, Any]:
-        """Takes memory back. Requests go on when every part is awake. Harmless for what is awake already."""
+        """Takes memory back. Requests go on when every part is awake. Harmless for what is awake
+        already.
+        """
         async with self._lock:
             waking = [part for part in PARTS if part in parts and part in self.asleep]
             if waking:
@@ -73,7 +81,9 @@ class SleepControl:
 
 
 def add_endpoints(app: FastAPI) -> None:
-    """`/lockstep/sleep`, `/lockstep/wake`, `/lockstep/version`; `app.state.lockstep_sleep` is set once the engine is there."""
+    """`/lockstep/sleep`, `/lockstep/wake`, `/lockstep/version`; `app.state.lockstep_sleep` is set
+    once the engine is there.
+    """
 
     def sleep_control() -> SleepControl:
         return app.state.lockstep_sleep
@@ -92,7 +102,9 @@ def add_endpoints(app: FastAPI) -> None:
 
     @app.get(http_paths.VERSION)
     async def version() -> dict[str, Any]:
-        """The version of the base weights, every name they answer to (the first is the current one), and what sleeps."""
+        """The version of the base weights, every name they answer to (the first is the current
+        one), and what sleeps.
+        """
         names = [path.name for path in app.state.openai_serving_models.base_model_paths]
         version = await app.state.engine_client.get_weight_version()
         return {"version": version, "names": names} | sleep_control().state()

@@ -1,4 +1,6 @@
-"""Endpoints of a weight sync: connect, plan, receive, commit, abort. The server answers with one version or the next."""
+"""Endpoints of a weight sync: connect, plan, receive, commit, abort. The server answers with one
+version or the next.
+"""
 
 # pyright: reportMissingImports=false
 
@@ -29,7 +31,9 @@ _POLL_S = 0.005
 _STANDING_POLL_S = 0.5
 _FIRST_WAIT_S = 0.004
 _ENGINE_POLL_S = 0.5
-"""The senders are done when they ask for a commit, so the last bucket is about to be there: workers wait for it this long."""
+"""The senders are done when they ask for a commit, so the last bucket is about to arrive. Workers
+wait for the bucket this long.
+"""
 
 
 _MOST_NAMES = 10_000
@@ -46,7 +50,7 @@ class SyncRefusedError(Exception):
 
 
 class WeightSync:
-    """What the endpoints do, one at a time. `engine` is vLLM's EngineClient."""
+    """The work behind the endpoints, one request at a time. `engine` is vLLM's EngineClient."""
 
     def __init__(self, engine: Any, state: State) -> None:
         self._engine = engine
@@ -68,7 +72,9 @@ class WeightSync:
         return answers
 
     async def _while_engine_lives(self, awaited: Awaitable[Any]) -> Any:
-        """What `awaited` gives. vLLM waits for ever for an engine that has ended: raises SyncRefusedError (`lost`) then."""
+        """The result of `awaited`. vLLM waits for ever for an engine that has ended: raises
+        SyncRefusedError (`lost`) then.
+        """
         task = asyncio.ensure_future(awaited)
         while not (await asyncio.wait({task}, timeout=_ENGINE_POLL_S))[0]:
             if self._engine.errored:
@@ -82,7 +88,9 @@ class WeightSync:
         return {}
 
     async def receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
-        """Lets the workers begin. Without memory for a second copy the engine is paused first, and stays so until commit or abort."""
+        """Lets the workers begin. Without memory for a second copy the engine is paused first, and
+        stays so until commit or abort.
+        """
         async with self._lock:
             await self._free_unused()
             if policy == "staged":  # nothing to choose: one call does both
@@ -116,8 +124,8 @@ class WeightSync:
             received = time.monotonic()
             if self._paused_at is None:
                 self._paused_at = received
-                # Requests in flight are kept: their cached keys and values go, and are computed again under the new
-                # weights.
+                # Requests in flight are kept: their cached keys and values go, and are computed
+                # again under the new weights.
                 await self._while_engine_lives(self._engine.pause_generation(mode="keep", clear_cache=True))
             path, compared = await self._swap(version)
             if served_name is not None:
@@ -127,8 +135,8 @@ class WeightSync:
             return {"version": version, "pause_s": pause_s, "path": path, "compared": compared, "phases": phases}
 
     async def abort(self) -> dict[str, Any]:
-        """Forgets what was received. `lost`: live weights may have been overwritten, so the server was ended. `waiting_for`: what had
-        not come yet.
+        """Forgets what was received. `lost`: live weights may have been overwritten, so the server
+        was ended. `waiting_for`: what had not come yet.
         """
         async with self._lock:
             answers = await self.call("lockstep_sync_discard")
@@ -143,14 +151,17 @@ class WeightSync:
     async def commit_adapter(
         self, name: str, digests: list[list[str]], stacked_experts: bool, deadline_s: float
     ) -> dict[str, Any]:
-        """Waits for the last bucket, compares digests, serves the adapter as `name`. Nothing else is touched."""
+        """Waits for the last bucket, compares digests, serves the adapter as `name`. Nothing else
+        is touched.
+        """
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         async with self._lock:
             asked = time.monotonic()
             await self._all_received(digests, deadline_s)
             received = time.monotonic()
-            # Never the same path twice, also for a name that comes back: the prefix cache is keyed on both.
+            # Never the same path twice, also for a name that comes back: the prefix cache is keyed
+            # on both.
             path = f"{SCHEME}{name}/{uuid.uuid4().hex}"
             await self.call("lockstep_sync_stage_adapter", path)
             request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path, is_3d_lora_weight=stacked_experts)
@@ -169,12 +180,15 @@ class WeightSync:
             return reply | {"compared": compared, "phases": phases}
 
     async def verify_folder(self, name: str, path: str) -> dict[str, Any]:
-        """Compares the slot of an adapter that vLLM loaded from a folder with the folder; one that differs is taken away again."""
+        """Compares the slot of an adapter that vLLM loaded from a folder with the folder; one that
+        differs is taken away again.
+        """
         async with self._lock:
             return {"compared": await self._verified("lockstep_sync_verify_folder", name, path)}
 
     async def _verified(self, method: str, name: str, path: str) -> bool:
-        """The slot that requests for `name` use holds what is at `path`; else the adapter is taken away again.
+        """The slot that requests for `name` use holds what is at `path`; else the adapter is taken
+        away again.
 
         Returns whether every worker could compare.
         """
@@ -192,7 +206,9 @@ class WeightSync:
         return all(answer["compared"] for answer in answers)
 
     async def forget_adapter(self, name: str) -> dict[str, Any]:
-        """Frees the tensors of an adapter that is not served any more, once no request uses them; harmless for one from a folder."""
+        """Frees the tensors of an adapter that is not served any more, once no request uses them.
+        Harmless for an adapter from a folder.
+        """
         async with self._lock:
             path = self._adapters.get(name)
             if path is not None and name in self._state.openai_serving_models.lora_requests:
@@ -212,7 +228,8 @@ class WeightSync:
     async def _all_received(self, digests: list[list[str]], deadline_s: float) -> None:
         deadline, wait_s = time.monotonic() + deadline_s, _FIRST_WAIT_S
         while True:
-            # While nothing is generated the workers may as well wait themselves: they notice the end at once.
+            # While nothing is generated the workers may as well wait themselves: they notice the
+            # end at once.
             standing = self._paused_at is not None
             answers = await self.call("lockstep_sync_progress", _STANDING_POLL_S if standing else wait_s)
             wait_s = 0.0
@@ -237,8 +254,8 @@ class WeightSync:
                     )
 
     async def _swap(self, version: str) -> tuple[str, bool]:
-        """From the first changed parameter on there is no way back: a failure ends the server, and so do weights that differ from those
-        sent.
+        """From the first changed parameter on there is no way back. A failure ends the server, and
+        so do weights that differ from the sent ones.
 
         Returns the path that the weights took, and whether they could be compared.
         """
@@ -254,7 +271,8 @@ class WeightSync:
             raise SyncRefusedError(error_kinds.LOST, f"the swap to {version} failed half-way: {error}") from error
 
     async def _resume(self) -> float:
-        """Lets generation go on; the seconds it stood still. A server that is half awake (colocated mode) must not generate yet:
+        """Lets generation go on; the seconds it stood still. A server that is half awake (colocated
+        mode) must not generate yet:
 
         waking the rest resumes it.
         """

@@ -1,4 +1,5 @@
-"""Refuses requests that offer tools where no parser reads the calls, with the reason and what helps.
+"""Refuses requests that offer tools where no parser reads the calls, with the reason and what
+helps.
 
 vLLM's own refusal names two of its command-line flags, which nobody here has set.
 """
@@ -16,7 +17,9 @@ _PATHS = (CHAT, "/v1/responses", "/v1/messages")
 
 
 class ToolsOff:
-    """ASGI middleware: a request with tools gets status 400 and the text of `LOCKSTEP_TOOLS_OFF`, unless its tool_choice is none."""
+    """ASGI middleware: a request with tools gets status 400 and the text of `LOCKSTEP_TOOLS_OFF`,
+    unless its tool_choice is none.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app

@@ -1,7 +1,8 @@
-"""Every change that Lockstep makes to vLLM's own code: where, on which platform, why, and the test that says when it can go.
+"""Every change that Lockstep makes to vLLM's own code: the module, the platform, the reason, and
+the test that ends it.
 
-All of them are written for vLLM `VLLM_SERIES`; another version is refused before any is applied (`plugin.py`). Modules are imported when
-they are applied, since vLLM may not be imported earlier.
+All of them are written for vLLM `VLLM_SERIES`; another version is refused before any is applied
+(`plugin.py`). Modules are imported when they are applied, since vLLM may not be imported earlier.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Patch:
-    """module: below `lockstep_vllm`, with a function `apply()`, which does nothing where its own variable says so.
+    """module: below `lockstep_vllm`, with a function `apply()`, which does nothing where its own
+        variable says so.
 
     process: "every" of the server, or the "api" process or a "worker" alone.
-    gone_when: the tests that fail once vLLM does without the patch; empty where it brings what vLLM does not mean to have.
+    gone_when: the tests that fail once vLLM does without the patch; empty where it brings what vLLM
+        does not mean to have.
     """
 
     module: str

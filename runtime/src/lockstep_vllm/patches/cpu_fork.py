@@ -1,8 +1,8 @@
 """On a CPU, vLLM's engine core and workers are forked and not spawned.
 
-A spawned process imports vLLM anew, six seconds of a core each; vLLM spawns on a CPU always, for the sake of threads it binds to cores,
-which Lockstep turns off. Forking is safe at that point: the API process has computed nothing yet, and its children begin with our plugin
-as it has it.
+A spawned process imports vLLM anew, six seconds of a core each. On a CPU vLLM always spawns, for
+the sake of threads that it binds to cores; Lockstep turns the binding off. Forking is safe at that
+point: the API process has computed nothing yet, and its children begin with our plugin loaded.
 """
 
 # pyright: reportMissingImports=false

@@ -1,10 +1,13 @@
-"""Adapters on linear layers on a CPU: one matrix product per adapter and batch, instead of one gathered matrix per token.
+"""Adapters on linear layers on a CPU: one matrix product per adapter and batch, instead of one
+gathered matrix per token.
 
-vLLM 0.32 copies A and B for every token of a batch before it multiplies: a prompt of 500 tokens moves some 50 MB for
-each projection of a small model, and most of a rollout's time goes there. And where tokens of the base model share a
-batch with those of adapters, their index -1 picks the last slot's adapter instead of none.
+vLLM 0.32 copies A and B for every token of a batch before it multiplies. A prompt of 500 tokens
+moves some 50 MB for each projection of a small model, and most of a rollout's time goes there.
+Where tokens of the base model share a batch with those of adapters, their index -1 selects the last
+slot's adapter instead of none.
 
-`tests/server/kernels/test_lora_cpu.py` compares with a product per token, and fails when vLLM's own no longer needs this.
+`tests/server/kernels/test_lora_cpu.py` compares with a product per token, and fails when vLLM's own
+no longer needs this.
 
 Shape suffixes: T tokens, I input features, O output features, R rank, L slots.
 """
@@ -23,7 +26,9 @@ _LEAST_ROWS = 16
 def shrink(
     x_TI: torch.Tensor, a_L1RI: torch.Tensor, y_TR: torch.Tensor, slots_T: torch.Tensor, scaling: float = 1.0
 ) -> None:
-    """y = scaling * x A^T with each token's own A; zero for tokens without an adapter. In vLLM: `bgmv_shrink`."""
+    """y = scaling * x A^T with each token's own A; zero for tokens without an adapter. In vLLM:
+    `bgmv_shrink`.
+    """
     x_TI = x_TI.to(y_TR.dtype)
     for slot, rows in _adapters(slots_T):
         if slot < 0:
@@ -68,8 +73,9 @@ def expand_slice(
 def _product(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T, each row with the same bits whatever the other rows are.
 
-    The library has other kernels for fewer than 4 rows per thread, and their sums have another order: a token's
-    log-probability would depend on what shares its batch, and a resumed run would not repeat the undisturbed one.
+    The library has other kernels for fewer than 4 rows per thread, and their sums have another
+    order. A token's log-probability would depend on its batch, and a resumed run would not repeat
+    the undisturbed one.
     """
     rows = len(x_TI)
     if rows >= _LEAST_ROWS:
@@ -78,7 +84,9 @@ def _product(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 def _adapters(slots_T: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:
-    """Each slot that tokens of the batch use, and their rows; -1 stands for no adapter. Rollouts mostly use one."""
+    """Each slot that tokens of the batch use, and their rows; -1 stands for no adapter. Rollouts
+    mostly use one.
+    """
     first = int(slots_T[0])
     if bool((slots_T == first).all()):
         yield first, slice(0, len(slots_T))

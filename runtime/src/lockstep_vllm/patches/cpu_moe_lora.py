@@ -1,11 +1,14 @@
-"""Adapters on routed experts on a CPU, which vLLM 0.32 accepts at start and then dies of at the first request.
+"""Adapters on routed experts on a CPU, which vLLM 0.32 accepts at start and then dies of at the
+first request.
 
-With LoRA enabled vLLM picks its Triton experts whatever the device. Here a class in plain torch takes their place. It
-loops over the experts: meant for tests and small models.
+With LoRA enabled vLLM picks its Triton experts whatever the device. Here a class in plain torch
+takes their place. It loops over the experts: meant for tests and small models.
 
-`tests/server/kernels/test_served_adapters.py` shows the effect, and that a server without this class still dies.
+`tests/server/kernels/test_served_adapters.py` shows the effect, and that a server without this
+class still dies.
 
-Shape suffixes: T tokens, K experts per token, N tokens of one expert, E experts, H hidden, I expert size.
+Shape suffixes: T tokens, K experts per token, N tokens of one expert, E experts, H hidden, I expert
+size.
 """
 
 # pyright: reportMissingImports=false, reportSelfClsParameterName=false
@@ -27,7 +30,7 @@ LEFT_OUT_VARIABLE = "LOCKSTEP_WITHOUT_CPU_MOE_LORA"
 
 
 class TorchLoraExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
-    """Gated SiLU experts with one adapter per token, in plain torch;
+    """Gated SiLU experts with one adapter per token, in plain torch.
 
     sums are in fp32 and rounded where vLLM's kernels round.
     """
@@ -109,14 +112,18 @@ def _product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def apply() -> None:
-    """Makes vLLM choose this class for MoE models with LoRA, in this process. For the CPU platform only."""
+    """Makes vLLM choose this class for MoE models with LoRA, in this process. For the CPU platform
+    only.
+    """
     if os.environ.get(LEFT_OUT_VARIABLE) == "1":
         return
     choose_torch_experts(lambda moe_config: moe_config.is_lora_enabled)
 
 
 def choose_torch_experts(wanted: Callable[[Any], bool]) -> None:
-    """Makes vLLM choose this class where `wanted` says so of a layer's config, and what it chose before elsewhere."""
+    """Makes vLLM choose this class where `wanted` says so of a layer's config, and what it chose
+    before elsewhere.
+    """
     original = unquantized.select_unquantized_moe_backend
 
     def select(moe_config):

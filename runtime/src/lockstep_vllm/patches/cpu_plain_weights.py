@@ -1,7 +1,8 @@
-"""Weights on a CPU left as they are loaded, so that the direct path of a sync, which a GPU takes, can be run without one.
+"""Weights on a CPU left as they are loaded, so that a sync's direct path runs without a GPU.
 
-vLLM packs linear layers and experts for its CPU kernels and throws the plain ones away. With the variable below set it multiplies plain
-matrices by torch's own kernels: slower on large models, the same numbers. The convolution of GatedDeltaNet stays packed.
+vLLM packs linear layers and experts for its CPU kernels and throws the plain ones away. With the
+variable below set it multiplies plain matrices by torch's own kernels: slower on large models, the
+same numbers. The convolution of GatedDeltaNet stays packed.
 """
 
 # pyright: reportMissingImports=false
@@ -14,7 +15,9 @@ VARIABLE = "LOCKSTEP_PLAIN_CPU_WEIGHTS"
 
 
 def apply() -> None:
-    """Patches this process if the server was started for it. After `cpu_moe_lora`, whose experts are plain already."""
+    """Patches this process if the server was started for it. After `cpu_moe_lora`, whose experts
+    are plain already.
+    """
     if os.environ.get(VARIABLE) != "1":
         return
     from vllm.model_executor.layers import utils

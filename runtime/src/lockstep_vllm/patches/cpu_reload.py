@@ -1,11 +1,11 @@
-"""Two faults of vLLM 0.32 on CPU that leave old or garbled weights behind after any reload, without an error.
+"""Two faults of vLLM 0.32 on CPU that leave old or garbled weights behind after any reload, without
+an error.
 
-1. MoE experts are packed into the CPU kernel's layout the first time only: a reload puts raw weights where packed ones
-   are expected.
-2. A tied `lm_head` keeps a packed copy of its own, and a reload, which loads no weight named after it, leaves that
-copy.
+1. MoE experts are packed into the CPU kernel's layout the first time only. A reload puts raw weights where packed ones are expected.
+2. A tied `lm_head` keeps a packed copy of its own. A reload loads no weight of that name and leaves the copy.
 
-`tests/server/kernels/test_cpu_reload.py` shows both with the fixes left out, so that it fails when vLLM no longer needs them.
+`tests/server/kernels/test_cpu_reload.py` shows both with the fixes left out, so that it fails when
+vLLM no longer needs them.
 """
 
 # pyright: reportMissingImports=false

@@ -1,10 +1,10 @@
 """vLLM's processes wait for each other asleep, not spinning, where they share few cores.
 
-The engine core spins for a second after each message on the memory that it shares with its worker, so it keeps a core
-busy for as long as the server serves: on a machine of two cores half of what the worker could have had.
+After each message the engine core spins for a second on the memory that it shares with its worker.
+It keeps a core busy while the server serves: on two cores, half of the worker's capacity.
 
-The message that wakes a reader may be lost: its ZeroMQ socket holds one and drops the next, which a second of spinning hides. So a
-reader looks at the memory itself every few milliseconds.
+The message that wakes a reader may be lost. Its ZeroMQ socket holds one message and drops the next,
+which a second of spinning hides. So a reader looks at the memory itself every few milliseconds.
 """
 
 # pyright: reportMissingImports=false
@@ -18,7 +18,9 @@ _LOOK_MS = 2
 
 
 def apply() -> None:
-    """Readers go to sleep at once; a message wakes them, or the next look. For the CPU platform only."""
+    """Readers go to sleep at once; a message wakes them, or the next look. For the CPU platform
+    only.
+    """
     from vllm.distributed.device_communicators import shm_broadcast
 
     original, wait = shm_broadcast.SpinCondition.__init__, shm_broadcast.SpinCondition.wait

@@ -1,15 +1,17 @@
-"""Exact numerics on a CPU: the model of fp32 weights is computed in fp64, so that only the reported numbers are rounded.
+"""Exact numerics on a CPU: the model of fp32 weights is computed in fp64, so that only the reported
+numbers are rounded.
 
-vLLM offers no fp64. In a server started with LOCKSTEP_EXACT=1 the worker's model, its caches and its adapters are fp64;
-every place in vLLM's torch code that asks for fp32 while a step runs is given fp64 (`Widened`); and the compiled CPU
-kernels that know no fp64 (matrix products, rotary embedding, attention, experts, temperature and log-probabilities) are
-replaced by plain torch of the same meaning. Scheduling, prefix caching, chunked prefill, adapters and sampling are
-vLLM's own. Slow: meant for tests and for small models.
+vLLM offers no fp64. In a server started with LOCKSTEP_EXACT=1 the worker's model, its caches and
+its adapters are fp64. Every request for fp32 in vLLM's torch code gets fp64 while a step runs
+(`Widened`). Plain torch replaces the compiled CPU kernels that know no fp64: matrix products,
+rotary embedding, attention, experts, temperature and log-probabilities. Scheduling, prefix caching,
+chunked prefill, adapters and sampling are vLLM's own. Slow: meant for tests and for small models.
 
-`tests/server/test_exact.py` shows the effect, and that a server without this module is off by more than 1e-6.
+`tests/server/test_exact.py` shows the effect, and that a server without this module is off by more
+than 1e-6.
 
-Shape suffixes: T tokens of a batch, N tokens of one request, C of its context, B requests, H query heads, K key heads,
-D head size, V vocabulary.
+Shape suffixes: T tokens of a batch, N tokens of one request, C of its context, B requests, H query
+heads, K key heads, D head size, V vocabulary.
 """
 
 # pyright: reportMissingImports=false
@@ -57,7 +59,8 @@ def attend(
     block_table: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of each request's new tokens over its whole context, read from the paged cache. `[T, H, D]`.
+    """Causal attention of each request's new tokens over its whole context, read from the paged
+    cache. `[T, H, D]`.
 
     kv_cache: [blocks, K, block size, 2 D], keys before values.
     """
@@ -92,7 +95,9 @@ def divide_by_temperature(
 
 
 def apply() -> None:
-    """Patches this process if the server was started for exact numerics. For the CPU platform and vLLM 0.32 only."""
+    """Patches this process if the server was started for exact numerics. For the CPU platform and
+    vLLM 0.32 only.
+    """
     if os.environ.get(VARIABLE) != "1":
         return
     _fp64_model()

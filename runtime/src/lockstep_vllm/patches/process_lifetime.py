@@ -1,7 +1,7 @@
 """Ties every vLLM process to the one that started it.
 
-vLLM's engine core and workers survive a SIGKILL of the API process. The guard that Lockstep starts the server under
-kills them; this is for the case that the guard itself is killed.
+vLLM's engine core and workers survive a SIGKILL of the API process. The guard that Lockstep starts
+the server under kills them; this is for the case that the guard itself is killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Asks the kernel for SIGKILL at the parent's death (Linux); ends at once if a parent that spawned this process is gone already."""
+    """Asks the kernel for SIGKILL at the parent's death (Linux). Ends at once if a parent that
+    spawned this process is already gone.
+    """
     parent = multiprocessing.parent_process()
     die_with(None if parent is None else parent.pid)
 

@@ -1,20 +1,21 @@
 """Routed experts from the model's routers to the reply, with next to no work per token.
 
-vLLM 0.32 keeps what its routers picked (`RoutedExpertsCapturer`, used here as it is), then puts each request's row of each step into
-buffers, keyed blocks and a store with a thread of its own, and sends it to the API process with the token. With 64 requests that is some
-0.5 ms of Python between two steps, which is lost where the GPU waits for Python, and a tenth of the API process's time for a token. A
-reply has its routed experts at its end only. So here a step's rows go into a pool as one array,
-each at the slot of its token in the KV cache (`pool.py`), and a request's rows are read from it
-once, when it ends.
+vLLM 0.32 keeps its routers' choices (`RoutedExpertsCapturer`, used here as it is). It then puts
+each request's row of each step into buffers, keyed blocks and a store with a thread of its own, and
+sends the row to the API process with the token. With 64 requests that is some 0.5 ms of Python
+between two steps, which is lost where the GPU waits for Python. It is also a tenth of the API
+process's time for a token. A reply has its routed experts at its end only. So here a step's rows go
+into a pool as one array, each at the slot of its token in the KV cache (`pool.py`). A request's
+rows are read from the pool once, when the request ends.
 
 A request that is preempted loses its blocks: its rows are read before, so that it keeps those it
-was sampled with. A request with stop strings gets its rows step by step, as from vLLM: the API
+was sampled with. A request with stop strings gets its rows step by step, as from vLLM. The API
 process finds those strings, and ends the request without asking the engine for more. A request that
-is ended from outside (its client left) has no routed experts. A request whose rows are not all
-there gets those before the first that is missing, and training on it raises an error that names them.
+is ended from outside (its client left) has no routed experts. If rows are missing, the reply holds
+the rows before the first gap, and training on it raises an error that names the tokens.
 
-`tests/server/replay/test_routed_experts_capture.py` drives vLLM's own scheduler with it, and fails when
-vLLM hands over once by itself, and this is no longer needed.
+`tests/server/replay/test_routed_experts_capture.py` drives vLLM's own scheduler with it, and fails
+when vLLM hands over once by itself, and this is no longer needed.
 """
 
 # pyright: reportMissingImports=false
@@ -38,14 +39,18 @@ def apply() -> None:
     update, start = scheduler.Scheduler.update_from_output, WorkerWrapperBase.init_device
 
     def update_from_output(self, scheduler_output, model_runner_output) -> Any:
-        """Whether or not a request of the step gets an output: a prompt's chunk, or a request that has left."""
+        """Runs with or without an output for a request of the step: a prompt's chunk, or a request
+        that has left.
+        """
         if self.aux_output_connector is not None:
             self.aux_output_connector.kv_cache_manager = self.kv_cache_manager
             self.aux_output_connector.put(scheduler_output, model_runner_output)
         return update(self, scheduler_output, model_runner_output)
 
     def init_device(self) -> None:
-        """Only here, since vLLM's module brings its kernels along, which the API process has no use for."""
+        """Only here, since vLLM's module brings its kernels along, which the API process has no use
+        for.
+        """
         from vllm.distributed.aux_output_connector import worker
 
         replace(worker, "AuxOutputWorkerConnector", WorkerExperts)
@@ -69,11 +74,15 @@ class Taken:
     rows: list[np.ndarray] = field(default_factory=list)
     count: int = 0
     blocks: list[int] = field(default_factory=list)
-    """Its blocks when it was preempted: a step was still under way then, and its rows come at those positions."""
+    """Its blocks when it was preempted: a step was still under way then, and its rows come at those
+    positions.
+    """
 
 
 class SchedulerExperts:
-    """In the scheduler's process; the methods are those that vLLM's scheduler calls on its own connector."""
+    """In the scheduler's process; the methods are those that vLLM's scheduler calls on its own
+    connector.
+    """
 
     kv_cache_manager: Any = None
 
@@ -81,11 +90,15 @@ class SchedulerExperts:
         self.pool: RoutedExpertsPool | None = None
 
     def build_connector_meta(self, scheduler_output: Any, requests: Any) -> bool:
-        """Informs the worker that the step is one of requests: vLLM's steps to warm up have no metadata."""
+        """Informs the worker that the step is one of requests: vLLM's steps to warm up have no
+        metadata.
+        """
         return True
 
     def put(self, scheduler_output: Any, model_runner_output: Any) -> None:
-        """A step's output, before anything else is done with it. Steps come in the order in which they ran."""
+        """A step's output, before anything else is done with it. Steps come in the order in which
+        they ran.
+        """
         if self.pool and scheduler_output.kv_cache_block_copies:
             self.pool.copy_blocks(scheduler_output.kv_cache_block_copies)
         output = model_runner_output.aux_output_connector_output
@@ -182,7 +195,9 @@ class WorkerExperts:
         self.watch_slots()
 
     def watch_slots(self) -> None:
-        """Keep where the tokens of each step go in the cache ([group, S], on the device), which vLLM computes before it runs the step."""
+        """Keep the cache slots of the tokens of each step ([group, S], on the device), which vLLM
+        computes before it runs the step.
+        """
         from vllm.v1.worker.gpu.block_table import BlockTables
 
         vllms = BlockTables.compute_slot_mappings

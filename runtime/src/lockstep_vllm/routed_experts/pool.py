@@ -1,9 +1,8 @@
 """Routed experts of every token whose keys are in the KV cache, at the slot where its keys are.
 
-Whatever happens to a block of the cache happens to its routed experts: a prefix that is reused
-brings them along, a block that is copied takes them with it, a block that is given away is written
-over. Nothing is kept per request. Beside each row lies the token that was computed, so that a row
-of another token, or one that was never written, is seen when it is read.
+Routed experts follow the blocks of the cache. A reused prefix brings its experts along, a copied
+block takes them with it, and a freed block is overwritten. Nothing is kept per request. Beside each
+row lies the computed token. So reading finds a row of another token, or one that was never written.
 
 Shape suffixes: N slots of the cache, S tokens, L mixture-of-experts layers, K experts per token.
 """
@@ -18,7 +17,9 @@ import numpy as np
 
 
 class Cache(NamedTuple):
-    """The part of vLLM's KV cache whose positions are used: the layers with full attention keep every token."""
+    """The part of vLLM's KV cache whose positions are used: the layers with full attention keep
+    every token.
+    """
 
     group: int
     blocks: int
@@ -27,7 +28,7 @@ class Cache(NamedTuple):
 
 @dataclass
 class StepExperts:
-    """What one step computed, from the worker to the scheduler."""
+    """The records of one step, from the worker to the scheduler."""
 
     rows: np.ndarray
     """[S, L, K] uint8 or uint16. (Named as vLLM names it: its Ray executor looks for it.)"""
@@ -37,7 +38,9 @@ class StepExperts:
 
 
 class RoutedExpertsPool:
-    """Memory is touched only where something was written: tokens in the cache times L times K times the size of an expert's number."""
+    """Memory is touched only where something was written: tokens in the cache times L times K times
+    the bytes of an expert's number.
+    """
 
     def __init__(self, step: StepExperts) -> None:
         self.cache = step.cache
@@ -51,14 +54,17 @@ class RoutedExpertsPool:
         self.tokens_N[slots] = tokens
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """(from, to): vLLM copies a block of the cache of which a request shares only the beginning."""
+        """(from, to): vLLM copies a block of the cache of which a request shares only the
+        beginning.
+        """
         sources, targets = np.array(pairs).T
         for array in (self.rows_NLK, self.tokens_N):
             blocks = array.reshape(self.cache.blocks, self.cache.block_size, *array.shape[1:])
             blocks[targets] = blocks[sources]
 
     def read(self, blocks: Sequence[int], start: int, token_ids: Sequence[int]) -> np.ndarray:
-        """[S, L, K], a copy: the rows of these tokens, the first at position `start` of a request that has these blocks.
+        """[S, L, K], a copy: the rows of these tokens, the first at position `start` of a request
+        that has these blocks.
 
         It ends before the first token whose row is not there.
         """

@@ -1,4 +1,6 @@
-"""Which weights a full sync must bring: exactly those of the checkpoint that the server was started from."""
+"""The weights that a full sync must bring: exactly those of the checkpoint that the server was
+started from.
+"""
 
 # pyright: reportMissingImports=false
 
@@ -29,9 +31,11 @@ def check(
     expected: Mapping[str, tuple[int, ...]],
     optional: Callable[[str], bool],
 ) -> None:
-    """Raises IncompleteError when a weight of the checkpoint is missing, or a sent one has another shape.
+    """Raises IncompleteError when a weight of the checkpoint is missing, or a sent one has another
+    shape.
 
-    optional: True for weights that this server doesn't load (other towers), or that it ties to another one.
+    optional: True for weights that this server doesn't load (other towers), or that it ties to
+        another one.
     """
     missing = sorted(name for name in expected if name not in sent and not optional(name))
     if missing:

@@ -1,9 +1,11 @@
-"""What the server holds is what was sent: digests of the live memory, read back piece by piece, against those of what arrived.
+"""Verification that the server holds what was sent: digests of the live memory, read back piece by
+piece, against those of the received bytes.
 
-What arrived is known to be what the trainer sent (`digest.py`). A plan copies pieces of memory (`in_place_load.py`). When a bucket
-arrives, the digest of what has to lie in each piece is taken through the plan's layout: fused owners, this worker's shard, the slot's
-dtype, B times alpha/rank. After the swap one pass over the live pieces takes theirs. Equal digests tell a version from every other in any
-precision, and a digest that differs names its weight.
+What arrived is known to be what the trainer sent (`digest.py`). A plan copies pieces of memory
+(`in_place_load.py`). When a bucket arrives, the plan's layout gives the digest of each piece: fused
+owners, this worker's shard, the slot's dtype, B times alpha/rank. After the swap one pass over the
+live pieces takes theirs. Equal digests tell a version from every other in any precision, and a
+digest that differs names its weight.
 
 Only numbers are kept in between: what overwrites a buffer or a parameter afterwards shows.
 """
@@ -25,7 +27,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Difference:
-    """A weight that the live memory holds otherwise than it was sent: the digest of what was sent, and of what is there."""
+    """A weight whose live memory differs from the sent bytes: the digest of what was sent, and of
+    what is there.
+    """
 
     name: str
     owner: str
@@ -55,7 +59,10 @@ class Identity:
 
     @torch.no_grad()
     def differing(self, sent: Sequence[str]) -> list[Difference]:
-        """The weights whose live memory differs; sent: `Expected.read`. One pass over the live memory."""
+        """The weights whose live memory differs.
+
+        sent: `Expected.read`. One pass over the live memory.
+        """
         totals = Digests(len(self._pieces), self._device)
         for number, piece in enumerate(self._pieces):
             totals.add(number, _bytes(piece.target))
@@ -67,7 +74,8 @@ class Identity:
 
     @torch.no_grad()
     def rearranged(self, owner: str, live: torch.Tensor, buffers: Sequence[torch.Tensor]) -> bool:
-        """Whether a parameter holds what was sent for it in another order, as kernels that permute or pack their weights keep it.
+        """True if a parameter holds its sent bytes in another order, as kernels that permute or
+        pack their weights keep it.
 
         buffers: one for each bucket. An element's place does not count here, nor do zeros.
         """

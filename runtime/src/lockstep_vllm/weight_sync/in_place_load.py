@@ -1,14 +1,17 @@
-"""The direct path of a weight sync: every box a sender ships copied to its place in the live parameters, without Python per weight.
+"""The direct path of a weight sync: every shipped box is copied to its address in the live
+parameters, without Python per weight.
 
-The plan is not written by hand per model. vLLM's own `load_weights` runs once on weights that have shape and no bytes, while every copy
-into a live parameter is noted and not done. Each noted copy takes a box of a Hugging Face tensor; where it meets a box that a sender
-ships, there is a piece of memory to copy and a place for it. Copies whose bytes follow each other on both sides are joined, so that a
-layer's experts are one copy. From then on a sync repeats them. Same copies, same bytes, whatever the family, the senders' layout, and
-whatever slice of a tensor this worker holds.
+The plan is not written by hand per model. vLLM's own `load_weights` runs once on weights that have
+shape and no bytes. Every copy into a live parameter is recorded and not done. Each recorded copy
+reads a slice of a Hugging Face tensor. Its overlap with a slice that a sender ships becomes one
+planned copy: bucket offset to parameter address. Copies whose bytes follow each other on both sides
+are joined, so that a layer's experts are one copy. From then on a sync repeats them. Same copies,
+same bytes, whatever the family, the senders' layout, and whatever slice of a tensor this worker
+holds.
 
-It holds only where a parameter stays as `load_weights` leaves it. A server that packs or permutes weights after loading them (linear
-layers on a CPU, some expert kernels) needs the other path: `matches` checks, after a load by that path, whether the plan would have
-written the same.
+It holds only where a parameter stays as `load_weights` leaves it. A server that packs or permutes
+weights after loading them (linear layers on a CPU, some expert kernels) needs the other path. After
+a load by that path, `matches` checks whether the plan would have written the same.
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ class DirectUnavailableError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Where to, and where from in a bucket of bytes: element sizes and strides, offset in bytes.
+    """The target, and the source in a bucket of bytes: element sizes and strides, offset in bytes.
 
-    owner: name of the live parameter. name: of the weight; experts that come one by one count as one, their layer's.
+    owner: name of the live parameter.
+    name: of the weight; experts that come one by one count as one, their layer's.
     """
 
     target: torch.Tensor
@@ -49,7 +53,7 @@ class Piece:
     name: str = ""
 
     def start(self, typed_N: torch.Tensor) -> int:
-        """Where it begins in the storage of a bucket, which is seen here as elements of its dtype."""
+        """The offset in the storage of a bucket, counted in elements of its dtype."""
         return int(typed_N.storage_offset()) + self.offset // self.dtype.itemsize
 
 
@@ -57,9 +61,13 @@ class DirectPlan:
     """The pieces of every bucket. Valid as long as the parameters live where they did."""
 
     def __init__(self, pieces: Sequence[Sequence[Piece]], keep_views: bool = True) -> None:
-        """keep_views: the buffers come back from sync to sync; views of them are kept, and so is their memory."""
+        """keep_views: the buffers come back from sync to sync; views of them are kept, and so is
+        their memory.
+        """
         self.pieces = tuple(tuple(_joined(bucket, apart=True)) for bucket in pieces)
-        """Those of each bucket, as few as they can be with one weight's name for each: `identity.py` names what differs."""
+        """Those of each bucket, as few as they can be with one weight's name for each:
+        `identity.py` names what differs.
+        """
         self._pieces, self._keep_views = [_joined(bucket) for bucket in pieces], keep_views
         self._views: dict[tuple[int, int], list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
         # Apart, since one strided copy slows a whole list down.
@@ -73,12 +81,14 @@ class DirectPlan:
 
     @torch.no_grad()
     def copy(self, bucket: int, bytes_N: torch.Tensor) -> None:
-        """Copies what a bucket's buffer holds now into the live parameters; on a GPU, queued on the current stream."""
+        """Copies what a bucket's buffer holds now into the live parameters; on a GPU, queued on the
+        current stream.
+        """
         for targets, sources in self._pairs(bucket, bytes_N):
             torch._foreach_copy_(targets, sources)
 
     def matches(self, bucket: int, bytes_N: torch.Tensor) -> bool:
-        """Whether the live parameters hold just what `copy` would write."""
+        """True if the live parameters hold exactly what `copy` would write."""
         return all(
             torch.equal(target, source.to(target.dtype))
             for targets, sources in self._pairs(bucket, bytes_N)
@@ -86,7 +96,9 @@ class DirectPlan:
         )
 
     def forget_buffers(self) -> None:
-        """Drops the views of buffers that `copy` and `matches` kept: a buffer that nobody else holds is freed."""
+        """Drops the views of buffers that `copy` and `matches` kept: a buffer that nobody else
+        holds is freed.
+        """
         self._views.clear()
 
     def _pairs(self, bucket: int, bytes_N: torch.Tensor) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
@@ -122,11 +134,16 @@ def make_plan(
     complete: bool = True,
     keep_views: bool = True,
 ) -> DirectPlan:
-    """Runs `load` (a model's `load_weights`) once, on weights without bytes, and returns the copies it would make. Nothing live changes.
+    """Runs `load` (a model's `load_weights`) once, on weights without bytes, and returns the copies
+    it would make. Nothing live changes.
 
-    parameters: the live ones, by name; two names of one tensor count once. metas: the weights under their shipped names; `load` gets
-    them in this order. complete: every parameter is written in full, as a model's are and an adapter's need not be. keep_views: see
-    `DirectPlan`. Raises DirectUnavailableError when a parameter is filled from anything but the weights, or (complete) not exactly once.
+    parameters: the live ones, by name; two names of one tensor count once.
+    metas: the weights under their shipped names; `load` gets them in this order.
+    complete: every parameter is written in full, as a model's are and an adapter's need not be.
+    keep_views: see `DirectPlan`.
+
+    Raises DirectUnavailableError when a parameter is filled from anything but the weights, or
+    (complete) not exactly once.
     """
     recorder = _Recorder(parameters, complete)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
@@ -149,7 +166,9 @@ def make_plan(
 
 
 class _Ghost(torch.Tensor):
-    """A weight on the parameters' device with shape, strides and no bytes; it can be viewed and copied from, nothing else."""
+    """A weight on the parameters' device with shape, strides and no bytes; it can be viewed and
+    copied from, nothing else.
+    """
 
     weight: str
     full: TensorMeta
@@ -241,7 +260,8 @@ class _Recorder(TorchDispatchMode):
             raise DirectUnavailableError(f"{name!r} is computed while it is loaded ({func}): use the load_weights path")
         if args[0].numel() != args[1].numel():
             raise DirectUnavailableError(f"{name!r} is filled with a repeated value: use the load_weights path")
-        # A detached view of the same memory, so that repeating the copy meets no autograd and no parameter subclass.
+        # A detached view of the same memory, so that repeating the copy meets no autograd and no
+        # parameter subclass.
         self.copies.append(_Copy(name, args[1].weight, args[1].full, args[0].detach(), args[1].shapes))
         self._filled[name] += args[0].numel()
 
@@ -256,7 +276,9 @@ class _Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Box:
-    """A copy as a box of its weight: `dims[i]` is the weight's dimension that the target's dimension i runs along."""
+    """A copy as a box of its weight: `dims[i]` is the weight's dimension that the target's
+    dimension i runs along.
+    """
 
     box: Box
     dims: tuple[int, ...]
@@ -266,7 +288,9 @@ class _Box:
 
     @staticmethod
     def of(copy: _Copy) -> _Box:
-        """Raises DirectUnavailableError for a view that is no box (dimensions flattened together, steps)."""
+        """Raises DirectUnavailableError for a view that is no box (dimensions flattened together,
+        steps).
+        """
         shape, view = copy.full.shape, copy.view
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
         left, low = view.storage_offset(), []
@@ -289,7 +313,9 @@ class _Box:
         return _Box(tuple(ranges), tuple(dims), target, copy.owner, _EXPERT.sub(".experts", copy.name))
 
     def meet(self, shipped: Box, offset: int, meta: TensorMeta) -> Piece | None:
-        """The part of this copy that lies in a shipped box, whose bytes start at `offset`; None when they don't meet."""
+        """The part of this copy that lies in a shipped box, whose bytes start at `offset`; None
+        when they don't meet.
+        """
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.box, shipped, strict=True)]
         if any(low >= high for low, high in common):
             return None
@@ -319,7 +345,10 @@ def _flat(piece: Piece) -> Piece:
 
 
 def _joined(pieces: Sequence[Piece], apart: bool = False) -> list[Piece]:
-    """Neighbours on both sides as one. apart: only where they belong to the same weight."""
+    """Neighbours on both sides as one.
+
+    apart: only where they belong to the same weight.
+    """
     done: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.offset):
         last = done[-1] if done else None

@@ -1,7 +1,8 @@
 """One sync's buckets on their way in: received by a thread of its own while the engine goes on.
 
-Two buckets are under way at a time. `staged`: each goes into memory of its own, and nothing live is touched. `streamed`: two buffers take
-turns, and each bucket is copied into the live parameters as soon as it is there, which is for a paused engine only.
+Two buckets are under way at a time. `staged`: each goes into memory of its own, and nothing live is
+touched. `streamed`: two buffers alternate, and each bucket is copied into the live parameters as
+soon as it arrives. This is for a paused engine only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lockstep_wire.transports import Receiver
 from lockstep_wire.transports.nccl import passed
 
 Land = Callable[[int, torch.Tensor], None]
-"""What is done with a bucket (its number in the plan, its bytes) once it is there."""
+"""The action on a bucket (its number in the plan, its bytes) once it has arrived."""
 
 
 class Incoming:
@@ -35,7 +36,8 @@ class Incoming:
         land: Land | None = None,
         seen: Land | None = None,
     ) -> None:
-        """buffers: bucket i is received into number i modulo their count. land: on the device's stream, before a buffer is used again.
+        """buffers: bucket i is received into number i modulo their count.
+        land: on the device's stream, before a buffer is used again.
 
         seen: looks at a bucket before it lands; it may read, and leaves everything as it is.
         """
@@ -51,7 +53,8 @@ class Incoming:
     def start(self) -> None:
         """Called on the thread that made the buffers."""
         if self._device.type == "cuda":
-            # Its current stream, which in vLLM is not the default one: what the buffers' memory was used for before may still be queued.
+            # Its current stream, which in vLLM is not the default one: what the buffers' memory was
+            # used for before may still be queued.
             self._before = torch.cuda.Event()
             self._before.record()
         self._thread.start()
@@ -61,7 +64,7 @@ class Incoming:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done within that time."""
+        """True if it is done within that time."""
         self._thread.join(seconds)
         return self.done
 
@@ -95,7 +98,8 @@ class Incoming:
             self._note(0)
             waits.append(self._start(0))
         for number, bucket in enumerate(buckets):
-            # The next one starts before this one is looked at. It is queued behind the landing of the bucket whose buffer it takes.
+            # The next one starts before this one is looked at. It is queued behind the landing of
+            # the bucket whose buffer it takes.
             if number + 1 < len(buckets):
                 waits.append(self._start(number + 1))
             self._note(number)

@@ -1,10 +1,12 @@
-"""The worker's part of a weight sync: methods added to vLLM's worker class (`--worker-extension-cls`).
+"""The worker's part of a weight sync, added to vLLM's worker by `--worker-extension-cls`.
 
-A `staged` sync has two halves. Buckets are received into memory of their own while the engine goes on; then `lockstep_sync_apply`,
-called while generation is paused, puts them into the model. Until that call nothing live is touched. A `streamed` one is for a server
-without room for a second copy: while generation is paused, buckets go straight into the live parameters (`in_place_load.py`).
+A `staged` sync has two halves. Buckets are received into memory of their own while the engine goes
+on. Then `lockstep_sync_apply`, called while generation is paused, puts them into the model. Until
+that call nothing live is touched. A `streamed` sync is for a server without room for a second copy.
+While generation is paused, buckets go straight into the live parameters (`in_place_load.py`).
 
-Methods answer `{"error": kind, "message": text}` for what is the sender's to fix; an exception would be vLLM's end.
+Methods answer `{"error": kind, "message": text}` for what is the sender's to fix; an exception
+would be vLLM's end.
 """
 
 # pyright: reportMissingImports=false
@@ -60,7 +62,7 @@ class _State:
 
 
 class Receiver:
-    """Mixed into vLLM's worker. Every name starts with `lockstep_` so that none of vLLM's is hidden."""
+    """A mixin of vLLM's worker. The prefix `lockstep_` hides none of the worker's names."""
 
     # The worker's own, which this class is mixed into.
     vllm_config: Any
@@ -70,9 +72,7 @@ class Receiver:
     device: torch.device
 
     def lockstep_memory(self) -> dict[str, int]:
-        """Bytes: what this process holds of the host's memory, in adapters that came from memory, and of its device; and what the
-        device has free and in all.
-        """
+        """Bytes: this process's host memory, adapters and device memory; the device's free and all."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         sizes = {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "adapters": from_memory.nbytes()}
         if self.device.type != "cuda":
@@ -82,7 +82,7 @@ class Receiver:
         return sizes | {"reserved": reserved, "device_free": free, "device_total": total}
 
     def lockstep_free_buffers(self) -> None:
-        """Gives the buffers of the last sync, and what this process's allocator keeps for later, back to the device."""
+        """Return the last sync's buffers, and torch's cached memory, to the device."""
         self._lockstep_sync_drop_buffers()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -102,9 +102,11 @@ class Receiver:
         return {}
 
     def lockstep_sync_plan(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Takes the plan of all syncs to come: resolves every name, checks that nothing is left out, and plans the direct path.
+        """Takes the plan of all syncs to come: resolves every name, checks that nothing is left
+        out, and plans the direct path.
 
-        A plan with `adapter` (the fields of an adapter_config.json) brings adapters instead of the model's weights.
+        A plan with `adapter` (the fields of an adapter_config.json) brings adapters instead of the
+        model's weights.
         """
         state = self._lockstep_sync_state()
         if state.plan is not None and state.plan.id == raw.get("id") and state.adapter == raw.get("adapter"):
@@ -129,7 +131,7 @@ class Receiver:
         return {}
 
     def lockstep_sync_choose(self, plan_id: str, policy: str) -> dict[str, Any]:
-        """Which policy this worker can follow: `staged`, `streamed`, or for "auto" the former where there is memory for it."""
+        """The possible policy: `staged` or `streamed`; for "auto" `staged` where memory allows."""
         state = self._lockstep_sync_state()
         plan = state.plan
         if not state.transports or plan is None or plan.id != plan_id:
@@ -153,7 +155,7 @@ class Receiver:
         return {"policy": policy}
 
     def lockstep_sync_receive(self, plan_id: str, version: str, policy: str) -> dict[str, Any]:
-        """Starts receiving and returns at once; refuses like `lockstep_sync_choose`. `streamed`: only while generation is paused."""
+        """Start to receive. Refuses like `lockstep_sync_choose`. `streamed` needs a paused engine."""
         state = self._lockstep_sync_state()
         chosen = self.lockstep_sync_choose(plan_id, policy)
         if "error" in chosen:
@@ -169,7 +171,8 @@ class Receiver:
             state.incoming = Incoming(version, plan, state.transports, state.turning, self.device, direct.copy, seen)
         else:
             if state.adapter is not None:
-                # An adapter's tensors stay where they are received, so every one gets memory of its own, all of it at once.
+                # An adapter's tensors stay where they are received, so every one gets memory of its
+                # own, all of it at once.
                 state.staging = self._lockstep_sync_buffers(plan)
             elif not state.staging:
                 state.staging = [self._lockstep_sync_buffer(bucket.nbytes) for bucket in plan.buckets]
@@ -179,7 +182,7 @@ class Receiver:
         return {}
 
     def lockstep_sync_progress(self, seconds: float) -> dict[str, Any]:
-        """Where the receive stands after at most that many seconds: `done`, the digests, the tensor waited for, what went wrong."""
+        """The receive after at most `seconds`: `done`, digests, the awaited tensor, the failure."""
         incoming = self._lockstep_sync_state().incoming
         if incoming is None:
             return _refused(error_kinds.SERVER, "nothing is being received")
@@ -191,8 +194,8 @@ class Receiver:
     def lockstep_sync_apply(self) -> dict[str, Any]:
         """Puts what was staged into the model and reads it back. Only while generation is paused.
 
-        Says by which path, and whether what is live could be compared with what was sent. A mismatch is refused too late to keep the
-        weights of before.
+        The answer names the path, and says if a comparison was possible. A mismatch comes too late
+        to keep the old weights.
         """
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
@@ -227,7 +230,7 @@ class Receiver:
         return {}
 
     def lockstep_sync_verify_adapter(self, path: str, lora_id: int, version: str) -> dict[str, Any]:
-        """Reads the slot of a staged adapter back; `compared`: whether it could be compared with what was sent."""
+        """Read a staged adapter's slot back. `compared`: true if a comparison was possible."""
         refused, compared = from_memory.refusal(path, lora_id, version, self.rank, self.model_runner.lora_manager)
         return _refused(error_kinds.MISMATCH, refused) if refused else {"compared": compared}
 
@@ -246,9 +249,10 @@ class Receiver:
         return {}
 
     def lockstep_sync_discard(self) -> dict[str, Any]:
-        """Forgets what was staged. A receive that hangs keeps its connection busy: the next sync must connect again.
+        """Forget the staged bytes. After a receive that hangs the next sync must connect again.
 
-        `touched`: live weights may have been overwritten. `waiting_for`: the tensor that had not come yet.
+        `touched`: live weights may have been overwritten. `waiting_for`: the tensor that had not
+        come yet.
         """
         state = self._lockstep_sync_state()
         incoming, state.incoming = state.incoming, None
@@ -261,7 +265,7 @@ class Receiver:
         return {"touched": incoming is not None and incoming.streamed, "waiting_for": waiting_for}
 
     def lockstep_sync_release(self) -> dict[str, Any]:
-        """Frees the buffers and forgets the plan, which holds addresses of parameters: before weights are moved or put to sleep."""
+        """Free the buffers and the plan, which holds addresses, before weights move or sleep."""
         state = self._lockstep_sync_state()
         state.plan, state.adapter, state.direct, state.verified = None, None, None, False
         state.slot_writer, state.identity, state.expected = None, None, None
@@ -269,7 +273,7 @@ class Receiver:
         return {}
 
     def _lockstep_sync_direct(self, plan: WirePlan) -> DirectPlan | None:
-        """The direct path's plan; None, with a line in the log, where this model's weights can't be copied in place."""
+        """The direct path's plan. None, with a line in the log, where copies can't fill the model."""
         from vllm.config import set_current_vllm_config
 
         model = self.model_runner.get_model()
@@ -286,7 +290,9 @@ class Receiver:
             return None
 
     def _lockstep_sync_copy(self, state: _State, *, streamed: bool) -> None:
-        """The planned copies (a streamed sync has made them already), and what `reload_weights` does beside loading."""
+        """The planned copies (a streamed sync has made them already), and what `reload_weights`
+        does beside loading.
+        """
         assert state.direct is not None
         if not streamed:
             for number, bytes_N in enumerate(state.staging):
@@ -302,10 +308,10 @@ class Receiver:
         return None if state.expected is None else state.expected.add
 
     def _lockstep_sync_differing(self, state: _State, version: str, direct: bool) -> str:
-        """What the live weights hold otherwise than they were sent; "" when nothing is.
+        """The difference between the live weights and the sent bytes; "" for none.
 
-        Weights that vLLM loaded itself may lie there in another order, for its kernels: then the direct path, which copies them as they
-        come, is closed.
+        Weights that vLLM loaded itself may lie in another order, for its kernels. The direct path,
+        which copies them as they come, is then closed.
         """
         if state.identity is None or state.expected is None:
             return ""
@@ -373,7 +379,9 @@ def _resolved(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _check_coverage(
     model: torch.nn.Module, sent: dict[str, tuple[int, ...]], folder: Path, skipped: Sequence[str]
 ) -> None:
-    """skipped: starts of names that the trainer carries over untouched and the server does not load."""
+    """skipped: starts of names that the trainer carries over untouched and the server does not
+    load.
+    """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
 

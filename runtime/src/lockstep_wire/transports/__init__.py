@@ -1,4 +1,5 @@
-"""How buckets get from a sender to the server's workers: one connection per sending rank, every worker receives the same bytes.
+"""The transports of buckets from a sender to the server's workers: one connection per sending rank,
+the same bytes to every worker.
 
 One file per transport, with both halves.
 """
@@ -19,7 +20,9 @@ from lockstep_wire.transports.nccl import NcclReceiver, NcclSender
 __all__ = ["RECEIVERS", "SENDERS", "Receiver", "Sender", "TransportError", "UnusableTransportError", "connect"]
 
 SENDERS: dict[str, Callable[[float], Sender]] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
-"""By name; each is made with the deadline (seconds) of its waits. "disk" needs a folder as well: DiskSender."""
+"""By name; each is made with the deadline (seconds) of its waits. "disk" needs a folder as well:
+DiskSender.
+"""
 
 RECEIVERS: dict[str, Callable[[dict[str, Any], int, torch.device], Receiver]] = {
     "gloo": GlooReceiver,
@@ -30,7 +33,9 @@ RECEIVERS: dict[str, Callable[[dict[str, Any], int, torch.device], Receiver]] = 
 
 
 def connect(info: dict[str, Any], rank: int, device: torch.device) -> Receiver:
-    """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at the deadline."""
+    """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at
+    the deadline.
+    """
     if info.get("transport") not in RECEIVERS:
         raise UnusableTransportError(
             f"unknown transport {info.get('transport')!r}: expected one of {', '.join(sorted(RECEIVERS))}"

@@ -1,4 +1,6 @@
-"""One way for buckets to travel: the half of a sender, the half of a receiver, and the errors of both."""
+"""One way for buckets to travel: the half of a sender, the half of a receiver, and the errors of
+both.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class UnusableTransportError(ValueError):
 
 
 class Sender(Protocol):
-    """One sender's half. `open` and `accept` belong together: the receivers get `open`'s answer in between."""
+    """One sender's half. `open` and `accept` belong together: the receivers get `open`'s answer in
+    between.
+    """
 
     def open(self, receivers: int) -> dict[str, Any]:
         """Prepares for that many receivers; returns what each needs to connect, as JSON."""
@@ -28,7 +32,9 @@ class Sender(Protocol):
         ...
 
     def send(self, bytes_N: torch.Tensor) -> None:
-        """Sends a bucket. The buffer may be reused by work that is queued after the next `send` returns."""
+        """Sends a bucket. The buffer may be reused by work that is queued after the next `send`
+        returns.
+        """
         ...
 
     def flush(self) -> None:
@@ -41,12 +47,16 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """A worker's half: one connection to one sender. deadline_s: of its waits."""
+    """A worker's half: one connection to one sender.
+
+    deadline_s: of its waits.
+    """
 
     deadline_s: float
 
     def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
-        """Starts to fill a bucket. After the returned call the bytes are there for what is queued on the current stream.
+        """Starts to fill a bucket. After the returned call the bytes are there for what is queued
+        on the current stream.
 
         Both raise RuntimeError at the deadline, or when the sender is gone.
         """
@@ -58,4 +68,4 @@ class Receiver(Protocol):
 
 
 def received() -> None:
-    """What `receive` returns when the copy is done already: nothing to wait for."""
+    """The result of `receive` when the copy is already done: nothing to wait for."""

@@ -1,7 +1,9 @@
-"""Buckets as files, for a server that can't be reached from the trainer but by a folder that both see.
+"""Buckets as files, for a server that can't be reached from the trainer but by a folder that both
+see.
 
-Each bucket is a safetensors file with one tensor of bytes, written, flushed to the disk and only then given its name: a file that the
-receiver sees is whole. Numbers go on from sync to sync; the files of one sync are removed when the next one begins.
+Each bucket is a safetensors file with one tensor of bytes, written, flushed to the disk and only
+then named. So a file that the receiver sees is complete. Numbers go on from sync to sync; the files
+of one sync are removed when the next one begins.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Broadcasts over gloo on the loopback interface: for CPU and for tests.
 
-Store and sockets listen on 127.0.0.1 only. The group is one of its own: neither the trainer's groups nor vLLM's are touched.
+Store and sockets listen on 127.0.0.1 only. The group is one of its own: neither the trainer's
+groups nor vLLM's are touched.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class GlooSender:
                 raise TransportError(f"the server's workers stopped receiving weights: {error}") from None
 
     def close(self) -> None:
-        # The last broadcast's handle, too, keeps the sockets open, and the receivers would wait for more until their deadline.
+        # The last broadcast's handle, too, keeps the sockets open, and the receivers would wait for
+        # more until their deadline.
         self._pending = self._group = self._store = None
 
 

@@ -1,10 +1,12 @@
-"""Buckets that stay where they are: the server's workers map the trainer's two buffers by CUDA IPC, on the same host and GPU.
+"""Buckets that stay in place: the server's workers map the trainer's two buffers by CUDA IPC, on
+the same host and GPU.
 
-What travels is the handle of each buffer, once, and then "bucket n is ready" and "worker r has taken it", as JSON through a store on
-loopback. No pickle: a handle is plain bytes and numbers. Evidence on a GPU: the
-runs on shared GPUs in `benchmarks/README.md`.
+The handle of each buffer travels once. Then "bucket n is ready" and "worker r has taken it" travel
+as JSON through a store on loopback. No pickle: a handle is plain bytes and numbers. Evidence on a
+GPU: the runs on shared GPUs in `benchmarks/README.md`.
 
-Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused where its handles look different.
+Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused
+where its handles look different.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from lockstep_wire.transports.base import TransportError, UnusableTransportError
 from lockstep_wire.transports.rendezvous import join, listen
 
 HANDLE_PARTS = 8
-"""Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to wait for the event."""
+"""Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to
+wait for the event.
+"""
 
 
 def share(buffer: torch.Tensor) -> list[Any]:
-    """What another process needs to map `buffer`'s storage: bytes as base64, the rest as it is. Raises UnusableTransportError off a GPU."""
+    """The data that another process needs to map `buffer`'s storage: bytes as base64, the rest as
+    it is. Raises UnusableTransportError off a GPU.
+    """
     if buffer.device.type != "cuda":
         raise UnusableTransportError(
             f"weights on {buffer.device} can't travel by 'ipc', which maps GPU memory: use 'gloo' or 'disk'"
@@ -109,7 +115,9 @@ def map_shared(handle: list[Any]) -> torch.Tensor:
 
 
 class IpcReceiver:
-    """Copies each bucket when it is announced and says so. The trainer's two buffers are mapped once."""
+    """Copies each bucket when it is announced and says so. The trainer's two buffers are mapped
+    once.
+    """
 
     def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
         self.deadline_s = float(info["deadline_s"])

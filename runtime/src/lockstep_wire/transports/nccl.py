@@ -1,9 +1,11 @@
-"""Weights between GPUs of one machine: broadcasts through a NCCL communicator of their own, built by torch.
+"""Weights between GPUs of one machine: broadcasts through a NCCL communicator of their own, built
+by torch.
 
-The communicator's id travels through a store on 127.0.0.1; both sides must run the same NCCL, since releases don't promise to speak to
-each other. On the sender nothing waits on the host but `accept` and `flush`: a broadcast is queued behind the work that fills its bucket,
-on a stream of its own, so that filling, sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels
-on both sides.
+The communicator's id travels through a store on 127.0.0.1. Both sides must run the same NCCL, since
+releases don't promise compatibility. On the sender only `accept` and `flush` wait on the host. A
+broadcast is queued behind the work that fills its bucket, on a stream of its own, so that filling,
+sending and receiving overlap. At a deadline the communicator is aborted, which ends its kernels on
+both sides.
 
 Evidence on GPUs: `tests/gpu/test_nccl_sync.py` and `benchmarks/weight_sync.py`.
 """
@@ -27,7 +29,9 @@ from lockstep_wire.transports.rendezvous import join, listen
 _POLL_S = 0.0002
 _WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _NEVER = timedelta(days=30)
-"""torch's own deadline: past it the process's watchdogs write dumps and may end it. Ours is kept here, by `abort`."""
+"""torch's own deadline: past it the process's watchdogs write dumps and may end it. Ours is kept
+here, by `abort`.
+"""
 
 
 class NcclSender:
@@ -52,7 +56,8 @@ class NcclSender:
         assert self._store is not None
         try:
             self._group = nccl_group(self._store, 0, self._world)
-            # The communicator is made by its first use: this one, so that a receiver that is missing is missed here.
+            # The communicator is made by its first use: this one, so that a receiver that is
+            # missing is missed here.
             self.send(torch.zeros(1, dtype=torch.uint8, device="cuda"))
             self.flush()
         except RuntimeError as error:
@@ -62,7 +67,9 @@ class NcclSender:
             ) from None
 
     def send(self, bytes_N: torch.Tensor) -> None:
-        """Queues the broadcast behind the current stream's work, which then waits for the broadcast before this one."""
+        """Queues the broadcast behind the current stream's work, which then waits for the broadcast
+        before this one.
+        """
         if self._pending is not None:
             self._pending.wait()
         self._pending = broadcast(self._group, bytes_N)
@@ -90,7 +97,9 @@ class NcclReceiver:
     """Rank `rank` of the sender's communicator."""
 
     def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
-        """Raises UnusableTransportError when the two sides' NCCL differ, RuntimeError at the deadline."""
+        """Raises UnusableTransportError when the two sides' NCCL differ, RuntimeError at the
+        deadline.
+        """
         self.deadline_s = float(info["deadline_s"])
         check_version(info["nccl"])
         self._group: Any = nccl_group(join(info), rank, info["world_size"])
@@ -128,7 +137,9 @@ def check_version(sender: list[int]) -> None:
 
 @contextmanager
 def _own_deadlines() -> Iterator[None]:
-    """torch's watchdog would end the process at a timeout; here the caller aborts the communicator and says what happened."""
+    """torch's watchdog would end the process at a timeout; here the caller aborts the communicator
+    and says what happened.
+    """
     before = os.environ.get(_WATCHDOG)
     os.environ[_WATCHDOG] = "0"
     try:
@@ -144,14 +155,17 @@ def nccl_group(store: dist.Store, rank: int, world: int) -> Any:
     """A communicator that belongs to nobody's default group."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _NEVER
-    # Else filling or landing one bucket would take all processors of the GPU before the next broadcast gets any.
+    # Else filling or landing one bucket would take all processors of the GPU before the next
+    # broadcast gets any.
     options.is_high_priority_stream = True
     with _own_deadlines():
         return dist.ProcessGroupNCCL(dist.PrefixStore("weights", store), rank, world, options)
 
 
 def broadcast(group: Any, bytes_N: torch.Tensor) -> Any:
-    """From rank 0; returns torch's handle, whose `wait` lets the current stream wait and not the host."""
+    """From rank 0; returns torch's handle, whose `wait` lets the current stream wait and not the
+    host.
+    """
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     options.asyncOp = True

@@ -1,4 +1,6 @@
-"""Where a sender and its receivers meet: a store of their own that only this machine can reach."""
+"""The meeting point of a sender and its receivers: a store of their own that only this machine can
+reach.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""Megatron-Core and vLLM on this machine: settings, start, training, publishing and its verification."""
+"""Megatron-Core and vLLM on this machine: settings, start, training, publishing and its
+verification.
+"""

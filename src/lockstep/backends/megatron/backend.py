@@ -1,4 +1,6 @@
-"""MegatronBackend: a Megatron-Core trainer in worker processes, an isolated vLLM server, and the run's folder between them."""
+"""MegatronBackend: a Megatron-Core trainer in worker processes, an isolated vLLM server, and the
+run's folder between them.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,11 @@ _LOG = logging.getLogger(__name__)
 class MegatronBackend:
     """Trains with Megatron-Core and serves with vLLM on this machine.
 
-    Its settings are the fields of `MegatronConfig`: `help(lockstep.MegatronConfig)`. Each has a default that runs on the machine at hand.
+    Its settings are the fields of `MegatronConfig`: `help(lockstep.MegatronConfig)`. Each has a
+    default that runs on the machine at hand.
 
-    Raises ConfigError, in one line, for a setting that is unknown, out of range, or that a run decides itself.
+    Raises ConfigError, in one line, for a setting that is unknown, out of range, or that a run
+    decides itself.
     """
 
     def __init__(self, path: str | Path = MegatronConfig.model_fields["path"].default, **settings: Any):
@@ -66,7 +70,8 @@ class MegatronBackend:
         return self._run(model).store.path
 
     def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
-        """Keep metrics, such as an evaluation's, with those of the model's current step in the run's SQLite file.
+        """Keep metrics, such as an evaluation's, with those of the model's current step in the
+        run's SQLite file.
 
         Raises ConfigError if the model is not registered.
         """
@@ -89,9 +94,11 @@ class MegatronBackend:
             self.on_progress(text)
 
     async def register(self, model: TrainableModel) -> int:
-        """Start (or resume) the model's run: trainer and server, the last published step in both, and its verification.
+        """Start (or resume) the model's run: trainer and server, the last published step in both,
+        and its verification.
 
-        Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError, TrainerError, ServerError or MismatchError.
+        Returns that step. Raises UnsupportedModelError, StoreError, RuntimeNotInstalledError,
+        TrainerError, ServerError or MismatchError.
         """
         check_new(model, self._runs)
         self._say(f"preparing {model.base_model}")
@@ -141,9 +148,11 @@ class MegatronBackend:
             raise
 
     async def resolve(self, model: TrainableModel) -> Plan:
-        """Everything that registering `model` would start, with each value's reason; nothing is started and no weights are fetched.
+        """Everything that registering `model` would start, with each value's reason; nothing is
+        started and no weights are fetched.
 
-        Raises ConfigError, UnsupportedModelError or RuntimeNotInstalledError, in one line, for what could not run.
+        Raises ConfigError, UnsupportedModelError or RuntimeNotInstalledError, in one line, for what
+        could not run.
         """
         base = await asyncio.to_thread(described_folder, model.base_model)
         return await asyncio.to_thread(make_plan, self.config, model, base)
@@ -151,11 +160,13 @@ class MegatronBackend:
     async def train(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
     ) -> TrainResult:
-        """One step on `groups`: pack, train, publish step N + 1, serve it, verify it. The model's step advances when all of it is done.
+        """One step on `groups`: pack, train, publish step N + 1, serve it, verify it. The model's
+        step advances when all of it is done.
 
-        Calls for one model take turns. Raises DataError or StaleRolloutError for groups that can't be trained on, before anything
-        changes; TrainerError or MismatchError leave step N published and served. After a step that failed or was cancelled before it
-        was published, the next one starts from the published weights.
+        Calls for one model take turns. Raises DataError or StaleRolloutError, before anything
+        changes, for groups that can't be trained on. TrainerError and MismatchError leave step N
+        published and served. After a step that failed or was cancelled before it was published, the
+        next one starts from the published weights.
         """
         config = train_config(config)
         run = self._run(model)
@@ -182,10 +193,11 @@ class MegatronBackend:
         return TrainResult(number, metrics | synced, checkpoint.path)
 
     async def recover(self, model: TrainableModel) -> bool:
-        """Start the model's server again, with its current step, if it was lost. Returns whether it was.
+        """Start the model's server again, with its current step, if it was lost. Returns whether it
+        was.
 
-        Rollouts that were under way have failed; a client made after this call has the new address. Raises ServerError where a new
-        server can't take the step.
+        Rollouts that were under way have failed; a client made after this call has the new address.
+        Raises ServerError where a new server can't take the step.
         """
         run = self._run(model)
         async with run.training:
@@ -215,7 +227,10 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was trained and not published. scores: of the probe, by the weights after the step."""
+    """A step that was trained and not published.
+
+    scores: of the probe, by the weights after the step.
+    """
 
     staged: Path
     scores: ProbeScores
@@ -247,7 +262,8 @@ async def _trained(run: Run, batch: _Batch, config: TrainConfig, made_by: str) -
         full = run.settings.lora is None
         number = config.reference_step
         reference = None if number is None else await asyncio.to_thread(run.store.reference, number, full)
-        # Before the folder is made: a call that was given up may still be writing there until the trainer answers this one.
+        # Before the folder is made: a call that was given up may still be writing there until the
+        # trainer answers this one.
         if run.trainer_ahead:
             await back_to_published(run, current)
         staged = run.store.stage(current + 1)

@@ -1,6 +1,8 @@
-"""What a server can hold: how long a conversation, how many at once, from the model's sizes and the memory that is free.
+"""The capacity of a server: the longest conversation and the number of requests, from the model's
+sizes and the free memory.
 
-The estimates are for choosing defaults. vLLM measures for itself, and takes what its arguments leave it.
+The estimates are for choosing defaults. vLLM measures for itself, and takes what its arguments
+leave it.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float64": 8}
 _BLOCK = 256
 """A default context is a multiple of this many tokens, which every block size of vLLM's divides."""
 _PER_REQUEST = 512
-"""Tokens of KV cache that a request must find when it begins; long ones wait for each other, as vLLM arranges it."""
+"""Tokens of KV cache that a request must find when it begins; long ones wait for each other, as
+vLLM arranges it.
+"""
 _LEAST_SLOTS, _CPU_SLOTS, _GPU_SLOTS, _LARGE_GPU_SLOTS = 4, 64, 256, 1024
 _LARGE_GPU = 70 * GIB
 """vLLM's own limit: from here on it serves 1,024 sequences at once, and 256 below."""
 _CPU_CACHE = (256 * 2**20, 4 * GIB)
 """Least and most bytes of KV cache on a CPU."""
 _CPU_SHARE = 8
-"""One part in so many of the free host memory is the KV cache's: trainer and weights need the rest."""
+"""One part in so many of the free host memory is the KV cache's: trainer and weights need the rest.
+"""
 _TRAINER_OVERHEAD = 3 * GIB
 """Of a trainer: CUDA's context, logits by the chunk, buffers that the ranks share."""
 _GPU_OVERHEAD = 3 * GIB
@@ -42,14 +47,19 @@ _GPU_OVERHEAD = 3 * GIB
 
 @dataclass(frozen=True)
 class Footprint:
-    """Elements of a model. adapter: of one LoRA adapter, 0 without one."""
+    """Elements of a model.
+
+    adapter: of one LoRA adapter, 0 without one.
+    """
 
     parameters: int
     adapter: int
 
     @classmethod
     def of(cls, shards: Sequence[Shard], targets: Sequence[str], rank: int) -> Footprint:
-        """shards: of the whole model. targets: the layers with an adapter of this rank."""
+        """shards: of the whole model.
+        targets: the layers with an adapter of this rank.
+        """
         parameters = sum(math.prod(shape) for shape in tensor_shapes(shards).values())
         sites = [site for shard in shards for site in shard.sites if site.target in targets]
         return cls(parameters, rank * sum(site.in_features + site.out_features for site in sites))
@@ -57,8 +67,12 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Capacity:
-    """max_model_len: tokens of the longest conversation. slots: sequences served at once. cache: bytes of a CPU's KV cache; None on a
-    GPU. cache_tokens: what the KV cache holds by this estimate; None where the GPU's memory is not known. limit: what bounds the length.
+    """max_model_len: tokens of the longest conversation.
+    slots: sequences served at once.
+    cache: bytes of a CPU's KV cache; None on a GPU.
+    cache_tokens: what the KV cache holds by this estimate; None where the GPU's memory is not
+        known.
+    limit: what bounds the length.
     """
 
     max_model_len: int
@@ -107,8 +121,9 @@ def on_gpu(
     asked_length: int | None,
     asked_slots: int | None,
 ) -> Capacity:
-    """budget: bytes that the server takes of each of its `ranks` GPUs; None where nobody knows. weights: bytes of model and adapters on
-    each. large: vLLM counts the GPU among the large ones.
+    """budget: bytes that the server takes of each of its `ranks` GPUs; None where nobody knows.
+    weights: bytes of model and adapters on each.
+    large: vLLM counts the GPU among the large ones.
     """
     most = _LARGE_GPU_SLOTS if large else _GPU_SLOTS
     if budget is None:
@@ -119,7 +134,9 @@ def on_gpu(
 
 
 def row_limit(config: ModelConfig, width: int, parallel: Parallel, free: int | None) -> int:
-    """Tokens that a packed row may grow to, so that a trainer rank with `free` bytes for activations carries it; None: nobody knows."""
+    """The number of tokens a packed row may hold, so that a trainer rank's activations fit into
+    `free` bytes. None: unknown.
+    """
     if free is None:
         return MOST_ROW_LENGTH
     fits = row_tokens(config, width, parallel.tensor, free - _TRAINER_OVERHEAD) * parallel.context

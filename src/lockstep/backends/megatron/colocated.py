@@ -1,8 +1,10 @@
-"""Who has the GPUs: trainer and server have their own, or are colocated on the same ones and use them alternately.
+"""Ownership of the GPUs: trainer and server have GPUs of their own, or are colocated on the same
+GPUs and alternate.
 
-A colocated step: the server sleeps, the trainer's memory comes back to the device, it trains; then that memory goes to the host again (with
-`offload`), and the server wakes. Merged weights travel in between, when the server's weights are awake and its cache is not: the only
-moment at which the device holds both programs' weights.
+A colocated step: the server sleeps, the trainer's memory returns to the device, and the trainer
+trains. With `offload` the trainer's memory then leaves for the host, and the server wakes. Merged
+weights travel in between, while the server's weights are awake and its cache is not. Only then does
+the device hold the weights of both programs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Gpus(Protocol):
     """Moments at which the GPUs change hands."""
 
     async def give_to_trainer(self, *, forget_weights: bool) -> None:
-        """The trainer has the device. forget_weights: the server's weights will be sent again before it wakes.
+        """The trainer has the device.
+
+        forget_weights: the server's weights will be sent again before it wakes.
 
         Raises ServerError, and the server goes on, when requests are in flight for too long.
         """
@@ -38,7 +42,9 @@ class Gpus(Protocol):
         ...
 
     def never_left_asleep(self) -> AbstractAsyncContextManager[None]:
-        """An error inside that leaves the server asleep ends the server: requests would wait for ever."""
+        """An error inside that leaves the server asleep ends the server: requests would wait for
+        ever.
+        """
         ...
 
 
@@ -96,7 +102,8 @@ class SharedGpus:
             return True
 
     async def _offload(self, *, keep_weights: bool) -> None:
-        # Also a trainer that stays gives back what its step took beside its tensors: the server counts on that memory.
+        # Also a trainer that stays gives back what its step took beside its tensors: the server
+        # counts on that memory.
         trainer = self._run.trainer
         if self._run.settings.offload:
             await trainer.call(Offload(keep_weights), deadline_s=deadlines.STEP_S)

@@ -1,4 +1,6 @@
-"""How a step reaches the server: as an adapter beside those that it serves, or merged into the weights that it serves."""
+"""The delivery of a step to the server: as an adapter beside the served ones, or merged into the
+served weights.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class Delivery(Protocol):
-    """What differs between the two ways.
+    """The differences between the two deliveries.
 
-    replaces: new weights take the place of what is served. The step is then published before the sync, a colocated server may forget its
-        weights while the trainer works, and a sync that fails leaves it without any.
+    replaces: new weights take the place of what is served. The step is published before the sync. A
+        colocated server may forget its weights while the trainer works, and a failed sync leaves
+        the server without weights.
     """
 
     replaces: bool
 
     def written_by_step(self, staged: Path) -> Path | None:
-        """Where `TrainStep` writes the step's folder; None: `write` does it later."""
+        """The folder to which `TrainStep` writes the step; None: `write` does so later."""
         ...
 
     async def write(self, staged: Path) -> None:
@@ -48,7 +51,9 @@ class Delivery(Protocol):
         ...
 
     async def withdraw(self, number: int) -> None:
-        """Step `number` was never published: the server shall not serve it. No rollout ever got its name."""
+        """Step `number` was never published: the server shall not serve it. No rollout ever got its
+        name.
+        """
         ...
 
     def served(self) -> str:
@@ -61,7 +66,9 @@ class Delivery(Protocol):
 
 
 class AdapterDelivery:
-    """The adapter leaves the trainer's memory first; its folder is written while the server is verified."""
+    """The adapter leaves the trainer's memory first; its folder is written while the server is
+    verified.
+    """
 
     replaces = False
 
@@ -113,7 +120,9 @@ class MergedDelivery:
         """`TrainStep` did."""
 
     async def before_sync(self, number: int) -> None:
-        """Running rollouts go on under the name they began with; each token says which weights made it."""
+        """Running rollouts go on under the name they began with; each token says which weights made
+        it.
+        """
         run = self._run
         await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
 

@@ -1,4 +1,4 @@
-"""What `numerics="exact"` promises, and where it can't be kept."""
+"""The promise of `numerics="exact"`, and its limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from lockstep.models.spec import ModelSupportSpec
 
 EXACT_TOLERANCE = 1e-6
-"""Nats per token between trainer and server. Both compute fp32 weights in fp64 and differ by the rounding of the server's reported
-number to fp32 alone: half a unit in the last place is 4.8e-7 below 16 nats, and where it is more than 1e-6 it is the limit."""
+"""Nats per token between trainer and server. Both sides compute fp32 weights in fp64. They differ
+only by rounding the server's reported number to fp32. Half a unit in the last place is 4.8e-7 below
+16 nats; where it exceeds 1e-6, it is the limit.
+"""
 
 
 def check_exact(
     spec: ModelSupportSpec, config: ModelConfig, dtype: str, rollout_weights_mode: str, devices: Devices
 ) -> None:
-    """Raise ConfigError, with the reason, for a model or a setting for which server and trainer can't agree exactly."""
+    """Raise ConfigError, with the reason, for a model or a setting for which server and trainer
+    can't agree exactly.
+    """
 
     def refuse(why: str) -> None:
         raise unsupported("numerics", "exact", "MegatronBackend", why)

@@ -1,4 +1,4 @@
-"""What a trainer and a server are started with, and starting them side by side."""
+"""The settings that a trainer and a server start with, and starting both side by side."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ async def start_both(
 ) -> tuple[Trainer, Server]:
     """Trainer and server: (trainer, server). The caller closes them.
 
-    folder: of the run, for the logs. If one fails to start, the other is closed and the error raised.
+    folder: of the run, for the logs. If one fails to start, the other is closed and the error
+        raised.
     """
     if settings.colocated:
         return await _start_in_turn(settings, served_name, runtime, folder, say)
@@ -66,8 +67,9 @@ async def start_both(
 async def _start_in_turn(
     settings: ResolvedSettings, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
 ) -> tuple[Trainer, Server]:
-    """On the same GPUs: the trainer first, so that the server takes its share of what the trainer leaves free (vLLM measures the
-    device while it starts, and nothing may change meanwhile).
+    """On the same GPUs the trainer starts first, so that the server takes its share of the
+    remaining free memory. vLLM measures the device while it starts, and nothing may change
+    meanwhile.
     """
     say("starting the trainer")
     trainer = await start_trainer(settings, folder)
@@ -85,10 +87,11 @@ async def _start_in_turn(
 
 
 def memory_share(free: int, total: int) -> float:
-    """The part of the GPU's memory (`total` bytes) for a server that shares it, when `free` bytes are: nine tenths of them.
+    """The part of the GPU's memory (`total` bytes) for a server that shares it, when `free` bytes
+    are: nine tenths of them.
 
-    The rest is for what the trainer's process grows by outside of its tensors (NCCL, cuBLAS). 0.9 where nothing is known (a CPU). Raises
-    ConfigError when too little is left to serve anything.
+    The rest is for what the trainer's process grows by outside of its tensors (NCCL, cuBLAS). 0.9
+    where nothing is known (a CPU). Raises ConfigError when too little is left to serve anything.
     """
     if total == 0:
         return 0.9
@@ -102,11 +105,15 @@ def memory_share(free: int, total: int) -> float:
 
 
 async def serve_step(run_path: Path, step: int | None, progress: Callable[[str], None]) -> tuple[Server, str]:
-    """A server with a published step, without a trainer: (server, "name@step"). The caller closes it.
+    """A server with a published step, without a trainer: (server, "name@step"). The caller closes
+    it.
 
-    A run of adapters serves base model and adapter, a run of all weights the model that the step holds.
+    A run of adapters serves base model and adapter, a run of all weights the model that the step
+    holds.
 
-    run_path: PATH/PROJECT/NAME. Raises StoreError for a folder that is not a run or a step that isn't published.
+    run_path: PATH/PROJECT/NAME.
+
+    Raises StoreError for a folder that is not a run or a step that isn't published.
     """
     identity, checkpoint = read_checkpoint(run_path, step)
     if identity.get("backend") == "tinker":

@@ -1,4 +1,4 @@
-"""Where a run's trainer and server are: which GPUs of this machine, or its CPU, and whether they share them."""
+"""The location of a run's trainer and server: GPUs of this machine or its CPU, shared or not."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Devices:
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
-        """Which of the server's environments: "cuda" or "cpu"."""
+        """The kind of server environment: "cuda" or "cpu"."""
         return "cuda" if self.inference else "cpu"
 
 
 def resolve_placement(placement: Placement | None) -> Devices:
-    """What the placement asks for. None: GPU 0 and 1 apart; one GPU, shared; or the CPU, where both work at the same time.
+    """The devices that the placement asks for. None: GPU 0 and 1 apart; one GPU, shared; or the
+    CPU, where both work at the same time.
 
     GPUs are counted among those that CUDA_VISIBLE_DEVICES leaves to this process.
     Raises ConfigError for what this machine lacks.
@@ -48,7 +49,8 @@ def resolve_placement(placement: Placement | None) -> Devices:
             if count
             else f"placement names GPUs, {has} none: leave placement out to run on the CPU"
         )
-    # Shared ones in one order: a handle of GPU memory says which it is by the number that its own process gives it.
+    # Shared ones in one order: a handle of GPU memory says which it is by the number that its own
+    # process gives it.
     trainer = placement.inference if placement.colocated else placement.trainer
     return Devices(trainer, placement.inference, placement.colocated)
 
@@ -64,7 +66,8 @@ def check_processes(devices: Devices, parallel: Parallel) -> None:
 
 
 def resolve_transport(transport: str | None, devices: Devices) -> str:
-    """How weights and adapters travel. None: gloo on the CPU, ipc between programs that share GPUs, nccl between GPUs apart.
+    """The transport of weights and adapters. None: gloo on the CPU, ipc between programs that share
+    GPUs, nccl between GPUs apart.
 
     Raises ConfigError for one that can't work there.
     """

@@ -1,4 +1,6 @@
-"""What is refused before any process starts: each check is one line with the setting, its value, the reason and what helps."""
+"""The checks before any process starts. Each refusal is one line with the setting, its value, the
+reason and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ _UTILIZATION = 0.9
 
 
 def check_tokenizer(tokenizer: TokenizerFiles, config: ModelConfig) -> None:
-    """Raise UnsupportedModelError without a chat template, or for a tokenizer with ids that the embedding has no row for."""
+    """Raise UnsupportedModelError without a chat template, or for a tokenizer with ids that the
+    embedding has no row for.
+    """
     if tokenizer.template is None:
         raise UnsupportedModelError(
             f"{tokenizer.folder} has no chat template, and rollouts are chats: put a chat_template.jinja into the folder, or "
@@ -64,7 +68,9 @@ def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec, shards: Sequence
 
 
 def check_length(asked: int, config: ModelConfig, base_model: str, room: int | None) -> None:
-    """Raise ConfigError for a max_model_len that the model has no positions for, or that `room` tokens of KV cache don't hold."""
+    """Raise ConfigError for a max_model_len that the model has no positions for, or that `room`
+    tokens of KV cache don't hold.
+    """
     if asked > config.max_positions:
         raise ConfigError(
             f"max_model_len = {asked} is more than the {config.max_positions} positions of {base_model}: leave it out, or use at "
@@ -84,7 +90,8 @@ def step_bytes(footprint: Footprint, dtype: str, lora: bool) -> tuple[int, int]:
 
 
 def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool, rule: Retention) -> int:
-    """Disk that a run needs: the steps it keeps, step 0 of adapters among them, and the next one before the oldest goes.
+    """Disk space of a run: the steps it keeps, step 0 of adapters, and the next step before the
+    oldest goes.
 
     Steps that `rule.every` keeps come on top.
     """
@@ -94,7 +101,9 @@ def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool, rule: Retenti
 
 
 def check_disk(path: Path, run: Path, needed: int) -> None:
-    """Raise ConfigError unless `needed` bytes, less what the run's steps take already, are free where the runs are."""
+    """Raise ConfigError unless `needed` bytes, less what the run's steps take already, are free
+    where the runs are.
+    """
     taken = sum(file.stat().st_size for file in (run / "steps").rglob("*") if file.is_file())
     free = disk_free(path)
     if needed - taken > free:
@@ -107,7 +116,8 @@ def check_disk(path: Path, run: Path, needed: int) -> None:
 def check_gpus(devices: Devices, trainer_bytes: int, utilization: float | None) -> dict[int, DeviceMemory]:
     """Memory of the GPUs that say so. Raise ConfigError where other programs left too little.
 
-    trainer_bytes: that each trainer GPU must hold at least. utilization: the share of its GPUs that a server with GPUs of its own takes.
+    trainer_bytes: that each trainer GPU must hold at least.
+    utilization: the share of its GPUs that a server with GPUs of its own takes.
     """
     memory = {}
     for number in dict.fromkeys((*devices.trainer, *devices.inference)):

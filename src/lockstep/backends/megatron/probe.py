@@ -1,12 +1,16 @@
-"""The behaviour part of the verification after each sync: server and trainer score the same text, and must agree.
+"""The behaviour part of the verification after each sync: server and trainer score the same text,
+and must agree.
 
-How far two right programs differ depends on the model, the precision and the text, so no constant says what is allowed. At
-registration, when both hold the base weights, their difference is measured (`Noise`); a step may differ by a stated multiple of that.
+How far two right programs differ depends on the model, the precision and the text, so no constant
+says what is allowed. At registration both sides hold the base weights, and their difference is
+measured (`Noise`). A step may differ by a stated multiple of that noise.
 
-Rounding is relative to the logits, so that an unlikely token's log-probability is the less certain. A difference
-is therefore divided by the token's surprisal, where that is more than one nat, before it is held to a limit.
+Rounding is relative to the logits, so that an unlikely token's log-probability is the less certain.
+So a difference is divided by the token's surprisal where the surprisal exceeds one nat, and then
+compared with a limit.
 
-Shape suffixes: T tokens that are scored, of all sequences end to end; S tokens of a sequence; V most likely ids in a token's place.
+Shape suffixes: T scored tokens of all sequences end to end; S tokens of a sequence; V most likely
+ids at a token.
 """
 
 from __future__ import annotations
@@ -28,21 +32,27 @@ ROW = 640
 """Tokens of the one row that holds every probe: a shape that never changes is compiled once."""
 
 MULTIPLE = 5.0
-"""What a step's scaled mean and 90th percentile may be, in units of the noise on the base weights. Over 41 right steps of a real model in
-bf16 their logarithms were 0.40 +- 0.15 and 0.53 +- 0.18 (docs/numerics.md): 5 is eight and six standard deviations away. Percentiles of
-unscaled differences are no measure: the 99th reached 5.9 while the policy grew sure of its replies.
+"""The limits of a step's scaled mean and 90th percentile, in units of the noise on the base
+weights. Over 41 right steps of a real model in bf16 their logarithms were 0.40 +- 0.15 and 0.53 +-
+0.18 (docs/numerics.md). So 5 is eight and six standard deviations away. Percentiles of unscaled
+differences are no measure: the 99th reached 5.9 while the policy grew sure of its replies.
 """
-# Scaled differences that are always allowed: mean, 90th percentile. fp32: 1e-6 to 1e-5 between vLLM and Megatron-Core.
+# Scaled differences that are always allowed: mean, 90th percentile. fp32: 1e-6 to 1e-5 between vLLM
+# and Megatron-Core.
 _TIGHT = {"float32": (2e-5, 1e-4), "bfloat16": (1e-3, 1e-2)}
-# Mean scaled noise on base weights beyond which the two programs do not compute one model. bf16: 0.014 on text; fp32: up to 1e-5.
+# Mean scaled noise on base weights beyond which the two programs do not compute one model. bf16:
+# 0.014 on text; fp32: up to 1e-5.
 _ABSURD = {"float32": 1e-3, "bfloat16": 0.05}
-# "exact": fp64 on both sides, so there is no noise; the served number's rounding to fp32, up to 32 nats.
+# "exact": fp64 on both sides, so there is no noise; the served number's rounding to fp32, up to 32
+# nats.
 _EXACT_MEAN, _EXACT_LARGEST = 1e-6, 2e-6
 
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What one side computes in the place of each token after a sequence's first: its log-probability, and the TOP most likely ids."""
+    """The values that one side computes for each token after a sequence's first: its
+    log-probability, and the TOP most likely ids.
+    """
 
     logprobs_T: np.ndarray
     top_TV: np.ndarray  # integers, most likely first
@@ -63,10 +73,11 @@ class Probe:
 
     @classmethod
     def of_rollouts(cls, sequences: Sequence[TokenSequence], longest: int, enough: int = TOKENS) -> Probe:
-        """One rollout of each group, then another of each, until there are `enough` tokens; of long ones `longest` tokens.
+        """One rollout of each group, then another of each, until there are `enough` tokens; of long
+        ones `longest` tokens.
 
         A rollout without routed experts may begin shortly before its first reply, since any text
-        can be scored; routed experts hold from the beginning only.
+        can be scored. Routed experts cover a rollout from its beginning only.
         """
         turn_of: dict[int, int] = {}
         turns = []
@@ -118,7 +129,7 @@ def _to_score(sequence: TokenSequence, name: str) -> TokenSequence:
 
 @dataclass(frozen=True)
 class Noise:
-    """How far two programs of one policy differ on a text.
+    """The difference of two programs with one policy on a text.
 
     mean, p99, largest: of |difference| per token, in nats.
     scaled, scaled_p90: mean and 90th percentile of |difference| / max(1, surprisal in nats).
@@ -141,7 +152,9 @@ class Noise:
 
 
 def base_noise(served: ProbeScores, trained: ProbeScores, dtype: str, log: Path) -> Noise:
-    """The noise on the base weights, which both sides loaded from the same checkpoint. dtype: of the weights, or "exact".
+    """The noise on the base weights, which both sides loaded from the same checkpoint.
+
+    dtype: of the weights, or "exact".
 
     Raises MismatchError where it is more than the precision explains.
     """
@@ -161,7 +174,9 @@ def base_noise(served: ProbeScores, trained: ProbeScores, dtype: str, log: Path)
 
 
 def check_finite(version: str, scores: ProbeScores, remedy: str) -> None:
-    """Raise TrainerError when the trainer itself computes anything that is not finite: such a step is never served."""
+    """Raise TrainerError when the trainer itself computes anything that is not finite: such a step
+    is never served.
+    """
     bad = int(np.count_nonzero(~np.isfinite(scores.logprobs_T)))
     if bad:
         raise TrainerError(
@@ -170,8 +185,8 @@ def check_finite(version: str, scores: ProbeScores, remedy: str) -> None:
 
 
 def power(before: ProbeScores, after: ProbeScores, noise: Noise) -> float:
-    """How far a step moved the policy on the probe, in units of the noise; below 1 its behaviour
-    can't be distinguished from that of the step before.
+    """The distance that a step moved the policy on the probe, in units of the noise. Below 1, its
+    behaviour can't be distinguished from that of the step before.
     """
     return Noise.between(before.logprobs_T, after.logprobs_T).scaled / max(noise.scaled, 1e-9)
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:
-    """Bring step `number`, which the trainer holds, into the server, verify it there, and retire what no rollout uses.
+    """Bring step `number`, which the trainer holds, into the server, verify it there, and retire
+    what no rollout uses.
 
-    Colocated, the trainer has the device before and the server has it after, also after a verification that failed; after any other error
-    that left it asleep it is ended. Returns what the sync took and what the verification saw (`probe.compare`).
+    Colocated, the trainer has the device before, and the server has the device after, even after a
+    failed verification. After any other error that left the server asleep, the server is ended.
+    Returns what the sync took and what the verification saw (`probe.compare`).
     """
     async with run.gpus.never_left_asleep():
         trained = await _scores_before_it_leaves(run, number)
@@ -34,13 +36,16 @@ async def serve(run: Run, number: int) -> dict[str, float]:
 async def publish_and_serve(
     run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None, job: str
 ) -> tuple[RunCheckpoint, dict[str, float]]:
-    """`serve` for a step that was just trained, and its folder: (the published checkpoint, what `serve` returns).
+    """`serve` for a step that was just trained, and its folder: (the published checkpoint, what
+    `serve` returns).
 
-    Merged weights replace the served ones, so the checkpoint is published first. An adapter is served beside the others: it leaves the
-    trainer's memory first, and its folder is written and published while the server is verified. Whatever the sync or the verification
-    raises, the step was trained, and is published.
+    Merged weights replace the served ones, so the checkpoint is published first. An adapter is
+    served beside the others. It leaves the trainer's memory first; its folder is written and
+    published while the server is verified. Whatever the sync or the verification raises, the step
+    was trained, and is published.
 
-    trained: the trainer's scores of the run's probe. job: that makes the step; the publication ends it.
+    trained: the trainer's scores of the run's probe.
+    job: that makes the step; the publication ends it.
     """
     async with run.gpus.never_left_asleep():
         if run.settings.routed_experts is not None:
@@ -74,7 +79,8 @@ async def _publish(
 
 
 async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
-    """The trainer's scores of the probe, before anything reaches the server. With replay they wait for the server's routed experts.
+    """The trainer's scores of the probe, before anything reaches the server. With replay they wait
+    for the server's routed experts.
 
     Raises TrainerError for a step that computes anything that is not finite.
     """
@@ -99,7 +105,10 @@ async def _into_server(run: Run, number: int) -> dict[str, float]:
 
 
 async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
-    """The server computes what the trainer does; older steps that no rollout uses are retired. trained: the trainer's scores, if known."""
+    """The server computes what the trainer does; older steps that no rollout uses are retired.
+
+    trained: the trainer's scores, if known.
+    """
     started = time.monotonic()
     try:
         seen = await verify(run, number, trained)

@@ -1,4 +1,6 @@
-"""After a failure: trainer and server go back to the last published step, and a server that was lost is started again."""
+"""After a failure: trainer and server go back to the last published step, and a server that was
+lost is started again.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ async def give_gpu_back(run: Run, error: BaseException) -> None:
         return
     step = run.store.published()[-1]
     try:
-        # Whatever the error says (a cancelled call says nothing), the trainer may have changed its weights.
+        # Whatever the error says (a cancelled call says nothing), the trainer may have changed its
+        # weights.
         await back_to_published(run, step)
         if run.delivery.replaces:
             await run.gpus.make_room_for_weights()
@@ -41,10 +44,11 @@ async def give_gpu_back(run: Run, error: BaseException) -> None:
 
 
 async def sync(run: Run, number: int) -> dict[str, float]:
-    """Step `number` from the trainer's memory into the server. A server that was lost on the way is started anew.
+    """Step `number` from the trainer's memory into the server. A server that was lost on the way is
+    started anew.
 
-    Raises ServerError, WeightsError or MismatchError; the server then serves what it served before, but a colocated server of merged
-    weights is ended.
+    Raises ServerError, WeightsError or MismatchError; the server then serves what it served before,
+    but a colocated server of merged weights is ended.
     """
     try:
         return await _send(run, number)
@@ -65,9 +69,11 @@ async def sync(run: Run, number: int) -> dict[str, float]:
 
 
 async def replace_lost_server(run: Run, number: int) -> dict[str, float] | None:
-    """A new server with step `number`, which the trainer holds, where the server was lost; None where it lives.
+    """A new server with step `number`, which the trainer holds, where the server was lost; None
+    where it lives.
 
-    Raises ServerError, colocated: the trainer has the device then, and the run has to be registered again.
+    Raises ServerError, colocated: the trainer has the device then, and the run has to be registered
+    again.
     """
     problem = await run.server.problem()
     if not problem:
@@ -105,9 +111,11 @@ async def _send(run: Run, number: int) -> dict[str, float]:
 
 
 async def _start_server_again(run: Run, number: int) -> None:
-    """In the place of one that died, or that was ended half-way through a swap: rollouts have to begin again, at a new address.
+    """Start a server in place of a dead one, or of one that was ended half-way through a swap.
+    Rollouts begin again, at a new address.
 
-    Adapters of older steps that they may ask for come from their folders: the trainer's memory has step `number` only.
+    Adapters of older steps that they may ask for come from their folders: the trainer's memory has
+    step `number` only.
     """
     older = run.delivery.older(number)
     await run.server.close()

@@ -1,4 +1,6 @@
-"""From what the user asked for, the model and the machine to everything a run is started from, each value with its reason."""
+"""Every setting of a run, from the user's settings, the model and the machine, each value with its
+reason.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from lockstep.models.spec import ModelSupportSpec
 
 _OFFLOADED = 2 * GIB
-"""What a trainer leaves on a GPU that it shares, when its weights are on the host."""
+"""The bytes that a trainer leaves on a shared GPU while its weights are on the host."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before anything of it is started. notes: what the user should know although it works, one line each."""
+    """A run before anything of it is started.
+
+    notes: what the user should know although it works, one line each.
+    """
 
     resolved: ResolvedSettings
     vocab_size: int
@@ -208,8 +213,8 @@ def _capacity(
     devices: Devices,
     footprint: Footprint,
 ) -> tuple[Capacity, int]:
-    """How long and how many, checked against positions and memory, and the tokens that a packed row may grow to; `server_args` win,
-    as they do in the server.
+    """Context, requests and row length, checked against positions and memory. `server_args` win, as
+    they do in the server.
     """
     inside = _number(asked.server_args, "max-model-len")
     length, slots = inside or asked.max_model_len, _number(asked.server_args, "max-num-seqs")
@@ -247,7 +252,9 @@ def _on_gpus(
     length: int | None,
     slots: int | None,
 ) -> tuple[Capacity, int | None]:
-    """What the server holds, and the bytes that a trainer rank has left for activations; None where nobody knows."""
+    """The server's capacity, and the bytes that a trainer rank has left for activations; None if
+    unknown.
+    """
     per_rank = asked.parallel.tensor * asked.parallel.pipeline
     training = footprint.parameters * width // per_rank
     state = (footprint.adapter if model.lora else footprint.parameters) * 12 // per_rank
@@ -280,7 +287,7 @@ def _describe_disk(log: _Log, asked: MegatronConfig, model: TrainableModel, foot
 
 
 def retention(config: MegatronConfig) -> Retention:
-    """Which published steps the settings keep."""
+    """The published steps that the settings keep."""
     return Retention(config.keep_newest, config.keep_best, config.keep_every, config.keep_optimizer_states)
 
 

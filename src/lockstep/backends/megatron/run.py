@@ -1,4 +1,6 @@
-"""What a registered model owns while it runs: its folder, its trainer, its server, and what the verification compares."""
+"""Everything that a registered model owns while it runs: its folder, trainer and server, and what
+the verification compares.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,17 @@ class Run:
     server: Server
     settings: ResolvedSettings
     probe: Probe | None = None
-    """The text that verifies a step: of the newest rollouts, and a fixed text before there are any."""
+    """The text that verifies a step: of the newest rollouts, and a fixed text before there are any.
+    """
     noise: Noise | None = None
-    """How far server and trainer differ on the base weights; measured while the model is registered."""
+    """The difference between server and trainer on the base weights, measured while the model is
+    registered.
+    """
     served: set[int] = field(default_factory=set)
     """Steps that the server answers to: by their adapters or, merged, by name only."""
     trainer_ahead: bool = False
-    """The trainer was asked for a step that is not published: nobody knows which weights it holds."""
+    """The trainer was asked for a step that is not published: nobody knows which weights it holds.
+    """
     training: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by `train`: one step at a time."""
     gpus: Gpus = field(init=False)
@@ -44,26 +50,30 @@ class Run:
         self.delivery = MergedDelivery(self) if self.settings.merged else AdapterDelivery(self)
 
     def name(self, step: int) -> str:
-        """What the step is served as."""
+        """The name under which the step is served."""
         return version_name(self.model.name, step)
 
     def kept(self, current: int) -> set[int]:
-        """Steps that rollouts may still ask for when `current` is served: it, the one before it, and what running rollouts hold."""
+        """Steps that rollouts may still ask for when `current` is served: it, the one before it,
+        and what running rollouts hold.
+        """
         return {current, current - 1} | self.model.leased_steps()
 
     def needed(self, current: int) -> set[int]:
-        """Steps whose folders stay while `current` is served: a server that starts again loads them. Step 0 of adapters is small, and
-        a KL penalty that is set later pulls towards it.
+        """Steps whose folders stay while `current` is served: a server that starts again loads
+        them. Step 0 of adapters is small, and a KL penalty that is set later pulls towards it.
         """
         return self.kept(current) | self.served | ({0} if self.settings.lora is not None else set())
 
     @property
     def numerics(self) -> str:
-        """What both sides compute in: the weights' dtype, or "exact"."""
+        """The precision of both sides: the weights' dtype, or "exact"."""
         return "exact" if self.settings.exact else self.settings.dtype
 
     def check_in_step(self) -> None:
-        """Raise StoreError if a step was published that never got served: the trainer is ahead of the rollouts then."""
+        """Raise StoreError if a step was published that never got served: the trainer is ahead of
+        the rollouts then.
+        """
         model, latest = self.model, self.store.published()[-1]
         if latest != model.step:
             raise StoreError(

@@ -36,9 +36,9 @@ class ResolvedSettings:
     offload: bool
     """Colocated mode: the trainer's memory goes to the host while the server serves."""
     vocabulary: int
-    """How many token ids the model has."""
+    """The number of token ids of the model."""
     routed_experts: RoutedExpertsShape | None
-    """What each choice's routed experts look like; None: none are captured or replayed."""
+    """The shape of each choice's routed experts; None: none are captured or replayed."""
     seed: int
     recompute: bool | None
     max_model_len: int
@@ -47,17 +47,17 @@ class ResolvedSettings:
     kv_cache_bytes: int | None
     """Of a CPU server; None: what the GPU has left."""
     tools: ToolCalls
-    """Which parser reads tool calls, or why there is none."""
+    """The parser that reads tool calls, or the reason why there is none."""
     server_args: tuple[str, ...]
     """Further arguments of vLLM's command line."""
     transport: str
-    """How weights and adapters travel from the trainer's memory to the server."""
+    """The transport of weights and adapters from the trainer's memory to the server."""
     exact: bool
     """Trainer and server compute the fp32 weights in fp64."""
     row_limit: int = MOST_ROW_LENGTH
     """Tokens that a packed row may grow to, where the user left its length open."""
     server_start: int = 0
-    """How many servers this run had before."""
+    """The number of servers this run had before."""
 
     @property
     def colocated(self) -> bool:
@@ -98,8 +98,8 @@ class ResolvedSettings:
 
 
 def sampling_seed(seed: int, server_start: int) -> int:
-    """The seed of a server's sampling. Each server of a run draws other noise: one that begins anew with the seed of the one before
-    samples the same replies again, and what ended that server ends the next one, too.
+    """The seed of a server's sampling. Each server of a run draws other noise. With the seed of the
+    server before, a new server would sample the same replies again, and the failure would repeat.
     """
     return seed if server_start == 0 else zlib.crc32(f"{seed} {server_start}".encode()) >> 1  # vLLM takes 31 bits
 
@@ -109,7 +109,9 @@ def lora_serving(lora: LoraConfig, spec: ModelSupportSpec) -> LoraServing:
 
 
 def routed_experts_shape(config: ModelConfig) -> RoutedExpertsShape | None:
-    """The routed experts of a model, which has them in its mixture-of-experts layers only; None for a dense one."""
+    """The routed experts of a model, which has them in its mixture-of-experts layers only; None for
+    a dense one.
+    """
     return (
         RoutedExpertsShape(sum(config.moe_layers), config.experts_per_token, config.experts) if config.is_moe else None
     )

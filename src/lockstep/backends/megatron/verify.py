@@ -1,6 +1,8 @@
-"""Scores of the probe on both sides, and what follows from them: the noise at registration, and a step's verification.
+"""Scores of the probe on both sides, and what follows from them: the noise at registration, and a
+step's verification.
 
-Shape suffixes: S tokens, L layers, K experts per token, T scored tokens of all sequences end to end.
+Shape suffixes: S tokens, L layers, K experts per token, T scored tokens of all sequences end to
+end.
 """
 
 from __future__ import annotations
@@ -66,13 +68,16 @@ def longest(run: Run) -> int:
 
 
 def enough(run: Run) -> int:
-    """Tokens of a probe. Where a CPU's server needs Triton's interpreter, 512 would take longer than many a step."""
+    """Tokens of a probe. Where a CPU's server needs Triton's interpreter, 512 would take longer
+    than many a step.
+    """
     interpreted = run.settings.devices.kind == "cpu" and (run.settings.routed_experts is not None or run.settings.exact)
     return TOKENS // 4 if interpreted else TOKENS
 
 
 async def measure_noise(run: Run) -> None:
-    """Sets the run's probe and noise. The server, which is awake, and the trainer hold the base weights; then it is the trainer's turn.
+    """Sets the run's probe and noise. The server, which is awake, and the trainer hold the base
+    weights; then it is the trainer's turn.
 
     Raises MismatchError where they differ by more than the precision explains.
     """
@@ -84,7 +89,7 @@ async def measure_noise(run: Run) -> None:
 
 
 async def served_scores(run: Run, name: str, probe: Probe) -> tuple[ProbeScores, list[dict[str, Any]]]:
-    """What the server computes under `name`, in one request; and its choices."""
+    """The server's scores under `name`, in one request, and its choices."""
     choices = await run.server.score_choices(name, probe.tokens, TOP)
     pairs = list(zip(choices, probe.tokens, strict=True))
     logprobs = [value for choice, tokens in pairs for value in logprobs_of(choice, tokens)]
@@ -93,7 +98,9 @@ async def served_scores(run: Run, name: str, probe: Probe) -> tuple[ProbeScores,
 
 
 async def trained_scores(run: Run, probe: Probe) -> ProbeScores:
-    """What the trainer computes, on the experts that the probe names. One row of a length that never changes."""
+    """The trainer's scores, on the experts that the probe names. One row of a length that never
+    changes.
+    """
     batch_path, out = (run.store.path / "batches" / name for name in ("probe.safetensors", "probe-scores.safetensors"))
     count = len(probe.sequences)
     batch = pack(probe.sequences, np.zeros(count), np.ones(count), row_length=ROW, data=run.settings.parallel.data)
@@ -124,7 +131,9 @@ def on_served_experts(run: Run, probe: Probe, choices: Sequence[dict[str, Any]])
 
 
 class BeforeStep:
-    """The trainer's scores before a step, on text of the rollouts that the step trains on: how far it moves the policy follows."""
+    """The trainer's scores before a step, on text of the step's rollouts. They show how far the
+    step moves the policy.
+    """
 
     def __init__(self, probe: Probe, scores: ProbeScores) -> None:
         self.probe, self.scores = probe, scores
@@ -146,7 +155,10 @@ class BeforeStep:
 
 
 async def verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
-    """The server computes what the trainer does (`probe.compare`). trained: the trainer's scores of the run's probe, if they are known."""
+    """The server computes what the trainer does (`probe.compare`).
+
+    trained: the trainer's scores of the run's probe, if they are known.
+    """
     assert run.probe is not None
     assert run.noise is not None
     name = run.name(number)

@@ -1,6 +1,8 @@
-"""TinkerBackend: the Tinker service trains and samples, and a loopback endpoint makes it look like our own server.
+"""TinkerBackend: the Tinker service trains and samples, and a loopback endpoint makes it look like
+our own server.
 
-Written against tinker 0.38 and not verified against the service itself: the tests stand in for it with a small model of their own.
+Written against tinker 0.38 and not verified against the service itself. The tests replace the
+service with a small model of their own.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _PATHS = "tinker.json"
 
 @dataclass
 class _Run:
-    """What a registered model owns. `trainer` None: the service's copy is ahead of the last step, load that one first."""
+    """Everything that a registered model owns. `trainer` None: the service's copy is ahead of the
+    last step, load that one first.
+    """
 
     store: RunStore
     spec: ModelSupportSpec
@@ -59,14 +63,18 @@ class _Run:
 
 
 class TinkerBackend:
-    """Trains and samples on the Tinker service: LoRA only, no GPU here. Needs `pip install lockstep-rl[tinker]`.
+    """Trains and samples on the Tinker service: LoRA only, no GPU here. Needs `pip install
+    lockstep-rl[tinker]`.
 
-    path: folder of all runs. api_key: the service's; None takes the environment's TINKER_API_KEY. seed: of the adapter's initial
-    values. base_url: another service with Tinker's API; None is the SDK's own default.
+    path: folder of all runs.
+    api_key: the service's; None takes the environment's TINKER_API_KEY.
+    seed: of the adapter's initial values.
+    base_url: another service with Tinker's API; None is the SDK's own default.
 
-    A model's `base_model` must be a Hugging Face id that the registry and the service both know. Agents reach the samplers through
-    `model.openai_client()`: chat completions, no streams; a field the endpoint does not understand is refused by name. Each
-    step's weights stay with the service, the run's folder holds their addresses.
+    A model's `base_model` must be a Hugging Face id that the registry and the service both know.
+    Agents reach the samplers through `model.openai_client()`: chat completions, no streams; a field
+    the endpoint does not understand is refused by name. Each step's weights stay with the service,
+    the run's folder holds their addresses.
     """
 
     def __init__(
@@ -84,7 +92,8 @@ class TinkerBackend:
         return self._run(model).store.path
 
     def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
-        """Keep metrics, such as an evaluation's, with those of the model's current step in the run's SQLite file.
+        """Keep metrics, such as an evaluation's, with those of the model's current step in the
+        run's SQLite file.
 
         Raises ConfigError if the model is not registered.
         """
@@ -102,7 +111,8 @@ class TinkerBackend:
         return run
 
     async def register(self, model: TrainableModel) -> int:
-        """Create (or load) the model's adapter on the service and open its endpoint; returns the last published step.
+        """Create (or load) the model's adapter on the service and open its endpoint; returns the
+        last published step.
 
         Raises UnsupportedModelError, ConfigError, StoreError or TrainerError.
         """
@@ -179,8 +189,9 @@ class TinkerBackend:
     ) -> TrainResult:
         """One step on `groups`: check, train, save, publish step N + 1 and serve it.
 
-        Raises ConfigError naming a setting that the service can't honour; DataError or StaleRolloutError for groups that can't be
-        trained on, before anything changes; TrainerError or MismatchError leave step N published, served and trained on.
+        Raises ConfigError for a setting that the service can't honour. Raises DataError or
+        StaleRolloutError, before anything changes, for groups that can't be trained on.
+        TrainerError and MismatchError leave step N published, served and trained on.
         """
         config = train_config(config)
         run = self._run(model)
@@ -248,7 +259,9 @@ class TinkerBackend:
         return False
 
     async def close(self) -> None:
-        """Close endpoints and end the session with the service; published steps stay. Safe to call twice."""
+        """Close endpoints and end the session with the service; published steps stay. Safe to call
+        twice.
+        """
         runs, self._runs = self._runs, {}
         for model, run in runs.items():
             await model._released()
@@ -260,7 +273,9 @@ class TinkerBackend:
 
 
 async def _one_update(trainer: Any, examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
-    """Forward, backward, the checks of what the service computed, and the optimizer's step. Returns metrics."""
+    """Forward, backward, the checks of what the service computed, and the optimizer's step. Returns
+    metrics.
+    """
     low, high = config.clip_range
     passed = trainer.forward_backward(
         [_datum(example.inputs_T, loss_inputs(example, config.loss)) for example in examples],
@@ -302,13 +317,15 @@ def _named(what: str, deadline_s: float) -> Iterator[None]:
 
 
 async def _answer(future: Any, what: str, deadline_s: float) -> Any:
-    """What the service answers."""
+    """The answer of the service."""
     with _named(what, deadline_s):
         return await future.result_async(deadline_s)
 
 
 async def _open(what: str, create: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """A new client of the service. The first one opens the session, which blocks, so each is asked for in a thread."""
+    """A new client of the service. The first one opens the session, which blocks, so each is asked
+    for in a thread.
+    """
     with _named(what, deadlines.TINKER_CALL_S):
         async with asyncio.timeout(deadlines.TINKER_CALL_S):
             future = await asyncio.to_thread(create, *args, **settings)

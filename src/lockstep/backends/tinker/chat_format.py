@@ -1,7 +1,8 @@
-"""Chat completions from token ids: a request to a prompt, and sampled tokens to the choices that our own server would give.
+"""Chat completions from token ids: a request to a prompt, and sampled tokens to the choices that
+our own server would give.
 
-The choices carry what the trainer needs (`prompt_token_ids`, `token_ids`, `weight_versions`, `sampling`), under the names that
-`lockstep_vllm.http.openai_fields` uses.
+The choices carry what the trainer needs (`prompt_token_ids`, `token_ids`, `weight_versions`,
+`sampling`), under the names that `lockstep_vllm.http.openai_fields` uses.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ class ChatRequest(BaseModel):
 
     @property
     def sampling(self) -> dict[str, float]:
-        """What decides how tokens are drawn, as it takes effect."""
+        """The settings that decide how tokens are drawn, as they take effect."""
         asked = {"temperature": self.temperature, "top_p": self.top_p}
         given = {setting: value for setting, value in asked.items() if value is not None}
         return SAMPLING_DEFAULTS | given | {"top_k": max(self.top_k or 0, 0)}
 
 
 def render(request: ChatRequest, tokenizer: Any) -> list[int]:
-    """The prompt's token ids, from the tokenizer's chat template. Raises RequestError for messages it can't render."""
+    """The prompt's token ids, from the tokenizer's chat template. Raises RequestError for messages
+    it can't render.
+    """
     from jinja2 import TemplateError
 
     settings = request.chat_template_kwargs or {}
@@ -78,7 +81,9 @@ def render(request: ChatRequest, tokenizer: Any) -> list[int]:
 
 
 def _template_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates expect it: text as one string, the arguments of tool calls as objects."""
+    """A message as chat templates expect it: text as one string, the arguments of tool calls as
+    objects.
+    """
     message = dict(message)
     content = message.get("content")
     if isinstance(content, list):
@@ -108,7 +113,9 @@ def choice(
     stopped: bool,
     index: int,
 ) -> dict[str, Any]:
-    """One choice of the answer. `tokens` includes the end-of-turn token, which is special and no part of the message's text."""
+    """One choice of the answer. `tokens` includes the end-of-turn token, which is special and no
+    part of the message's text.
+    """
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     parse = bool(request.tools) and request.tool_choice != "none"
     content, calls = split_tool_calls(text) if parse else (text, [])
@@ -148,7 +155,8 @@ def completion(request: ChatRequest, choices: list[dict[str, Any]]) -> dict[str,
 
 
 def split_tool_calls(text: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """(text before the first call, calls) of a message in the Hermes format: `<tool_call>{"name", "arguments"}</tool_call>`.
+    """(text before the first call, calls) of a message in the Hermes format: `<tool_call>{"name",
+    "arguments"}</tool_call>`.
 
     Calls that are not well formed leave the whole message as text, as vLLM's parser does.
     """

@@ -1,4 +1,6 @@
-"""An OpenAI-compatible endpoint on loopback, in a thread of its own, for samplers that have none. Every endpoint wants the run's token."""
+"""An OpenAI-compatible endpoint on loopback, in a thread of its own, for samplers that have none.
+Every endpoint wants the run's token.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class ChatEndpoint:
         self.endpoint: Endpoint | None = None
 
     def start(self) -> Endpoint:
-        """Listen on a free loopback port; returns when it answers. Raises ConfigError without its packages, or ServerError."""
+        """Listen on a free loopback port; returns when it answers. Raises ConfigError without its
+        packages, or ServerError.
+        """
         try:
             import uvicorn
         except ModuleNotFoundError as error:

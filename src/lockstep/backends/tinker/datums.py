@@ -1,7 +1,9 @@
-"""What the Tinker service is trained on: sequences with their targets, and what its answer says about the step.
+"""Training data for the Tinker service: sequences with their targets; and metrics from the
+service's answer.
 
-The service's losses are sums over tokens of terms that are linear in the advantage (for a positive factor), and divide by the sampling
-log-probability. So a token's weight over the batch's total weight goes into its advantage, and the sum is Lockstep's loss.
+The service's losses are sums over tokens. Each term is linear in the advantage (for a positive
+factor) and divides by the sampling log-probability. So a token's weight over the batch's total
+weight goes into its advantage, and the sum is Lockstep's loss.
 
 Shape suffix: T tokens of a sequence after its first; position t of the inputs predicts target t.
 """
@@ -33,7 +35,9 @@ _HALF_ULP = 2.0**-24
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence. Where nothing was sampled, sampling logprob and advantage are 0, and so is the loss."""
+    """One sequence. Where nothing was sampled, sampling logprob and advantage are 0, and so is the
+    loss.
+    """
 
     name: str
     inputs_T: np.ndarray  # int64
@@ -45,7 +49,9 @@ class Example:
 
 
 def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, bool]:
-    """What the service adapts: `train_attn`, `train_mlp`, `train_unembed`. Raises ConfigError for what it can't do."""
+    """The parts that the service adapts: `train_attn`, `train_mlp`, `train_unembed`. Raises
+    ConfigError for what it can't do.
+    """
     if lora is None:
         raise unsupported("lora", None, _NAME, "the service trains adapters only")
     if lora.alpha != _DEFAULT_ALPHA:
@@ -87,7 +93,9 @@ def check_train_config(config: TrainConfig) -> None:
 
 
 def examples_of(batch: PackedBatch) -> list[Example]:
-    """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a temperature other than 1."""
+    """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a
+    temperature other than 1.
+    """
     weight = total_weight(batch) + unpacked_weight(batch)
     examples = []
     for number, name in enumerate(batch.sequence_ids):
@@ -126,10 +134,13 @@ def loss_inputs(example: Example, loss: str) -> dict[str, np.ndarray]:
 
 
 def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) -> dict[str, float]:
-    """Metrics of a forward and backward pass, named as the engine's. `output`: the service's ForwardBackwardOutput.
+    """Metrics of a forward and backward pass, named as the engine's.
 
-    Raises TrainerError if it does not answer for every target, MismatchError if sampler and trainer disagree by more than
-    `max_mismatch` nats per token, or `max_token_mismatch` on one, on what the current step sampled.
+    `output`: the service's ForwardBackwardOutput.
+
+    Raises TrainerError if an answer is missing for a target. Raises MismatchError if sampler and
+    trainer disagree by more than `max_mismatch` nats per token, or `max_token_mismatch` on one
+    token, over what the current step sampled.
     """
     answers = [np.asarray(outputs["logprobs"].tolist(), dtype=np.float64) for outputs in output.loss_fn_outputs]
     if [len(answer) for answer in answers] != [len(example.targets_T) for example in examples]:
@@ -161,7 +172,9 @@ def step_metrics(examples: Sequence[Example], output: Any, config: TrainConfig) 
 
 
 def _check_tokens(answer_T: np.ndarray, example: Example, limit: float) -> None:
-    """Raise MismatchError for a token beyond `limit` and beyond the rounding of the sampler's number to fp32."""
+    """Raise MismatchError for a token beyond `limit` and beyond the rounding of the sampler's
+    number to fp32.
+    """
     difference_T = np.abs(answer_T - example.sampling_T)
     beyond_T = difference_T - np.maximum(limit, np.abs(example.sampling_T) * _HALF_ULP)
     beyond_T = np.where(example.scored_T & example.current_T, beyond_T, -np.inf)

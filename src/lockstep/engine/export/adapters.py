@@ -1,7 +1,9 @@
-"""The trainer's adapter on its way to the server, from memory: every rank sends the matrices it holds.
+"""The trainer's adapter on its way to the server, from memory: every rank sends the matrices it
+holds.
 
-A routed expert's matrices travel as the trainer holds them and as vLLM wants them, stacked: A `[E, R, I]` and B `[E, O, R]` for each
-projection of a layer, under the layer's name without an expert's number. Everything else travels as in a PEFT file.
+A routed expert's matrices travel stacked, as trainer and vLLM hold them. Each projection of a layer
+has A `[E, R, I]` and B `[E, O, R]`, under the layer's name without an expert's number. Everything
+else travels as in a PEFT file.
 
 Shapes: R LoRA rank, I inputs, O outputs, E experts.
 """
@@ -33,14 +35,21 @@ from lockstep_wire.plan import TensorMeta
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")
 BUCKET_BYTES = {True: 64 << 20, False: 16 << 20}
-"""On a GPU, else: few calls on the one, a short wait for the digest of the last bucket on the other."""
+"""On a GPU, else: few calls on the one, a short wait for the digest of the last bucket on the
+other.
+"""
 
 
 class AdaptersOut:
-    """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
+    """Made once on every rank (collective) and kept: the plan and the connection serve every sync
+    of a run.
+    """
 
     def __init__(self, trainer: TrainerState, senders: SenderGroup, deadline_s: float) -> None:
-        """deadline_s: for the others to come along. Raises ConfigError when all weights are trained: there is no adapter then."""
+        """deadline_s: for the others to come along.
+
+        Raises ConfigError when all weights are trained: there is no adapter then.
+        """
         if trainer.settings.lora is None:
             raise ConfigError("all weights are trained: there is no adapter to send")
         self.trainer, self.senders = trainer, senders
@@ -59,9 +68,12 @@ class AdaptersOut:
         self.serves: tuple[Endpoint, str, float] | None = None
 
     def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> SyncReport:
-        """Make the server serve this trainer's adapter as `name`, beside what it serves. Collective. Returns the SyncReport.
+        """Make the server serve this trainer's adapter as `name`, beside what it serves.
+        Collective. Returns the SyncReport.
 
-        deadline_s: of every wait for the server. Raises like `AdapterPusher.push`, on every rank.
+        deadline_s: of every wait for the server.
+
+        Raises like `AdapterPusher.push`, on every rank.
         """
         lora = self.trainer.settings.lora
         assert lora is not None
@@ -88,7 +100,7 @@ class AdaptersOut:
 
 
 def adapter_source(trainable: Trainable, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> Source:
-    """What a rank that sends this parameter of its adapter sends."""
+    """The source of a rank that sends this parameter of its adapter."""
     return _source(_Matrix.of(trainable, config, layout).description(), dtype)
 
 
@@ -134,7 +146,9 @@ class _Matrix:
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces that follow each other in their tensor as one: a query projection's rows, say, come as one piece per group of heads."""
+    """Adjacent pieces of a tensor, joined. The rows of a query projection, say, come as one piece
+    per group of heads.
+    """
     joined: list[Piece] = []
     for piece in pieces:
         if (
@@ -149,7 +163,9 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def _share_out(gathered: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
-    """Which of its matrices each rank sends: what several hold goes to the one with the fewest bytes so far."""
+    """The matrices that each rank sends. A matrix that several ranks hold goes to the rank with the
+    fewest bytes so far.
+    """
     holders: dict[str, list[tuple[int, int]]] = {}
     for rank, matrices in enumerate(gathered):
         for i, matrix in enumerate(matrices):

@@ -15,10 +15,11 @@ _TILE = {"ROWS": 64, "COLUMNS": 128}
 
 
 def merge(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
-    """A tensor of the weight's dtype, of its own; stacks `[E, O, I]`, `[E, O, R]`, `[E, R, I]` as well.
+    """A tensor of the weight's dtype, of its own; stacks `[E, O, I]`, `[E, O, R]`, `[E, R, I]` as
+    well.
 
-    On a GPU in one pass, which reads the weight and writes the result: torch's way moves five times the bytes, and was slower than the
-    link that the result travels over.
+    On a GPU one pass reads the weight and writes the result. torch's way moves five times the bytes
+    and was slower than the link.
     """
     if weight_OI.is_cuda:
         return fused_merge(weight_OI, b_OR, a_RI, scale)

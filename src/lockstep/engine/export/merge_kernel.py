@@ -10,8 +10,10 @@ import triton.language as tl
 def merge_kernel(
     weight, b, a, merged, scale, rows, columns, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr
 ):
-    """One tile [ROWS, COLUMNS] of one expert's merged weight; all tensors contiguous: weight and merged [E, rows, columns],
-    b [E, rows, rank], a [E, rank, columns]. RANKS: of A and B at a time.
+    """One tile [ROWS, COLUMNS] of one expert's merged weight. All tensors are contiguous: weight
+    and merged [E, rows, columns], b [E, rows, rank], a [E, rank, columns].
+
+    RANKS: of A and B at a time.
     """
     expert = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -1,8 +1,10 @@
-"""The trainer's weights on their way to the server: every rank merges and sends what it holds, and nothing is gathered.
+"""The trainer's weights on their way to the server: every rank merges and sends what it holds, and
+nothing is gathered.
 
-Adapters are merged in fp32 from the base weights, which the model keeps unchanged, into a tensor of its own that is rounded once;
-nothing is ever merged into the model or taken out of it again. With all weights trained, they travel as they are. On a GPU the merge of
-one parameter runs while the ones before it travel.
+Adapters are merged in fp32 from the unchanged base weights into a tensor of its own, which is
+rounded once. Nothing is ever merged into the model or taken out of the model. With all weights
+trained, they travel as they are. On a GPU the merge of one parameter runs while the ones before it
+travel.
 
 Shapes: E experts, O output rows, R LoRA rank, I input columns.
 """
@@ -34,11 +36,15 @@ from lockstep.weight_sync.sources import Supply, share_sources
 from lockstep.weight_sync.transports import make_transport
 
 BUCKET_BYTES = {True: 128 << 20, False: 16 << 20}
-"""On a GPU, else: large enough for the link, small enough that the first and the last one, which nothing overlaps, cost little."""
+"""On a GPU, else: large enough for the link, and small enough that the first and the last bucket
+cost little, since nothing overlaps them.
+"""
 
 
 class WeightsOut:
-    """Made once on every rank (collective) and kept: the plan and the connection serve every sync of a run."""
+    """Made once on every rank (collective) and kept: the plan and the connection serve every sync
+    of a run.
+    """
 
     def __init__(self, trainer: TrainerState, senders: SenderGroup) -> None:
         self.trainer, self.senders = trainer, senders
@@ -62,10 +68,14 @@ class WeightsOut:
         self.serves: tuple[Endpoint, str, float] | None = None
 
     def push(self, endpoint: Endpoint, version: str, transport: str, deadline_s: float) -> SyncReport:
-        """Make the server hold this trainer's weights and serve them as `version`, and as nothing else. Collective.
+        """Make the server hold this trainer's weights and serve them as `version`, and as nothing
+        else. Collective.
 
-        transport: a name in `TRANSPORTS`. deadline_s: of every wait for the server. Returns the SyncReport. Raises ServerError,
-        WeightsError or MismatchError, on every rank; the server then serves what it served before, or was ended (ServerLostError).
+        transport: a name in `TRANSPORTS`.
+        deadline_s: of every wait for the server.
+
+        Returns the SyncReport. Raises ServerError, WeightsError or MismatchError, on every rank;
+        the server then serves what it served before, or was ended (ServerLostError).
         """
         if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
             if self.pusher is not None:
@@ -106,7 +116,9 @@ class WeightsOut:
 
 
 def _everyones_shards(trainer: TrainerState) -> list[list[Shard]]:
-    """Each rank's parameters, in rank order; what a rank holds follows from its sizes and coordinates."""
+    """Each rank's parameters, in rank order; what a rank holds follows from its sizes and
+    coordinates.
+    """
     sizes_S = torch.tensor(astuple(sizes_here()), device=device.device())
     gathered = [torch.empty_like(sizes_S) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, sizes_S)

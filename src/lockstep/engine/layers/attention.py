@@ -1,10 +1,13 @@
-"""Self-attention over a row of packed trees: Megatron's SelfAttention with a forward pass of our own and one mask rule (`tree.PackedRow`).
+"""Self-attention over a row of packed trees: Megatron's SelfAttention with a forward pass of our
+own and one mask rule (`tree.PackedRow`).
 
-The mask rides in Megatron's `attention_mask` argument as the Row itself. Three renderings compute the same thing: "dense" (softmax
-written out, the reference), "sdpa" (PyTorch's scaled_dot_product_attention with the dense mask: CPU), "flex" (compiled
-FlexAttention with the block mask: GPU; it has no backward pass on CPU).
+The mask rides in Megatron's `attention_mask` argument as the Row itself. Three renderings compute
+the same. "dense": softmax written out, the reference. "sdpa": PyTorch's
+scaled_dot_product_attention with the dense mask, on a CPU. "flex": compiled FlexAttention with the
+block mask, on a GPU (no backward pass on a CPU).
 
-Shapes: S row length, G query groups of this rank, Q query heads per group, N = G*Q heads, D head dim, H hidden.
+Shapes: S row length, G query groups of this rank, Q query heads per group, N = G*Q heads, D head
+dim, H hidden.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ def _compiled_flex() -> object:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float) -> Tensor:
-    """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are constants of the kernels.
+    """FlexAttention of `[1, heads, S, D]`, compiled once for all row lengths: heads and D are
+    constants of the kernels.
 
-    Rows are multiples of its blocks, which torch can't see in a symbolic length: declared so, the kernels leave out
-    the bounds checks that cost a third of the backward pass.
+    Rows are multiples of its blocks, which torch can't see in a symbolic length. Declared so, the
+    kernels leave out bounds checks that cost a third of the backward pass.
     """
     if row.length % BLOCK:
         raise DataError(f"a row of {row.length} tokens is no multiple of FlexAttention's {BLOCK}")
@@ -81,7 +85,9 @@ class CoreAttention(nn.Module):
 
 
 class TreeAttention(SelfAttention):
-    """Attention of all families: grouped queries, optional norms of query and key heads, optional output gate (Qwen3.5)."""
+    """Attention of all families: grouped queries, optional norms of query and key heads, optional
+    output gate (Qwen3.5).
+    """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden_states: Tensor, attention_mask: PackedRow, rotary_pos_emb: tuple[Tensor, Tensor], **_unused: object
@@ -98,7 +104,9 @@ class TreeAttention(SelfAttention):
         return out_S1H, None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-        """Attention over the whole row; under context parallelism on this rank's share of the heads, then back to its own tokens."""
+        """Attention over the whole row; under context parallelism on this rank's share of the
+        heads, then back to its own tokens.
+        """
         dim, times = q.shape[2], repeats(k.shape[1])
         if times > 1:
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
@@ -107,10 +115,12 @@ class TreeAttention(SelfAttention):
         return to_tokens(out_SND.flatten(1)).unflatten(1, (-1, dim))
 
     def _heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """This rank's query heads, their gates (None without an output gate), key and value heads, `[S, heads, D]`.
+        """This rank's query heads, their gates (None without an output gate), key and value heads,
+        `[S, heads, D]`.
 
-        With more TP ranks than key heads every rank computes a window of the fused rows, gathers the whole, and keeps its own query heads
-        and the one key head they share; the gather's backward pass adds up what the ranks that share it contribute.
+        With more TP ranks than key heads, every rank computes a window of the fused rows and
+        gathers all of them. It keeps its own query heads and the key head they share. The gather's
+        backward pass adds up the contributions of the ranks that share the key head.
         """
         fused_S1F, _ = self.linear_qkv(hidden_states)  # pyright: ignore[reportCallIssue]
         ranks, groups = self.world_size, self.config.num_query_groups

@@ -1,11 +1,13 @@
-"""Parts of the model that a GPU runs better compiled: pure functions, written once, called plain or through torch.compile.
+"""Parts of the model that a GPU runs better compiled: pure functions, written once, called plain or
+through torch.compile.
 
-Which regions are compiled is the family's policy (`handler.compile.regions`), switched on per process by `enable`. A region never
-contains a collective or a module: only tensors and numbers go in, so one compiled version serves all layers.
+Which regions are compiled is the family's policy (`handler.compile.regions`), switched on per
+process by `enable`. A region never contains a collective or a module: only tensors and numbers go
+in, so one compiled version serves all layers.
 
-One compiled version also serves all row lengths: the first dim of each tensor, its tokens, is marked dynamic,
-and the others are constants of the kernels. A run compiles in its first step and never again. On an H100
-such kernels take the time of kernels for one length (`benchmarks/README.md`).
+One compiled version also serves all row lengths. The first dim of each tensor, its tokens, is
+marked dynamic; the others are constants of the kernels. A run compiles in its first step and never
+again. On an H100 such kernels take the time of kernels for one length (`benchmarks/README.md`).
 
 Shapes: S tokens, ... any dims between, D last dim.
 """
@@ -46,7 +48,8 @@ def enable(names: Iterable[str]) -> None:
     torch._dynamo.config.recompile_limit = _VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = _VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # Else two dims that are equal by chance in the first row would have to stay equal, or cost another version.
+    # Else two dims that are equal by chance in the first row would have to stay equal, or cost
+    # another version.
     shapes_config.use_duck_shape = False
 
 
@@ -73,7 +76,7 @@ def region(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """How often torch compiled in this process, and the seconds that the process waited for it."""
+    """The number of compilations in this process, and the seconds that the process waited for them."""
 
     count: int
     seconds: float
@@ -102,7 +105,9 @@ def compile_clock() -> CompileClock:
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least fp32: where rounding to bf16 would show, and without narrowing fp64 in exactness tests."""
+    """At least fp32: where rounding to bf16 would show, and without narrowing fp64 in exactness
+    tests.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -121,7 +126,9 @@ def gated_rms_norm(x: Tensor, weight_D: Tensor, gate: Tensor, eps: float) -> Ten
 
 @region("attention")
 def rotate(x_SND: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
-    """Rotary embedding of the first dims (as many as the angles have; the rest pass through), halves layout, in fp32."""
+    """Rotary embedding of the first dims (as many as the angles have; the rest pass through),
+    halves layout, in fp32.
+    """
     dims = cos_S1D.shape[-1]
     part, rest = wide(x_SND[..., :dims]), x_SND[..., dims:]
     first, second = part.chunk(2, -1)

@@ -1,13 +1,15 @@
-"""The gated delta rule over packed trees: every node starts from its parent's final state; siblings run side by side.
+"""The gated delta rule over packed trees: every node starts from its parent's final state; siblings
+run side by side.
 
     S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - (e^{g_t} S_{t-1})^T k_t))^T,     o_t = S_t^T q_t / sqrt(K)
 
-Source: arXiv 2412.06464; the chunked form is its section 3.3 (WY representation). Two renderings: `chunked` here in plain torch (the
-reference, and what CPUs run), and flash-linear-attention's kernels on GPU. Tokens are visited level by level of the tree, so depth
-costs sequential launches but breadth does not.
+Source: arXiv 2412.06464; the chunked form is its section 3.3 (WY representation). Two renderings:
+`chunked` here in plain torch (the reference, and what CPUs run), and flash-linear-attention's
+kernels on GPU. Tokens are visited level by level of the tree, so depth costs sequential launches
+but breadth does not.
 
-Shapes: S tokens of the row, N nodes of a level, L longest of them, T tokens of a level, M nodes of the row, H heads, K key dim,
-V value dim, C chunk.
+Shapes: S tokens of the row, N nodes of a level, L longest of them, T tokens of a level, M nodes of
+the row, H heads, K key dim, V value dim, C chunk.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """q, k `[..., H, K]`, v `[..., H, V]`, g, beta `[..., H]`; q and k already normalised."""
 
 LevelRule = Callable[[Inputs, Level, Tensor], tuple[Tensor, Tensor]]
-"""(row's inputs, level, initial states `[N, H, K, V]`) -> (outputs of the level's tokens `[T, H, V]` in row order, final states)."""
+"""(row's inputs, level, initial states `[N, H, K, V]`) -> (outputs of the level's tokens `[T, H,
+V]` in row order, final states).
+"""
 
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """`[N, L, H, ...]` and states `[N, H, K, V]` -> outputs `[N, L, H, V]` and final states. Computed in at least fp32.
+    """`[N, L, H, ...]` and states `[N, H, K, V]` -> outputs `[N, L, H, V]` and final states.
+    Computed in at least fp32.
 
     A padding token with g = 0 and beta = 0 leaves the state as it is.
     """
@@ -66,7 +71,9 @@ def chunked(
 
 
 def _level_chunked(inputs: Inputs, level: Level, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes padded to the longest of the level; the padding index points at a row of zeros behind the tokens."""
+    """Nodes padded to the longest of the level; the padding index points at a row of zeros behind
+    the tokens.
+    """
     padded = (torch.cat((x, x.new_zeros(1, *x.shape[1:])))[level.tokens_NL] for x in inputs)
     out_NLHV, final = chunked(*padded, state)  # pyright: ignore[reportCallIssue]
     inside_NL = level.tokens_NL < inputs[0].shape[0]
@@ -108,5 +115,7 @@ def over_tree(inputs: Inputs, row: PackedRow, rule: LevelRule) -> Tensor:
 
 
 def rule_for(tensor: Tensor) -> LevelRule:
-    """fla for bf16 on a GPU (a hard requirement there; its kernels refuse fp32), the reference elsewhere."""
+    """fla for bf16 on a GPU (a hard requirement there; its kernels refuse fp32), the reference
+    elsewhere.
+    """
     return _level_fla if tensor.is_cuda and tensor.dtype == torch.bfloat16 else _level_chunked

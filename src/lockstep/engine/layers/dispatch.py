@@ -1,7 +1,8 @@
-"""Tokens to the ranks that hold their experts, and back: all-to-all over expert parallelism, gather over an expert's own split.
+"""Tokens to the ranks that hold their experts, and back: all-to-all over expert parallelism, gather
+over an expert's own split.
 
-Shapes: T tokens of this rank, K experts per token, P = T*K pairs, R received rows, H hidden, D expert-parallel ranks, E experts of one
-rank.
+Shapes: T tokens of this rank, K experts per token, P = T*K pairs, R received rows, H hidden, D
+expert-parallel ranks, E experts of one rank.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def _exchanged(
 
 
 def _split_experts(apply: Apply, rows_RH: Tensor, taken_DE: Tensor, group: ProcessGroup) -> Tensor:
-    """Run the experts; where their matrices are split, on the rows of all ranks of the split, summing the partial results."""
+    """Run the experts; where their matrices are split, on the rows of all ranks of the split,
+    summing the partial results.
+    """
     if group.size() == 1:
         expert_R = _experts_of(taken_DE)
         return apply(rows_RH, torch.arange(len(expert_R), device=rows_RH.device), expert_R)
@@ -65,7 +68,8 @@ def _split_experts(apply: Apply, rows_RH: Tensor, taken_DE: Tensor, group: Proce
     sizes = everyone.flatten(1).sum(1).tolist()
     longest = max(sizes)
     padded = F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH)))  # gloo gathers equal parts only
-    # Each rank's gradient of the gathered rows is a part of the sum (its own columns of the experts): gathered parts are added up.
+    # Each rank's gradient of the gathered rows is a part of the sum (its own columns of the
+    # experts): gathered parts are added up.
     gathered = gather_from_sequence_parallel_region(padded, group=group)
     real_R = torch.cat([torch.arange(size, device=padded.device) + rank * longest for rank, size in enumerate(sizes)])
     expert_R = torch.cat([_experts_of(counts_DE) for counts_DE in everyone])

@@ -1,9 +1,12 @@
-"""GatedDeltaNet layer (Qwen3-Next, Qwen3.5) on Megatron's parallel layers: heads split over TP, rows of packed trees.
+"""GatedDeltaNet layer (Qwen3-Next, Qwen3.5) on Megatron's parallel layers: heads split over TP,
+rows of packed trees.
 
-The causal convolution looks along each token's own sequence: its taps are gathered through `previous`, which crosses from a node into
-its parent, so branches share history without any state to hand over. The recurrent state is handed down by `delta_rule.over_tree`.
+The causal convolution looks along each token's own sequence. Its taps are gathered through
+`previous`, which crosses from a node into its parent. So branches share history without any state
+to hand over. The recurrent state is handed down by `delta_rule.over_tree`.
 
-Shapes: S tokens of the row, C channels of this rank (`[q | k | v]` heads), H value heads, G key heads, K key dim, V value dim.
+Shapes: S tokens of the row, C channels of this rank (`[q | k | v]` heads), H value heads, G key
+heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from lockstep.models.config import ModelConfig
 
 
 class LocalLinear(nn.Module):
-    """This rank's rows of a column-parallel matrix, on an input that was gathered (or copied) once for several of them."""
+    """This rank's rows of a column-parallel matrix, on an input that was gathered (or copied) once
+    for several of them.
+    """
 
     def __init__(self, config: TransformerConfig, rows: int) -> None:
         super().__init__()
@@ -51,7 +56,10 @@ class LocalLinear(nn.Module):
 
 
 class GatedDeltaNet(MegatronModule):
-    """Stands where Megatron's SelfAttention stands. `model`: the sizes of the linear-attention heads."""
+    """Stands where Megatron's SelfAttention stands.
+
+    `model`: the sizes of the linear-attention heads.
+    """
 
     def __init__(
         self, config: TransformerConfig, submodules: object = None, layer_number: int | None = None,
@@ -94,8 +102,9 @@ class GatedDeltaNet(MegatronModule):
         return out, None
 
     def _mix(self, qkv_SC: Tensor, g_SH: Tensor, beta_SH: Tensor, row: PackedRow) -> Tensor:
-        """Convolution and delta rule over the whole row, value heads x dim of this rank's tokens. Under context parallelism they run on
-        this rank's share of the heads."""
+        """Convolution and delta rule over the whole row, value heads x dim of this rank's tokens.
+        Under context parallelism they run on this rank's share of the heads.
+        """
         parts = to_heads(*qkv_SC.split(self.split, -1))
         g, beta = to_heads(g_SH, beta_SH)
         q, k, v = self.convolve(torch.cat(parts, -1), row).split([part.shape[1] for part in parts], -1)
@@ -112,7 +121,9 @@ class GatedDeltaNet(MegatronModule):
         return torch.cat([window(part) for part in self.conv_weight[:, 0].split(self.split)])
 
     def convolve(self, x_SC: Tensor, row: PackedRow) -> Tensor:
-        """silu of the depthwise causal convolution along each token's own sequence; before its beginning there are zeros."""
+        """silu of the depthwise causal convolution along each token's own sequence; before its
+        beginning there are zeros.
+        """
         taps_KS = row.conv_taps_KS(self.taps)
         beyond = torch.cat((x_SC, x_SC.new_zeros(1, x_SC.shape[1])))
         weight_CK = wide(self._taps())

@@ -1,6 +1,8 @@
-"""Megatron's parallel linear layers with a place for an adapter. Injected through the layer spec, so names stay Megatron's.
+"""Megatron's parallel linear layers with a place for an adapter. Injected through the layer spec,
+so names stay Megatron's.
 
-Shapes: S sequence (of this rank under sequence parallelism), I input features, O output features of this rank.
+Shapes: S sequence (of this rank under sequence parallelism), I input features, O output features of
+this rank.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Log-probability and entropy of chosen tokens from hidden states, vocabulary-parallel, a chunk of tokens at a time.
+"""Log-probability and entropy of chosen tokens from hidden states, vocabulary-parallel, a chunk of
+tokens at a time.
 
-The full logits never exist: forward keeps one number per token (the log of the softmax's denominator), backward computes each chunk's
-logits again. Everything after the matrix product is fp32 (fp64 for fp64 models).
+The full logits never exist. Forward keeps one number per token (the log of the softmax's
+denominator); backward computes each chunk's logits again. Everything after the matrix product is
+fp32 (fp64 for fp64 models).
 
-With z = h W^T / T and p = softmax(z):  logprob = z_t - lse(z),  entropy = lse(z) - sum p z,
-d logprob / dz = onehot(t) - p,  d entropy / dz = -p (log p + entropy).
+With z = h W^T / T and p = softmax(z): logprob = z_t - lse(z) and entropy = lse(z) - sum p z.
+Gradients: d logprob / dz = onehot(t) - p, d entropy / dz = -p (log p + entropy).
 
-Shapes: N tokens, H hidden, V vocabulary rows of this rank (the last rank's padding rows are left out).
+Shapes: N tokens, H hidden, V vocabulary rows of this rank (the last rank's padding rows are left
+out).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ def _chunk(vocabulary: int, element: int) -> int:
 
 
 def _logits(hidden_NH: Tensor, weight_VH: Tensor, temperature_N: Tensor) -> Tensor:
-    """`[N, V]` in fp32 or wider; on CUDA the product itself accumulates into fp32, without a rounding to bf16 between."""
+    """`[N, V]` in fp32 or wider; on CUDA the product itself accumulates into fp32, without a
+    rounding to bf16 between.
+    """
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     if hidden_NH.is_cuda and hidden_NH.dtype != wide:
         logits = torch.mm(hidden_NH, weight_VH.mT, out_dtype=wide)
@@ -41,7 +46,9 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, temperature_N: Tensor) -> Tens
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Backward returns this rank's part of the hidden states' gradient; the caller's region sums the parts over TP."""
+    """Backward returns this rank's part of the hidden states' gradient; the caller's region sums
+    the parts over TP.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -108,8 +115,10 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(logprob_N, entropy_N) of `target_N`, predicted from the hidden states at `predictor_N`.
 
-    hidden_S1H: the last stage's output, split along S under sequence parallelism. weight_VH: this TP rank's rows. vocab_size: the true
-    one; rows beyond it are padding and take no part. group: the TP group. Gradients flow to hidden_S1H and, if it asks, weight_VH.
+    hidden_S1H: the last stage's output, split along S under sequence parallelism.
+    weight_VH: this TP rank's rows.
+    vocab_size: the true one; rows beyond it are padding and take no part.
+    group: the TP group. Gradients flow to hidden_S1H and, if it asks, weight_VH.
     """
     hidden_SH = hidden_S1H[:, 0]
     if sequence_parallel:
@@ -138,9 +147,11 @@ def most_likely(
     group: ProcessGroup,
     sequence_parallel: bool,
 ) -> Tensor:
-    """int64 `[N, count]`: ids of the most likely tokens after the hidden states at `predictor_N`, most likely first, on every TP rank.
+    """int64 `[N, count]`: ids of the most likely tokens after the hidden states at `predictor_N`,
+    most likely first, on every TP rank.
 
-    Arguments as for `linear_logprob`; logits exist a chunk at a time here, too. No temperature changes the order.
+    Arguments as for `linear_logprob`; logits exist a chunk at a time here, too. No temperature
+    changes the order.
     """
     hidden_SH = hidden_S1H[:, 0]
     if sequence_parallel:
@@ -173,7 +184,9 @@ def best_of_shard(z_NV: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]
 
 
 def best_of_all(best: Tensor, ids: Tensor, count: int) -> Tensor:
-    """`[N, count]` ids, best first, from what the shards found, side by side: the best of all is the best of its own shard."""
+    """`[N, count]` ids, best first, from the shards' results side by side. The best of all is the
+    best of its own shard.
+    """
     return ids.gather(1, best.topk(count, dim=1).indices)
 
 

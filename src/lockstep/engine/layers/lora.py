@@ -1,8 +1,9 @@
-"""Low-rank adapters on the parallel linears: `y = W x + alpha/r * B A x`, one A and B for each Hugging Face module.
+"""Low-rank adapters on the parallel linears: `y = W x + alpha/r * B A x`, with one A and B for each
+Hugging Face module.
 
-A fused Megatron weight (query, key, value; gate, up) carries one adapter per Hugging Face module. They are applied together: the As
-stacked, the Bs as one block-diagonal matrix whose rows are put in the weight's own row order, so the extra work is two thin matrix
-products however many modules were fused.
+A fused Megatron weight (query, key, value; gate, up) carries one adapter per Hugging Face module.
+They are applied together: the As stacked, and the Bs as one block-diagonal matrix in the weight's
+own row order. The extra work is two thin matrix products, however many modules were fused.
 
 Source: LoRA, arXiv 2106.09685; initial values as in Hugging Face PEFT (A Kaiming-uniform, B zero).
 Shapes: S sequence, I input features, O output rows of this rank, T targets, R rank, E experts of this rank.
@@ -27,7 +28,9 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face module inside a Megatron weight: its target name and the weight's rows (of this rank) that belong to it."""
+    """One Hugging Face module inside a Megatron weight: its target name and the weight's rows (of
+    this rank) that belong to it.
+    """
 
     target: str
     rows: tuple[int, ...]
@@ -36,7 +39,9 @@ class Part:
 def _parameters(
     parts: Sequence[Part], rank: int, features: int, weight: Tensor, experts: tuple[int, ...] = ()
 ) -> tuple[nn.ParameterDict, nn.ParameterDict]:
-    """As and Bs by target, zeros, in the order of the parts (a ParameterDict made from a dict would sort them)."""
+    """As and Bs by target, zeros, in the order of the parts (a ParameterDict made from a dict would
+    sort them).
+    """
     options = {"dtype": weight.dtype, "device": weight.device}
     lora_a, lora_b = nn.ParameterDict(), nn.ParameterDict()
     for part in parts:
@@ -46,7 +51,9 @@ def _parameters(
 
 
 def row_order(parts: Sequence[Part], rows: int) -> Tensor | None:
-    """Where each row of the weight lies among the parts' rows laid end to end (rows of no part: after them). None when in order."""
+    """The index of each row of the weight among the parts' rows laid end to end. Rows of no part
+    come after them. None when in order.
+    """
     order = torch.full((rows,), -1, dtype=torch.long)
     count = 0
     for part in parts:
@@ -70,7 +77,9 @@ class _Adapter(nn.Module):
         return torch.cat(list(self.lora_A.values()))
 
     def blocked_b(self) -> Tensor:
-        """`[O, T*R]`: block-diagonal Bs, rows in the weight's order, zero rows where no target lies."""
+        """`[O, T*R]`: block-diagonal Bs, rows in the weight's order, zero rows where no target
+        lies.
+        """
         b = torch.block_diag(*self.lora_B.values())
         if b.shape[0] < self.rows:
             b = F.pad(b, (0, 0, 0, self.rows - b.shape[0]))
@@ -85,7 +94,9 @@ class _ParallelAdapter(_Adapter):
 
 
 class ColumnAdapter(_ParallelAdapter):
-    """A is whole on every rank, B holds this rank's rows. Under sequence parallelism A's gradient is partial (`gradients.RULES`)."""
+    """A is whole on every rank, B holds this rank's rows. Under sequence parallelism A's gradient
+    is partial (`gradients.RULES`).
+    """
 
     def forward(self, x_SI: Tensor, y_SO: Tensor) -> Tensor:
         h_SR = F.linear(x_SI, self.stacked_a())
@@ -109,17 +120,21 @@ class RowAdapter(_ParallelAdapter):
 
 
 class LocalAdapter(_Adapter):
-    """For a matrix whose input is whole on every rank already: no communication; A's gradient is this rank's part."""
+    """For a matrix whose input is whole on every rank already: no communication; A's gradient is
+    this rank's part.
+    """
 
     def forward(self, x_SI: Tensor, y_SO: Tensor) -> Tensor:
         return torch.add(y_SO, F.linear(F.linear(x_SI, self.stacked_a()), self.blocked_b()), alpha=self.scale)
 
 
 class ExpertAdapter(nn.Module):
-    """Adapters of one stacked expert weight `[E, O, I]`: A `[E, R, I]` and B `[E, O_t, R]` per target.
+    """Adapters of one stacked expert weight `[E, O, I]`: A `[E, R, I]` and B `[E, O_t, R]` per
+    target.
 
-    Gives the two stacked matrices; the experts run them through the same grouped product as the weight itself. No communication:
-    with experts' matrices split, the sum over ranks that finishes the experts' output finishes the adapter's too.
+    Gives the two stacked matrices; the experts run them through the same grouped product as the
+    weight itself. No communication: with experts' matrices split, the sum over ranks that finishes
+    the experts' output finishes the adapter's too.
     """
 
     def __init__(self, weight_EOI: Tensor, parts: Sequence[Part], rank: int, scale: float) -> None:
@@ -129,7 +144,8 @@ class ExpertAdapter(nn.Module):
         self.lora_A, self.lora_B = _parameters(parts, rank, features, weight_EOI, (experts,))
         order = row_order(parts, self.rows)
         self.order = None if order is None else order.to(weight_EOI.device)
-        # grouped_mm wants rows of a multiple of 16 bytes; zero columns make odd ranks fit and change nothing.
+        # grouped_mm wants rows of a multiple of 16 bytes; zero columns make odd ranks fit and
+        # change nothing.
         self.pad = -(rank * len(parts)) % 8
 
     def stacked(self) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
-"""Mixture of experts: routed experts as stacked matrices on grouped products, spread over expert-parallel ranks, plus a shared expert.
+"""Mixture of experts: routed experts as stacked matrices on grouped products, spread over
+expert-parallel ranks, plus a shared expert.
 
-Every rank brings its own tokens (a shard of the sequence; without sequence parallelism the layer splits and joins the sequence itself,
-so that there is one way of working). Tokens go to the ranks that hold their experts and come back (`dispatch.py`).
+Every rank brings its own tokens, a shard of the sequence. Without sequence parallelism the layer
+splits and joins the sequence itself, so there is one way of working. Tokens go to the ranks that
+hold their experts and come back (`dispatch.py`).
 
-Shapes: T tokens of this rank, K experts per token, P = T*K pairs, E experts of this rank, H hidden, F expert width of this rank,
-G rows of the grouped products (pairs and alignment).
+Shapes: T tokens of this rank, K experts per token, P = T*K pairs, E experts of this rank, H hidden,
+F expert width of this rank, G rows of the grouped products (pairs and alignment).
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ from lockstep.engine.parallel.context import share
 from lockstep.engine.routed_experts import Replay
 
 ALIGN = 8
-"""Rows of one expert are filled up to a multiple of this: grouped kernels want groups that start at 16-byte boundaries."""
+"""Rows of one expert are filled up to a multiple of this: grouped kernels want groups that start at
+16-byte boundaries.
+"""
 
 
 def grouped(x_GI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`[G, O]`: rows up to `offsets[0]` times expert 0's matrix transposed, and so on; `offsets[-1]` is G.
+    """`[G, O]`: rows up to `offsets[0]` times expert 0's matrix transposed, and so on.
+    `offsets[-1]` is G.
 
-    PyTorch's grouped_mm where it has the type: bf16 anywhere, fp32 on CPU. Other types run expert by expert, the reference.
+    PyTorch's grouped_mm where it has the type: bf16 anywhere, fp32 on CPU. Other types run expert
+    by expert, the reference.
     """
     if x_GI.dtype == torch.bfloat16 or (x_GI.dtype == torch.float32 and not x_GI.is_cuda):
         return F.grouped_mm(x_GI, weight_EOI.transpose(1, 2), offs=offsets_E)
@@ -52,7 +58,9 @@ def grouped_reference(x_GI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Te
 
 
 class Experts(MegatronModule):
-    """This rank's routed experts: `w1` `[E, 2F, H]` (gate rows, then up rows) and `w2` `[E, H, F]`, with optional adapters."""
+    """This rank's routed experts: `w1` `[E, 2F, H]` (gate rows, then up rows) and `w2` `[E, H, F]`,
+    with optional adapters.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
@@ -74,7 +82,9 @@ class Experts(MegatronModule):
         return torch.add(y_GO, grouped(grouped(x_GI, a, offsets_E), b, offsets_E), alpha=adapter.scale)
 
     def forward(self, x_TH: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
-        """`[P, H]`: expert `expert_P` (numbered on this rank) applied to row `token_P` of `x_TH`, pair by pair."""
+        """`[P, H]`: expert `expert_P` (numbered on this rank) applied to row `token_P` of `x_TH`,
+        pair by pair.
+        """
         slot_P, source_G, offsets_E = layout(token_P, expert_P, self.count, len(x_TH))
         rows_GH = torch.cat((x_TH, x_TH.new_zeros(1, x_TH.shape[1])))[source_G]
         active = gated_silu(self._product(rows_GH, self.w1, self.w1_adapter, offsets_E))
@@ -82,10 +92,11 @@ class Experts(MegatronModule):
 
 
 def layout(token_P: Tensor, expert_P: Tensor, experts: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How pairs are laid out for the grouped products, without asking the device for numbers.
+    """Row layout for the grouped matmuls, computed without a device-to-host sync.
 
-    Returns slot_P (row of each pair), source_G (token of each row, `tokens` for filling rows), offsets_E (int32, end of each expert's
-    rows; the last expert takes the unused rows at the end, so that every row is computed from something).
+    Returns slot_P (row of each pair), source_G (token of each row, `tokens` for filling rows) and
+    offsets_E (int32, end of each expert's rows). The last expert takes the unused rows at the end,
+    so that every row is computed from something.
     """
     pairs, here = len(token_P), token_P.device
     rows = -(-pairs // ALIGN) * ALIGN + ALIGN * experts
@@ -103,7 +114,9 @@ def layout(token_P: Tensor, expert_P: Tensor, experts: int, tokens: int) -> tupl
 
 
 class SharedExpert(GatedMLP):
-    """An ordinary MLP on all tokens, weighted by a sigmoid gate of its own. Like the routed experts it works on sequence shards."""
+    """An ordinary MLP on all tokens, weighted by a sigmoid gate of its own. Like the routed experts
+    it works on sequence shards.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         own = copy.copy(config)
@@ -121,7 +134,9 @@ class SharedExpert(GatedMLP):
 
 
 class MoE(MegatronModule):
-    """The MLP of a mixture-of-experts layer. `number` counts such layers over the whole model (set by `build`)."""
+    """The MLP of a mixture-of-experts layer. `number` counts such layers over the whole model (set
+    by `build`).
+    """
 
     number = 0
 
@@ -146,7 +161,9 @@ class MoE(MegatronModule):
         return out, None
 
     def _route(self, x_TH: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """(weights, experts) of this rank's share of the row; what was replayed is noted with the row."""
+        """(weights, experts) of this rank's share of the row; what was replayed is noted with the
+        row.
+        """
         if row.experts_SLK is None:
             return self.router(x_TH, None)[:2]
         first = self.group.rank() * len(x_TH) if self.group.size() > 1 else 0

@@ -1,4 +1,5 @@
-"""RMS norm for every place a Qwen model has one: the stream, query and key heads, the gated output of a linear-attention head.
+"""RMS norm for every use in a Qwen model: the stream, query and key heads, the gated output of a
+linear-attention head.
 
 Shapes: ... any leading dims, H normalised dim.
 """
@@ -13,7 +14,9 @@ from lockstep.engine.layers.compiled_ops import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * w`, or `* (1 + w)` in families whose norms are stored zero-centred. Computed in fp32, rounded once."""
+    """`x / rms(x) * w`, or `* (1 + w)` in families whose norms are stored zero-centred. Computed in
+    fp32, rounded once.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""The router of a mixture of experts: which experts each token goes to, and with what weights. In fp32.
+"""The router of a mixture of experts: which experts each token goes to, and with what weights. In
+fp32.
 
-Routing replay goes through Megatron-Core's RouterReplay: the choice comes from the rollout, the weights always from the live router,
-so the router's gradient is that of the replayed choice. (Megatron's own router can't be used without TransformerEngine: it calls a
-function that only exists there.)
+Replay uses Megatron-Core's RouterReplay. The choice comes from the rollout, and the weights always
+come from the live router. So the router's gradient is that of the replayed choice. (Megatron's own
+router can't be used without TransformerEngine: it calls a function that only exists there.)
 
 Shapes: T tokens of this rank, H hidden, E experts, K experts per token.
 """
@@ -26,7 +27,9 @@ def _top(scores: Tensor, topk: int, num_groups: int | None = None, group_topk: i
 
 
 class Router(nn.Module):
-    """softmax over all experts, then top K; or top K, then softmax over those (`norm_topk_prob`, the same as dividing by their sum)."""
+    """softmax over all experts, then top K; or top K, then softmax over those (`norm_topk_prob`,
+    the same as dividing by their sum).
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -43,8 +46,10 @@ class Router(nn.Module):
         self.replay = RouterReplay()
 
     def forward(self, x_TH: Tensor, replayed_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weights, experts, own choices), all `[T, K]`. replayed_TK: int64, replay these choices; only then, and not when activations are
-        computed a second time, is there the third: what this router would have picked, in any order.
+        """(weights, experts, own choices), all `[T, K]`.
+
+        replayed_TK: int64, the choices to replay. With these, and outside a second computation of
+            activations, the third result holds this router's own choices, in any order.
         """
         logits_TE = F.linear(wide(x_TH), wide(self.weight))
         scores_TE = logits_TE if self.normalise else logits_TE.softmax(-1)

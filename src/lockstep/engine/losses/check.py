@@ -14,9 +14,10 @@ _PAIRS, _SEQUENCES = 24, 4
 
 @cache
 def check_loss(loss: PolicyLoss) -> None:
-    """Raise ConfigError unless the loss gives a finite value for each pair, and every advantage other than 0 a gradient.
+    """Raise ConfigError unless the loss gives a finite value for each pair, and every advantage
+    other than 0 a gradient.
 
-    The ratio is 1 in this trial, as it is in the first update of a step: no clip cuts a gradient there.
+    The ratio is 1 in this trial, as in the first update of a step. So no clip cuts a gradient.
     """
     generator = torch.Generator().manual_seed(0)
     logprob_P = -torch.rand(_PAIRS, generator=generator, dtype=torch.float64) - 0.1

@@ -1,17 +1,18 @@
-"""A row's loss: the policy loss of `lockstep.losses`, importance correction and KL penalty, with metrics, all as sums over pairs.
+"""A row's loss: the policy loss of `lockstep.losses`, importance correction and KL penalty, with
+metrics, all as sums over pairs.
 
 The caller divides by the global weight.
 
-A *pair* is a sampled token together with one of the sequences that own it (siblings in a prefix tree may share a
-computed token). Since every value here is a sum over pairs, k micro-batches on d ranks add up to exactly what one big
-batch gives.
+A *pair* is a sampled token with a sequence that owns the token. Siblings in a prefix tree may share
+a computed token. Every value here is a sum over pairs, so k micro-batches on d ranks add up exactly
+to one big batch.
 
-Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that came in (fp32 or fp64),
-natural logs.
+Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that
+came in (fp32 or fp64), natural logs.
 
-Sources: k3 estimator: J. Schulman, "Approximating
-KL divergence" (2020), as a penalty in GRPO arXiv 2402.03300; truncated importance sampling: Ionides 2008 and, between
-engines, "Your efficient RL framework secretly brings you off-policy RL training" (2025); IcePop: arXiv 2510.18855.
+Sources: k3 estimator: J. KL: Schulman, "Approximating KL divergence" (2020), as a penalty in GRPO,
+arXiv 2402.03300. Truncated importance sampling: Ionides 2008 and, between engines, "Your efficient
+RL framework secretly brings you off-policy RL training" (2025). IcePop: arXiv 2510.18855.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lockstep.losses.base import Clips, LossInputs, mean_by_sequence
 
 @dataclass(frozen=True)
 class Scored:
-    """What the engine knows about one row's scored tokens. One device; floats in one dtype."""
+    """The engine's values for one row's scored tokens. One device; floats in one dtype."""
 
     new_N: Tensor  # logprobs of the policy being trained, with gradient, logits already divided by the temperature
     sampling_N: Tensor  # the server's logprobs
@@ -56,9 +57,11 @@ class LossSums:
 
 
 def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference) per token, `r - 1 - log r` with r = reference/new; never negative.
+    """k3 estimate of KL(policy || reference) per token, `r - 1 - log r` with r = reference/new.
+    never negative.
 
-    It is unbiased for tokens sampled from `new`. Its gradient `(1 - r) d log new` is used as the penalty's, as in GRPO.
+    It is unbiased for tokens sampled from `new`. Its gradient `(1 - r) d log new` is used as the
+    penalty's, as in GRPO.
     """
     difference = reference - new
     return torch.expm1(difference) - difference
@@ -70,8 +73,8 @@ def truncated(log_weight: Tensor, floor: float, cap: float) -> Tensor:
 
 
 def masked(log_weight: Tensor, floor: float, cap: float) -> Tensor:
-    """Masked importance weight: w inside [floor, cap], else 0. With floor 0 only large weights are dropped; IcePop sets
-    a floor too.
+    """Masked importance weight: w inside [floor, cap], else 0. With floor 0 only large weights are
+    dropped; IcePop sets a floor too.
     """
     weight = log_weight.exp()
     return torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
@@ -81,8 +84,8 @@ _CORRECTIONS = {"truncated": truncated, "masked": masked, "icepop": masked}
 
 
 def importance_weight_P(scored: Scored, config: TrainConfig) -> Tensor | None:
-    """Detached weight trainer/server of each pair, or None without a correction. A loss by sequence uses the sequence's
-    geometric mean.
+    """Detached weight trainer/server of each pair, or None without a correction. A loss by sequence
+    uses the sequence's geometric mean.
     """
     if config.importance_correction is None:
         return None
@@ -93,10 +96,11 @@ def importance_weight_P(scored: Scored, config: TrainConfig) -> Tensor | None:
 
 
 def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
-    """The loss of one row: a weighted sum over its pairs of policy loss and KL penalty, with metrics as sums.
+    """The loss of one row: a weighted sum over its pairs of policy loss and KL penalty, with
+    metrics as sums.
 
-    Raises ConfigError if kl_coef > 0 and no reference logprobs came (a penalty is never silently off), or the other way
-    round.
+    Raises ConfigError if kl_coef > 0 and no reference logprobs came (a penalty is never silently
+    off), or the other way round.
     """
     if (config.kl_coef > 0) != (scored.reference_N is not None):
         raise ConfigError(f"kl_coef = {config.kl_coef} needs reference logprobs if and only if it is above 0")
@@ -136,7 +140,7 @@ def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str,
 
 
 def compared_sums(scored: Scored) -> dict[str, Tensor]:
-    """How far the server's log-probabilities are from these, as sums.
+    """The distance of the server's log-probabilities from these, as sums.
 
     Only those of the weights before the first update compare the server with the trainer.
     """
@@ -157,7 +161,9 @@ def compared_sums(scored: Scored) -> dict[str, Tensor]:
 
 
 def _current(scored: Scored) -> Tensor:
-    """1 for tokens that tell what server and trainer compute differently, 0 for older ones, where the policy moved too."""
+    """1 for tokens that tell what server and trainer compute differently, 0 for older ones, where
+    the policy moved too.
+    """
     current_N = scored.current_N
     return torch.ones_like(scored.sampling_N) if current_N is None else current_N.to(scored.sampling_N.dtype)
 
@@ -177,9 +183,11 @@ def compared_maxima(scored: Scored) -> dict[str, Tensor]:
 
 
 def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(sums, maxima) over this rank's micro-batches. All-reduce both (SUM, MAX) before `finish_metrics`.
+    """(sums, maxima) over this rank's micro-batches. All-reduce both (SUM, MAX) before
+    `finish_metrics`.
 
-    Raises ValueError for an empty list: every rank takes part with at least one row, if need be of padding.
+    Raises ValueError for an empty list: every rank takes part with at least one row, if need be of
+    padding.
     """
     if not parts:
         raise ValueError("no micro-batch to reduce")
@@ -191,15 +199,17 @@ def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str,
 def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Metrics of a step from its global sums, over all its updates.
 
-    loss, loss_policy, kl_reference: means over pairs by weight. clip_fraction: share of pairs whose weight or gradient
-    was clipped.
-    kl: k3 estimate of KL(sampling policy || scored policy), nats per token. mismatch: mean |log-probability difference|
-    between trainer and server, nats, over the tokens that the step trained now has sampled (in older ones the policy's
-    own change shows too; without any there is no such metric); mismatch_pct: the same over the mean |log-probability|,
-    in percent; mismatch_max: the largest; mismatch_kl: `kl` over the same tokens. ess: effective
-    sample size of the importance weights trainer/server, as a share of the tokens (1: on-policy). entropy: nats per
-    token. ratio_mean, ratio_max: new/old. rollout_top1_overlap, rollout_top20_overlap: share of the server's most likely tokens that are
-    also the trainer's, where the rollouts bring them (`batching/top_logprobs.py`), over the same tokens as `mismatch`.
+    loss, loss_policy, kl_reference: means over pairs by weight. clip_fraction: share of pairs whose
+    weight or gradient was clipped. kl: k3 estimate of KL(sampling policy || scored policy), nats
+    per token. mismatch: mean |log-probability difference| between trainer and server, nats, over
+    the tokens that the step trained now has sampled. In older tokens the policy's own change would
+    show; without any there is no such metric. mismatch_pct: the same over the mean
+    |log-probability|, in percent. mismatch_max: the largest difference. mismatch_kl: `kl` over the
+    same tokens. ess: effective sample size of the importance weights trainer/server, as a share of
+    the tokens (1: on-policy). entropy: nats per token. ratio_mean, ratio_max: new/old.
+    rollout_top1_overlap, rollout_top20_overlap: share of the server's most likely tokens that are
+    also the trainer's (`batching/top_logprobs.py`). They cover the same tokens as `mismatch`, where
+    rollouts bring them.
     """
     value = {name: float(total) for name, total in sums.items()}
     weight, tokens, pairs, compared = (value[name] or 1.0 for name in ("weight", "tokens", "pairs", "compared"))
@@ -239,8 +249,8 @@ def scored_tensors(
     old_N: Tensor | None = None,
     reference_N: Tensor | None = None,
 ) -> Scored:
-    """Put a row's numpy side on the device and dtype of `new_N`. `old_N` None: the ratio divides by the server's
-    logprobs.
+    """Put a row's numpy side on the device and dtype of `new_N`. `old_N` None: the ratio divides by
+    the server's logprobs.
     """
 
     def floats(values: object) -> Tensor:

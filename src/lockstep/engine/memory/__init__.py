@@ -1,1 +1,1 @@
-"""What leaves the device while others use it, and what the backward pass computes again."""
+"""Offloading from the device while others use it, and recomputation in the backward pass."""

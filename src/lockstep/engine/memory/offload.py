@@ -1,8 +1,8 @@
 """The trainer's memory on the device, and its copies on the host while the server has the GPU.
 
-What is moved are storages, not tensors: a storage is emptied and later filled again in place, so that everything that looks into it
-(views, the flat buffers that parameters live in, the hooks that add up gradients) stays as it is. Nothing else may use the device's
-copy in between. On a CPU the same code moves bytes from one place of the host to another: only its effect can be seen there.
+Storages are emptied and refilled in place, so views, flat parameter buffers and gradient hooks stay
+valid. Do not touch the tensors while they are offloaded. Nothing else may use the device's copy in
+between. On a CPU this copies host memory; it exists for testing.
 
 `benchmarks/colocated.py` measures the pinned copies and the freed memory on a GPU.
 """
@@ -22,8 +22,10 @@ from lockstep.errors import TrainerError
 
 @dataclass
 class _Held:
-    """One storage of the device. `zeros`: it holds nothing between two verbs, so that it is not copied but cleared. `fixed`: nothing ever
-    changes it, so that its copy on the host stays right.
+    """One storage of the device.
+
+    `zeros`: it holds nothing between two verbs, so that it is not copied but cleared.
+    `fixed`: nothing ever changes it, so that its copy on the host stays right.
     """
 
     name: str
@@ -63,7 +65,8 @@ class Offload:
         return "weights" if any(storage.away for storage in self.optimizer) else "here"
 
     def out(self, *, keep_weights: bool) -> int:
-        """Empty the device of the optimizer's state and gradients and, unless `keep_weights`, of the model. Returns bytes freed.
+        """Empty the device of the optimizer's state and gradients and, unless `keep_weights`, of
+        the model. Returns bytes freed.
 
         Raises TrainerError when the host has no room for the copies; nothing is moved then.
         """
@@ -109,7 +112,9 @@ class Offload:
         return sum(storage.nbytes for storage in coming)
 
     def on_host(self, bucket: int, kind: str) -> Tensor | None:
-        """The optimizer's `kind` ("master", ...) of a bucket, from its copy on the host; None while the device has it."""
+        """The optimizer's `kind` ("master", ...) of a bucket, from its copy on the host; None while
+        the device has it.
+        """
         state = next(storage for storage in self.optimizer if storage.name == _name(bucket, kind))
         if not state.away:
             return None
@@ -117,7 +122,9 @@ class Offload:
         return state.host.view(getattr(self.buckets[bucket], kind).dtype)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: of these storages on the device now, of their host copies, and what the device has free and in all."""
+        """Bytes: of these storages on the device now, of their host copies, and what the device has
+        free and in all.
+        """
         storages = self.optimizer + self.weights
         free, total = torch.cuda.mem_get_info() if CUDA else (host_free(), 0)
         return {
@@ -140,7 +147,9 @@ def _fill(storage: _Held) -> None:
 
 
 def _of_optimizer(trainer: TrainerState) -> Iterator[tuple[str, Tensor, bool]]:
-    """Gradients are zero between two steps (`Optimizer.step` clears them, and so does whatever refuses a step)."""
+    """Gradients are zero between two steps (`Optimizer.step` clears them, and so does whatever
+    refuses a step).
+    """
     for number, bucket in enumerate(trainer.optimizer.buckets):
         for kind in ("master", "exp_avg", "exp_avg_sq", "gradients"):
             yield _name(number, kind), getattr(bucket, kind), kind == "gradients"
@@ -151,7 +160,9 @@ def _name(bucket: int, kind: str) -> str:
 
 
 def _of_model(trainer: TrainerState) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether it is fixed: the base under adapters, which nothing is ever merged into)."""
+    """(name, tensor, whether it is fixed: the base under adapters, which nothing is ever merged
+    into).
+    """
     for number, bucket in enumerate(trainer.optimizer.buckets):
         yield f"weights of bucket {number}", bucket.weights, False
     for name, parameter in trainer.model.named_parameters():

@@ -1,7 +1,8 @@
-"""Which layers recompute their activations in the backward pass: as few as memory allows, decided for each batch.
+"""The layers that recompute their activations in the backward pass: as few as memory allows,
+decided for each batch.
 
-Recomputing every layer costs a second forward pass, a third of the work of a LoRA step. Layers near the output are the ones that keep
-their activations: the backward pass frees them first.
+Recomputing every layer costs a second forward pass, a third of the work of a LoRA step. Layers near
+the output are the ones that keep their activations: the backward pass frees them first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lockstep.models.activations import MARGIN, kept_elements
 
 
 def layers_that_fit(bytes_per_layer: list[int], available: int) -> int:
-    """How many of the last layers may keep their activations in `available` bytes, one more layer's being recomputed meanwhile."""
+    """The number of last layers that may keep their activations in `available` bytes, while one
+    more layer is recomputed.
+    """
     spare = available - max(bytes_per_layer)
     count = 0
     for size in reversed(bytes_per_layer):
@@ -38,10 +41,12 @@ def _available() -> int:
 
 
 def plan(trainer: TrainerState, tokens: int) -> int:
-    """Set each layer's `recompute` for rows of up to `tokens` tokens; returns how many layers recompute.
+    """Set each layer's `recompute` for rows of up to `tokens` tokens; returns how many layers
+    recompute.
 
-    A fixed setting (`Settings.recompute`) stays as it is. Several pipeline stages hold many rows at once and always recompute, and so
-    do all ranks alike: a layer that ran its collectives again on one rank alone would hang the others.
+    A fixed setting (`Settings.recompute`) stays as it is. Several pipeline stages hold many rows at
+    once and always recompute. All ranks decide alike: a layer that ran its collectives again on one
+    rank alone would hang the others.
     """
     layers: list[Any] = list(trainer.model.decoder.layers)
     if trainer.settings.recompute is not None or not CUDA:

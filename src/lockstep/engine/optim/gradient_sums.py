@@ -1,8 +1,9 @@
-"""Which ranks' gradients of a parameter are parts of one sum, as a table.
+"""The ranks whose gradients of a parameter are parts of one sum, as a table.
 
-Every rank's backward pass gives the gradient of the loss of its own rows. On top of that some parameters that are the same on all
-tensor-parallel ranks see only part of the work there: a share of the sequence, or of the heads. Their gradients are summed over those
-ranks; everything is then summed over the context- and data-parallel ranks (experts: over the ranks that hold the same experts).
+Every rank's backward pass gives the gradient of the loss of its own rows. Some parameters that are
+equal on all tensor-parallel ranks see only part of the work there: a share of the sequence, or of
+the heads. Their gradients are summed over those ranks. Everything is then summed over the context-
+and data-parallel ranks; experts over the ranks that hold the same experts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ When = Literal["always", "sequence", "stages"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name matches `pattern` are summed over `over`. "sequence": only under sequence parallelism. "stages": only when
-    a tied embedding lives on two pipeline stages."""
+    """Parameters whose name matches `pattern` are summed over `over`. "sequence": only under
+    sequence parallelism. "stages": only when a tied embedding lives on two pipeline stages.
+    """
 
     pattern: str
     over: Sum
@@ -68,7 +70,9 @@ RULES = (
 
 
 def sum_over(name: str, parallel: Parallel, tied: bool) -> Sum:
-    """Over which ranks the gradient of the parameter `name` must be summed before data parallelism. First matching rule decides."""
+    """Over which ranks the gradient of the parameter `name` must be summed before data parallelism.
+    First matching rule decides.
+    """
     holds = {"always": True, "sequence": parallel.sequence_parallel, "stages": tied and parallel.pipeline > 1}
     for rule in RULES:
         if holds[rule.when] and re.search(rule.pattern, name):
@@ -85,14 +89,18 @@ def sum_group(over: Sum) -> ProcessGroup | None:
 
 
 def replica_group(trainable: Trainable) -> ProcessGroup:
-    """The ranks that hold the same part of this parameter and see different rows, or different tokens of them."""
+    """The ranks that hold the same part of this parameter and see different rows, or different
+    tokens of them.
+    """
     if trainable.domain.startswith("expert"):
         return groups.expert_data()
     return groups.replicas()
 
 
 def counts_here(trainable: Trainable, over: Sum) -> bool:
-    """True on one of the ranks that hold the same part, so that the global norm counts every element once (replicas aside)."""
+    """True on one of the ranks that hold the same part, so that the global norm counts every
+    element once (replicas aside).
+    """
     if over == "embedding" and trainable.name.startswith("output_layer"):
         return False
     if trainable.domain == "replicated":

@@ -1,11 +1,14 @@
-"""AdamW (and plain SGD) with fp32 masters, gradients summed over ranks, state split over replicas (ZeRO-1).
+"""AdamW (and plain SGD) with fp32 masters, gradients summed over ranks, state split over replicas
+(ZeRO-1).
 
-Parameters that are summed and replicated alike share a bucket: one flat buffer of weights that the model's parameters are views of,
-and one flat fp32 buffer of gradients, filled by a hook as each gradient appears. A step sums the gradients so that each replica gets
-one slice of the sum, updates its slice of masters and moments, and gathers the new weights. With one replica the slice is everything.
+Parameters that are summed and replicated alike share a bucket. A bucket is a flat buffer of
+weights, of which the parameters are views, and a flat fp32 buffer of gradients, which hooks fill. A
+step sums the gradients so that each replica gets one slice of the sum. The replica updates its
+slice of masters and moments and gathers the new weights. With one replica the slice is everything.
 
-Formulas: AdamW as in arXiv 1711.05101 and torch.optim.AdamW (decoupled decay, bias correction, eps outside the root); clipping by the
-global norm as in torch.nn.utils.clip_grad_norm_. State is fp32 (fp64 for fp64 models).
+Formulas: AdamW as in arXiv 1711.05101 and torch.optim.AdamW (decoupled decay, bias correction, eps
+outside the root). Clipping by the global norm as in torch.nn.utils.clip_grad_norm_. State is fp32
+(fp64 for fp64 models).
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ STRIDE = 1 << 24
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What one update uses. `max_norm` None: no clipping. kind "sgd": `w -= lr * (g + weight_decay * w)`."""
+    """The hyperparameters of one update. `max_norm` None: no clipping. kind "sgd": `w -= lr * (g +
+    weight_decay * w)`.
+    """
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.99)
@@ -47,7 +52,9 @@ class OptimizerStep:
 
 
 class Bucket:
-    """Parameters with the same gradient sums, dtype and weight decay. `low:high` is this replica's slice of the flat buffers."""
+    """Parameters with the same gradient sums, dtype and weight decay. `low:high` is this replica's
+    slice of the flat buffers.
+    """
 
     def __init__(
         self,
@@ -108,7 +115,9 @@ class Bucket:
             dist.all_gather_into_tensor(self.weights, own.clone(), group=self.group)
 
     def slices(self) -> Iterator[tuple[Trainable, int, int, slice]]:
-        """(parameter, first, last element of it, where they lie in the state) for what this replica holds."""
+        """(parameter, first, last element of it, where they lie in the state) for what this replica
+        holds.
+        """
         for trainable, offset in zip(self.trainables, self.offsets, strict=True):
             first = max(self.low, offset)
             last = min(self.high, offset + trainable.parameter.numel())
@@ -119,8 +128,8 @@ class Bucket:
 def make_buckets(
     trainables: Sequence[Trainable], parallel: Parallel, tied: bool, master: torch.dtype | None = None
 ) -> list[Bucket]:
-    """Group parameters by what their gradients need, dtype and weight decay. The order, and so every collective, is the same on all
-    ranks of a group.
+    """Group parameters by what their gradients need, dtype and weight decay. The order, and so
+    every collective, is the same on all ranks of a group.
     """
     grouped: dict[tuple[object, ...], list[Trainable]] = {}
     for trainable in trainables:
@@ -143,7 +152,10 @@ def make_buckets(
 
 
 class Optimizer:
-    """The trainable set of this rank and its state. master: dtype of masters and moments; None: the weights', fp32 at least."""
+    """The trainable set of this rank and its state.
+
+    master: dtype of masters and moments; None: the weights', fp32 at least.
+    """
 
     def __init__(
         self, trainables: Sequence[Trainable], parallel: Parallel, tied: bool, master: torch.dtype | None = None
@@ -158,7 +170,9 @@ class Optimizer:
             bucket.gradients.zero_()
 
     def reduce(self) -> float:
-        """Sum gradients over ranks and return their global norm. Raises TrainerError naming a parameter if it is not finite."""
+        """Sum gradients over ranks and return their global norm. Raises TrainerError naming a
+        parameter if it is not finite.
+        """
         total = torch.zeros((), dtype=torch.float64, device=device())
         for bucket in self.buckets:
             gradient = bucket.reduce()
@@ -182,7 +196,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rates: OptimizerStep, norm: float) -> None:
-        """One update with the gradients `reduce` summed; they are cleared. `norm` is what `reduce` returned."""
+        """One update with the gradients `reduce` summed; they are cleared. `norm` is what `reduce`
+        returned.
+        """
         self.count += 1
         scale = 1.0 if rates.max_norm is None else min(1.0, rates.max_norm / (norm + 1e-6))
         update = _adamw if rates.kind == "adamw" else _sgd

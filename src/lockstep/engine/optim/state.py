@@ -1,4 +1,5 @@
-"""The optimizer's state on disk: `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` by Hugging Face or adapter tensor name.
+"""The optimizer's state on disk: `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` by Hugging
+Face or adapter tensor name.
 
 Independent of the parallel layout: written at one, read at any other, bit for bit.
 """
@@ -27,17 +28,21 @@ def _owns(bucket: Bucket) -> bool:
 
 
 OnHost = Callable[[int, str], torch.Tensor | None]
-"""(number of a bucket, kind) to that part of the state, on the host, where the device does not have it (`offload.py`); else None."""
+"""(number of a bucket, kind) to that part of the state on the host, where the device does not have
+it (`offload.py`); else None.
+"""
 
 
 def write_state(
     optimizer: Optimizer, folder: Path, shapes: Mapping[str, Sequence[int]], on_host: OnHost | None = None
 ) -> None:
-    """Write the state of all ranks to `folder/optimizer.safetensors`, which must not exist. Collective; returns on all ranks together.
+    """Write the state of all ranks to `folder/optimizer.safetensors`, which must not exist.
+    Collective; returns on all ranks together.
 
     Raises StoreError, on every rank, where the disk has no room.
 
-    shapes: of every Hugging Face (or adapter) tensor that is trained anywhere. on_host: None when nothing was moved off the device.
+    shapes: of every Hugging Face (or adapter) tensor that is trained anywhere.
+    on_host: None when nothing was moved off the device.
     """
     path = folder / FILE
     wide = "F64" if any(b.master.dtype == torch.float64 for b in optimizer.buckets) else "F32"
@@ -56,7 +61,8 @@ def write_state(
         if _owns(bucket):
             for kind in KINDS:
                 away = None if on_host is None else on_host(number, kind)
-                # A copy also on a CPU: a storage that NumPy has seen can never be emptied again (offload.py).
+                # A copy also on a CPU: a storage that NumPy has seen can never be emptied again
+                # (offload.py).
                 values = getattr(bucket, kind).to("cpu", copy=True) if away is None else away
                 _exchange(file, bucket, kind, values.numpy(), write=True)
     file.close()
@@ -64,7 +70,9 @@ def write_state(
 
 
 def read_state(optimizer: Optimizer, folder: Path) -> None:
-    """Read masters and moments, and put the masters into the model. Raises WeightsError when anything is missing or misshapen."""
+    """Read masters and moments, and put the masters into the model. Raises WeightsError when
+    anything is missing or misshapen.
+    """
     file = StateFile(folder / FILE)
     count = file.metadata().get("count")
     if count is None or not count.isdigit():

@@ -1,7 +1,9 @@
-"""One safetensors file that all ranks write together, each its own parts, and any number of ranks read.
+"""One safetensors file that all ranks write together, each its own parts, and any number of ranks
+read.
 
-Rank 0 lays the file out (the header is known beforehand: whole Hugging Face tensors, fp32 or fp64), then every rank writes the
-rectangles it holds to their places. What is on disk does not depend on how the ranks split the model. All ranks must see the folder.
+Rank 0 lays the file out, since the header is known beforehand: full Hugging Face tensors, fp32 or
+fp64. Then every rank writes its rectangles to their positions. What is on disk does not depend on
+how the ranks split the model. All ranks must see the folder.
 
 Source: the safetensors format, 8 bytes little-endian header length, JSON header, row-major data.
 """
@@ -26,7 +28,9 @@ DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Rows and columns of one tensor (of expert `index` of a stack) and where they lie in a flattened slice of a parameter."""
+    """Rows and columns of one tensor (of expert `index` of a stack), and their position in a
+    flattened slice of a parameter.
+    """
 
     name: str
     index: int | None
@@ -37,7 +41,9 @@ class Rectangle:
 
 
 def rectangles(trainable: Trainable, first: int, last: int) -> Iterator[Rectangle]:
-    """Elements [first, last) of the flattened parameter, as rectangles of Hugging Face tensors; positions count from `first`."""
+    """Elements [first, last) of the flattened parameter, as rectangles of Hugging Face tensors.
+    positions count from `first`.
+    """
     width, row = trainable.row_width, 0
     for piece in trainable.pieces:
         low, high = max(first, row * width), min(last, (row + piece.rows) * width)
@@ -67,7 +73,8 @@ def _split(piece: Piece, row: int, width: int, low: int, high: int, first: int) 
 def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> None:
     """Write the header and reserve the data, zeros. One rank calls this before any writes.
 
-    Raises StoreError where the disk has no room: a rank that writes through its memory map would die of it, without a word.
+    Raises StoreError where the disk has no room. A rank that wrote through its memory map would die
+    of that silently.
     """
     item, offset = DTYPES[dtype].itemsize, 0
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -92,7 +99,8 @@ def create(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata
 class StateFile:
     """An existing file, opened for reading, or also for writing rectangles into it.
 
-    private: views can be written to, which changes this process's copy only. torch wants that of memory it looks at.
+    private: views can be written to, which changes this process's copy only. torch wants that of
+        memory it looks at.
     """
 
     def __init__(self, path: Path, writable: bool = False, private: bool = False) -> None:

@@ -1,7 +1,9 @@
-"""What is trained: each parameter with its shard of the weight contract, whether a base weight or an adapter's matrix.
+"""The trained parameters, each with its shard of the weight contract, whether a base weight or an
+adapter's matrix.
 
-Adapter parameters get shards of their own, built from the contract's LoRA sites, under the canonical tensor names
-`<module>.lora_A` `[r, in]` and `<module>.lora_B` `[out, r]`. Loading, optimizer state and gradient sums treat both kinds alike.
+Adapter parameters get shards of their own, built from the contract's LoRA sites. The canonical
+tensor names are `<module>.lora_A` `[r, in]` and `<module>.lora_B` `[out, r]`. Loading, optimizer
+state and gradient sums treat both kinds alike.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Trainable:
-    """A parameter that is trained. `shapes`: full shape of every Hugging Face tensor its pieces come from.
+    """A parameter that is trained.
 
-    domain: as in the contract, and "expert": whole experts over EP, the same on every ETP rank (an adapter's unsplit matrix).
+    `shapes`: full shape of every Hugging Face tensor its pieces come from.
+
+    domain: as in the contract, and "expert": whole experts over EP, the same on every ETP rank (an
+        adapter's unsplit matrix).
     """
 
     name: str
@@ -36,7 +41,9 @@ class Trainable:
 
     @property
     def row_width(self) -> int:
-        """Elements of one row as pieces count them (the last two dims of a stack of experts are rows and columns)."""
+        """Elements of one row as pieces count them (the last two dims of a stack of experts are
+        rows and columns).
+        """
         return self.parameter.shape[-1] if len(self.parameter.shape) > 1 else 1
 
 
@@ -62,9 +69,11 @@ def base_trainables(model: nn.Module, shards: Sequence[Shard], shapes: Mapping[s
 def attach_adapters(
     model: nn.Module, shards: Sequence[Shard], targets: Sequence[str], rank: int, alpha: float, seed: int
 ) -> list[Trainable]:
-    """Put an adapter on every weight that `targets` name, initialised (A uniform, B zero), and return its parameters.
+    """Put an adapter on every weight that `targets` name, initialised (A uniform, B zero), and
+    return its parameters.
 
-    Raises ConfigError for a target that no weight of this stage has; callers with several stages check the whole model first.
+    Raises ConfigError for a target that no weight of this stage has; callers with several stages
+    check the whole model first.
     """
     trainables: list[Trainable] = []
     for shard in shards:
@@ -89,7 +98,8 @@ def _attach(
         adapter = owner.make_adapter(parts, rank, scale)
         slot = "adapter"
     setattr(owner, slot, adapter)
-    # Asked of the whole weight: with more TP ranks than key heads a rank can hold a module's rows entirely, and its neighbour none.
+    # Asked of the whole weight: with more TP ranks than key heads a rank can hold a module's rows
+    # entirely, and its neighbour none.
     split_rows = any(sum(m.stop - m.start for m in site.rows) != site.out_features for site in shard.sites)
     for name, parameter in adapter.lora_A.items():
         _initialise(parameter, _of_module(sites, name), rank, seed)
@@ -101,12 +111,16 @@ def _last(site: LoraSite) -> str:
 
 
 def _of_module(sites: Sequence[LoraSite], name: str) -> list[LoraSite]:
-    """Those of one Hugging Face module; of a stack's experts all, in the order that this rank holds them in."""
+    """Those of one Hugging Face module; of a stack's experts all, in the order that this rank holds
+    them in.
+    """
     return sorted((s for s in sites if _last(s) == name), key=lambda s: s.local_expert or 0)
 
 
 def adapter_parts(sites: Sequence[LoraSite]) -> list[Part]:
-    """One part per Hugging Face module; a stack of experts repeats the same rows, so its first expert speaks for all."""
+    """One part per Hugging Face module; a stack of experts repeats the same rows, so its first
+    expert speaks for all.
+    """
     first = {}
     for site in sites:
         first.setdefault(_last(site), site)
@@ -119,7 +133,10 @@ def adapter_parts(sites: Sequence[LoraSite]) -> list[Part]:
 def describe_adapter(
     prefix: str, adapter: Any, sites: Sequence[LoraSite], split_rows: bool, rank: int
 ) -> Iterator[Trainable]:
-    """An adapter's parameters as what is trained. adapter: of `engine.lora`, made from `adapter_parts(sites)`; prefix: its name.
+    """An adapter's parameters as what is trained.
+
+    adapter: of `engine.lora`, made from `adapter_parts(sites)`.
+    prefix: its name.
 
     split_rows: the weight's rows are spread over ranks.
     """
@@ -152,7 +169,9 @@ def _initialise(parameter: Tensor, sites: Sequence[LoraSite], rank: int, seed: i
 
 @torch.no_grad()
 def assign(trainables: Sequence[Trainable], tensors: Mapping[str, Tensor]) -> None:
-    """Fill parameters from whole Hugging Face tensors by name. Raises WeightsError for one that is missing or of another shape."""
+    """Fill parameters from whole Hugging Face tensors by name. Raises WeightsError for one that is
+    missing or of another shape.
+    """
     for trainable in trainables:
         if not trainable.pieces:  # this rank holds no row of it
             continue

@@ -1,4 +1,5 @@
-"""Which parameters weight decay leaves alone, as a table. Decay pulls towards 0: right for a matrix, wrong where 0 means something.
+"""The parameters that weight decay leaves alone, as a table. Decay pulls towards 0: right for a
+matrix, wrong where 0 means something.
 
 Names are Megatron's. Adapters always decay, as in PEFT: 0 is the base model.
 """
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exempt:
-    """Parameters whose name matches `pattern` do not decay. tied: only where the embedding is also the LM head."""
+    """Parameters whose name matches `pattern` do not decay.
+
+    tied: only where the embedding is also the LM head.
+    """
 
     pattern: str
     why: str
@@ -30,7 +34,9 @@ EXEMPT = (
 
 
 def decays(name: str, tied: bool) -> bool:
-    """Whether weight decay acts on the parameter `name` of a model whose LM head is `tied` to its embedding."""
+    """True if weight decay acts on the parameter `name` of a model whose LM head is `tied` to its
+    embedding.
+    """
     if re.search(r"adapter\.lora_[AB]\.", name):
         return True
     return not any((tied or not rule.tied) and re.search(rule.pattern, name) for rule in EXEMPT)

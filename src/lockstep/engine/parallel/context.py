@@ -1,16 +1,21 @@
-"""Context parallelism: the tokens of a row are distributed over ranks round-robin, token i to rank i mod C.
+"""Context parallelism: the tokens of a row are distributed over ranks round-robin, token i to rank
+i mod C.
 
-Whatever works token by token (embedding, norms, projections, experts, loss head) sees this rank's tokens only. Attention and
-GatedDeltaNet need the whole row: an all-to-all before them turns all heads of this rank's tokens into this rank's share of the heads
-for all tokens, another one after them turns it back (Ulysses, arXiv 2309.14509). So masks, block masks, convolution and recurrent states
-see whole rows, in row order, as without context parallelism: exact, and no word about trees here. Every rank has equal work
-whatever the tree looks like, and as neighbours alternate, scored tokens and padding spread evenly too. The price: heads must divide.
-Verified on CPUs (gloo) in fp32 and on two GPUs in bf16.
+Whatever works token by token (embedding, norms, projections, experts, loss head) sees this rank's
+tokens only. Attention and GatedDeltaNet need the full row. An all-to-all turns all heads of this
+rank's tokens into this rank's share of the heads for all tokens. Another all-to-all turns them back
+(Ulysses, arXiv 2309.14509). So masks, block masks, convolution and recurrent states see full rows
+in row order, exactly as without context parallelism. This file knows nothing of trees. Every rank
+has equal work whatever the tree looks like, and as neighbours alternate, scored tokens and padding
+spread evenly too. The price: heads must divide. Verified on CPUs (gloo) in fp32 and on two GPUs in
+bf16.
 
-The loss of a row is one number made from all its log-probabilities: every rank computes it from all of them and differentiates
-it by its own, so a weight's gradient is the sum over the ranks, as over data-parallel ones.
+The loss of a row is one number made from all its log-probabilities. Every rank computes the loss
+from all of them and differentiates it by its own. So a weight's gradient is the sum over the ranks,
+as over data-parallel ones.
 
-Shapes: S tokens of the row, C context ranks, T = S/C tokens of this rank, F features (heads x dim), N scored tokens of the row.
+Shapes: S tokens of the row, C context ranks, T = S/C tokens of this rank, F features (heads x dim),
+N scored tokens of the row.
 """
 
 from __future__ import annotations
@@ -35,19 +40,22 @@ def share(x_S: Tensor) -> Tensor:
 
 
 def repeats(key_heads: int) -> int:
-    """How often each key and value head is repeated so that the context ranks get equal windows of them."""
+    """The repetitions of each key and value head that give the context ranks equal windows of them."""
     ranks = groups.context().size()
     return ranks // math.gcd(key_heads, ranks)
 
 
 def window(channels: Tensor) -> Tensor:
-    """This rank's share of something that is laid out by heads along its first dim, as `to_heads` deals them."""
+    """This rank's share of something that is laid out by heads along its first dim, as `to_heads`
+    deals them.
+    """
     group = groups.context()
     return channels.chunk(group.size())[group.rank()]
 
 
 def to_heads(*parts_TF: Tensor) -> tuple[Tensor, ...]:
-    """This rank's tokens, all heads `[T, F]` -> all tokens, this rank's heads `[S, F/C]`, in row order. One exchange for all parts.
+    """This rank's tokens, all heads `[T, F]` -> all tokens, this rank's heads `[S, F/C]`, in row
+    order. One exchange for all parts.
 
     The parts have one dtype; each is laid out by heads that C divides.
     """
@@ -62,7 +70,9 @@ def to_heads(*parts_TF: Tensor) -> tuple[Tensor, ...]:
 
 
 def to_tokens(part_SF: Tensor) -> Tensor:
-    """The way back: all tokens, this rank's heads `[S, F]` -> this rank's tokens, all heads `[T, C*F]`."""
+    """The way back: all tokens, this rank's heads `[S, F]` -> this rank's tokens, all heads `[T,
+    C*F]`.
+    """
     group = groups.context()
     if group.size() == 1:
         return part_SF
@@ -71,13 +81,17 @@ def to_tokens(part_SF: Tensor) -> Tensor:
 
 
 def owned(predictor_N: np.ndarray) -> np.ndarray:
-    """Which scored tokens are predicted from a hidden state of this rank; its index here is `predictor // C`."""
+    """The scored tokens that a hidden state of this rank predicts. Its index here is `predictor //
+    C`.
+    """
     group = groups.context()
     return np.flatnonzero(predictor_N % group.size() == group.rank())
 
 
 class _Collect(torch.autograd.Function):
-    """Forward puts the ranks' parts together; backward hands each rank the gradient of its own part: all ranks have the same loss."""
+    """Forward puts the ranks' parts together; backward hands each rank the gradient of its own
+    part: all ranks have the same loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, index: Tensor, count: int, group: ProcessGroup) -> Tensor:  # pyright: ignore
@@ -93,7 +107,9 @@ class _Collect(torch.autograd.Function):
 
 
 def collect(part: Tensor, index: np.ndarray, count: int) -> Tensor:
-    """`[N, ...]` on every rank from each rank's values at its own `index` (from `owned`). The loss of it must be the same on all ranks."""
+    """`[N, ...]` on every rank from each rank's values at its own `index` (from `owned`). The loss
+    of it must be the same on all ranks.
+    """
     group = groups.context()
     if group.size() == 1:
         return part

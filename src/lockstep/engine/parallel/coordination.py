@@ -1,10 +1,12 @@
-"""How ranks learn of requests and of each other's failures: keys in a store, never a collective that could hang.
+"""Coordination of ranks: requests and failures travel as keys in a store, never in a collective
+that could hang.
 
-The store is a file in a folder that only this user can enter (`ranks.py`): nobody else reads a request or
-commands a rank.
+The store is a file in a folder that only this user can enter (`ranks.py`), so nobody else reads a
+request or commands a rank.
 
-A rank that fails while others wait inside a collective cannot wake them. So each rank posts its outcome, a watchdog thread on each
-rank sees a failure, and if the rank itself does not come back within a grace period its process ends, loudly.
+A rank that fails while others wait inside a collective cannot wake them. So each rank posts its
+outcome, and a watchdog thread on each rank sees a failure. If the rank does not return within a
+grace period, its process ends, loudly.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Agreement:
         return json.loads(self.store.get(f"request/{number}"))
 
     def settle(self, number: int, error: dict[str, str] | None, timeout_s: float) -> dict[str, str] | None:
-        """Post this rank's outcome and wait for all others'. The first rank's error, or None when all went well."""
+        """Post this rank's outcome and wait for all others'. The first rank's error, or None when
+        all went well.
+        """
         if error is not None:
             self.store.set(f"failed/{number}", json.dumps(error))
         self.store.set(f"outcome/{number}/{self.rank}", json.dumps(error))
@@ -79,7 +83,9 @@ class Agreement:
 
     @contextmanager
     def watched(self, number: int, timeout_s: float, give_up: Callable[[str], None]):
-        """Run a verb under the watchdog: `give_up(why)` then exit, if it outlives its deadline or another rank's failure."""
+        """Run a verb under the watchdog: `give_up(why)` then exit, if it outlives its deadline or
+        another rank's failure.
+        """
         done = threading.Event()
         thread = threading.Thread(target=self._watch, args=(number, timeout_s, give_up, done), daemon=True)
         thread.start()

@@ -1,8 +1,9 @@
-"""The one place that knows whether there is a GPU: Megatron's start-up, process groups, the device and its memory.
+"""The one place that knows whether there is a GPU: Megatron's start-up, process groups, the device
+and its memory.
 
-Without CUDA two functions of `torch.cuda` are given a meaning Megatron-Core can live with (it asks for the current device and
-synchronises it), and its `torch.compile` decorators are switched off. Both happen here, before any other Megatron import; nothing
-else is patched. Import this module first.
+Without CUDA two functions of `torch.cuda` get a meaning that suits Megatron-Core, which asks for
+the current device and synchronises it. Its `torch.compile` decorators are switched off. Both happen
+here, before any other Megatron import; nothing else is patched. Import this module first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
 
 
@@ -48,7 +49,9 @@ def check_world(parallel: Parallel, world: int) -> None:
 
 
 def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
-    """Join the process group (gloo or NCCL) and build Megatron's groups. Reads the environment torch.distributed.run sets."""
+    """Join the process group (gloo or NCCL) and build Megatron's groups. Reads the environment
+    torch.distributed.run sets.
+    """
     check_world(parallel, int(os.environ["WORLD_SIZE"]))
     if CUDA:
         local = int(os.environ["LOCAL_RANK"])
@@ -64,9 +67,12 @@ def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
 
 
 def rebuild_groups(parallel: Parallel, seed: int) -> None:
-    """Megatron's process groups for these sizes; earlier ones are destroyed, so that one process can serve several sizes in turn."""
+    """Megatron's process groups for these sizes; earlier ones are destroyed, so that one process
+    can serve several sizes in turn.
+    """
     if parallel_state.model_parallel_is_initialized():
-        # Megatron only forgets its groups; each one keeps threads and sockets until it is destroyed.
+        # Megatron only forgets its groups; each one keeps threads and sockets until it is
+        # destroyed.
         groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
         parallel_state.destroy_model_parallel()
         for group in groups:
@@ -81,7 +87,8 @@ def rebuild_groups(parallel: Parallel, seed: int) -> None:
         create_gloo_process_groups=False,
     )
     torch.manual_seed(seed)
-    # Dropout is always 0 and weights come from files, so the tracker that never touches the CUDA generator is right everywhere.
+    # Dropout is always 0 and weights come from files, so the tracker that never touches the CUDA
+    # generator is right everywhere.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
 
 

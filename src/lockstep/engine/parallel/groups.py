@@ -1,8 +1,10 @@
-"""The process groups a rank belongs to, as Megatron-Core built them. With one process each has size one.
+"""The process groups a rank belongs to, as Megatron-Core built them. With one process each has size
+one.
 
-tensor: ranks that share a layer's matrices. pipeline: stages. context: same weights and rows, other tokens. data: same weights, other
-rows. replicas: context and data together. expert: ranks among which whole experts are split. expert_tensor: ranks that share one
-expert's matrices. expert_data: ranks that hold the same experts and see other tokens.
+tensor: ranks that share a layer's matrices. pipeline: stages. context: same weights and rows, other
+tokens. data: same weights, other rows. replicas: context and data together. expert: ranks among
+which whole experts are split. expert_tensor: ranks that share one expert's matrices. expert_data:
+ranks that hold the same experts and see other tokens.
 """
 
 from __future__ import annotations

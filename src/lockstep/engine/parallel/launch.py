@@ -1,9 +1,10 @@
-"""`python -m torch.distributed.run` for the trainer's ranks on this machine, out of other users' reach.
+"""`python -m torch.distributed.run` for the trainer's ranks on this machine, out of other users'
+reach.
 
-`python -m lockstep.engine.parallel.launch N ARGUMENTS...` runs Python with these arguments N times. The stores that
-torch.distributed.run brings listen on TCP ports, where every local user could read and write them. The
-launcher's store stays in its memory here, and the ranks meet in files of a folder that only this user can
-enter. Gloo's own sockets carry tensors; their interface is set to loopback.
+`python -m lockstep.engine.parallel.launch N ARGUMENTS...` runs Python with these arguments N times.
+The stores that torch.distributed.run brings listen on TCP ports, where every local user could read
+and write them. The launcher's store stays in its memory. The ranks meet in files of a folder that
+only this user can enter. Gloo's own sockets carry tensors; their interface is set to loopback.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ FOLDER_VARIABLE = "LOCKSTEP_RANKS_FOLDER"
 
 
 def rank_store(name: str) -> dist.Store | None:
-    """The store `name` that all ranks of this launcher share, in its private folder; None without such a launcher.
+    """The store `name` that all ranks of this launcher share, in its private folder; None without
+    such a launcher.
 
     A single rank keeps it in memory.
     """
@@ -54,7 +56,9 @@ def die_with_launcher() -> None:
 
 
 def group_settings() -> dict[str, Any]:
-    """Arguments of `init_process_group`: the ranks' own store, or nothing where another launcher's environment says it."""
+    """Arguments of `init_process_group`: the ranks' own store, or nothing where another launcher's
+    environment says it.
+    """
     store = rank_store("groups")
     if store is None:
         return {}
@@ -96,7 +100,9 @@ class PrivateRendezvous(RendezvousHandler):
 
 
 def main(arguments: list[str]) -> None:
-    """Raises SystemExit or torch's ChildFailedError, with each failed rank's status, when a rank fails; the others are ended."""
+    """Raises SystemExit or torch's ChildFailedError, with each failed rank's status, when a rank
+    fails; the others are ended.
+    """
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rendezvous_handler_registry.register(BACKEND, lambda settings: PrivateRendezvous(settings.run_id))

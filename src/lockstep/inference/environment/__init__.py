@@ -1,1 +1,1 @@
-"""Where the server's own environment lives, and its installation."""
+"""The server's own environment, and its installation."""

@@ -1,9 +1,9 @@
 """Builds the isolated vLLM environment from its lock file.
 
-Built in place at its final path under a file lock; the marker is written last, so that a reader sees a complete
-environment or none. Killed at any moment and started again, it keeps what was completely installed. uv does the work
-where it is present and able to, pip otherwise; torch itself always comes through pip, whose settings (find-links, extra indexes)
-uv does not read.
+The environment is built at its final path under a file lock. The marker is written last, so a
+reader sees a complete environment or none. Killed at any moment and started again, it keeps what
+was completely installed. uv does the work where it is present and able to, and pip otherwise. torch
+itself always comes through pip, whose settings (find-links, extra indexes) uv does not read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def install(kind: str | None = None, progress: Progress = lambda line: None, source: Source | None = None) -> Runtime:
-    """Installs what is missing of this version's environment and plugin, and returns it; quick when all is there.
+    """Installs what is missing of this version's environment and plugin, and returns it; quick when
+    all is there.
 
     Raises RuntimeNotInstalledError, with the installer's last lines, when a step fails.
     """
@@ -66,9 +67,11 @@ def install(kind: str | None = None, progress: Progress = lambda line: None, sou
 
 
 def find_runtime(kind: str | None = None, source: Source | None = None) -> Runtime:
-    """The environment to start a server from: `LOCKSTEP_RUNTIME_PYTHON` if set, else the installed one.
+    """The environment to start a server from: `LOCKSTEP_RUNTIME_PYTHON` if set, else the installed
+    one.
 
-    Its plugin is brought up to date with the sources. Raises RuntimeNotInstalledError that names the command to run.
+    Its plugin is brought up to date with the sources. Raises RuntimeNotInstalledError that names
+    the command to run.
     """
     source = source or runtime_source()
     chosen = os.environ.get(PYTHON_VARIABLE)
@@ -117,7 +120,9 @@ def _build(folder: Path, kind: Kind, source: Source, progress: Progress) -> None
 
 
 def _install_locked(folder: Path, lock: Path, count: int, log: Path, progress: Progress) -> None:
-    """Installs exactly the lock, checked by hash and without resolving dependencies: whoever does it, the same comes out."""
+    """Installs exactly the lock, checked by hash and without resolving dependencies: whoever does
+    it, the same comes out.
+    """
     python = environment_python(folder)
     locked = ["--no-deps", "--require-hashes", "-r", lock]
     uv = shutil.which("uv")
@@ -138,7 +143,8 @@ def _install_locked(folder: Path, lock: Path, count: int, log: Path, progress: P
 def _install_torch(python: Path, torch_lock: Path, names: list[str], log: Path, progress: Progress) -> None:
     """Installs torch and what its build needs, other packages held to the lock.
 
-    The package index has only the CUDA build for Linux (several GB); PyTorch's own index has the CPU build (0.2 GB).
+    The package index has only the CUDA build for Linux (several GB); PyTorch's own index has the
+    CPU build (0.2 GB).
     """
     # The CUDA build wants a Triton of its own version; the locked one replaces it in the next step.
     constraints = _constraints(torch_lock, [line for line in names if not line.startswith("triton==")], log)
@@ -152,7 +158,9 @@ def _install_torch(python: Path, torch_lock: Path, names: list[str], log: Path, 
 
 
 def _constraints(torch_lock: Path, names: list[str], log: Path) -> Path:
-    """Writes the lock's versions as constraints (without hashes, which would demand one of torch too)."""
+    """Writes the lock's versions as constraints (without hashes, which would demand one of torch
+    too).
+    """
     own = {line.split("==")[0] for line in _requirement_lines(torch_lock)}
     path = log.with_suffix(".constraints")
     path.write_text("".join(line + "\n" for line in names if line.split("==")[0] not in own))
@@ -160,16 +168,19 @@ def _constraints(torch_lock: Path, names: list[str], log: Path) -> Path:
 
 
 def _uv_places(python: Path) -> tuple[list[str], dict[str, str]]:
-    """pip's configured package places for uv, which reads none of pip's settings: (options, environment variables).
+    """pip's configured package places for uv, which reads none of pip's settings: (options,
+    environment variables).
 
-    The places are in the environment, since they may hold passwords and everybody can read a command line.
+    The places are in the environment, since they may hold passwords and everybody can read a
+    command line.
     """
     env = child_env(installer=True)
     listed = subprocess.run(
         [python, "-m", "pip", "config", "list"], env=env, capture_output=True, text=True, timeout=60, check=True
     )
     settings: dict[str, str] = {}
-    # Lines are `:env:.name='value'`, `global.name='value'` or `install.name='value'`; pip's own order of precedence.
+    # Lines are `:env:.name='value'`, `global.name='value'` or `install.name='value'`; pip's own
+    # order of precedence.
     order = {":env:": 2, "install": 1, "global": 0}
     for line in sorted(listed.stdout.splitlines(), key=lambda line: order.get(line.partition(".")[0], -1)):
         name, _, value = line.partition("=")
@@ -186,7 +197,8 @@ def _uv_places(python: Path) -> tuple[list[str], dict[str, str]]:
     options: list[str] = []
     if settings.get("no-index", "0").lower() in ("1", "true", "yes", "on"):
         options.append("--no-index")
-    # uv takes the first place that knows a package; pip takes the best of all. The hashes decide what may be taken.
+    # uv takes the first place that knows a package; pip takes the best of all. The hashes decide
+    # what may be taken.
     if "UV_EXTRA_INDEX_URL" in places:
         options += ["--index-strategy", "unsafe-best-match"]
     return options, places
@@ -200,7 +212,8 @@ def _plugin(folder: Path, python: Path, source: Source, progress: Progress) -> P
     building = target.with_name(f"{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     log = folder.with_suffix(".log")
-    # An environment of ours holds the build tool, so that this needs no download; one of the user's own may not.
+    # An environment of ours holds the build tool, so that this needs no download; one of the user's
+    # own may not.
     isolation = ["--no-build-isolation"] if _works(python, log, "-c", "import hatchling") else []
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *isolation]
     _step("installing lockstep-vllm", [*command, "--target", building, source.folder], log, progress)
@@ -245,7 +258,9 @@ def _exclusive(folder: Path, progress: Progress) -> Iterator[None]:
 def _step(
     what: str, command: list[str | Path], log: Path, progress: Progress, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Runs one installer command, passing on what it downloads. It ends with us, and within its deadline."""
+    """Runs one installer command, passing on what it downloads. It ends with us, and within its
+    deadline.
+    """
     progress(what)
     offset = log.stat().st_size if log.exists() else 0
     child = spawn([str(part) for part in command], child_env(environment, installer=True), log, what)
@@ -277,7 +292,7 @@ def _report_downloads(log: Path, offset: int, progress: Progress) -> int:
 
 
 def _works(program: Path, log: Path, *arguments: str) -> bool:
-    """Whether a program starts and succeeds. By default: a Python that has pip."""
+    """True if a program starts and succeeds. By default: a Python that has pip."""
     if not program.exists():
         return False
     command = [str(program), *(arguments or ("-m", "pip", "--version"))]
@@ -296,7 +311,9 @@ def _reachable(url: str) -> bool:
 
 
 def _drop_half_installed(folder: Path) -> list[str]:
-    """Takes away the records of packages whose files are not all there, so that the installer sees them as missing."""
+    """Takes away the records of packages whose files are not all there, so that the installer sees
+    them as missing.
+    """
     dropped = []
     for record_folder in sorted(folder.glob("lib/python*/site-packages/*.dist-info")):
         if not _all_files_there(record_folder):
@@ -306,9 +323,11 @@ def _drop_half_installed(folder: Path) -> list[str]:
 
 
 def _all_files_there(record_folder: Path) -> bool:
-    """Whether every file that a package's RECORD lists exists with its listed size; without a RECORD it does not count.
+    """True if every file in a package's RECORD exists with its listed size. A package without a
+    RECORD does not count.
 
-    Byte code counts for nothing: some wheels carry a .pyc, and installing or importing writes it anew with another size.
+    Byte code counts for nothing: some wheels carry a .pyc, and installing or importing writes it
+    anew with another size.
     """
     record = record_folder / "RECORD"
     if not record.is_file():

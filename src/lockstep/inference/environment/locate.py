@@ -1,8 +1,8 @@
-"""Where the isolated vLLM environments live, and which of them is usable.
+"""The isolated vLLM environments on this machine, and which of them is usable.
 
-`$LOCKSTEP_HOME/runtimes/<kind>-<key>/` holds one environment per lock file and Python version, side by side. It
-counts only with its marker `installed.json`, which is written last; `plugins/<digest>/` in it holds the
-`lockstep-vllm` package of one source state.
+`$LOCKSTEP_HOME/runtimes/<kind>-<key>/` holds one environment per lock file and Python version, side
+by side. It counts only with its marker `installed.json`, which is written last; `plugins/<digest>/`
+in it holds the `lockstep-vllm` package of one source state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PYTHON_VARIABLE = "LOCKSTEP_RUNTIME_PYTHON"
 
 @dataclass(frozen=True)
 class Runtime:
-    """A usable vLLM environment. `plugin_path` goes on the server's PYTHONPATH;
+    """A usable vLLM environment. `plugin_path` goes on the server's PYTHONPATH.
 
     `folder` is None for one we don't manage.
     """
@@ -66,7 +66,9 @@ class Source:
         return path
 
     def torch_lock(self, kind: Kind) -> Path | None:
-        """Requirements installed before the lock, with their dependencies: builds that differ in hash."""
+        """Requirements installed before the lock, with their dependencies: builds that differ in
+        hash.
+        """
         path = self.folder / "locks" / f"{kind}-torch.txt"
         return path if path.is_file() else None
 
@@ -118,7 +120,7 @@ def environments_folder() -> Path:
 
 
 def environment_folder(source: Source, kind: Kind) -> Path:
-    """Where the environment of this lock and this Python is, or will be."""
+    """The path of the environment for this lock and this Python, present or not."""
     return environments_folder() / f"{kind}-{source.key(kind)}"
 
 

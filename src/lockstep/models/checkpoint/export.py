@@ -1,4 +1,6 @@
-"""A changed model written back as a Hugging Face folder, byte for byte in the form of the checkpoint it came from."""
+"""A changed model written back as a Hugging Face folder, byte for byte in the form of the
+checkpoint it came from.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ _FOREIGN_INDEXES = ("pytorch_model.bin.index.json",)
 
 
 def export_checkpoint(source: Checkpoint, tensors: Iterable[tuple[str, Tensor]], target: Path | str) -> Path:
-    """Write `tensors` (Hugging Face names) over a copy of the checkpoint `source` and return the new folder.
+    """Write `tensors` (Hugging Face names) over a copy of the checkpoint `source` and return the
+    new folder.
 
-    Each tensor goes to the file, place and dtype it has in `source` (rounded once if it is held in a wider one);
-    tensors that aren't given keep their bytes, and so do config.json, the tokenizer and the index. Nothing appears
-    under `target` before all is written. Raises WeightsError for a tensor that the source lacks, that has another
-    shape, or that comes twice, and when one the family trains is missing.
+    Each tensor gets the file, position and dtype that it has in `source`, and is rounded once if it
+    is held in a wider dtype. Tensors that aren't given keep their bytes, and so do config.json, the
+    tokenizer and the index. Nothing appears under `target` before all is written. Raises
+    WeightsError for a tensor that the source lacks, that has another shape, or that comes twice.
+    Raises it also when a trained tensor is missing.
     """
     target = Path(target)
     if target.exists():

@@ -1,4 +1,6 @@
-"""Where a base model's files are: a local folder as it is, a Hugging Face id in the local cache or downloaded."""
+"""The files of a base model: a local folder as it is, or a Hugging Face id in the local cache or
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,17 @@ _DESCRIBING = ("*.json", "*.jinja", "*.txt")
 
 
 def described_folder(base_model: str) -> Path:
-    """`checkpoint_folder` without the weights: what a model is, its tokenizer and its chat template."""
+    """`checkpoint_folder` without the weights: what a model is, its tokenizer and its chat
+    template.
+    """
     return _folder(base_model, _DESCRIBING)
 
 
 def checkpoint_folder(base_model: str, *, weights: bool = True) -> Path:
     """The folder that holds a base model's `config.json` (and weights).
 
-    A Hugging Face id is looked up in the cache and downloaded when it is missing there (`HF_HUB_OFFLINE=1` forbids it).
-    Raises UnsupportedModelError when it can't be had.
+    A Hugging Face id is looked up in the cache and downloaded when it is missing there
+    (`HF_HUB_OFFLINE=1` forbids it). Raises UnsupportedModelError when it can't be had.
     """
     return _folder(base_model, (*_DESCRIBING, "*.safetensors") if weights else ("config.json",))
 

@@ -1,4 +1,6 @@
-"""Megatron shards read from a Hugging Face checkpoint, from the contract's pieces. (The way back: `shares.py`.)"""
+"""Megatron shards read from a Hugging Face checkpoint, from the contract's pieces. (The way back:
+`shares.py`.)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def load_shards(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Megatron name, tensor) of one rank, reading only the slices it holds.
 
-    One shard is in memory at a time beside what the caller keeps. dtype None keeps the checkpoint's.
+    One shard is in memory at a time beside what the caller keeps. dtype None keeps the
+    checkpoint's.
     """
     layer = ""
     for shard in shards:
@@ -32,10 +35,11 @@ def load_shards(
 
 
 def kept_dtype(checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter in a model that computes in `dtype`: fp32 for a vector that a narrower checkpoint stores in fp32.
+    """The dtype of a parameter in a model that computes in `dtype`. A vector that a narrower
+    checkpoint stores in fp32 keeps fp32.
 
-    Released Qwen3.5 keep `A_log` and the gated norm's weight so, beside bf16 matrices. Vectors are computed with in fp32 anyway; a
-    matrix takes the dtype of its products.
+    Released Qwen3.5 keep `A_log` and the gated norm's weight so, beside bf16 matrices. Vectors are
+    computed with in fp32 anyway; a matrix takes the dtype of its products.
     """
     names = [piece.name for piece in shard.pieces if piece.name is not None]
     if dtype != torch.bfloat16 or len(shard.shape) != 1 or not names or not checkpoint.mixed:
@@ -64,7 +68,9 @@ def _any_dtype(checkpoint: Checkpoint, shard: Shard) -> torch.dtype:
 
 
 def flat_rows(tensor: Tensor, shard: Shard) -> Tensor:
-    """The view in which a shard's pieces are stacked along dim 0: stacked experts lose their expert dimension."""
+    """The view in which a shard's pieces are stacked along dim 0: stacked experts lose their expert
+    dimension.
+    """
     return tensor.view(-1, tensor.shape[-1]) if shard.domain == "expert_tensor" else tensor
 
 

@@ -1,10 +1,11 @@
 """Adapters on disk: a PEFT folder that PEFT, vLLM and the trainer load as it is.
 
-Canonically an adapter is one pair per module, `<module>.lora_A` `[r, in]` and `<module>.lora_B` `[out, r]`, modules and
-rows named and ordered as in Hugging Face (`models.contract.LoraSite`). The file differs from that in two ways only:
-names carry PEFT's prefix and the checkpoint's own (`model.language_model.` for the released multimodal classes), and
-where a routed expert's gate and up share one pair, all experts of a layer are stacked as PEFT does for parameters `[E,
-out, in]`: A to `[E * r, in]`, experts outermost; B to `[out, r * E]`, experts innermost; gate/up under
+Canonically an adapter is one pair per module, `<module>.lora_A` `[r, in]` and `<module>.lora_B`
+`[out, r]`. Modules and rows are named and ordered as in Hugging Face (`models.contract.LoraSite`).
+The file differs in two ways only. Names carry PEFT's prefix and the checkpoint's own
+(`model.language_model.` for the released multimodal classes). Where a routed expert's gate and up
+share one pair, all experts of a layer are stacked as PEFT does for parameters `[E, out, in]`. Then
+A is `[E * r, in]`, experts outermost, and B is `[out, r * E]`, experts innermost; gate/up lie under
 `experts.base_layer`, down under `experts`.
 
 Shape suffixes: E experts, R rank, I inputs, O outputs.
@@ -37,7 +38,10 @@ _STACKED = re.compile(r"(.*\.mlp\.experts)(\.base_layer)?\.(lora_[AB])")
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What `adapter_config.json` says. targets: as the user names them (`experts` for routed experts)."""
+    """The fields of `adapter_config.json`.
+
+    targets: as the user names them (`experts` for routed experts).
+    """
 
     base_model: str
     rank: int
@@ -67,8 +71,10 @@ def read_adapter(
 ) -> tuple[dict[str, Tensor], AdapterInfo]:
     """Canonical tensors and description of a PEFT folder.
 
-    sites: every pair of the whole model; an adapter has all pairs of a target or none. Raises WeightsError when a
-    tensor is missing, unknown or of another shape, or when the config asks for something the trainer doesn't do.
+    sites: every pair of the whole model; an adapter has all pairs of a target or none.
+
+    Raises WeightsError for a missing or unknown tensor, for one of another shape, and for a config
+    that the trainer can't honour.
     """
     folder = Path(folder)
     info = _read_info(folder)
@@ -151,8 +157,8 @@ def adapter_config(info: AdapterInfo, config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_info(folder: Path) -> AdapterInfo:
-    """The description of an adapter folder. Raises WeightsError for what the trainer doesn't do (DoRA, rank patterns,
-    biases, ...).
+    """The description of an adapter folder. Raises WeightsError for what the trainer doesn't do
+    (DoRA, rank patterns, biases, ...).
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

@@ -1,4 +1,6 @@
-"""A Hugging Face checkpoint folder read as it is: which file holds a tensor, where its bytes lie, and slices of it."""
+"""A Hugging Face checkpoint folder read as it is: which file holds a tensor, where its bytes lie,
+and slices of it.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a safetensors file: dtype as the file spells it ("BF16"), and its byte range counted from the
-    file's start.
+    """One tensor in a safetensors file: dtype as the file spells it ("BF16"), and its byte range
+    counted from the file's start.
     """
 
     file: str
@@ -35,7 +37,8 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file (format: 8 bytes little-endian header length, JSON header, data).
+    """Every tensor of a safetensors file (format: 8 bytes little-endian header length, JSON header,
+    data).
 
     Raises WeightsError when the file is truncated or no safetensors file.
     """
@@ -63,10 +66,11 @@ def _stored(file: str, entry: Mapping[str, Any], base: int) -> Stored:
 
 
 class Checkpoint:
-    """The tensors of a folder. Handles are opened on first read and dropped by `release`, which also unmaps what was
-    read.
+    """The tensors of a folder. Handles are opened on first read and dropped by `release`, which
+    also unmaps what was read.
 
-    `layout` and `trained` (the names that the family's contract reads) are known once `open_checkpoint` has checked it.
+    `layout` and `trained` (the names that the family's contract reads) are known once
+    `open_checkpoint` has checked it.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -82,7 +86,9 @@ class Checkpoint:
 
     @property
     def mixed(self) -> bool:
-        """Whether its embedding is narrower than fp32, so that what it stores in fp32 is so on purpose."""
+        """True if the checkpoint's embedding is narrower than fp32, so that its fp32 tensors are
+        fp32 on purpose.
+        """
         embedding = self.tensors.get(f"{self.layout.prefix}embed_tokens.weight")
         return embedding is not None and embedding.dtype != "F32"
 
@@ -106,11 +112,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path | str, handler: ModelSupportHandler, config: ModelConfig) -> Checkpoint:
-    """A checkpoint that has exactly the tensors its family's contract asks for, each of the right shape, and knows its
-    layout.
+    """A checkpoint that has exactly the tensors its family's contract asks for, each of the right
+    shape, and knows its layout.
 
-    A tensor is used, or carried over because the family's spec skips it by name; any other, and any missing one, raises
-    WeightsError.
+    A tensor is used, or carried over because the family's spec skips its name. Any other tensor
+    raises WeightsError, and so does a missing one.
     """
     checkpoint = Checkpoint(folder)
     checkpoint.layout = handler.layout(config, checkpoint.names)

@@ -1,4 +1,6 @@
-"""Which rank supplies which part of the Hugging Face tensors: every part once, the work spread over the ranks that hold it."""
+"""The distribution of the Hugging Face tensors over ranks: every part once, the work spread over
+the ranks that hold the part.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,23 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Share:
-    """A parameter that a rank supplies: its pieces, each with the row of the parameter (`flat_rows`) it starts at."""
+    """A parameter that a rank supplies: its pieces, each with the row of the parameter
+    (`flat_rows`) it starts at.
+    """
 
     shard: Shard
     pieces: tuple[tuple[Piece, int], ...]
 
 
 def share_out(ranks: Sequence[Sequence[Shard]], shapes: Mapping[str, tuple[int, ...]]) -> list[list[Share]]:
-    """Each rank's shares, in model order. Every process computes the same without talking to the others.
+    """Each rank's shares, in model order. Every process computes the same without talking to the
+    others.
 
-    ranks: every rank's shards, in rank order. shapes: full shapes of the Hugging Face tensors (`expected_tensors`). A parameter that
-    several ranks hold (replicas; norms) goes to the one with the fewest bytes so far. Raises WeightsError when a part is on no rank.
+    ranks: every rank's shards, in rank order.
+    shapes: full shapes of the Hugging Face tensors (`expected_tensors`). A parameter that several
+        ranks hold (replicas; norms) goes to the one with the fewest bytes so far.
+
+    Raises WeightsError when a part is on no rank.
     """
     holders: dict[tuple[Piece, ...], list[tuple[int, Shard]]] = {}
     for rank, shards in enumerate(ranks):

@@ -24,10 +24,13 @@ def import_gguf(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `folder`: config, dequantized weights, tokenizer, chat template and generation config. Returns it.
+    """Write `folder`: config, dequantized weights, tokenizer, chat template and generation config.
+    Returns it.
 
-    file: a GGUF file of an architecture in `gguf_model.ARCHITECTURES`. folder: a new one; nothing appears there before all is
-    written and checked. dtype: the weights are rounded to it once. say: called with a line now and then.
+    file: a GGUF file of an architecture in `gguf_model.ARCHITECTURES`.
+    folder: a new one; nothing appears there before all is written and checked.
+    dtype: the weights are rounded to it once.
+    say: called with a line now and then.
 
     Raises ConfigError, UnsupportedModelError or WeightsError.
     """

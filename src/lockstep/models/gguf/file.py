@@ -14,7 +14,9 @@ _MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """metadata: key to value, arrays as lists. tensors: name to gguf's ReaderTensor, whose bytes stay in the file until read."""
+    """metadata: key to value, arrays as lists.
+    tensors: name to gguf's ReaderTensor, whose bytes stay in the file until read.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
@@ -39,7 +41,9 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read a file's metadata and where its tensors lie. Raises WeightsError for a file that is damaged or no GGUF file."""
+    """Read a file's metadata and where its tensors lie. Raises WeightsError for a file that is
+    damaged or no GGUF file.
+    """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give a GGUF file")
     with path.open("rb") as file:

@@ -1,8 +1,9 @@
 """The tokenizer that a GGUF file describes, as Hugging Face's fast tokenizer.
 
-A file names how text is split before merging (`tokenizer.ggml.pre`) and leaves the rule to the reader. The rules are
-llama.cpp's (`src/llama-vocab.cpp`); a name without one here is refused, since a wrong split gives wrong ids in silence.
-transformers 5.19 splits SmolLM2's text as GPT-2 does, which differs where several spaces come before a digit.
+A file names how text is split before merging (`tokenizer.ggml.pre`) and leaves the rule to the
+reader. The rules are llama.cpp's (`src/llama-vocab.cpp`); a name without one here is refused, since
+a wrong split gives wrong ids in silence. transformers 5.19 splits SmolLM2's text as GPT-2 does,
+which differs where several spaces come before a digit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class _Rule:
-    """regex: how text is split; None is GPT-2's own. digits: each digit apart first. whole_words: a piece that is a token
-    isn't merged. nfc: text is normalized. begins: texts begin with the BOS token unless the file says otherwise.
+    """regex: how text is split; None is GPT-2's own.
+    digits: each digit apart first.
+    whole_words: a piece that is a token isn't merged.
+    nfc: text is normalized.
+    begins: texts begin with the BOS token unless the file says otherwise.
     """
 
     regex: str | None = None
@@ -41,7 +45,9 @@ _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 
 
 def tokenizer_of(file: GgufFile) -> Any:
-    """A transformers tokenizer with the file's ids, special tokens and chat template. Raises UnsupportedModelError."""
+    """A transformers tokenizer with the file's ids, special tokens and chat template. Raises
+    UnsupportedModelError.
+    """
     from transformers import PreTrainedTokenizerFast
 
     kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "not named")

@@ -1,7 +1,8 @@
-"""What a GGUF file's architecture is in Hugging Face terms: its config, and which tensor becomes which.
+"""A GGUF file's architecture in Hugging Face terms: its config, and the name of each tensor.
 
-Every metadata key of the architecture is either read or known to change nothing; any other is refused, since a model that
-ignored it would compute something else. The names of keys and tensors are llama.cpp's.
+Every metadata key of the architecture is read or known to change nothing. Any other key is refused,
+since a model that ignored it would compute something else. The names of keys and tensors are
+llama.cpp's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from lockstep.models.gguf.file import GgufFile, weights
 
 @dataclass(frozen=True)
 class _Architecture:
-    """config: transformers' class. paired: llama.cpp's converter deals each head's query and key rows in pairs."""
+    """config: transformers' class.
+    paired: llama.cpp's converter deals each head's query and key rows in pairs.
+    """
 
     config: str
     model: str
@@ -75,7 +78,9 @@ _EXPERTS = {"ffn_gate_exps.weight": "gate_proj", "ffn_up_exps.weight": "up_proj"
 
 
 def check_architecture(file: GgufFile) -> _Architecture:
-    """The file's architecture. Raises UnsupportedModelError for one that isn't converted here, or for settings nobody reads."""
+    """The file's architecture. Raises UnsupportedModelError for one that isn't converted here, or
+    for settings nobody reads.
+    """
     name = file.architecture
     known = ARCHITECTURES.get(name)
     if known is None:
@@ -97,7 +102,9 @@ def check_architecture(file: GgufFile) -> _Architecture:
 
 
 def model_config(file: GgufFile, dtype: str) -> Any:
-    """The transformers config that the metadata describe; dtype is the one the weights are stored in."""
+    """The transformers config that the metadata describe; dtype is the one the weights are stored
+    in.
+    """
     import transformers
 
     known, name = check_architecture(file), file.architecture
@@ -132,12 +139,15 @@ def model_config(file: GgufFile, dtype: str) -> Any:
 
 
 def _float(value: Any) -> float:
-    """The shortest decimal that is the same fp32 number: 1e-05, where the file's fp32 reads 9.999999747378752e-06."""
+    """The shortest decimal that is the same fp32 number: 1e-05, where the file's fp32 reads
+    9.999999747378752e-06.
+    """
     return float(str(np.float32(value)))
 
 
 def tensors(file: GgufFile, config: Any, on_tensor: Callable[[int, int], None]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name, in fp32. Raises WeightsError for one that no name is known for.
+    """Every tensor under its Hugging Face name, in fp32. Raises WeightsError for one that no name
+    is known for.
 
     on_tensor: called with how many are done, and of how many.
     """
@@ -161,7 +171,9 @@ def tensors(file: GgufFile, config: Any, on_tensor: Callable[[int, int], None]) 
 
 
 def _halves(paired: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from llama.cpp's order (0, d/2, 1, d/2 + 1, ...) to Hugging Face's (0, 1, ..., d - 1)."""
+    """Rows of each head, from llama.cpp's order (0, d/2, 1, d/2 + 1, ...) to Hugging Face's (0, 1,
+    ..., d - 1).
+    """
     rows, columns = paired.shape
     if rows % (2 * heads):
         raise WeightsError(f"{rows} rows of a query or key weight are no even number for each of {heads} heads")

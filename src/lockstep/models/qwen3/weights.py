@@ -10,9 +10,11 @@ from lockstep.models.layout_rules import Stage
 
 
 def layer(stage: Stage, number: int) -> list[Shard]:
-    """One layer's parameters. The dense layers that some MoE models have carry no LoRA on their MLP.
+    """One layer's parameters. The dense layers that some MoE models have carry no LoRA on their
+    MLP.
 
-    PEFT takes every `gate_proj` of this family for the experts' and would drop theirs without an error.
+    PEFT takes every `gate_proj` of this family for the experts' and would drop theirs without an
+    error.
     """
     mlp = layout_rules.moe if stage.config.moe_layers[number] else layout_rules.mlp
     parts = mlp(stage, number)

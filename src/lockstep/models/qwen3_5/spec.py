@@ -8,7 +8,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = ("in_proj_qkv", "in_proj_z", "out_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _SMALL = ("in_proj_b", "in_proj_a")
-"""The two projections to one number per head: trainable on request, too small to matter by default."""
+"""The two projections to one number per head: trainable on request, too small to matter by default.
+"""
 _FLOORS = (
     DependencyFloor("megatron-core", "0.16", "attention_output_gate"),
     DependencyFloor("transformers", "5.16.1", "the Qwen3.5 classes"),
@@ -22,9 +23,11 @@ _SERVER = ServerFacts(
         ("Qwen3_5ForConditionalGeneration", "--language-model-only"),
         ("Qwen3_5MoeForConditionalGeneration", "--language-model-only"),
     ),
-    # vLLM's text-only class takes one pair per expert only; stacked ones, which PEFT and the released class want, need a flag.
+    # vLLM's text-only class takes one pair per expert only; stacked ones, which PEFT and the
+    # released class want, need a flag.
     lora_arguments=(("Qwen3_5MoeForCausalLM", "--enable-mixed-moe-lora-format"),),
-    # The convolutions of GatedDeltaNet want two tokens there, and hybrid models choose the block size.
+    # The convolutions of GatedDeltaNet want two tokens there, and hybrid models choose the block
+    # size.
     one_token_prompts_on_cpu=False,
     own_block_size_on_cpu=True,
 )

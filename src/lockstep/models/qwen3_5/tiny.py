@@ -1,4 +1,6 @@
-"""Tiny Qwen3.5 models. vLLM's CPU kernels for GatedDeltaNet exist for bfloat16 and head dimensions of 128 only."""
+"""Tiny Qwen3.5 models. vLLM's CPU kernels for GatedDeltaNet exist for bfloat16 and head dimensions
+of 128 only.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Qwen3.5's weights: GatedDeltaNet layers with gated attention in between; every layer's MLP is dense or routed with a
-shared expert.
+"""Qwen3.5's weights: GatedDeltaNet layers with gated attention in between; every layer's MLP is
+dense or routed with a shared expert.
 """
 
 from __future__ import annotations

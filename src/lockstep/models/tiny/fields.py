@@ -1,4 +1,6 @@
-"""What a family's `tiny.py` says: the transformers class of its tiny model and the fields of its config."""
+"""The contents of a family's `tiny.py`: the transformers class of its tiny model and the fields of
+its config.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 class TinyModel:
     """A tiny model is named like its family's spec. `fields` uses the names of `config.json`.
 
-    float32: ends of the names of tensors that the family's releases store in fp32, whatever the others' dtype.
+    float32: ends of the names of tensors that the family's releases store in fp32, whatever the
+        others' dtype.
     """
 
     architecture: str

@@ -1,4 +1,6 @@
-"""The tiny models' tokenizer: byte-level BPE with a fixed handful of merges and a chat template with tools."""
+"""The tiny models' tokenizer: byte-level BPE with a fixed handful of merges and a chat template
+with tools.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Small random checkpoints of every family: real classes, real tokenizer, real file layout, a few hundred kilobytes.
+"""Small random checkpoints of every family: real classes, real tokenizer, real file layout, a few
+hundred kilobytes.
 
-They are for tests, quick starts and machines without a network. Weights are scaled so that logits spread over a few
-nats and routers have preferences: a mapping error then shows up in the logits instead of drowning.
+They are for tests, quick starts and machines without a network. Weights are scaled so that logits
+spread over a few nats and routers have preferences. A mapping error then shows in the logits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _GAINS = {
 _DERIVED = ("layer_types", "full_attention_interval")
 """Fields that follow from others unless they are set."""
 _UNDECLARED = ("head_dim",)
-"""What every release sets and transformers reads, but does not declare for Qwen3's mixture."""
+"""A field that every release sets and transformers reads, but does not declare for Qwen3's mixture.
+"""
 
 
 @cache
@@ -49,11 +51,14 @@ def tiny_models() -> dict[str, TinyModel]:
 
 
 def write_tiny(family: str, folder: Path | str, *, seed: int = 0, overrides: Mapping[str, Any] | None = None) -> Path:
-    """Write a random checkpoint of `family` (one of `tiny_models()`) into a new or empty folder and return it.
+    """Write a random checkpoint of `family` (one of `tiny_models()`) into a new or empty folder and
+    return it.
 
-    overrides: fields of the model's config, by their `config.json` names; `rope_theta` and `partial_rotary_factor`
-    count as fields. The same seed and overrides give the same bytes. Raises ConfigError for an unknown family or field
-    and for a vocabulary smaller than the tokenizer's.
+    overrides: fields of the model's config, by their `config.json` names; `rope_theta` and
+        `partial_rotary_factor` count as fields. The same seed and overrides give the same bytes.
+
+    Raises ConfigError for an unknown family or field and for a vocabulary smaller than the
+    tokenizer's.
     """
     import torch
 
@@ -104,7 +109,8 @@ def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
     Raises ConfigError for an unknown family or field.
     """
     cls = _model_class(family).config_class
-    # A field that transformers renamed keeps its `config.json` name as an attribute, and either may be asked for.
+    # A field that transformers renamed keeps its `config.json` name as an attribute, and either may
+    # be asked for.
     known = set(cls().to_dict()) | set(cls.attribute_map) | {*_ROPE, *_DERIVED, *_UNDECLARED, "dtype"}
     unknown = sorted(set(overrides) - known)
     if unknown:
@@ -117,8 +123,8 @@ def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` as the command line takes it; the value is JSON, or a string when it isn't valid JSON. Raises
-    ConfigError.
+    """`key=value` as the command line takes it; the value is JSON, or a string when it isn't valid
+    JSON. Raises ConfigError.
     """
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -142,8 +148,8 @@ def _model_class(family: str) -> Any:
 
 
 def _random(name: str, like: Tensor, neutral: float, tied: bool, generator: Generator) -> Tensor:
-    """One parameter's values: fan-in scaled matrices, norms around their neutral value, decays from almost none to
-    fast.
+    """One parameter's values: fan-in scaled matrices, norms around their neutral value, decays from
+    almost none to fast.
     """
     import torch
 
@@ -156,7 +162,8 @@ def _random(name: str, like: Tensor, neutral: float, tied: bool, generator: Gene
         return normal(0.5)
     if like.dim() == 1:
         return (1.0 if name.endswith("linear_attn.norm.weight") else neutral) + normal(0.1)
-    # Strong embeddings, weak outputs and decided routers keep bfloat16 noise near 0.01 nats instead of 0.1.
+    # Strong embeddings, weak outputs and decided routers keep bfloat16 noise near 0.01 nats instead
+    # of 0.1.
     if name.endswith("embed_tokens.weight") and not tied:
         return normal(1.0)
     gain = next((gain for suffix, gain in _GAINS.items() if name.endswith(suffix)), 1.0)
@@ -164,8 +171,8 @@ def _random(name: str, like: Tensor, neutral: float, tied: bool, generator: Gene
 
 
 def _write_generation_config(folder: Path, config: Any) -> None:
-    # The sampling defaults of the real releases: whoever serves the model must not apply them behind the trainer's
-    # back.
+    # The sampling defaults of the real releases: whoever serves the model must not apply them
+    # behind the trainer's back.
     values = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     values |= {"eos_token_id": [*ends, 0], "pad_token_id": config.pad_token_id}

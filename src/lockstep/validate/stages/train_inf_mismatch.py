@@ -1,10 +1,11 @@
 """Stage train_inf_mismatch: how far the trainer's policy is from the one the server sampled from.
 
-The server samples, with the base model and with a random adapter. Then the same tokens are scored three times: by the
-server again (its own noise), by the trainer on the experts that the server used, and, for a mixture of experts, by the
-trainer on the experts it would choose itself.
+The server samples, with the base model and with a random adapter. Then the same tokens are scored
+three times: by the server again (its own noise), and by the trainer on the server's experts. For a
+mixture of experts, the trainer also scores them on its own experts.
 
-Shape suffixes: S tokens of a sequence, T sampled tokens of all sequences, V most likely tokens, L layers, K experts.
+Shape suffixes: S tokens of a sequence, T sampled tokens of all sequences, V most likely tokens, L
+layers, K experts.
 """
 
 from __future__ import annotations
@@ -47,20 +48,24 @@ COLUMNS = {
     "top20": "top-20",
     "expert_choices_differ": "router",
 }
-"""Means over the sampled tokens, in nats: |Δlogp|, also in percent of mean |logp|; KL (k3); the largest |Δlogp|. Shares: most
-likely tokens that are the same; `router`: replayed choices that the trainer's own router would not have made.
+"""Means over the sampled tokens, in nats: |Δlogp|, also in percent of mean |logp|; KL (k3); the
+largest |Δlogp|. Shares: most likely tokens that are the same; `router`: replayed choices that the
+trainer's own router would not have made.
 """
 LARGEST = {"float32": 1e-4, "bfloat16": float("inf")}
 KL = {"float32": 1e-6, "bfloat16": 1e-3}
-"""Limits of the trainer against the server, per token in nats: where both compute in fp32 they agree on every token; in
-bf16 the rounding of two programs shows, but not in the policy."""
+"""Limits of the trainer against the server, per token in nats. Where both compute in fp32 they
+agree on every token. In bf16 the rounding of two programs shows, but not in the policy.
+"""
 _THINGS = ("a river", "the number seven", "a bicycle", "winter", "a library", "salt", "the moon", "a violin")
 _ASKS = ("Describe {} in a few words:", "Write down what you know about {}.", "Once there was {},", "def about({!r}):")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely ids, and its routed experts."""
+    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely
+    ids, and its routed experts.
+    """
 
     prompt: list[int]
     sampled: list[int]
@@ -74,7 +79,9 @@ class Sample:
 
 
 async def run(request: Request) -> Report:
-    """See the module. Raises what the server, the trainer or the model's family raises, and DataError for lost routed experts."""
+    """See the module. Raises what the server, the trainer or the model's family raises, and
+    DataError for lost routed experts.
+    """
     base = checkpoint_folder(request.base_model)
     request = replace(request, dtype=request.dtype or checkpoint_dtype(base))
     shape = routed_experts_shape(load_model_config(str(base)))
@@ -171,7 +178,9 @@ def _most_likely(entry: dict[str, float]) -> list[int]:
 
 
 async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[float], list[list[int]]]:
-    """(log-probability of each sampled token, the most likely ids there), the whole sequence computed afresh."""
+    """(log-probability of each sampled token, the most likely ids there), the whole sequence
+    computed afresh.
+    """
     logprobs, choice = await server.score_choice(name, sample.ids, TOP)
     count = len(sample.sampled)
     return logprobs[-count:], most_likely(choice, TOP)[-count:]

@@ -11,7 +11,7 @@ from triton.backends.driver import DriverBase
 
 
 class InterpreterDriver(DriverBase):
-    """What Triton's interpreter asks of a driver."""
+    """The driver interface of Triton's interpreter."""
 
     @classmethod
     def is_active(cls) -> bool:
