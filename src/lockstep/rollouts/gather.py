@@ -102,6 +102,8 @@ class _Gathering:
                         tasks[asyncio.ensure_future(rollout)] = (group, index)
                     else:
                         self._keep(group, index, slot)
+                # This group's requests leave before the next group's are made, and the server begins with them.
+                await asyncio.sleep(0)
             self._check_failures()
             for group in range(len(self._slots)):
                 await self._finish(group)
