@@ -80,6 +80,10 @@ class TrainerError(LockstepError):
     """A trainer process died, raised, or missed a deadline."""
 
 
+class TrainerLostError(TrainerError):
+    """A trainer process ended, was stopped or stayed silent. A step starts the trainer anew, a few times."""
+
+
 class MismatchError(LockstepError):
     """The server does not hold the policy that was trained: the probe's logprobs disagree."""
 
@@ -111,6 +115,7 @@ _BY_NAME: dict[str, type[LockstepError]] = {
         ServerLostError,
         StoreError,
         TrainerError,
+        TrainerLostError,
         WeightsError,
     )
 }

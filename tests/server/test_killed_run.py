@@ -98,10 +98,10 @@ def wait_for(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
         time.sleep(0.01)
 
 
-def api_server(user: int) -> int:
-    """The process that answers the server's HTTP requests."""
-    said = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in below(user)}
-    return next(pid for pid, words in said.items() if words[1:3] == [b"-m", b"vllm.entrypoints.openai.api_server"])
+def process_of(user: int, module: bytes) -> int:
+    """The first process below the user's that runs a module as its program."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in below(user)}
+    return next(pid for pid, words in commands.items() if [b"-m", module] in (words[1:3], words[2:4]))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,7 @@ def undisturbed(runtime, base, tmp_path_factory):
 
 
 def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, base, tmp_path):
+    """The user's process, the server and the trainer's rank are killed in turn."""
     assert len(set(undisturbed.values())) == STEPS + 1
     command = Command(tmp_path / "b", base)
     user = command.start()
@@ -120,7 +121,9 @@ def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, 
         user.wait()
         user = command.start()
         wait_for((command.run / "steps" / "0002").exists, user)
-        os.kill(api_server(user.pid), signal.SIGKILL)
+        os.kill(process_of(user.pid, b"vllm.entrypoints.openai.api_server"), signal.SIGKILL)
+        wait_for((command.run / "trajectories" / "train" / "0003.parquet").exists, user)
+        os.kill(process_of(user.pid, b"lockstep.engine.worker"), signal.SIGKILL)
         assert command.finish(user) == undisturbed
     finally:
         user.kill()

@@ -1,13 +1,23 @@
 """Every deadline of a run, in seconds: who waits for whom, and for how long.
 
-A trainer that works sends heartbeats, so deadlines of its requests bound a silence and not a long
-step.
+A trainer that works reports its progress, so deadlines of its requests bound a standstill and not
+a long step.
 """
 
 from __future__ import annotations
 
 STEP_S = 600.0
-"""The backend for the trainer: longest silence while it trains, scores, saves or loads."""
+"""The backend for the trainer: longest time without progress while it trains, scores, saves or
+loads.
+
+Progress is a micro-batch, a piece of a file, or another phase.
+"""
+SILENT_S = 60.0
+"""The backend for any sign of life of a trainer that works."""
+LOOK_S = 2.0
+"""Between two looks at the trainer's processes; one that is stopped both times is lost."""
+TRAINER_PAUSES_S = (1.0, 5.0, 25.0)
+"""Before each new start of a trainer that was lost in one step; after the last the step fails."""
 SYNC_S = 300.0
 """Trainer and server for each other in a weight sync: to join, for the receiver of a bucket, for
 the swap.

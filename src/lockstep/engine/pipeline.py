@@ -21,6 +21,7 @@ from lockstep.engine.model import Model
 from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
+from lockstep.engine.progress import progress
 
 LastStage = Callable[[int, Tensor], Tensor]
 """(number of the row in the list, hidden states) -> the scalar to differentiate. Called on the last
@@ -74,6 +75,7 @@ def forward_only(model: Model, rows: Sequence[PackedRow], last: Callable[[int, T
     with torch.no_grad():
         for number, row in enumerate(rows):
             hidden = model.forward_row(row, links.before(take=number))
+            progress.count += 1
             if model.post_process:
                 last(number, hidden)
             else:
@@ -94,6 +96,7 @@ def forward_backward(model: Model, rows: Sequence[PackedRow], last: LastStage, s
         hidden = model.forward_row(rows[number], received)
         out = last(number, hidden) if model.post_process else hidden
         in_flight.append((received, out))
+        progress.count += 1
         return out.detach()
 
     for number in range(ahead):
@@ -112,6 +115,7 @@ def _backward(step: tuple[Tensor | None, Tensor], gradient: Tensor | None) -> Te
     received, out = step
     if out.requires_grad:
         torch.autograd.backward(out, gradient)
+    progress.count += 1
     if received is None:
         return None
     return received.grad if received.grad is not None else torch.zeros_like(received)

@@ -26,6 +26,7 @@ from lockstep.config import deadlines
 from lockstep.engine.parallel import device  # isort: skip
 from lockstep.engine.parallel.coordination import LOST, Agreement
 from lockstep.engine.parallel.launch import die_with_launcher
+from lockstep.engine.progress import progress
 from lockstep.engine.state import open_trainer
 from lockstep.engine.verbs import Verbs
 from lockstep.errors import ConfigError, LockstepError, TrainerError
@@ -87,7 +88,9 @@ class Worker:
         before, result, error = self.verbs.trainer.optimizer.count, None, None
 
         def give_up(why: str) -> None:
-            self.channel.send(channels.error(identity, "TrainerError", f"rank {self.agreement.rank} was lost: {why}"))
+            self.channel.send(
+                channels.error(identity, "TrainerLostError", f"rank {self.agreement.rank} was lost: {why}")
+            )
 
         with self.agreement.watched(number, timeout_s, give_up), heartbeat(self.channel, identity) as report:
             try:
@@ -144,7 +147,7 @@ class heartbeat:
 
     def report(self, value: Json) -> None:
         self.state = {name: value[name] for name in ("phase", "waits_for") if name in value}
-        self.channel.send(channels.event(self.identity, value))
+        self.channel.send(channels.event(self.identity, value | {"progress": progress.count}))
 
     def __enter__(self) -> Callable[[Json], None]:
         self.thread = threading.Thread(target=self._beat, daemon=True)
@@ -153,7 +156,8 @@ class heartbeat:
 
     def _beat(self) -> None:
         while not self.done.wait(deadlines.HEARTBEAT_S):
-            self.channel.send(channels.event(self.identity, {"kind": "heartbeat", **self.state}))
+            beat = {"kind": "heartbeat", **self.state, "progress": progress.count}
+            self.channel.send(channels.event(self.identity, beat))
 
     def __exit__(self, *_exception: object) -> None:
         self.done.set()

@@ -165,6 +165,7 @@ METRICS: dict[str, Metric] = {
         top1_overlap=("share", "The trainer's most likely tokens on the probe that are also the server's."),
         top20_overlap=("share", "The same of the 20 most likely."),
         sync_bytes=("bytes", "Weights that travelled."),
+        trainer_restarts=("count", "Trainers that were lost in this step and started again."),
         server_restarts=("count", "Servers that were lost in this step and started again."),
     ),
     **_of(

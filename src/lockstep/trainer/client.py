@@ -20,9 +20,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import TrainerError, error_of
+from lockstep.config import deadlines
+from lockstep.errors import TrainerError, TrainerLostError, error_of
 from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
 from lockstep.process.guard import locked_folder
+from lockstep.process.stopped import stopped_below
 from lockstep.trainer.channel import TOKEN_VARIABLE
 from lockstep.trainer.protocol import Answer, EngineConfig, Ready, Request, from_json, split_secrets, to_json
 
@@ -41,6 +43,7 @@ class Trainer:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._requests = 0
+        self._busy_with = ""
         self._lock = asyncio.Lock()
         self.ready: Ready | None = None
         self.on_beat: Callable[[str, str], Awaitable[None]] | None = None
@@ -115,37 +118,45 @@ class Trainer:
     def _check_alive(self, doing: str) -> None:
         code = self._child.poll()
         if code is not None:
-            raise TrainerError(f"trainer died (exit code {code}) during {doing}; {self._last_lines()}")
+            raise TrainerLostError(f"trainer died (exit code {code}) during {doing}; {self._last_lines()}")
 
     def _last_lines(self) -> str:
         return f"last lines of {self._child.log_path}:\n{self._child.log_tail(12)}"
 
     async def call(self, request: Request[Answer], *, deadline_s: float, job: str | None = None) -> Answer:
-        """Ask, and wait for the answer. `deadline_s` bounds the silence between two messages,
-        heartbeats included.
+        """Ask, and wait for the answer. `deadline_s` bounds the time without progress: heartbeats
+        alone are none.
 
         job: an id. A request that was answered well under that id is not run again: its answer is
             sent again.
 
-        Raises the trainer's own error if it is the user's to fix, else TrainerError.
+        Raises the trainer's own error if it is the user's to fix, else TrainerError;
+        TrainerLostError where its processes ended, were stopped, or showed no progress.
         """
         async with self._lock:
             if self._writer is None:
                 raise TrainerError(f"trainer is closed, it can't {request.verb}")
-            self._requests += 1
+            self._requests, self._busy_with = self._requests + 1, ""
             fields, secret = split_secrets(request)
             message = {"id": self._requests, "verb": request.verb, "args": fields, "secret": secret, "job": job}
             self._writer.write(json.dumps(message).encode() + b"\n")
             raw = await self._answer(self._requests, request.verb, deadline_s)
             return from_json(request.answer, raw, f"the trainer's answer to {request.verb}")
 
-    async def _answer(self, number: int, verb: str, silence_s: float) -> dict[str, Any]:
+    async def _answer(self, number: int, verb: str, deadline_s: float) -> dict[str, Any]:
         """The result of request `number`."""
+        end, seen = time.monotonic() + deadline_s, None
         while True:
-            reply = json.loads(await self._line(verb, silence_s))
+            reply = json.loads(await self._line(verb, end, deadline_s if number == 0 else deadlines.SILENT_S))
             if reply["id"] != number:
                 continue  # a late message of a request that was given up
             if (event := reply.get("event")) is not None:
+                state = event.get("phase"), event.get("progress")
+                if state != seen:
+                    end, seen = time.monotonic() + deadline_s, state
+                self._busy_with = " for ".join(
+                    str(word) for word in (event.get("phase"), event.get("waits_for")) if word
+                )
                 if self.on_beat is not None:
                     await self.on_beat(str(event.get("phase", "")), str(event.get("waits_for", "")))
                 continue
@@ -156,23 +167,37 @@ class Trainer:
             unknown = f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
             raise error_of(error["type"], error["message"], TrainerError(unknown))
 
-    async def _line(self, verb: str, silence_s: float) -> bytes:
+    async def _line(self, verb: str, end: float, silence_s: float) -> bytes:
+        """The next message. Raises TrainerLostError at `end`, after a silence, and for a process that is stopped."""
         assert self._reader is not None
+        started, stopped = time.monotonic(), set()
+        reading = asyncio.ensure_future(self._reader.readline())
         try:
-            line = await asyncio.wait_for(self._reader.readline(), silence_s)
-        except TimeoutError:
-            raise TrainerError(
-                f"trainer was silent for {silence_s:.0f} s during {verb}; {self._last_lines()}"
-            ) from None
-        except ConnectionError:
-            line = b""
+            while not (await asyncio.wait({reading}, timeout=deadlines.LOOK_S))[0]:
+                now = time.monotonic()
+                if now > end or now > started + silence_s:
+                    why = f"silent for {now - started:.0f} s" if now <= end else "without progress until its deadline"
+                    raise self._lost(f"was {why} during {verb}")
+                looked = set(await asyncio.to_thread(stopped_below, self._child.pid))
+                if both := looked & stopped:
+                    raise self._lost(f"is stopped (SIGSTOP, process {min(both)}) during {verb}")
+                stopped = looked
+            line = reading.result() if not isinstance(reading.exception(), ConnectionError) else b""
+        finally:
+            if not reading.done():
+                reading.cancel()
+                await asyncio.wait({reading})  # the next line may be asked for at once
         if not line:
             try:
                 code = await asyncio.to_thread(self._child.wait, 10.0)
             except TimeoutError:
-                raise TrainerError(f"trainer closed its connection during {verb}; {self._last_lines()}") from None
-            raise TrainerError(f"trainer died (exit code {code}) during {verb}; {self._last_lines()}")
+                raise self._lost(f"closed its connection during {verb}") from None
+            raise TrainerLostError(f"trainer died (exit code {code}) during {verb}; {self._last_lines()}")
         return line
+
+    def _lost(self, why: str) -> TrainerLostError:
+        busy = f", busy with {self._busy_with}" if self._busy_with else ""
+        return TrainerLostError(f"trainer {why}{busy}; {self._last_lines()}")
 
     async def close(self) -> None:
         """End the processes; returns when none is left."""

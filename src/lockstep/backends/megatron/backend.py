@@ -20,6 +20,7 @@ from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
 from lockstep.backends.megatron.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.run import Run, all_ended
+from lockstep.backends.megatron.supervision import survived
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
@@ -180,17 +181,21 @@ class MegatronBackend:
         run.check_in_step()
         batch = await _packed(run, groups, config)
         digest = await asyncio.to_thread(digest_of, batch.path)
-        async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:
-            await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
-            step = await _trained(run, batch, config, made_by)
-            metrics = batch.metrics | step.metrics | {"seconds_train": time.monotonic() - started}
-            self._say(f"loading {run.name(number)}")
-            checkpoint, synced = await publish_and_serve(run, number, step.staged, metrics, step.scores, made_by)
+
+        async def step() -> dict[str, float]:
+            async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:
+                await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
+                made = await _trained(run, batch, config, made_by)
+                metrics = batch.metrics | made.metrics | {"seconds_train": time.monotonic() - started}
+                self._say(f"loading {run.name(number)}")
+                return metrics | await publish_and_serve(run, number, made.staged, metrics, made.scores, made_by)
+
+        metrics = await survived(run, number, step)
         run.model._advance(number)
-        run.store.record(number, synced)
+        await asyncio.to_thread(run.store.record, number, metrics)
         batch.path.unlink()
         await asyncio.to_thread(prune, run.store, retention(self.config), run.needed(number), run.settings.lora is None)
-        return TrainResult(number, metrics | synced, checkpoint.path)
+        return TrainResult(number, metrics, run.store.steps_path / f"{number:04d}")
 
     async def recover(self, model: TrainableModel) -> bool:
         """Start the model's server again, with its current step, if it was lost. Returns whether it

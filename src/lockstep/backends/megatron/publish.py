@@ -10,13 +10,11 @@ from lockstep.backends.megatron.probe import ProbeScores, check_finite
 from lockstep.backends.megatron.recovery import replace_lost_server, sync
 from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import trained_scores, verify
-from lockstep.errors import ServerError
+from lockstep.errors import ServerError, TrainerLostError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from lockstep.runs.store import RunCheckpoint
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:
@@ -35,14 +33,13 @@ async def serve(run: Run, number: int) -> dict[str, float]:
 
 async def publish_and_serve(
     run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None, job: str
-) -> tuple[RunCheckpoint, dict[str, float]]:
-    """`serve` for a step that was just trained, and its folder: (the published checkpoint, what
-    `serve` returns).
+) -> dict[str, float]:
+    """`serve` for a step that was just trained, and its folder; returns what `serve` returns.
 
     Merged weights replace the served ones, so the checkpoint is published first. An adapter is
     served beside the others. It leaves the trainer's memory first; its folder is written and
     published while the server is verified. Whatever the sync or the verification raises, the step
-    was trained, and is published.
+    was trained, and is published; but for a trainer that was lost before.
 
     trained: the trainer's scores of the run's probe.
     job: that makes the step; the publication ends it.
@@ -51,11 +48,13 @@ async def publish_and_serve(
         if run.settings.routed_experts is not None:
             trained = None  # they were scored on other experts than the server will use
         if run.delivery.replaces:
-            checkpoint, seconds = await _publish(run, number, staged, metrics, job)
+            seconds = await _publish(run, number, staged, metrics, job)
             figures = await _into_server(run, number)
-            return checkpoint, figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
+            return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
             figures = await _into_server(run, number)
+        except TrainerLostError:  # nobody is left to write the step
+            raise
         except BaseException:
             await _publish(run, number, staged, metrics, job)
             raise
@@ -63,19 +62,17 @@ async def publish_and_serve(
         try:
             figures |= await _verify(run, number, trained)
         finally:
-            checkpoint, seconds = await publishing
-        return checkpoint, figures | {"seconds_publish": seconds}
+            seconds = await publishing
+        return figures | {"seconds_publish": seconds}
 
 
-async def _publish(
-    run: Run, number: int, staged: Path, metrics: Mapping[str, float], job: str
-) -> tuple[RunCheckpoint, float]:
-    """The published checkpoint, and the seconds until it was."""
+async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float], job: str) -> float:
+    """The seconds until the step was published."""
     started = time.monotonic()
     await run.delivery.write(staged)
-    checkpoint = await asyncio.to_thread(run.store.publish, number, staged, metrics, None, job)
+    await asyncio.to_thread(run.store.publish, number, staged, metrics, None, job)
     run.trainer_ahead = False
-    return checkpoint, time.monotonic() - started
+    return time.monotonic() - started
 
 
 async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.engine.optim.trainable import Trainable
+from lockstep.engine.progress import progress
 from lockstep.errors import StoreError, WeightsError
 from lockstep.models.checkpoint.read import read_header
 from lockstep.models.contract import Piece
@@ -125,6 +126,7 @@ class StateFile:
 
     def part(self, rectangle: Rectangle, prefix: str, shape: Sequence[int]) -> np.ndarray:
         """The rectangle's place in the file, writable if the file is."""
+        progress.count += 1
         tensor = self.view(prefix + rectangle.name, shape)
         if rectangle.index is not None:
             tensor = tensor[rectangle.index]

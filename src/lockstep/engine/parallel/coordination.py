@@ -68,7 +68,7 @@ class Agreement:
             message = f"ranks {late} did not finish within {wait_s:.0f} s"
             cause = f" after rank {self.rank} failed: {error['message']}" if error else ""
             return {
-                "type": "TrainerError",
+                "type": "TrainerLostError",
                 "message": message + cause,
                 "traceback": (error or {}).get("traceback", ""),
                 "fatal": "yes",
