@@ -69,6 +69,7 @@ PATCHES = (
         "tokens carry the version of the weights that sampled them, and log-probabilities come as numbers alone",
         "",
     ),
+    Patch("http.continued_prompts", "api", "any", "a chat can't continue with the ids that were sampled", ""),
     Patch("http.served_names", "api", "any", "a 404 lists the base weights' names, and no version that is served", ""),
     Patch("adapters.from_memory", "worker", "any", "adapters come from memory and not from a folder", ""),
 )
