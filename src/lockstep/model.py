@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
     from lockstep.backends.base import Backend, Endpoint
+    from lockstep.gateway.episode import Episode
+    from lockstep.gateway.server import Gateway
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RETRIES = 3
@@ -92,6 +94,7 @@ class TrainableModel:
         self._leases = Leases()
         self._seeds = RequestSeeds()
         self._client: tuple[Endpoint, asyncio.AbstractEventLoop | None, AsyncOpenAI] | None = None
+        self._gateway: Gateway | None = None
 
     def __repr__(self) -> str:
         state = f"step={self._step}" if self._backend is not None else "not registered"
@@ -173,9 +176,37 @@ class TrainableModel:
             return None
         return self._seeds.draw(run_seed, scope.pinned(self._leases, self.step), place)
 
+    def episode(self, *, sampling: Mapping[str, Any] | None = None) -> Episode:
+        """An address and a key for one attempt of an agent, in this process or any other; what it samples there is captured.
+
+        sampling: settings that every request of the episode has, whatever the agent asks for, such as `{"temperature": 1.0}`.
+
+        Inside a rollout the episode uses the rollout's version and ends with it at the latest. Elsewhere its version is the
+        current one and stays loaded until the episode ends. In a rollout that gather runs, a request without a `seed` gets one,
+        derived from the rollout's place, the request's messages, and how often the episode sent them before.
+        """
+        from lockstep.gateway.calls import Terms
+        from lockstep.gateway.server import Gateway
+
+        backend, name, scope = self._registered(), self.inference_name(), current_scope()
+        if self._gateway is None:
+            self._gateway = Gateway()
+        step = int(name.rpartition("@")[2])
+        self._leases.take(step)
+        terms = Terms(
+            name, lambda: backend.endpoint(self), dict(sampling or {}), self._next_seed(backend.endpoint(self).seed)
+        )
+        episode = self._gateway.episode(terms, lambda: self._leases.give_back(step))
+        if scope is not None:
+            scope.at_end(episode.end)
+        return episode
+
     async def _released(self) -> None:
         """The backend was closed: any other may take the model. Called by the backend."""
         self._backend = None
+        gateway, self._gateway = self._gateway, None
+        if gateway is not None:
+            await asyncio.to_thread(gateway.close)
         await self._disconnect()
 
     async def _disconnect(self) -> None:

@@ -40,6 +40,7 @@ KEPT = {
         "src/lockstep/cli/score.py": "an input file of an earlier version",
         "src/lockstep/metrics/names.py": "metrics that runs of earlier versions recorded",
         "src/lockstep/backends/tinker/chat_server.py": "starlette's argument",
+        "src/lockstep/gateway/app.py": "starlette's argument",
         "runtime/src/lockstep_wire/routed_experts.py": "digests in trajectories of earlier versions",
     },
     "picks": {"src/lockstep/metrics/names.py": "a metric that runs of earlier versions recorded"},

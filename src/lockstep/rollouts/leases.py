@@ -7,7 +7,7 @@ step for the full scope, whatever training does. The end of the scope releases t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -36,6 +36,7 @@ class RolloutScope:
     def __init__(self) -> None:
         self._pinned: dict[Leases, int] = {}
         self._taken: set[tuple[Leases, int]] = set()
+        self._at_end: list[Callable[[], None]] = []
         self.open = True
         self.served = False
         """A request of this rollout has had its slot in the server. Its next requests go before
@@ -60,8 +61,14 @@ class RolloutScope:
             self._taken.add((leases, step))
             leases.take(step)
 
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Call `act` when the scope ends."""
+        self._at_end.append(act)
+
     def close(self) -> None:
         self.open = False
+        for act in self._at_end:
+            act()
         for leases, step in self._taken:
             leases.give_back(step)
         self._taken.clear()

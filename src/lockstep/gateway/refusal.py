@@ -1,0 +1,11 @@
+"""What a request gets in place of a reply."""
+
+from __future__ import annotations
+
+
+class Refusal(Exception):
+    """A request that can't be answered. status: HTTP's. The text is one line for the agent's author."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,97 @@
+"""The run's own server, as the gateway sees it: one pool of connections and as many requests as the server takes at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lockstep.config import deadlines
+from lockstep.gateway.refusal import Refusal
+from lockstep.rollouts.slots import Slots
+from lockstep_wire.http_paths import CHAT_COMPLETIONS
+
+
+class Address(Protocol):
+    """Where the server is: an OpenAI-compatible base URL, its token, and what it takes. A backend's `Endpoint` is one."""
+
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def api_key(self) -> str: ...
+    @property
+    def slots(self) -> int | None: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class _Known:
+    address: Address
+    slots: Slots | None
+
+
+class Upstream:
+    """Sends requests to the server; for one event loop. The server may change its address from one call to the next."""
+
+    def __init__(self) -> None:
+        import httpx
+
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx.AsyncClient(trust_env=False, limits=limits)
+        self._errors = httpx.HTTPError
+        self._timeout = httpx.Timeout
+        self._known: _Known | None = None
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def complete(self, address: Address, body: dict[str, Any], *, under_way: bool) -> dict[str, Any]:
+        """The reply to a chat request. under_way: its episode goes before those that have not begun.
+
+        Raises Refusal with the server's own status and text, and with 502 if the server can't be reached.
+        """
+        return await self._post(address, CHAT_COMPLETIONS, body, places=_choices(body), under_way=under_way)
+
+    async def count(self, address: Address, body: dict[str, Any]) -> int:
+        """How many tokens a conversation has as a prompt."""
+        return (await self._post(address, "/tokenize", body, places=0, under_way=True))["count"]
+
+    async def _post(
+        self, address: Address, path: str, body: dict[str, Any], *, places: int, under_way: bool
+    ) -> dict[str, Any]:
+        if self._known is None or self._known.address != address:
+            self._known = _Known(address, None if address.slots is None else Slots(address.slots))
+        slots = self._known.slots if places else None
+        taken = 0 if slots is None else await slots.take(places, under_way=under_way)
+        try:
+            response = await self._client.post(
+                address.base_url.removesuffix("/v1") + path,
+                json=body,
+                headers={"Authorization": f"Bearer {address.api_key}"},
+                timeout=self._timeout(deadlines.REQUEST_S + _tokens(body, address), connect=deadlines.CONNECT_S),
+            )
+        except self._errors as error:
+            raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
+        finally:
+            if slots is not None:
+                slots.give_back(taken)
+        if response.status_code != 200:
+            raise Refusal(response.status_code, _message(response))
+        return response.json()
+
+
+def _choices(body: dict[str, Any]) -> int:
+    n = body.get("n")
+    return n if isinstance(n, int) and n > 0 else 1
+
+
+def _tokens(body: dict[str, Any], address: Address) -> int:
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    return asked if isinstance(asked, int) and asked > 0 else address.max_model_len or 0
+
+
+def _message(response: Any) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:500] or f"the run's server answered {response.status_code}"
