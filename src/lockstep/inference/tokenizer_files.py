@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigError
+from lockstep.inference.vllm_options import unknown_option
 
 _ARGUMENT = "--"
 
@@ -38,7 +39,12 @@ OURS = {
     "override-generation-config": "log-probabilities must be those of what was sampled; give sampling settings in the request",
     "logprobs-mode": "log-probabilities must be those of what was sampled",
     "tool-strict-level": "a grammar on tool calls changes what is sampled",
-    "speculative-config": "a draft model's acceptance may change what is sampled",
+    **dict.fromkeys(
+        ("speculative-config", "spec-method", "spec-model", "spec-tokens"),
+        "a draft model's acceptance may change what is sampled",
+    ),
+    "config": "a file's settings would win unseen; write them out",
+    "uds": "the server listens on loopback",
     "seed": "set seed of the backend",
 }
 """Arguments of vLLM that a run decides itself, and why: changed behind its back, training would be
@@ -47,10 +53,12 @@ silently wrong.
 
 
 def check_server_args(server_args: Sequence[str]) -> None:
-    """Raise ConfigError for an argument that the run decides itself."""
+    """Raise ConfigError for an argument that the run decides itself, or that vLLM does not have."""
     for name, why in OURS.items():
         if argument(server_args, name) is not None:
             raise ConfigError(f"server_args can't have --{name}: {why}")
+    if (problem := unknown_option(server_args)) is not None:
+        raise ConfigError(problem)
 
 
 @dataclass(frozen=True)

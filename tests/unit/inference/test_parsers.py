@@ -15,6 +15,7 @@ import lockstep as ls
 from lockstep.errors import ConfigError
 from lockstep.inference.parsers import REASONING_PARSERS, TOOL_PARSERS, UNSERVED, check_reasoning, resolve_tool_calls
 from lockstep.inference.tokenizer_files import argument, read_tokenizer
+from lockstep.inference.vllm_options import OPTIONS, unknown_option
 from lockstep.models.registry import get_model_support_spec_by_key
 from lockstep.models.tiny.write import write_tiny
 from nothing_started import refused_at_once
@@ -106,6 +107,24 @@ def test_the_tables_name_every_parser_that_vllm_has(runtime):
         tree = ast.parse((package / folder / "__init__.py").read_text())
         (table,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == variable]
         assert {key.value for key in table.keys} == {*known, *UNSERVED}
+
+
+def test_the_list_of_options_is_vllms(runtime):
+    """Literal options, and the fields that become options; so a release with another option fails here."""
+    (package,) = runtime.python.parents[1].glob("lib/python*/site-packages/vllm")
+    names = set()
+    for file in ("engine/arg_utils.py", "entrypoints/launchers/cli_args.py"):
+        for node in ast.walk(ast.parse((package / file).read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                literals = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                names |= {text.removeprefix("--") for text in literals if text.startswith("--")}
+            elif isinstance(node, ast.ClassDef) and "Frontend" in node.name:
+                fields = [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
+                names |= {field.replace("_", "-") for field in fields}
+    assert names == OPTIONS
+    assert (
+        unknown_option(("--no-enable-prefix-caching", "--hf_overrides.a", "1", "-tp", "2", "--max-num-seqs=3")) is None
+    )
 
 
 ASK = """
