@@ -22,6 +22,7 @@ from lockstep.batching.advantages import LARGEST_REWARD
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RoutedExpertsShape, align, decode_routed_experts
 from lockstep.batching.top_logprobs import TOP, top_ids
+from lockstep.config.train import LEAST_TEMPERATURE
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep_wire.reply_digest import reply_digest
 from lockstep_wire.routed_experts import stored_digest
@@ -107,12 +108,6 @@ def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: 
             f"{name} was edited after it was sampled, and would be trained as sampled: keep it exactly as the server returned it, "
             "and put changes into a message of their own"
         )
-
-
-LEAST_TEMPERATURE = 0.01
-"""vLLM samples with this where a request asks for less (and more than 0), and reports what was
-asked for.
-"""
 
 
 def _temperature(sampling: object, name: str) -> float:

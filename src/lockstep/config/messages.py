@@ -10,6 +10,21 @@ from pydantic import ValidationError
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """pydantic's words for a key that a model or a dataclass does not have."""
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "batch_size": "groups_per_step",
+    "num_generations": "group_size",
+    "rollouts_per_group": "group_size",
+    "beta": "kl_coef",
+    "kl_beta": "kl_coef",
+    "max_steps": "steps",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "model": "base_model",
+    "max_seq_length": "max_model_len",
+    "loss_type": "loss",
+}
+"""Names that other trainers give to settings of ours."""
 _PLAIN_WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table of settings",
@@ -23,6 +38,8 @@ _PLAIN_WORDS = {
 def unknown(key: str, known: Iterable[str], where: str) -> str:
     """One line about a key that `where` does not have, with the closest ones it has."""
     known = sorted(known)
+    if (ours := _ELSEWHERE.get(key)) in known:
+        return f"{where} has no setting {key!r}: here it is {ours}"
     close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
     return f"{where} has no setting {key!r}: {hint}"

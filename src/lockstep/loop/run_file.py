@@ -11,7 +11,7 @@ from lockstep.config.base import Config, load_toml
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.messages import describe
-from lockstep.config.train import TrainConfig
+from lockstep.config.train import LEAST_TEMPERATURE, TrainConfig
 
 
 class ModelSection(Config):
@@ -40,7 +40,11 @@ class TaskSection(Config):
     steps: int = Field(gt=0, description="the run ends when the model has this many steps")
     groups_per_step: int = Field(default=8, gt=0, description="scenarios per training step")
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
-    temperature: float = Field(default=1.0, gt=0, description="of the sampling of training rollouts")
+    temperature: float = Field(
+        default=1.0,
+        ge=LEAST_TEMPERATURE,
+        description="of the sampling of training rollouts; 0.01, vLLM's least, or more",
+    )
     max_exceptions: int | float = Field(
         default=0.1,
         ge=0,

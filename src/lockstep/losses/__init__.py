@@ -35,7 +35,9 @@ def find_loss(name: str) -> PolicyLoss:
         return named_losses()[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError(f"must be one of {', '.join(named_losses())}, or your own as module:function")
+        raise ConfigError(
+            f"must be one of {', '.join(named_losses())} (GRPO's clipped ratio is that of ppo), or your own as module:function"
+        )
     try:
         value = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -74,6 +74,7 @@ def why(resolved: resolve.Plan, name: str) -> str:
         ({"max_model_len": 5000}, {}, "max_model_len = 5000 is more than the 4096 positions"),
         ({"server_args": ("--max-model-len=5000",)}, {}, "max_model_len = 5000 is more than the 4096"),
         ({"offload": True}, {}, "don't share GPUs"),
+        ({"keep_best": "greedy_rewrd"}, {}, "keep_best = 'greedy_rewrd' is no metric: did you mean greedy_reward"),
         ({"weight_transport": "nccl"}, {}, "here it is 'gloo' or 'disk'"),
     ],
 )

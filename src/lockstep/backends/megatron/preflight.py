@@ -4,11 +4,13 @@ reason and the remedy.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.capacity import GIB, WIDTH, Footprint
 from lockstep.errors import ConfigError, UnsupportedModelError
+from lockstep.metrics.names import EARLIER, METRICS, USERS, is_known
 from lockstep.models.parallel_sizes import check_parallel
 from lockstep.models.targets import check_targets
 from lockstep.process.child import visible_gpus
@@ -98,6 +100,19 @@ def checkpoint_bytes(footprint: Footprint, dtype: str, lora: bool, rule: Retenti
     weights, state = step_bytes(footprint, dtype, lora)
     kept = rule.newest + (rule.best is not None) + lora
     return (kept + 1) * weights + (kept + 1 if rule.states else 2) * state
+
+
+def check_metric(keep_best: str | None) -> None:
+    """Raise ConfigError for a metric that no step will ever have.
+
+    Otherwise the rule would keep nothing, without a word.
+    """
+    if keep_best is None or is_known(EARLIER.get(keep_best, keep_best)):
+        return
+    close = difflib.get_close_matches(keep_best, METRICS, n=2) or ["greedy_reward"]
+    raise ConfigError(
+        f"keep_best = {keep_best!r} is no metric: did you mean {' or '.join(close)}? A trajectory's own begin with {USERS}"
+    )
 
 
 def check_disk(path: Path, run: Path, needed: int) -> None:

@@ -282,6 +282,7 @@ def _describe_disk(log: _Log, asked: MegatronConfig, model: TrainableModel, foot
     preflight.check_disk(asked.path, asked.path / model.project / model.name, needed)
     step = sum(preflight.step_bytes(footprint, dtype, model.lora is not None))
     log.add("path", str(asked.path), f"a step takes {_size(step)} of disk, the run at most {_size(needed)}")
+    preflight.check_metric(asked.keep_best)
     for name in ("keep_newest", "keep_best", "keep_every", "keep_optimizer_states"):
         log.add(name, getattr(asked, name), "set" if name in asked.model_fields_set else "default")
 

@@ -4,6 +4,7 @@ downloaded.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lockstep.errors import UnsupportedModelError
@@ -14,6 +15,7 @@ def is_folder(base_model: str) -> bool:
     return Path(base_model).expanduser().is_dir()
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DESCRIBING = ("*.json", "*.jinja", "*.txt")
 """Everything but the weights: configuration, tokenizer, chat template."""
 
@@ -37,6 +39,11 @@ def checkpoint_folder(base_model: str, *, weights: bool = True) -> Path:
 def _folder(base_model: str, patterns: tuple[str, ...]) -> Path:
     if is_folder(base_model):
         return Path(base_model).expanduser().resolve()
+    if not _HUB_ID.fullmatch(base_model):
+        raise UnsupportedModelError(
+            f"{base_model} is no folder here, and no Hugging Face id, which is ORGANIZATION/NAME: give the path of a "
+            "checkpoint's folder"
+        )
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
