@@ -12,6 +12,7 @@ from lockstep.cli.exclusive import alone
 from lockstep.cli.train import execute
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import load_run_file
+from lockstep.process.scratch import make_folder
 from lockstep.runs.store import published_steps
 
 
@@ -33,7 +34,7 @@ async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, r
     ours = mark.exists() or not path.exists() or all(child.name.startswith(lock.name) for child in path.iterdir())
     if fresh and not ours:
         raise ConfigError(f"{path} holds something else than a quickstart: choose another --path or pass --no-fresh")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, "--path")
     with alone(lock, f"{path} is in use by another quickstart"):
         if ours:  # what was here before a quickstart came with --no-fresh is never marked, and so never deleted
             mark.touch()

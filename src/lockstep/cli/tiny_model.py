@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import shutil
@@ -16,11 +17,20 @@ from rich.text import Text
 from lockstep.cli.exclusive import alone
 from lockstep.errors import ERROR, ConfigError, LockstepError
 from lockstep.loop.run_file import RunFile
-from lockstep.loop.task import Task
+from lockstep.loop.task import Task, blamed
 from lockstep.process.child import guarded
+from lockstep.process.scratch import make_folder
 
 _RECIPE = "warmup.json"
 """In a tiny base model's folder, once it is complete: what it was made from."""
+
+
+_PARTS = {
+    "tiny": "other [tiny] settings",
+    "seed": "another seed",
+    "demonstrations": "other demonstrations() than the task file's",
+}
+"""Parts of a recipe, and what is said where they differ."""
 
 
 async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -> Path:
@@ -30,8 +40,9 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
     It is made under a name of its own and renamed. Raises ConfigError for a folder that holds
     something else.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"tiny": file.tiny.model_dump(mode="json"), "seed": file.task.seed}
+    make_folder(folder.parent, "[backend] path")
+    shown = _demonstrations(file, task)
+    recipe = _recipe(file, shown)
     with alone(folder.with_name(f".{folder.name}.lock"), f"{folder} is being made by another process"):
         if folder.exists():
             _check_recipe(folder, recipe)
@@ -44,12 +55,12 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
                 *("-m", "lockstep.cli.main", "tiny", file.tiny.family, str(making), "--seed", str(file.task.seed)),
                 *fields,
             )
-            if task.demonstrations is not None and file.tiny.warmup_steps:
-                shown = making / "demonstrations.json"
-                shown.write_text(json.dumps(task.demonstrations(random.Random(file.task.seed))))
+            if shown is not None and file.tiny.warmup_steps:
+                demonstrations = making / "demonstrations.json"
+                demonstrations.write_text(shown)
                 status.update(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
                 await _python(
-                    *("-m", "lockstep.cli.tiny_sft", str(making), str(shown)),
+                    *("-m", "lockstep.cli.tiny_sft", str(making), str(demonstrations)),
                     *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
                     on_line=lambda line: status.update(Text(f"teaching it to answer: step {line}")),
                 )
@@ -59,13 +70,34 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
     return folder
 
 
+def check_tiny(folder: Path, file: RunFile, task: Task) -> None:
+    """Raise ConfigError unless the tiny base model in this folder is what these settings and demonstrations make."""
+    _check_recipe(folder, _recipe(file, _demonstrations(file, task)))
+
+
+def _demonstrations(file: RunFile, task: Task) -> str | None:
+    """What the task demonstrates with the run's seed, as JSON; None: nothing."""
+    if task.demonstrations is None:
+        return None
+    with blamed(task.path, "demonstrations() failed"):
+        return json.dumps(task.demonstrations(random.Random(file.task.seed)))
+
+
+def _recipe(file: RunFile, shown: str | None) -> dict[str, Any]:
+    digest = None if shown is None else hashlib.sha256(shown.encode()).hexdigest()
+    return {"tiny": file.tiny.model_dump(mode="json"), "seed": file.task.seed, "demonstrations": digest}
+
+
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if not (folder / _RECIPE).is_file():
         raise ConfigError(f"{folder} is no tiny model made here: move it away, or change the model's name")
-    if json.loads((folder / _RECIPE).read_text()) != recipe:
-        raise ConfigError(
-            f"{folder} was made with other [tiny] settings or another seed: delete it, or change the model's name"
-        )
+    made = json.loads((folder / _RECIPE).read_text())
+    for part, said in _PARTS.items():
+        if made.get(part) != recipe[part]:
+            raise ConfigError(
+                f"{folder} was made with {said}, and the run in {folder.name.removesuffix('-base')} trains it: delete both, or change "
+                "the model's name"
+            )
 
 
 async def _python(*arguments: str, on_line=lambda line: None) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lockstep.cli.live_table import LiveTable
-from lockstep.cli.tiny_model import make_tiny
+from lockstep.cli.tiny_model import check_tiny, make_tiny
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import RunFile, load_run_file
@@ -46,13 +46,16 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
         base_model, settings = file.model.base_model, file.train
         if tiny:
             folder = _tiny_folder(file)
-            if not folder.exists():
+            if folder.exists():
+                check_tiny(folder, file, task)
+            else:
                 untaught = file.tiny.model_copy(update={"warmup_steps": 0})
                 folder = Path(scratch) / folder.name
                 await make_tiny(folder, file.model_copy(update={"tiny": untaught}), task, console)
             base_model, settings = str(folder), file.tiny_train_config()
             file = _as_tiny(file)
         model, backend = _made(file, base_model)
+        _check_steps(file, settings)
         show_all(console, await backend.resolve(model), file.task, settings)
     return 0
 
@@ -107,7 +110,7 @@ async def _train(
     from lockstep.cli.settings_table import show_short
 
     model, backend = _made(file, base_model)
-    _check_not_past(file)
+    _check_steps(file, settings)
     show_short(console, await backend.resolve(model))
     backend.on_note = lambda note: None  # said already
     try:
@@ -135,12 +138,15 @@ def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBacke
     return model, MegatronBackend(**settings, seed=file.task.seed)
 
 
-def _check_not_past(file: RunFile) -> None:
-    """Raise ConfigError for a run that has more steps than it is to have: it would start, evaluate
-    and end.
-    """
+def _check_steps(file: RunFile, settings: TrainConfig) -> None:
+    """Raise ConfigError for a run that has more steps than it is to have, or not the one that a KL penalty pulls towards."""
     path = file.backend.path.expanduser() / file.model.project / file.model.name
-    if (steps := published_steps(path)) and steps[-1] > file.task.steps:
+    steps = published_steps(path)
+    if steps and steps[-1] > file.task.steps:
         raise ConfigError(
             f"steps = {file.task.steps}: {path} has {steps[-1]} steps already; raise [task] steps to train on, or change the model's name"
         )
+    reference = settings.kl_reference_step
+    if reference is not None and reference not in (steps or [0]):
+        has = f"it has {', '.join(map(str, steps))}" if steps else "a new run has step 0 alone"
+        raise ConfigError(f"kl_reference_step = {reference} is no published step of {path}: {has}; choose one of those")

@@ -16,12 +16,14 @@ import importlib.util
 import inspect
 import random
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, LockstepError
+from lockstep.rollouts.failures import failure_of, one_line
 
 if TYPE_CHECKING:
     from lockstep.model import TrainableModel
@@ -54,8 +56,9 @@ class Task:
 
 
 def load_task(path: Path) -> Task:
-    """Import a task file and check its names. Raises ConfigError naming what is missing; errors
-    inside the file keep their traceback.
+    """Import a task file and check its names.
+
+    Raises ConfigError naming what is missing, or the line of the file that raised.
     """
     path = path.expanduser().resolve()
     if not path.is_file():
@@ -67,7 +70,8 @@ def load_task(path: Path) -> Task:
         sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with blamed(path, "can't be imported"):
+        spec.loader.exec_module(module)
     rollout = getattr(module, "rollout", None)
     if not inspect.iscoroutinefunction(rollout) or not _takes(rollout, 3):
         raise ConfigError(f"{path} must define `async def rollout(model, scenario, temperature) -> Trajectory`")
@@ -81,13 +85,25 @@ def _listed(path: Path, name: str, make: Any) -> list[Any]:
     """The result of a task file's function of that name, as a list that isn't empty."""
     if not inspect.isfunction(make) or not _takes(make, 0):
         raise ConfigError(f"{path} must define `def {name}() -> list`")
-    made: Any = make()
-    if not isinstance(made, Iterable):
+    with blamed(path, f"{name}() failed"):
+        made: Any = make()
+        scenarios = list(made) if isinstance(made, Iterable) else None
+    if scenarios is None:
         raise ConfigError(f"{path}: {name}() returned {type(made).__name__}, not a list")
-    scenarios = list(made)
     if not scenarios:
         raise ConfigError(f"{path}: {name}() returned an empty list, there is nothing to roll out")
     return scenarios
+
+
+@contextmanager
+def blamed(path: Path, what: str) -> Iterator[None]:
+    """An error of a task's code becomes one line that names the user's last frames. Errors meant for a user pass as they are."""
+    try:
+        yield
+    except LockstepError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} {what}: {one_line(failure_of(error))}") from error
 
 
 def _takes(function: Callable[..., Any], arguments: int) -> bool:

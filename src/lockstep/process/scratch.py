@@ -1,4 +1,4 @@
-"""Temporary folders of ours whose owner is gone."""
+"""Folders: made where a user asked for them, and temporary ones of ours whose owner is gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lockstep.errors import ConfigError
 from lockstep.process.guard import LOCK, PREFIX
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder that a user named, and those above it. Raises ConfigError, naming the setting, where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting}: {folder} can't be made: {error.strerror}; choose another folder") from None
 
 
 def remove_abandoned() -> None:

@@ -391,6 +391,12 @@ def test_a_run_past_its_steps_is_refused_before_it_starts(tmp_path, tiny_qwen3):
     one_line(lockstep("train", config, cwd=tmp_path), "has 2 steps already; raise [task] steps", 2)
 
 
+def test_newcomer_c8_a_kl_reference_that_is_no_step_is_refused_before_the_rollouts(tmp_path, tiny_qwen3):
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="kl_coef = 0.1\nkl_reference_step = 5")
+    says = "kl_reference_step = 5 is no published step of runs/p/m: a new run has step 0 alone"
+    one_line(lockstep("train", config, "--dry-run", cwd=tmp_path), says, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -1,26 +1,36 @@
 """What a new user stumbles over in the first hour, each with what is shown instead."""
 
 import asyncio
+import io
 import re
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 from openai.types.chat.chat_completion import Choice
+from rich.console import Console
 
 import lockstep as ls
 from lockstep.backends.base import TrainResult
 from lockstep.batching.tokenize import tokenize
-from lockstep.errors import ConfigError, DataError, RolloutError
-from lockstep.loop.run_file import TaskSection
+from lockstep.cli.quickstart import run_quickstart
+from lockstep.cli.tiny_model import check_tiny, make_tiny
+from lockstep.config.train import TrainConfig
+from lockstep.errors import ConfigError, DataError, RolloutError, UnsupportedModelError
+from lockstep.loop.run_file import RunFile, TaskSection
 from lockstep.loop.synchronous import run
 from lockstep.loop.task import load_task
 from lockstep.metrics.names import is_known
+from lockstep.models.checkpoint.hub import described_folder
+from lockstep.models.tiny.write import write_tiny
 from lockstep.rollouts.failures import failure_of
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import RunStore
 from lockstep_vllm.http.served_names import unknown_name
 from lockstep_wire.reply_digest import reply_digest
+from nothing_started import refused_at_once
 from random_batches import choice, trajectory
 
 
@@ -172,6 +182,125 @@ async def test_newcomer_b7_row_metrics_files_and_checkpoint_have_one_number(stor
         assert {each.reward for group in groups for each in group.trajectories} == {row.reward}
     assert outcome.step == 2
     assert [row.compilations for row in rows] == [0, 1, 0]
+
+
+def tiny_run(tmp_path, task_code, **settings):
+    """A run file with a tiny base model of one layer, and its task."""
+    (tmp_path / "task.py").write_text(task_code)
+    sections = {
+        "model": {"name": "m", "project": "p", "base_model": "x"},
+        "backend": {"path": tmp_path / "runs"},
+        "task": {"file": "task.py", "steps": 1},
+        "tiny": {"config": {"num_hidden_layers": 1}, "warmup_steps": 1},
+    }
+    return RunFile(**sections | settings), load_task(tmp_path / "task.py")
+
+
+SHOWS = """def scenarios():
+    return [0]
+
+
+async def rollout(model, scenario, temperature):
+    raise RuntimeError("never reached")
+
+
+def demonstrations(rng):
+    return [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}], "tools": None}]
+"""
+
+
+async def test_newcomer_b3_changed_demonstrations_are_noticed(tmp_path):
+    """The base that was taught others is not trained on in silence: it is kept for the same ones, and refused for others."""
+    console = Console(file=io.StringIO())
+    file, task = tiny_run(tmp_path, SHOWS)
+    folder = await make_tiny(tmp_path / "runs" / "p" / "m-base", file, task, console)
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    await make_tiny(folder, *tiny_run(tmp_path, SHOWS + "# a comment\n"), console)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    changed = tiny_run(tmp_path, SHOWS.replace('"yes"', '"no"'))
+    for refused in (lambda: check_tiny(folder, *changed), lambda: asyncio.run(make_tiny(folder, *changed, console))):
+        with pytest.raises(ConfigError, match=r"m-base was made with other demonstrations\(\) .*: delete both"):
+            await asyncio.to_thread(refused)
+    with pytest.raises(ConfigError, match=r"task.py demonstrations\(\) failed: KeyError: 'x' \(.*task.py:10 in demon"):
+        check_tiny(folder, *tiny_run(tmp_path, SHOWS.replace("return [{", "return {}['x'] or [{")))
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("x = {}['model']\n", r"can't be imported: KeyError: 'model' \(.*task\.py:1 in <module>: x = {}\['model'\]\)"),
+        (
+            "import no_such_module\n",
+            r"can't be imported: ModuleNotFoundError: No module named 'no_such_module' \(.*:1 in",
+        ),
+        ("def scenarios(:\n    pass\n", r"can't be imported: SyntaxError: invalid syntax \(task\.py, line 1\)"),
+        (
+            "import json\njson.loads('{')\n",
+            r"can't be imported: JSONDecodeError: .*task\.py:2 in <module>: json\.loads",
+        ),
+        (
+            SHOWS.replace("return [0]", "return open('/no/such/file').read()"),
+            r"scenarios\(\) failed: FileNotFoundError: .*task\.py:2 in scenarios: return open",
+        ),
+        (
+            SHOWS.replace("return [0]", "yield 1 / 0"),
+            r"scenarios\(\) failed: ZeroDivisionError: .*task\.py:2 in scenarios: yield",
+        ),
+    ],
+)
+def test_newcomer_c4_an_error_in_a_task_file_is_one_line(tmp_path, code, says):
+    (tmp_path / "task.py").write_text(code)
+    with refused_at_once(f"task.py {says}"):
+        load_task(tmp_path / "task.py")
+
+
+def test_newcomer_c4_a_folder_that_cannot_be_made_is_one_line():
+    with pytest.raises(
+        ConfigError, match=r"the folder of the tiny model: /proc/foo can't be made: No such file or dir"
+    ):
+        write_tiny("qwen3", "/proc/foo")
+    with pytest.raises(ConfigError, match=r"--path: /proc/foo can't be made: .*; choose another folder"):
+        asyncio.run(run_quickstart(Path("/proc/foo"), 0, True, Console(file=io.StringIO())))
+
+
+@pytest.mark.parametrize(
+    ("where", "settings", "says"),
+    [
+        (TrainConfig, {"lr": 1e-4}, "TrainConfig has no setting 'lr': here it is learning_rate"),
+        (TrainConfig, {"beta": 0.1}, "here it is kl_coef"),
+        (TaskSection, {"batch_size": 8}, "here it is groups_per_step"),
+        (
+            TrainConfig,
+            {"loss": "grpo"},
+            "loss = 'grpo': must be one of cispo, gspo, ppo (GRPO's clipped ratio is that of ppo), or",
+        ),
+        (
+            TaskSection,
+            {"file": "t.py", "steps": 1, "temperature": 0.001},
+            "temperature = 0.001: input should be greater",
+        ),
+        (
+            ls.MegatronBackend,
+            {"server_args": ("--max-num-seq", "3")},
+            "no option --max-num-seq: did you mean --max-num-seqs",
+        ),
+        (ls.MegatronBackend, {"server_args": ("--logprobs-m=raw_logprobs",)}, "no option --logprobs-m: did you mean"),
+        (ls.MegatronBackend, {"server_args": ("--qqqqqqqq",)}, "no option --qqqqqqqq: see `vllm serve --help`"),
+        (ls.MegatronBackend, {"server_args": ("--config=a.yaml",)}, "can't have --config: a file's settings would win"),
+    ],
+)
+def test_newcomer_c8_what_can_be_refused_early_is(where, settings, says):
+    with refused_at_once(re.escape(says)):
+        where(**settings)
+
+
+@pytest.mark.parametrize("name", ["tinyy", "/no/such/model", "./model", "a/b/c"])
+def test_newcomer_c8_a_folder_that_is_missing_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with refused_at_once(
+        "is no folder here, and no Hugging Face id, which is ORGANIZATION/NAME", UnsupportedModelError
+    ):
+        described_folder(name)
 
 
 @pytest.mark.parametrize(

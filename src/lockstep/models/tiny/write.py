@@ -19,6 +19,7 @@ from lockstep.errors import ConfigError
 from lockstep.models.registry import get_model_support_spec_by_key, list_model_support_specs
 from lockstep.models.tiny.fields import TinyModel
 from lockstep.models.tiny.tokenizer import TOKENIZER_SIZE, save_tokenizer
+from lockstep.process.scratch import make_folder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -68,6 +69,7 @@ def write_tiny(family: str, folder: Path | str, *, seed: int = 0, overrides: Map
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give a new folder")
     config, model = _built(family, overrides or {})
+    make_folder(folder, "the folder of the tiny model")
     neutral = 0.0 if get_model_support_spec_by_key(family).traits.zero_centered_norm else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
