@@ -163,7 +163,9 @@ def score(
 
 @app.command()
 def validate(
-    model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="a checkpoint folder, a Hugging Face id, or a run's folder", show_default=False)
+    ],
     stages: Annotated[str, typer.Option(help="what to check, separated by commas")] = "train_inf_mismatch",
     output: Annotated[Path, typer.Option(help="the report as JSON")] = Path("validation.json"),
     seed: Annotated[int, typer.Option(help="seed of the random adapter and of the sampling")] = 0,
@@ -171,8 +173,10 @@ def validate(
     tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
 ) -> None:
-    """Check a model on this machine: the trainer against the server. Exits with 1 if a stage is
-    outside its limits.
+    """Check a model on this machine: the trainer against the server.
+
+    Of a run the last step is checked, served with the settings and in the dtype of the run.
+    Exits with 1 if a stage is outside its limits.
     """
     from lockstep.validate.runner import validate_model
 

@@ -71,7 +71,9 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
 
 
 def check_tiny(folder: Path, file: RunFile, task: Task) -> None:
-    """Raise ConfigError unless the tiny base model in this folder is what these settings and demonstrations make."""
+    """Raise ConfigError unless these settings and demonstrations made the tiny base model in this
+    folder.
+    """
     _check_recipe(folder, _recipe(file, _demonstrations(file, task)))
 
 

@@ -139,7 +139,7 @@ def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBacke
 
 
 def _check_steps(file: RunFile, settings: TrainConfig) -> None:
-    """Raise ConfigError for a run that has more steps than it is to have, or not the one that a KL penalty pulls towards."""
+    """Raise ConfigError for a run that has more steps than asked for, or lacks its KL reference."""
     path = file.backend.path.expanduser() / file.model.project / file.model.name
     steps = published_steps(path)
     if steps and steps[-1] > file.task.steps:

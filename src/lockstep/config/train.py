@@ -19,7 +19,9 @@ _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
 
 
 LEAST_TEMPERATURE = 0.01
-"""vLLM samples with this where a request asks for less (and more than 0), and reports what was asked for."""
+"""vLLM samples with this where a request asks for less (and more than 0), and reports what was
+asked for.
+"""
 
 
 class TrainConfig(Config):

@@ -69,9 +69,10 @@ _OFF = "no-"
 
 
 def unknown_option(server_args: Sequence[str]) -> str | None:
-    """What is wrong with the first option that vLLM does not have; None: it has them all.
+    """The problem with the first option that vLLM does not have; None: vLLM has all of them.
 
-    argparse would also take the beginning of a name. We do not: nobody here would see which setting was meant.
+    argparse would also take the beginning of a name. We do not: the checks of settings would not
+    see which setting is meant.
     """
     for text in server_args:
         if not text.startswith("--"):

@@ -97,7 +97,10 @@ def _listed(path: Path, name: str, make: Any) -> list[Any]:
 
 @contextmanager
 def blamed(path: Path, what: str) -> Iterator[None]:
-    """An error of a task's code becomes one line that names the user's last frames. Errors meant for a user pass as they are."""
+    """Turn an error of a task's code into one line that names the user's last frames.
+
+    Errors that are meant for a user pass as they are.
+    """
     try:
         yield
     except LockstepError:

@@ -14,7 +14,10 @@ from lockstep.process.guard import LOCK, PREFIX
 
 
 def make_folder(folder: Path, setting: str) -> None:
-    """Make a folder that a user named, and those above it. Raises ConfigError, naming the setting, where that is impossible."""
+    """Make a folder that a user named, and those above it.
+
+    Raises ConfigError, naming the setting, where that is impossible.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

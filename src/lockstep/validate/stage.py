@@ -14,6 +14,7 @@ from typing import Any
 
 from lockstep.config.messages import unknown
 from lockstep.errors import ConfigError
+from lockstep.inference.launch import ServerConfig
 
 STAGES: dict[str, str] = {
     "train_inf_mismatch": "what the trainer computes against what the server sampled from: base model and a random adapter",
@@ -30,6 +31,8 @@ class Request:
     tokens: sampled per prompt.
     say: progress, one line at a time.
     server_args: further arguments of vLLM's command line.
+    adapter: a PEFT folder; None: a random adapter.
+    server: the settings that a run serves with; None: those that follow from the model.
     """
 
     base_model: str
@@ -40,6 +43,8 @@ class Request:
     dtype: str | None = None
     say: Callable[[str], None] = print
     server_args: tuple[str, ...] = ()
+    adapter: Path | None = None
+    server: ServerConfig | None = None
 
 
 @dataclass(frozen=True)

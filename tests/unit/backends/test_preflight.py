@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lockstep as ls
 from lockstep.backends.megatron import capacity, placement, preflight, resolve
@@ -20,6 +22,7 @@ from lockstep.models.config import parse_config
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.free_memory import DeviceMemory
+from lockstep.validate.stage import Report
 from nothing_started import refused_at_once
 
 
@@ -293,7 +296,7 @@ async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path,
         async def load_adapter(self, name, path):
             asked.append(name)
 
-    async def launch(config, runtime, folder, progress):
+    async def launch(config, runtime, folder, progress, log_name):
         asked.append(config)
         return Served()
 
@@ -305,6 +308,41 @@ async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path,
     assert name == "m@0"
     found = (config.max_model_len, config.max_num_seqs, config.tool_call_parser, config.extra_args)
     assert found == ((777, 3, "pythonic", ("--max-num-seqs", "3")) if kept else (2048, 64, "hermes", ()))
+
+
+async def test_a3_validate_takes_a_run_as_chat_does(qwen, tmp_path, monkeypatch):
+    """The last step's adapter, and the parser, arguments and dtype that the run was started with."""
+    from lockstep.runs.store import RunStore
+    from lockstep.validate import runner
+    from lockstep.validate.stages.train_inf_mismatch import _server_config
+
+    backend = ls.MegatronBackend(path=tmp_path, tool_call_parser="pythonic", server_args=("--max-num-seqs", "3"))
+    plan = await backend.resolve(model_of(qwen))
+    store = RunStore(tmp_path, "p", "m")
+    store.claim({"backend": "megatron", "base_model": str(qwen), "lora": {"rank": 32, "alpha": 8}, "dtype": "float32"})
+    store.keep_settings(plan.stored())
+    for number in range(2):
+        store.publish(number, store.stage(number), {})
+    store.close()
+    asked = []
+
+    async def run_stage(name, request):
+        asked.append(request)
+        return Report(name, request.base_model, request.dtype, {}, "")
+
+    monkeypatch.setattr(runner, "run_stage", run_stage)
+    monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "no-devices")
+    settings = {"seed": 5, "prompts": 1, "tokens": 4}
+    stages, output, console = ["train_inf_mismatch"], tmp_path / "out.json", Console(file=io.StringIO())
+    assert await runner.validate_model(str(store.path), stages, output, settings | {"dtype": None}, console) == 0
+    (request,) = asked
+    assert (request.base_model, request.dtype) == (str(qwen), "float32")
+    assert request.adapter == store.path / "steps" / "0001" / "adapter"
+    served = _server_config(qwen, False, "cpu", request)
+    assert (served.tool_call_parser, served.extra_args, served.seed) == ("pythonic", ("--max-num-seqs", "3"), 5)
+    assert served.lora.max_rank == 32
+    with pytest.raises(ConfigError, match="--dtype bfloat16: the run trains in float32; leave it out"):
+        await runner.validate_model(str(store.path), stages, output, settings | {"dtype": "bfloat16"}, console)
 
 
 @pytest.mark.parametrize(

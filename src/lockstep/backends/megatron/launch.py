@@ -20,6 +20,7 @@ from lockstep.inference.parsers import resolve_tool_calls
 from lockstep.inference.tokenizer_files import read_tokenizer
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
+from lockstep.runs.checkpoint import RunCheckpoint
 from lockstep.runs.database import read_settings
 from lockstep.runs.retention import reading
 from lockstep.runs.store import read_checkpoint
@@ -115,19 +116,40 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
 
     Raises StoreError for a folder that is not a run or a step that isn't published.
     """
+    config, checkpoint = serving_of(run_path, step)
+    name = f"{run_path.name}@{checkpoint.number}"
+    kind = resolve_placement(None).kind
+    with reading(checkpoint):
+        server = await launch(config, find_runtime(kind), run_path, progress, "chat.log")
+        if config.lora is None:
+            return server, name
+        try:
+            await server.load_adapter(name, checkpoint.adapter)
+        except BaseException:
+            await server.close()
+            raise
+        return server, name
+
+
+def serving_of(run_path: Path, step: int | None) -> tuple[ServerConfig, RunCheckpoint]:
+    """The settings that a published step is served with, and the step itself.
+
+    The settings are those that the run was started with last.
+    Raises what `serve_step` does, before anything is started.
+    """
     identity, checkpoint = read_checkpoint(run_path, step)
     if identity.get("backend") == "tinker":
         raise StoreError(f"{run_path} was trained by TinkerBackend: its weights are with the service, not here")
     base = checkpoint_folder(identity["base_model"])
     spec = get_model_support_spec(str(base))
-    devices, lora, name = resolve_placement(None), identity["lora"], f"{run_path.name}@{checkpoint.number}"
+    devices, lora = resolve_placement(None), identity["lora"]
     settings = read_settings(run_path)
     server_args = tuple(settings.get("server_args", ()))
     parser = settings.get("tool_call_parser")  # of an older run nothing is known: the family's
     tools = resolve_tool_calls(parser, spec.tool_call_parser, read_tokenizer(base, server_args), server_args)
     config = ServerConfig(
         model=base if lora else checkpoint.path / "model",
-        served_name=f"{run_path.name}@base" if lora else name,
+        served_name=f"{run_path.name}@{'base' if lora else checkpoint.number}",
         dtype=identity["dtype"],
         lora=lora_serving(LoraConfig(**lora), spec) if lora else None,
         max_model_len=settings.get("max_model_len") or min(_SERVED_LENGTH, load_model_config(str(base)).max_positions),
@@ -138,13 +160,4 @@ async def serve_step(run_path: Path, step: int | None, progress: Callable[[str],
         gpus=devices.inference,
         extra_args=server_args,
     )
-    with reading(checkpoint):
-        server = await launch(config, find_runtime(devices.kind), run_path, progress, "chat.log")
-        if lora is None:
-            return server, name
-        try:
-            await server.load_adapter(name, checkpoint.adapter)
-        except BaseException:
-            await server.close()
-            raise
-        return server, name
+    return config, checkpoint

@@ -1,8 +1,8 @@
 """Stage train_inf_mismatch: how far the trainer's policy is from the one the server sampled from.
 
-The server samples, with the base model and with a random adapter. Then the same tokens are scored
-three times: by the server again (its own noise), and by the trainer on the server's experts. For a
-mixture of experts, the trainer also scores them on its own experts.
+The server samples, with the base model and with a random adapter (of a run: with the run's own).
+Then the same tokens are scored three times: by the server again (its own noise), and by the trainer
+on the server's experts. For a mixture of experts, the trainer also scores them on its own experts.
 
 Shape suffixes: S tokens of a sequence, T sampled tokens of all sequences, V most likely tokens, L
 layers, K experts.
@@ -102,6 +102,8 @@ def _policy(name: str) -> str:
 
 
 def _adapter(base: Path, request: Request) -> Path:
+    if request.adapter is not None:
+        return request.adapter
     from lockstep.validate.random_adapter import write_random_adapter
 
     return write_random_adapter(base, request.folder / "adapter", request.seed, str(request.dtype))
@@ -111,21 +113,10 @@ async def _served(
     base: Path, adapter: Path, shape: RoutedExpertsShape | None, request: Request
 ) -> tuple[dict[str, list[Sample]], list[Comparison]]:
     """The samples of both policies, and the rows of the server's own noise."""
-    from lockstep.validate.random_adapter import RANK
-
     kind = default_kind()
-    config = ServerConfig(
-        model=base,
-        served_name=_BASE,
-        dtype=request.dtype,  # pyright: ignore[reportArgumentType]
-        lora=LoraServing(max_rank=RANK, targets=get_model_support_spec(str(base)).default_target_modules),
-        max_model_len=_PROMPT_ROOM + request.tokens + 1,
-        capture_routed_experts=shape is not None,
-        gpus=(0,) if kind == "cuda" else (),  # it has ended when the trainer starts
-        seed=request.seed,
-        extra_args=request.server_args,
+    server = await launch(
+        _server_config(base, shape is not None, kind, request), find_runtime(kind), request.folder, request.say
     )
-    server = await launch(config, find_runtime(kind), request.folder, request.say)
     samples: dict[str, list[Sample]] = {}
     comparisons = []
     try:
@@ -140,6 +131,25 @@ async def _served(
     finally:
         await server.close()
     return samples, comparisons
+
+
+def _server_config(base: Path, capture: bool, kind: str, request: Request) -> ServerConfig:
+    """What the run serves with, if a run is validated, or the model by itself, for the sequences of this stage."""
+    from lockstep.validate.random_adapter import RANK
+
+    asked = request.server or ServerConfig(model=base, served_name=_BASE)
+    lora = asked.lora or LoraServing(max_rank=RANK, targets=get_model_support_spec(str(base)).default_target_modules)
+    changes: dict[str, object] = {
+        "served_name": _BASE,
+        "dtype": request.dtype,
+        "lora": lora,
+        "max_model_len": max(_PROMPT_ROOM + request.tokens + 1, asked.max_model_len if request.server else 0),
+        "capture_routed_experts": capture,
+        "gpus": (0,) if kind == "cuda" else (),  # it has ended when the trainer starts
+        "seed": request.seed,
+        "extra_args": request.server_args,
+    }
+    return asked.model_copy(update=changes)
 
 
 def prompt(number: int) -> str:
