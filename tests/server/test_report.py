@@ -14,7 +14,7 @@ from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.report import table, write_json
 from lockstep.validate.runner import validate_model
 from lockstep.validate.stage import STAGES, Comparison, Report, check_names
-from lockstep.validate.stages.train_inf_mismatch import COLUMNS, KL, prompt
+from lockstep.validate.stages.train_inf_mismatch import ADVICE, COLUMNS, KL, prompt
 
 
 def report(ok) -> Report:
@@ -24,7 +24,8 @@ def report(ok) -> Report:
         Comparison("base", "server again", values),
         Comparison("adapter", "trainer, own choices", values, ok),
     ]
-    return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", comparisons)
+    advice = ADVICE["bfloat16"]
+    return Report("train_inf_mismatch", "some/model", "bfloat16", COLUMNS, "KL <= 1e-3", comparisons, advice)
 
 
 @pytest.mark.parametrize(("ok", "verdict"), [(True, "ok"), (False, "no"), (None, "")])
@@ -38,6 +39,7 @@ def test_one_line_outside_its_limit_fails_the_report(ok, verdict, tmp_path):
     for shown in ("0.0287", "3.3e-04", "0.616", "0.676", "0.958", "0.978", "0.00658"):
         assert shown in line
     assert line.split()[-1] == (verdict or "0.00658")
+    assert ("outside: run again with --dtype float32" in text) == (ok is False)
     write_json([made], tmp_path / "new" / "report.json")
     (read,) = json.loads((tmp_path / "new" / "report.json").read_text())
     assert read["ok"] == made.ok

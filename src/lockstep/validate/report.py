@@ -19,7 +19,7 @@ def table(report: Report) -> Table:
     shown = Table(
         title=Text(title),
         title_justify="left",
-        caption=Text(report.limits),
+        caption=Text(report.limits if report.ok else f"{report.limits}\n{report.advice}".rstrip()),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0),

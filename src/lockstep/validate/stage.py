@@ -70,6 +70,8 @@ class Report:
     columns: dict[str, str]
     limits: str
     comparisons: list[Comparison] = field(default_factory=list)
+    advice: str = ""
+    """The next step of a user whose model is outside the limits."""
 
     @property
     def ok(self) -> bool:

@@ -57,6 +57,13 @@ KL = {"float32": 1e-6, "bfloat16": 1e-3}
 """Limits of the trainer against the server, per token in nats. Where both compute in fp32 they
 agree on every token. In bf16 the rounding of two programs shows, but not in the policy.
 """
+ADVICE = {
+    "float32": "outside: trainer and server compute different policies, and in float32 rounding is no "
+    "reason; don't train this model here",
+    "bfloat16": "outside: run again with --dtype float32; within there, it is bfloat16's rounding, which "
+    "each step reports as mismatch; outside there too, don't train",
+}
+"""For a model outside the limits, by dtype."""
 _THINGS = ("a river", "the number seven", "a bicycle", "winter", "a library", "salt", "the moon", "a violin")
 _ASKS = ("Describe {} in a few words:", "Write down what you know about {}.", "Once there was {},", "def about({!r}):")
 
@@ -94,7 +101,15 @@ async def run(request: Request) -> Report:
         f"trainer against server: KL <= {KL[str(request.dtype)]:g}, largest <= {LARGEST[str(request.dtype)]:g} nats"
     )
     comparisons.sort(key=lambda row: row.policy != "base")
-    return Report("train_inf_mismatch", request.base_model, str(request.dtype), COLUMNS, limits, comparisons)
+    return Report(
+        "train_inf_mismatch",
+        request.base_model,
+        str(request.dtype),
+        COLUMNS,
+        limits,
+        comparisons,
+        ADVICE[str(request.dtype)],
+    )
 
 
 def _policy(name: str) -> str:
