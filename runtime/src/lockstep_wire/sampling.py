@@ -14,3 +14,8 @@ SAMPLING_DEFAULTS: dict[str, float] = {
     "frequency_penalty": 0.0,
 }
 """vLLM's own defaults. The server reports these settings with each choice, as they took effect."""
+
+LEAST_TEMPERATURE = 0.01
+"""vLLM samples with this where a request asks for less (and more than 0), and reports what was
+asked for.
+"""

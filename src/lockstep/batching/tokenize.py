@@ -22,11 +22,10 @@ from lockstep.batching.advantages import LARGEST_REWARD
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import RoutedExpertsShape, align, decode_routed_experts
 from lockstep.batching.top_logprobs import TOP, top_ids
-from lockstep.config.train import LEAST_TEMPERATURE
 from lockstep.errors import DataError, StaleRolloutError
 from lockstep_wire.reply_digest import reply_digest
 from lockstep_wire.routed_experts import stored_digest
-from lockstep_wire.sampling import SAMPLING_DEFAULTS
+from lockstep_wire.sampling import LEAST_TEMPERATURE, SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice

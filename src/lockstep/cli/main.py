@@ -46,7 +46,7 @@ _TRAIN_EXTRA = ("torch", "transformers", "megatron", "einops", "jinja2", "huggin
 @app.command()
 def quickstart(
     path: Annotated[Path, typer.Option(help="folder for the run and its tiny model")] = Path("runs/quickstart"),
-    seed: Annotated[int, typer.Option(help="seed of the model, the data order and the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the model, the data order and the sampling")] = 0,
     fresh: Annotated[bool, typer.Option(help="delete what an earlier quickstart left in the folder")] = True,
     real: Annotated[
         bool, typer.Option("--real", help="SmolLM2-135M-Instruct learns arithmetic instead; a download of 93 MB")
@@ -168,7 +168,7 @@ def validate(
     ],
     stages: Annotated[str, typer.Option(help="what to check, separated by commas")] = "train_inf_mismatch",
     output: Annotated[Path, typer.Option(help="the report as JSON")] = Path("validation.json"),
-    seed: Annotated[int, typer.Option(help="seed of the random adapter and of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the random adapter and of the sampling")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
@@ -207,7 +207,7 @@ def models() -> None:
 def tiny(
     family: Annotated[str, typer.Argument(help=f"one of {', '.join(tiny_models())}", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
-    seed: Annotated[int, typer.Option(help="seed of the weights")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the weights")] = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of the model's config")
     ] = None,

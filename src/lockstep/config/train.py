@@ -18,12 +18,6 @@ _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
 }
 
 
-LEAST_TEMPERATURE = 0.01
-"""vLLM samples with this where a request asks for less (and more than 0), and reports what was
-asked for.
-"""
-
-
 class TrainConfig(Config):
     """One training step: from groups of trajectories to the next version."""
 

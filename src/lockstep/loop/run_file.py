@@ -11,7 +11,8 @@ from lockstep.config.base import Config, load_toml
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.messages import describe
-from lockstep.config.train import LEAST_TEMPERATURE, TrainConfig
+from lockstep.config.train import TrainConfig
+from lockstep_wire.sampling import LEAST_TEMPERATURE
 
 
 class ModelSection(Config):

@@ -200,6 +200,13 @@ def test_wrong_places_and_values_get_one_line(tmp_path, tiny_qwen3, arguments, s
     one_line(lockstep(*(each.format(model=tiny_qwen3) for each in arguments), cwd=tmp_path), says, code)
 
 
+def test_a_seed_below_zero_is_refused_before_anything_is_made(tmp_path):
+    result = lockstep("quickstart", "--path", "new", "--seed", -1, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--seed" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_parallel_size_of_nothing_is_refused(tmp_path):
     result = lockstep("score", "x", "--input", "in.jsonl", "--output", "out.jsonl", "--tp", 0, cwd=tmp_path)
     assert result.returncode == 2
