@@ -149,7 +149,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
     try:
         await model.register(backend)
         backend.on_progress = None
-        watch = Watch(backend._run(model), rows)
+        watch = Watch(backend.run_info(model), rows)
         watch.attach()
         await cycles(options, model, backend, watch)
     except Exception as error:  # noqa: BLE001 (whatever it is, what was measured before is written)

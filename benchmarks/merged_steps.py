@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -34,10 +33,7 @@ import lockstep as ls
 from lockstep.backends.megatron.run import Run
 from lockstep.errors import ServerError
 from lockstep.rollouts.leases import rollout_scope
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
-from inflight import sampled_tokens, seen_sampling
+from lockstep.testing.in_flight import sampled_tokens, seen_sampling
 
 PROBE = list(range(3, 40))
 
@@ -173,7 +169,7 @@ def flight_faults(answers: list[Answer], sync: dict[str, Any], allowed: list[str
 async def one_step(
     options: argparse.Namespace, model: ls.TrainableModel, backend: ls.MegatronBackend, syncs: Syncs
 ) -> dict[str, Any]:
-    run, step, merged = backend._run(model), model.step, options.mode == "merged"
+    run, step, merged = backend.run_info(model), model.step, options.mode == "merged"
     groups = await rollouts(model, options.prompts, options.tokens)
     sampled = await sampled_tokens(run.server)
     flight = InFlight(model, options.in_flight, options.long)
@@ -256,7 +252,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
     try:
         async with asyncio.timeout(options.deadline):
             await model.register(backend)
-            run, syncs = backend._run(model), Syncs()
+            run, syncs = backend.run_info(model), Syncs()
             syncs.attach(run)
             faults = await alias_faults(run, options.mode == "merged")
             say(f"the server answers to {await run.server.models()}")

@@ -54,11 +54,8 @@ from lockstep.inference.environment.locate import default_kind
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
+from lockstep.testing.in_flight import counted, sampled_tokens
 from packing import Case, batch_of, print_nothing
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
-from inflight import counted, sampled_tokens
 
 LIMIT = 0.01
 RANK, ALPHA = 16, 32.0

@@ -11,16 +11,12 @@ Milliseconds per step: median and 99th percentile.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
-from probing import probed
+from lockstep.testing.programs import probed
 
 PROGRAM = Path(__file__).with_name("routed_experts_steps.py")
 

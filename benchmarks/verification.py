@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,10 +33,7 @@ from lockstep.backends.megatron import backend as megatron
 from lockstep.backends.megatron import publish, recovery
 from lockstep.errors import LockstepError, MismatchError
 from lockstep.inference.environment.install import find_runtime
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
-from planting import EXTENSION, Plot
+from lockstep.testing.faults import EXTENSION, Plot
 
 RATES = (1e-6, 1e-5, 1e-4)
 FIGURES = (
@@ -89,7 +85,7 @@ async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tupl
         model = ls.TrainableModel(name="verified", project="bench", base_model=str(folder), lora=lora)
         try:
             await model.register(backend)
-            noise = backend._run(model).noise
+            noise = backend.run_info(model).noise
             say(f"registered; noise on the base weights: {noise}")
             report, refused = await correct(options, backend, model)
             report["noise"] = vars(noise)
@@ -141,9 +137,9 @@ async def planted(
             say(f"learning rate {rate:g}, {what}: {said or 'NOT REFUSED'}")
             report.append({"learning_rate": rate, "fault": what, "refused": said})
             missed += [] if said else [f"{what} at learning rate {rate:g} was not refused"]
-            if model.step == step and step + 1 in backend._run(model).store.published():
+            if model.step == step and step + 1 in backend.run_info(model).store.published():
                 # A right sync of the step that was trained and published: the run goes on.
-                await publish.serve(backend._run(model), step + 1)
+                await publish.serve(backend.run_info(model), step + 1)
                 model._advance(step + 1)
     return report, missed
 

@@ -39,9 +39,8 @@ from lockstep.models.contract import Layout
 from lockstep.models.registry import get_model_support_handler, load_model_config
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests" / "support"))
 
-from torchrun import torchrun  # noqa: E402
+from lockstep.testing.programs import torchrun  # noqa: E402
 
 WARM_UP = 2
 LINK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import ENGINE
 from lockstep.engine.worker import share
+from lockstep.testing.programs import torchrun
 from lockstep.trainer.protocol import SyncAdapter, split_secrets
-from torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
 

@@ -17,8 +17,8 @@ import pytest
 
 from cases import tiny
 from helpers import ENGINE, python_path
+from lockstep.testing.programs import torchrun
 from random_models import draw_seed, exact, random_fields, within
-from torchrun import torchrun
 
 SIZES: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2, "sequence": False},

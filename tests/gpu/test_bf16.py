@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchrun import torchrun
+from lockstep.testing.programs import torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -50,7 +50,7 @@ async def rollouts(model, server):
 
 async def check_exact(model, backend):
     for _ in range(2):  # at step 0 the adapter changes nothing
-        found = await rollouts(model, backend._run(model).server)
+        found = await rollouts(model, backend.run_info(model).server)
         result = await backend.train(model, [group(found)], CONFIG)
         assert result.metrics["mismatch_max"] <= 1e-6
         assert result.metrics["tokens_scored"] > 150
@@ -99,7 +99,7 @@ async def test_without_it_fp32_is_off_by_more(runtime, tmp_path):
     """What `lockstep_vllm.patches.exact_fp64` is for. When this fails, two fp32 programs agree to 1e-6 by themselves: drop it."""
     model, backend = await running("qwen3", tmp_path)
     try:
-        found = await rollouts(model, backend._run(model).server)
+        found = await rollouts(model, backend.run_info(model).server)
         with pytest.raises(MismatchError, match="max_token_mismatch = 1e-06"):
             await backend.train(model, [group(found)], CONFIG.model_copy(update={"max_token_mismatch": 1e-6}))
     finally:

@@ -177,7 +177,7 @@ async def check_served(server, name, base_model, adapter):
 async def test_the_server_has_a_step_before_the_disk_has_it(running, task, section, base_model, monkeypatch):
     """The adapter comes from the trainer's memory: served while its folder is not yet written, and the same as the folder then."""
     model, backend = running
-    run, name, early = backend._run(model), f"loop@{model.step + 1}", []
+    run, name, early = backend.run_info(model), f"loop@{model.step + 1}", []
     call = run.trainer.call
 
     async def saving(request, **kwargs):
@@ -205,7 +205,7 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
 
 async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, task, section):
     model, backend = running
-    server = backend._run(model).server
+    server = backend.run_info(model).server
 
     async def slow(scenario):
         pinned = model.inference_name()
@@ -241,7 +241,7 @@ async def test_old_versions_are_unloaded_unless_a_rollout_uses_them(running, tas
 async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monkeypatch):
     """Planted fault: the server keeps serving the step before under the new name."""
     model, backend = running
-    run = backend._run(model)
+    run = backend.run_info(model)
     call = run.trainer.call
 
     async def stale(request, **kwargs):
@@ -269,7 +269,7 @@ async def test_behaviour_alone_sees_a_stale_adapter(running, task, section, monk
 async def test_a2_a_step_that_computes_nothing_finite_is_never_served(running, task, section):
     """The newcomer's case: a good step, then learning_rate 1e30, whose adapter is finite and whose logits are not."""
     model, backend = running
-    run = backend._run(model)
+    run = backend.run_info(model)
     good = await backend.train(model, with_signal(await roll_out(model, task, section, model.step)), CONFIG)
     served, tokens = await run.server.models(), run.probe.tokens[0]
     scored = await run.server.score(f"loop@{good.step}", tokens)
@@ -301,7 +301,7 @@ async def test_kl_penalty_changes_the_gradient(running, task, section):
 async def test_a_step_that_was_not_published_is_not_built_upon(running, task, section, monkeypatch, how):
     """The same rollouts again: the trainer, which had moved on, holds the weights that sampled them."""
     model, backend = running
-    run, step = backend._run(model), model.step
+    run, step = backend.run_info(model), model.step
     groups = with_signal(await roll_out(model, task, section, step))
     ask = run.trainer.call
 
@@ -433,7 +433,7 @@ async def check_torn_sync(model, backend, groups, monkeypatch):
 
     What was trained is published.
     """
-    run, step = backend._run(model), model.step
+    run, step = backend.run_info(model), model.step
     before = await run.server.score(model.inference_name(), PROBE_S)
     monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"loop@{step + 1} did not reach the server, which still serves loop@{step}"
@@ -450,7 +450,7 @@ async def check_torn_sync(model, backend, groups, monkeypatch):
 async def test_c3_an_engine_that_dies_at_a_sync_is_noticed_and_replaced(running, task, section, monkeypatch):
     """The sync once waited five minutes for it, then ended the run with a sentence that was not true."""
     model, backend = running
-    run, lost = backend._run(model), backend._run(model).server
+    run, lost = backend.run_info(model), backend.run_info(model).server
     groups = with_signal(await roll_out(model, task, section, model.step))
     call, asked = run.trainer.call, []
 
@@ -472,7 +472,7 @@ async def test_c3_an_engine_that_dies_at_a_sync_is_noticed_and_replaced(running,
 @pytest.mark.slow
 async def test_c4_a_server_that_dies_in_the_verification_is_replaced(running, task, section, monkeypatch):
     model, backend = running
-    run, lost = backend._run(model), backend._run(model).server
+    run, lost = backend.run_info(model), backend.run_info(model).server
     groups = with_signal(await roll_out(model, task, section, model.step))
     score = lost.score_choices
 
@@ -492,16 +492,16 @@ async def test_c4_a_server_that_dies_in_the_verification_is_replaced(running, ta
 async def test_h3_rollouts_of_a_lost_server_begin_again_on_a_new_one(running, task, section, tmp_path, killed):
     """The error once named no server, and the run ended; with failures tolerated, all of them failed without a word."""
     model, backend = running
-    lost, attempts = backend._run(model).server, []
+    lost, attempts = backend.run_info(model).server, []
 
     async def gather(finished):
-        attempts.append(backend._run(model).server)
+        attempts.append(backend.run_info(model).server)
         if attempts == [lost]:
             os.kill(engine_core(lost) if killed == "engine" else children(lost.child.pid)[0], signal.SIGKILL)
         return await roll_out(model, task, section, model.step, finished)
 
     groups = await _kept(gather, model, backend, tmp_path / "kept.parquet", model.step, "rollouts")
-    assert attempts == [lost, backend._run(model).server]
+    assert attempts == [lost, backend.run_info(model).server]
     assert attempts[1] is not lost
     assert not any(group.exceptions for group in groups)
     assert (await backend.train(model, with_signal(groups), CONFIG)).metrics["mismatch_max"] < 1e-5
@@ -517,7 +517,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
     path, step = backend.path, model.step + 1
     published = backend.run_path(model) / "steps" / f"{step:04d}"
     trainer_state = (published / "trainer" / "optimizer.safetensors").read_bytes()
-    first_seed = backend._run(model).settings.server_config("m").seed
+    first_seed = backend.run_info(model).settings.server_config("m").seed
     await backend.close()
     other = ls.TrainableModel(name="loop", project="tests", base_model=str(base_model), lora=ls.LoraConfig(rank=16))
     with pytest.raises(StoreError, match="lora"):
@@ -528,10 +528,10 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         await again.register(resumed)
         assert again.step == step
         # Audit A8: the new server does not begin the old one's noise again.
-        assert resumed._run(again).settings.server_config("m").seed != first_seed
-        await check_served(resumed._run(again).server, f"loop@{step}", base_model, published / "adapter")
+        assert resumed.run_info(again).settings.server_config("m").seed != first_seed
+        await check_served(resumed.run_info(again).server, f"loop@{step}", base_model, published / "adapter")
         out = path / "saved"
-        await resumed._run(again).trainer.call(Save(out), deadline_s=60)
+        await resumed.run_info(again).trainer.call(Save(out), deadline_s=60)
         assert (out / "trainer" / "optimizer.safetensors").read_bytes() == trainer_state
         result = await resumed.train(again, with_signal(await roll_out(again, task, section, step)), CONFIG)
         assert result.step == step + 1
@@ -543,7 +543,7 @@ async def test_resume_continues_from_the_last_step(running, task, section, base_
         ]
         assert "TrainerError" in {job.error_type for job in jobs if job.state == "failed"}
         assert not any(job.state in ("queued", "running") for job in jobs)
-        assert resumed._run(again).server.api_key not in repr(jobs)
+        assert resumed.run_info(again).server.api_key not in repr(jobs)
     finally:
         await resumed.close()
 

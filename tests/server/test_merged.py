@@ -14,7 +14,6 @@ import torch
 
 import lockstep as ls
 from frozen_processes import stopped_at
-from inflight import sampled_tokens, seen_running, seen_sampling
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
@@ -26,6 +25,7 @@ from lockstep.loop.run_file import load_run_file
 from lockstep.loop.synchronous import roll_out
 from lockstep.loop.task import load_task
 from lockstep.models.tiny.write import write_tiny
+from lockstep.testing.in_flight import sampled_tokens, seen_running, seen_sampling
 from lockstep.trainer.protocol import SyncReport
 
 pytestmark = pytest.mark.server
@@ -68,7 +68,7 @@ def hugging_face_logprobs(folder, ids_S, adapter=None):
 
 async def check_served(model, backend, folder, adapter=None):
     """The server has the current version, and computes what Hugging Face computes from the published step."""
-    server = backend._run(model).server
+    server = backend.run_info(model).server
     assert (await server.models())[0] == f"{model.name}@{model.step}"
     assert (await server.version())["version"] == f"{model.name}@{model.step}"
     served = await server.score(model.inference_name(), PROBE_S)
@@ -97,7 +97,7 @@ def asked_before_the_sync(model, backend, monkeypatch):
 
     They are of different lengths, so that they don't all end just before the swap.
     """
-    run, name, tasks = backend._run(model), model.inference_name(), []
+    run, name, tasks = backend.run_info(model), model.inference_name(), []
     call = run.trainer.call
 
     async def asking(request, **kwargs):
@@ -186,7 +186,7 @@ async def check_mixed_versions(model, backend, choices):
 
 async def check_leased_name(model, backend):
     """A rollout that still holds its first version is answered, by the current weights, and every reply says so."""
-    server, current = backend._run(model).server, model.inference_name()
+    server, current = backend.run_info(model).server, model.inference_name()
     assert model.step == 3
     assert await server.models() == [current, "merged@0", "merged@2"]
     under_old_name, choice = await server.score_choice("merged@0", PROBE_S)
@@ -205,7 +205,7 @@ async def check_stalled_sync(model, backend, task, section, monkeypatch):
     groups = await roll_out(model, task, section, step)
     monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"merged@{step + 1} did not reach the server, which still serves merged@{step}"
-    with stopped_at(monkeypatch, backend._run(model), "sync"), pytest.raises(ServerError, match=missed):
+    with stopped_at(monkeypatch, backend.run_info(model), "sync"), pytest.raises(ServerError, match=missed):
         await backend.train(model, groups, CONFIG)
     monkeypatch.undo()
     assert model.step == step
@@ -217,7 +217,7 @@ async def check_stalled_sync(model, backend, task, section, monkeypatch):
 
 async def check_stale_weights_are_seen(model, backend, monkeypatch):
     """Planted fault: the server takes the new name and keeps the old weights."""
-    run, name = backend._run(model), f"merged@{model.step + 1}"
+    run, name = backend.run_info(model), f"merged@{model.step + 1}"
     call = run.trainer.call
 
     async def renaming(request, **kwargs):
@@ -283,7 +283,7 @@ async def test_all_weights_of_an_untied_model_in_colocated(runtime, task, sectio
 
 async def check_server_is_not_left_asleep(model, backend, groups, monkeypatch):
     """The trainer fails while the server sleeps and nothing can wake it with weights: it is ended, and says so to whoever asks."""
-    run = backend._run(model)
+    run = backend.run_info(model)
     work = run.trainer.call
 
     async def worked(request, **kwargs):
@@ -315,7 +315,7 @@ ORDER = [
 
 async def trained_in_turns(model, backend, groups, monkeypatch):
     """One step, with a request that comes while the server sleeps: (result, its scores, who did what)."""
-    run, order, asked = backend._run(model), [], []
+    run, order, asked = backend.run_info(model), [], []
     serve, work = run.server.call, run.trainer.call
 
     async def called(method, path, body=None, **kwargs):
@@ -345,7 +345,7 @@ async def check_server_does_not_sleep_over_requests(model, backend, groups, monk
     """A request that does not end in time stops the step before it begins, and is not harmed."""
     monkeypatch.setattr(deadlines, "IN_FLIGHT_S", 0.3)
     body = {"model": "full@0", "prompt": PROBE_S, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
-    server = backend._run(model).server
+    server = backend.run_info(model).server
     sleep, running = server.sleep, []
 
     async def sleep_while_one_runs(level: int, *, deadline_s: float) -> None:
@@ -363,10 +363,10 @@ async def check_server_does_not_sleep_over_requests(model, backend, groups, monk
 
 async def check_failed_step_wakes_the_server(model, backend, groups):
     """The trainer refuses the step: the server, which forgot its weights asleep, has them again."""
-    before = await backend._run(model).server.score("full@0", PROBE_S)
+    before = await backend.run_info(model).server.score("full@0", PROBE_S)
     with pytest.raises(MismatchError, match="max_mismatch"):
         await backend.train(model, groups, CONFIG.model_copy(update={"max_mismatch": 1e-12}))
-    assert await backend._run(model).server.score("full@0", PROBE_S) == before
+    assert await backend.run_info(model).server.score("full@0", PROBE_S) == before
 
 
 @pytest.mark.slow
@@ -404,7 +404,7 @@ def check_replayed(result):
 
 async def check_lost_server_is_replaced(model, backend, groups, monkeypatch):
     """The server dies when the weights are about to leave: the step ends with a new one that has been verified."""
-    run = backend._run(model)
+    run = backend.run_info(model)
     lost, work = run.server, run.trainer.call
 
     async def worked(request, **kwargs):

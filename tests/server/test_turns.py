@@ -7,8 +7,8 @@ import asyncio
 import pytest
 import torch
 
-from inflight import seen_running
 from lockstep.errors import ServerError
+from lockstep.testing.in_flight import seen_running
 
 pytestmark = pytest.mark.server
 TOKENS = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(4)).tolist()

@@ -13,8 +13,8 @@ import random
 import numpy as np
 
 import lockstep as ls
-from inflight import counted
 from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
+from lockstep.testing.in_flight import counted
 from lockstep_wire.routed_experts import routed_experts_digest
 
 SHAPE = RoutedExpertsShape(layers=4, top_k=2, experts=8)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import SERVER
 from lockstep.models.tiny.write import write_tiny
-from probing import probed
+from lockstep.testing.programs import probed
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

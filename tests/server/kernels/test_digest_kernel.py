@@ -7,7 +7,7 @@ import os
 import pytest
 
 from helpers import SERVER
-from probing import probed
+from lockstep.testing.programs import probed
 
 
 @pytest.mark.server

@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import SERVER
 from lockstep.models.tiny.write import write_tiny
+from lockstep.testing.programs import probed
 from lockstep_vllm.weight_sync.in_place_load import DirectUnavailableError, make_plan
 from lockstep_wire.plan import Slot, TensorMeta, WireBucket
-from probing import probed
 
 # A mixture first: vLLM makes its expert group for the first model of a process, if that has experts.
 FAMILIES = ["qwen3_moe", "qwen3", "qwen3_5", "qwen3_5_moe"]

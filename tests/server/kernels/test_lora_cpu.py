@@ -12,7 +12,7 @@ import random
 import pytest
 
 from helpers import SERVER
-from probing import probed
+from lockstep.testing.programs import probed
 
 
 @pytest.mark.server

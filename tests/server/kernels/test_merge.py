@@ -10,7 +10,7 @@ import pytest
 
 import lockstep
 from helpers import ENGINE
-from probing import probed
+from lockstep.testing.programs import probed
 
 
 @pytest.mark.server

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from inflight import counted
 from lockstep.batching.routed_experts import decode_routed_experts
 from lockstep.errors import DataError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
+from lockstep.testing.in_flight import counted
 from replaying import SHAPE
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

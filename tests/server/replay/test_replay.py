@@ -75,7 +75,7 @@ async def test_replayed_experts_are_the_servers(running, base_model):
     the server's.
     """
     model, backend = running
-    found = await served_in_every_way(model, backend._run(model).server)
+    found = await served_in_every_way(model, backend.run_info(model).server)
     adapter = backend.run_path(model) / "steps" / f"{model.step:04d}" / "adapter"
     for way, trajectories in found.items():
         for trajectory in trajectories:
@@ -138,7 +138,7 @@ async def test_other_experts_are_replayed_counted_and_felt(running):
 async def test_scores_may_be_asked_for_beside_rollouts(running):
     """Without `--lora-target-modules`, vLLM on a CPU dies of prompt logprobs that share a batch."""
     model, backend = running
-    server, name = backend._run(model).server, model.inference_name()
+    server, name = backend.run_info(model).server, model.inference_name()
     ids = [random.randrange(3, 300) for _ in range(50)]
     alone = await server.score(name, ids)
     rollouts = asyncio.ensure_future(roll_out(model, [words(20)], n=4))

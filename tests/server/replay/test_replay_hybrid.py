@@ -114,7 +114,7 @@ async def test_replayed_experts_are_the_servers(running, base_model):
 
 async def test_long_prompts_cached_and_in_chunks(running, base_model):
     model, backend = running
-    found = await served_in_every_way(model, backend._run(model).server, BLOCK, long=1400, chunked=(4, 700))
+    found = await served_in_every_way(model, backend.run_info(model).server, BLOCK, long=1400, chunked=(4, 700))
     assert prompt_tokens(found["chunked prefill"]) > 2048
     cold, again = (routed_experts_of(found[way][0].choices[0]) for way in ("cold", "prefix-cache hit"))
     np.testing.assert_array_equal(again[:BLOCK], cold[:BLOCK])  # the very record that the cached tokens were made with

@@ -15,7 +15,7 @@ import pytest
 
 from helpers import SERVER
 from lockstep.models.tiny.write import write_tiny
-from probing import probed
+from lockstep.testing.programs import probed
 
 pytestmark = pytest.mark.server
 CASES = [("qwen3_moe", "plain", 1), ("qwen3_moe", "plain", 2), ("qwen3_5_moe", "hybrid", 2)]

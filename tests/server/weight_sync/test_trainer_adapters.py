@@ -40,9 +40,9 @@ async def stepped(model, backend):
 
 async def check_as_the_folder(model, backend):
     """Bit for bit what the server computes from the published folder, and not what the base model does; the scores."""
-    server, name = backend._run(model).server, model.inference_name()
+    server, name = backend.run_info(model).server, model.inference_name()
     scores = await server.score(name, PROBE_S)
-    await server.load_adapter("folder", backend._run(model).store.step(model.step).adapter)
+    await server.load_adapter("folder", backend.run_info(model).store.step(model.step).adapter)
     assert scores == await server.score("folder", PROBE_S)
     await server.unload_adapter("folder")
     base = await server.score(f"{model.name}@base", PROBE_S)
@@ -81,7 +81,7 @@ async def test_a_mixture_on_two_ranks(runtime, tmp_path, monkeypatch):
 
 async def check_lost_server_is_replaced(model, backend, monkeypatch):
     """The step ends with a new server that has been verified; what rollouts still use comes back from the folders."""
-    run = backend._run(model)
+    run = backend.run_info(model)
     lost, call = run.server, run.trainer.call
     model._leases.take(1)
     names = [f"trained@{step}" for step in (1, 2)]

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from lockstep.testing.programs import torchrun
 from lockstep.trainer import channel as protocol
-from torchrun import torchrun
 
 
 class Parent:

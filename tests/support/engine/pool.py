@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import python_path
-from torchrun import torchrun
+from lockstep.testing.programs import torchrun
 
 ANSWER_S = 120
 """Seconds that an answer may take before the pool counts as lost."""

@@ -11,12 +11,14 @@ import parity
 
 
 def within(measured: dict[str, Any]) -> bool:
-    """Each figure is in its limit, or no further beyond it than 5 times as far as Hugging Face's own fp32 rounding is on this problem.
+    """Each figure is in its limit, or no further beyond it than 5 times as far as Hugging Face's
+    own fp32 rounding is on this problem.
 
-    Some random shapes amplify fp32 rounding beyond the limits, in Hugging Face as much as here (`benchmarks/parity.py` counts them). The
-    rounding is measured as Hugging Face's distance from our fp64 run, which is Hugging Face's own to 1e-11, as every run
-    of these tests shows at every size. The figure that it amplifies most counts for all: any one of them may cancel by chance.
-    Thirty times the limit is a fault in any case.
+    Some random shapes amplify fp32 rounding beyond the limits, in Hugging Face as much as here
+    (`benchmarks/parity_noise.py` counts them). The rounding is measured as Hugging Face's distance
+    from our fp64 run, which is Hugging Face's own to 1e-11, as every run of these tests shows at
+    every size. The figure that it amplifies most counts for all: any one of them may cancel by
+    chance. Thirty times the limit is a fault in any case.
     """
     noise = measured.get("noise", {})
     amplified = max((noise[name] / limit for name, limit in parity.LIMITS.items() if name in noise), default=0.0)

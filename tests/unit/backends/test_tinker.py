@@ -121,7 +121,7 @@ async def test_training_moves_the_answers_and_a_new_process_goes_on(service, tmp
     await resumed.register(again)
     assert resumed.step == STEPS
     assert await greedy(resumed) == after
-    recorded = again._run(resumed).store.metrics()
+    recorded = again.run_info(resumed).store.metrics()
     assert all(is_known(name) for metrics in recorded.values() for name in metrics)
     assert recorded[STEPS]["reward"] == rewards[-1]
     await again.close()

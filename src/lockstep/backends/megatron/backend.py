@@ -68,7 +68,7 @@ class MegatronBackend:
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
-        return self._run(model).store.path
+        return self.run_info(model).store.path
 
     def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
         """Keep metrics, such as an evaluation's, with those of the model's current step in the
@@ -76,15 +76,19 @@ class MegatronBackend:
 
         Raises ConfigError if the model is not registered.
         """
-        self._run(model).store.record(model.step, metrics)
+        self.run_info(model).store.record(model.step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
-        run = self._run(model)
+        run = self.run_info(model)
         server, settings = run.server, run.settings
         seed = settings.seed if self.config.seed_requests else None
         return Endpoint(server.base_url, server.api_key, settings.max_num_seqs, settings.max_model_len, seed)
 
-    def _run(self, model: TrainableModel) -> Run:
+    def run_info(self, model: TrainableModel) -> Run:
+        """The live parts of a registered model: server, trainer, settings and folder, to look at.
+
+        Raises ConfigError if the model is not registered.
+        """
         run = self._runs.get(model)
         if run is None:
             raise ConfigError(f"model {model.name} is not registered: call `await model.register(backend)` first")
@@ -170,7 +174,7 @@ class MegatronBackend:
         next one starts from the published weights.
         """
         config = train_config(config)
-        run = self._run(model)
+        run = self.run_info(model)
         if run.settings.exact:
             config = exact_config(config)
         async with run.training:
@@ -204,7 +208,7 @@ class MegatronBackend:
         Rollouts that were under way have failed; a client made after this call has the new address.
         Raises ServerError where a new server can't take the step.
         """
-        run = self._run(model)
+        run = self.run_info(model)
         async with run.training:
             if not await run.server.problem():
                 return False

@@ -89,7 +89,7 @@ class TinkerBackend:
 
     def run_path(self, model: TrainableModel) -> Path:
         """The model's folder: PATH/PROJECT/NAME."""
-        return self._run(model).store.path
+        return self.run_info(model).store.path
 
     def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
         """Keep metrics, such as an evaluation's, with those of the model's current step in the
@@ -97,14 +97,15 @@ class TinkerBackend:
 
         Raises ConfigError if the model is not registered.
         """
-        self._run(model).store.record(model.step, metrics)
+        self.run_info(model).store.record(model.step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
-        endpoint = self._run(model).endpoint.endpoint
+        endpoint = self.run_info(model).endpoint.endpoint
         assert endpoint is not None
         return endpoint
 
-    def _run(self, model: TrainableModel) -> _Run:
+    def run_info(self, model: TrainableModel) -> _Run:
+        """The live parts of a registered model. Raises ConfigError if the model is not registered."""
         run = self._runs.get(model)
         if run is None:
             raise ConfigError(f"model {model.name} is not registered: call `await model.register(backend)` first")
@@ -194,7 +195,7 @@ class TinkerBackend:
         TrainerError and MismatchError leave step N published, served and trained on.
         """
         config = train_config(config)
-        run = self._run(model)
+        run = self.run_info(model)
         check_train_config(config)
         current, started = model.step, time.monotonic()
         prepared = await asyncio.to_thread(prepare, groups, model_name=model.name, step=current, config=config)
@@ -221,7 +222,7 @@ class TinkerBackend:
 
     async def complete(self, model: TrainableModel, body: bytes) -> dict[str, Any]:
         """The endpoint's answer to one chat completion request. Raises RequestError."""
-        run, request = self._run(model), chat_format.ChatRequest.read(body)
+        run, request = self.run_info(model), chat_format.ChatRequest.read(body)
         owner, _, number = request.model.rpartition("@")
         sampler = run.samplers.get(int(number)) if owner == model.name and number.isdecimal() else None
         if sampler is None:
@@ -290,7 +291,7 @@ async def _one_update(trainer: Any, examples: Sequence[Example], config: TrainCo
 
 def _endpoint(backend: TinkerBackend, model: TrainableModel) -> ChatEndpoint:
     def models() -> list[str]:
-        return [f"{model.name}@{step}" for step in sorted(backend._run(model).samplers, reverse=True)]
+        return [f"{model.name}@{step}" for step in sorted(backend.run_info(model).samplers, reverse=True)]
 
     return ChatEndpoint(lambda body: backend.complete(model, body), models)
 

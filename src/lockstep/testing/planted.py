@@ -1,6 +1,8 @@
-"""Faults in a running server's memory, for tests: this file goes into a copy of the plugin, beside which `fault.json` says what to plant.
+"""Faults in a running server's memory, for tests: this file goes into a copy of the plugin, beside
+which `fault.json` says what to plant.
 
-Nothing of the product knows of it; a server loads it with `--worker-extension-cls planted.Receiver`.
+Nothing of the product knows of it; a server loads it with `--worker-extension-cls
+planted.Receiver`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def fill_wrong(self, index, buffers):
         return fill(self, index, old)
     if kind == "another model's adapter":
         others = [torch.randn(b.numel() // 4, device=b.device).mul(0.01).bfloat16().view(torch.uint8) for b in buffers]
-        return fill(self, index, [torch.cat([one, b[one.numel() :]]) for one, b in zip(others, buffers, strict=True)])
+        return fill(
+            self, index, [torch.cat([tensor, b[tensor.numel() :]]) for tensor, b in zip(others, buffers, strict=True)]
+        )
     fill(self, index, buffers)
     slot = self._slots[index]
     if kind == "stale matrix":

@@ -1,4 +1,4 @@
-"""Requests that are being served at the moment a test needs them to be, and the server's own counters."""
+"""Requests in flight at a chosen moment, and the server's own counters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from lockstep.errors import ServerError
+
 
 async def seen_running(server: Any, ask: Callable[[], Awaitable[Any]], *, seconds: float = 100.0) -> asyncio.Task[Any]:
-    """A task of `ask` that the server said it was serving. One that ends before the server could be asked is begun again."""
+    """A task of `ask` while the server serves its request. A task that ends too early begins again."""
     async with asyncio.timeout(seconds):
         while True:
             task = asyncio.ensure_future(ask())
@@ -24,17 +26,18 @@ async def counted(server: Any, name: str) -> float:
     """One of the server's own counters, over all of its labels."""
     metrics = (await server.call("GET", "/metrics")).text
     values = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
-    assert values, f"the server has no counter {name}"
+    if not values:
+        raise ServerError(f"the server has no counter {name}")
     return sum(map(float, values))
 
 
 async def sampled_tokens(server: Any) -> float:
-    """How many tokens the server has sampled in its life."""
+    """The number of tokens that the server has sampled in its life."""
     return await counted(server, "generation_tokens_total")
 
 
 async def seen_sampling(server: Any, before: float, tokens: int = 40, *, seconds: float = 100.0) -> None:
-    """Returns when the server has sampled so many tokens more than the `before` of then."""
+    """Wait until the server has sampled `tokens` more than `before`."""
     async with asyncio.timeout(seconds):
         while await sampled_tokens(server) < before + tokens:
             await asyncio.sleep(0.005)

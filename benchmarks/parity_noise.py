@@ -1,16 +1,17 @@
-"""How far fp32 lies from Hugging Face on CPU, over freshly drawn tiny models: one row per family, the largest figure of all draws.
+"""How far fp32 lies from Hugging Face on CPU, over freshly drawn tiny models: one row per family,
+the largest figure of all draws.
 
-    torchrun --nproc-per-node 1 benchmarks/parity.py --draws 100
+    PYTHONPATH=tests/support:tests/support/engine torchrun --nproc-per-node 1 benchmarks/parity_noise.py --draws 100
 
-Rows "fp32" and "fp64" are our fp32 against Hugging Face in fp32 and in fp64, "exact" is both in fp64, "theirs" Hugging Face in fp32
-against itself in fp64. A cell is the median, the largest, and how many are over the tests' limit. Logits count from the largest logit,
-gradients from their tensor's largest entry (with the tests' floor).
+Rows "fp32" and "fp64" are our fp32 against Hugging Face in fp32 and in fp64, "exact" is both in
+fp64, "theirs" Hugging Face in fp32 against itself in fp64. A cell is the median, the largest, and
+how many are over the tests' limit. Logits count from the largest logit, gradients from their
+tensor's largest entry (with the tests' floor).
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support" / folder) for folder in ("engine", "")]
+import parity
+from cases import hugging_face_fp64, tiny
+from lockstep.config.megatron import Parallel
+from lockstep.engine.parallel import device
+from random_models import random_fields
 
-from test_parity import FAMILIES, random_fields  # noqa: E402
-
-import parity  # noqa: E402
-from cases import hugging_face_fp64, tiny  # noqa: E402
-from lockstep.config.megatron import Parallel  # noqa: E402
-from lockstep.engine.parallel import device  # noqa: E402  (first: prepares torch for Megatron)
+FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 
 
 def theirs(found: Any, expected: Any) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Helpers of tests and benchmarks: requests in flight, programs in other processes, planted faults."""
