@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.batching.check import validate
+from batch_check import validate
 from lockstep.batching.pack import load_batch, save_batch
 from lockstep.batching.packed_batch import scored_row
 from lockstep.batching.prepare import prepare

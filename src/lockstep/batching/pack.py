@@ -267,29 +267,6 @@ def loss_fields(
     return weights.astype(np.float32).reshape(shape), advantages.astype(np.float32).reshape(shape), mask.reshape(shape)
 
 
-def flatten(batch: PackedBatch) -> list[TokenSequence]:
-    """The sequences of a batch as they went in (routed experts of tokens whose experts did not
-    matter may differ).
-    """
-    row_Q = batch.row_Q
-    sequences = []
-    for q, name in enumerate(batch.sequence_ids):
-        index, row = batch.path_index(q), row_Q[q]
-        mask_S = np.isin(index, batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]])
-        sequences.append(
-            TokenSequence(
-                name=name,
-                tokens_S=batch.tokens_RS[row, index],
-                loss_mask_S=mask_S,
-                logprobs_S=np.where(mask_S, batch.logprobs_RS[row, index], np.float32(np.nan)),
-                temperatures_S=np.where(mask_S, batch.temperatures_RS[row, index], np.float32(1)),
-                experts_SLK=None if batch.experts_RSLK is None else batch.experts_RSLK[row, index],
-                routed_S=None if batch.experts_RSLK is None else np.ones(len(index), dtype=bool),
-            )
-        )
-    return sequences
-
-
 def packing_metrics(batch: PackedBatch) -> dict[str, float]:
     """padding_share: of all row tokens; shared_share: of the sequences' tokens, how many were not
     computed again; counts.

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch_check import flatten, validate
 from helpers import python_path
 from lockstep.batching.bin_packing import best_fit
-from lockstep.batching.check import validate
-from lockstep.batching.pack import fit, flatten, load_batch, minibatch_rows, pack, packing_metrics, save_batch
+from lockstep.batching.pack import fit, load_batch, minibatch_rows, pack, packing_metrics, save_batch
 from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight, unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence
 from lockstep.errors import DataError

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
-from lockstep.batching.check import validate
-from lockstep.batching.pack import flatten, pack
+from batch_check import flatten, validate
+from lockstep.batching.pack import pack
 from lockstep.batching.prefix_tree import scoring_sequence
 from lockstep.batching.prepare import prepare
 from lockstep.batching.routed_experts import RoutedExpertsShape

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.batching.check import validate
-from lockstep.batching.pack import flatten
+from batch_check import flatten, validate
 from lockstep.batching.prepare import prepare
 from lockstep.batching.tokenize import tokenize
 from lockstep.config.train import TrainConfig

@@ -1,4 +1,6 @@
-"""Every invariant of a PackedBatch, checked in one call.
+"""Every invariant of a PackedBatch, checked in one call, and its sequences as they went in.
+
+A run leaves the check out: it takes 0.6 ms a sequence, several percent of a step.
 
 Shape suffixes: R rows, S row length, M nodes, Q sequences, P pairs.
 """
@@ -11,6 +13,7 @@ import numpy as np
 
 from lockstep.batching.pack import loss_fields
 from lockstep.batching.packed_batch import PackedBatch
+from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.errors import DataError
 
 _TYPES = {
@@ -185,3 +188,26 @@ def _check_routed_experts(batch: PackedBatch, experts: int | None) -> None:
     _require(ordered[..., 1:] != ordered[..., :-1], "a token names the same expert twice in one layer")
     if experts is not None:
         _require(routed_experts < experts, f"a token names an expert beyond the model's {experts}")
+
+
+def flatten(batch: PackedBatch) -> list[TokenSequence]:
+    """The sequences of a batch as they went in (routed experts of tokens whose experts did not
+    matter may differ).
+    """
+    row_Q = batch.row_Q
+    sequences = []
+    for q, name in enumerate(batch.sequence_ids):
+        index, row = batch.path_index(q), row_Q[q]
+        mask_S = np.isin(index, batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]])
+        sequences.append(
+            TokenSequence(
+                name=name,
+                tokens_S=batch.tokens_RS[row, index],
+                loss_mask_S=mask_S,
+                logprobs_S=np.where(mask_S, batch.logprobs_RS[row, index], np.float32(np.nan)),
+                temperatures_S=np.where(mask_S, batch.temperatures_RS[row, index], np.float32(1)),
+                experts_SLK=None if batch.experts_RSLK is None else batch.experts_RSLK[row, index],
+                routed_S=None if batch.experts_RSLK is None else np.ones(len(index), dtype=bool),
+            )
+        )
+    return sequences
