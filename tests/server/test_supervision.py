@@ -90,21 +90,21 @@ LOST, MADE = ("lora_step", "failed", "TrainerLostError"), ("lora_step", "done", 
 )
 async def test_h9_a_trainer_that_is_killed_is_started_anew(running, monkeypatch, verb):
     model, backend = running
-    before, lost = model.step, rank_of(backend._run(model))
-    struck(monkeypatch, backend._run(model), verb, signal.SIGKILL)
+    before, lost = model.step, rank_of(backend.run_info(model))
+    struck(monkeypatch, backend.run_info(model), verb, signal.SIGKILL)
     result = await step(model, backend)
     assert result.step == model.step == published_steps(backend.run_path(model))[-1] == before + 1
     assert result.metrics["trainer_restarts"] == 1.0
     assert result.metrics["mismatch_max"] < 1e-5
-    assert rank_of(backend._run(model)) != lost
+    assert rank_of(backend.run_info(model)) != lost
     assert jobs_of(model, backend, model.step) == [LOST, MADE]
     assert "trainer_restarts" not in (await step(model, backend)).metrics
 
 
 async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, caplog):
     model, backend = running
-    stopped = rank_of(backend._run(model))
-    struck(monkeypatch, backend._run(model), "train_step", signal.SIGSTOP)
+    stopped = rank_of(backend.run_info(model))
+    struck(monkeypatch, backend.run_info(model), "train_step", signal.SIGSTOP)
     noticed = []
 
     class Clock(logging.Handler):
@@ -128,7 +128,7 @@ async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, 
 async def test_m4_heartbeats_alone_do_not_defeat_a_deadline(running, monkeypatch):
     """The server is silent: the trainer lives, sends its heartbeats, and gets nowhere."""
     model, backend = running
-    run = backend._run(model)
+    run = backend.run_info(model)
     rank = rank_of(run)
     monkeypatch.setattr(deadlines, "STEP_S", 8.0)
     monkeypatch.setattr(deadlines, "TRAINER_PAUSES_S", ())
@@ -163,7 +163,7 @@ async def test_h9_after_the_last_pause_the_step_fails_and_the_next_one_begins_an
     before = model.step
     monkeypatch.setattr(deadlines, "TRAINER_PAUSES_S", (0.1,))
     with monkeypatch.context() as patch:
-        struck(patch, backend._run(model), "train_step", signal.SIGKILL, times=2)
+        struck(patch, backend.run_info(model), "train_step", signal.SIGKILL, times=2)
         with pytest.raises(
             TrainerLostError, match=f"(?s)the trainer was lost 2 times in step {before + 1}, last: .*kept@{before}"
         ):
@@ -192,7 +192,7 @@ async def test_h9_in_every_mode(runtime, tmp_path, monkeypatch, settings, verb, 
     """Merged weights are published before they are sent: such a step is served, not made again."""
     model, backend = await registered(tmp_path, **settings)
     try:
-        struck(monkeypatch, backend._run(model), verb, signal.SIGKILL)
+        struck(monkeypatch, backend.run_info(model), verb, signal.SIGKILL)
         result = await step(model, backend)
         assert (result.step, result.metrics["trainer_restarts"]) == (1, 1.0)
         assert published_steps(backend.run_path(model)) == [0, 1]
