@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from openai import NotFoundError
+from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file
 
 import lockstep as ls
@@ -505,6 +505,29 @@ async def test_h3_rollouts_of_a_lost_server_begin_again_on_a_new_one(running, ta
     assert attempts[1] is not lost
     assert not any(group.exceptions for group in groups)
     assert (await backend.train(model, with_signal(groups), CONFIG)).metrics["mismatch_max"] < 1e-5
+
+
+async def test_an_agent_that_knows_an_address_alone_is_trained(running, monkeypatch):
+    """Two turns of an agent with a client of its own. Each attempt is one sequence, and the trainer computes what the server sampled."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # the client is built as a user builds one
+    model, backend = running
+
+    async def rollout(number):
+        messages = [{"role": "user", "content": "yes, no or maybe?"}]
+        with model.episode(sampling={"temperature": 1.0}) as episode:
+            async with AsyncOpenAI(base_url=episode.base_url, api_key=episode.api_key) as agent:
+                for _ in range(2):
+                    reply = await agent.chat.completions.create(model="gpt-5", messages=messages, max_tokens=6)
+                    messages += [reply.choices[0].message.model_dump(), {"role": "user", "content": "And now?"}]
+            return episode.trajectory(reward=float(number % 2))
+
+    (group,) = await ls.gather_trajectory_groups([[rollout(number) for number in range(4)]], progress=False)
+    sampled = sum(len(choice.token_ids) for one in group.trajectories for choice in one.choices)
+    result = await backend.train(model, [group], CONFIG)
+    assert result.metrics["mismatch_max"] < 1e-5
+    assert result.metrics["sequences"] == 4
+    assert result.metrics["tokens_sampled"] == sampled
+    assert result.metrics["turns_split"] == 0
 
 
 async def test_resume_continues_from_the_last_step(running, task, section, base_model, monkeypatch):

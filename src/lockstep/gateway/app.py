@@ -183,10 +183,10 @@ async def _body(request: Request) -> dict[str, Any]:
         parts.append(part)
     try:
         body = json.loads(b"".join(parts))
-    except ValueError:
-        raise Refusal(400, "the body is no JSON") from None
+    except (ValueError, RecursionError):  # text that is not JSON, or JSON that is nested too deeply
+        raise Refusal(400, "the body is not JSON that can be read") from None
     if not isinstance(body, dict):
-        raise Refusal(400, "the body is no JSON object")
+        raise Refusal(400, "the body is not a JSON object")
     return body
 
 

@@ -311,5 +311,6 @@ def _describe_rest(log: _Log, resolved: ResolvedSettings, asked: MegatronConfig)
         _set(resolved.recompute),
     )
     log.add("numerics", "exact" if resolved.exact else "fast", "set" if resolved.exact else "default")
+    log.add("seed_requests", asked.seed_requests, "set" if "seed_requests" in asked.model_fields_set else "default")
     log.add("server_args", list(resolved.server_args), "set" if resolved.server_args else "default")
     log.add("seed", resolved.seed, "of the adapter's first values and the sampling")
