@@ -239,6 +239,7 @@ async def check_stale_weights_are_seen(model, backend, monkeypatch):
         await call("sync", sync, deadline_s=60.0)
 
 
+@pytest.mark.slow
 async def test_all_weights_of_an_untied_model_in_colocated(runtime, task, section, tmp_path, monkeypatch):
     """Full fine-tuning while trainer and server take turns; the run goes on after a restart, and a step is served without the trainer."""
     base = taught("qwen3", tmp_path / "base", task, SMALL | {"tie_word_embeddings": False})

@@ -148,6 +148,7 @@ async def test_scores_may_be_asked_for_beside_rollouts(running):
         np.testing.assert_allclose(scores, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 async def test_replay_can_be_turned_off(running, base_model):
     """Last, since it closes the shared server: no routed experts come, none are wanted, and in fp32 the router picks the same."""
     model, backend = running

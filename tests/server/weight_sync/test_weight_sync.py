@@ -83,7 +83,7 @@ async def test_ten_random_steps(merged, pusher, folder):
         choice = (await server.call("POST", "/v1/completions", body)).json()["choices"][0]
         assert choice["weight_versions"] == [{"version": name, "start": 0, "end": 4}]
         reference = hf_logprobs(model, TOKENS + choice["token_ids"])[-4:]
-        torch.testing.assert_close(torch.tensor(choice["logprobs"]["token_logprobs"]), reference, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(choice["sampled_logprobs"]), reference, atol=1e-5, rtol=0)
         with pytest.raises(ServerError, match=old):  # the alias of before is gone
             await server.score(old, TOKENS)
 
@@ -191,7 +191,7 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
         assert [span["version"] for span in spans] in ([name], [name, "policy@100"], ["policy@100"])
         assert [0, *[span["end"] for span in spans]] == [*[span["start"] for span in spans], asked_for]
         split += len(spans) == 2
-        sampled = torch.tensor(choice.logprobs.token_logprobs)
+        sampled = torch.tensor(choice.sampled_logprobs)
         for span in spans:
             model_then = model if span["version"] == "policy@100" else old
             tokens = choice.model_extra["prompt_token_ids"] + ids

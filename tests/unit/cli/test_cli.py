@@ -187,7 +187,7 @@ def one_line(result, says: str, code: int) -> None:
         (("score", "{model}", "--input", "in.jsonl", "--output", "none/out.jsonl"), "a folder that exists", 2),
         (("score", "{model}", "--input", "raw.jsonl", "--output", "out.jsonl"), "raw.jsonl is not text", 1),
         (("tiny", "qwen3", "raw.jsonl"), "raw.jsonl is a file", 2),
-        (("tiny", "qwen3", "raw.jsonl/below"), "raw.jsonl", 1),
+        (("tiny", "qwen3", "raw.jsonl/below"), "raw.jsonl", 2),
         (("tiny", "qwen3", "new", "--set", "hidden_size=many"), "hidden_size = 'many'", 2),
         (("tiny", "qwen3", "new", "--set", "hidden_size"), "not KEY=VALUE", 2),
         (("quickstart", "--path", "raw.jsonl"), "raw.jsonl is a file", 2),
@@ -290,14 +290,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 
 def oversized_checkpoint(folder: Path) -> Path:
-    """A checkpoint whose embedding alone is 4 TiB: the file is sparse, only its header takes room."""
-    write_tiny("qwen3", folder, seed=0)
+    """A checkpoint whose embedding alone is 1 TiB: the file is sparse, only its header takes room."""
+    narrow = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    write_tiny("qwen3", folder, seed=0, overrides={"hidden_size": 2**14, "intermediate_size": 32, **narrow})
     config = json.loads((folder / "config.json").read_text())
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / "model.safetensors")
     name = "model.embed_tokens.weight"
-    rows = 2**33
+    rows = 2**24
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
     rest = {key: value for key, value in tensors.items() if key != name}
     save_file(rest, folder / "model-00001-of-00002.safetensors")
