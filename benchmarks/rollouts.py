@@ -156,7 +156,7 @@ def offline(config: ServerConfig, runtime: Runtime, scratch: Path, options: argp
 
 
 def table(lockstep: dict[str, Any], alone: dict[str, Any] | None) -> None:
-    print("tokens  lockstep tok/s  offline  share  offline+logprobs  share  CPU ms a request: ")
+    print("tokens  lockstep tok/s  offline  share  offline+logprobs  share  CPU seconds of the last round")
     for tokens, result in lockstep.items():
         rate = statistics.median(result["tokens_per_second"])
         line = f"{tokens:>6} {rate:>15.0f}"

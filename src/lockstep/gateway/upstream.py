@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from lockstep.config import deadlines
 from lockstep.gateway.refusal import Refusal
-from lockstep.rollouts.slots import Slots
+from lockstep.rollouts.connections import connections_for
+from lockstep.rollouts.slots import Slots, choices_of, token_limit
 from lockstep_wire.http_paths import CHAT_COMPLETIONS
 
 
@@ -36,8 +37,7 @@ class Upstream:
     def __init__(self) -> None:
         import httpx
 
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(trust_env=False, limits=limits)
+        self._client = httpx.AsyncClient(trust_env=False, transport=connections_for(httpx.AsyncClient))
         self._errors = httpx.HTTPError
         self._timeout = httpx.Timeout
         self._known: _Known | None = None
@@ -50,7 +50,7 @@ class Upstream:
 
         Raises Refusal with the server's own status and text, and with 502 if the server can't be reached.
         """
-        return await self._post(address, CHAT_COMPLETIONS, body, places=_choices(body), under_way=under_way)
+        return await self._post(address, CHAT_COMPLETIONS, body, places=choices_of(body), under_way=under_way)
 
     async def count(self, address: Address, body: dict[str, Any]) -> int:
         """How many tokens a conversation has as a prompt."""
@@ -68,7 +68,9 @@ class Upstream:
                 address.base_url.removesuffix("/v1") + path,
                 json=body,
                 headers={"Authorization": f"Bearer {address.api_key}"},
-                timeout=self._timeout(deadlines.REQUEST_S + _tokens(body, address), connect=deadlines.CONNECT_S),
+                timeout=self._timeout(
+                    deadlines.REQUEST_S + token_limit(body, address.max_model_len or 0), connect=deadlines.CONNECT_S
+                ),
             )
         except self._errors as error:
             raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
@@ -78,16 +80,6 @@ class Upstream:
         if response.status_code != 200:
             raise Refusal(response.status_code, _message(response))
         return response.json()
-
-
-def _choices(body: dict[str, Any]) -> int:
-    n = body.get("n")
-    return n if isinstance(n, int) and n > 0 else 1
-
-
-def _tokens(body: dict[str, Any], address: Address) -> int:
-    asked = body.get("max_completion_tokens") or body.get("max_tokens")
-    return asked if isinstance(asked, int) and asked > 0 else address.max_model_len or 0
 
 
 def _message(response: Any) -> str:

@@ -26,7 +26,7 @@ class Piece:
     """Rows [start, stop) of the Hugging Face tensor `name`, and columns [col_start, col_stop) when
     the weight is split by columns.
 
-    `index` picks one expert of a stacked `[E, ...]` tensor first; rows and columns then count
+    `index` selects one expert of a stacked `[E, ...]` tensor first; rows and columns then count
     inside that expert. `name` None means rows that exist only in Megatron (vocabulary padding):
     filled with zeros on load, skipped on export.
     """

@@ -19,6 +19,11 @@ _SEED_BYTES = 6
 """JSON readers keep whole numbers up to 53 bits, and vLLM adds a choice's index to the seed."""
 
 
+def seed_of(words: str) -> int:
+    """The seed that follows from `words`, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=_SEED_BYTES).digest())
+
+
 class GatherCall:
     """One call of gather. Calls of one name at one step sample the same noise; without a name each
     call has its own.
@@ -91,8 +96,7 @@ class RequestSeeds:
 
     def draw(self, seed: int, step: int, place: RolloutPlace) -> int:
         """The seed of a rollout's next request, while the model is at `step` of a run with `seed`."""
-        words = f"{seed}/{step}/{self._named(place.gather, step)}/{place.next_request()}"
-        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=_SEED_BYTES).digest())
+        return seed_of(f"{seed}/{step}/{self._named(place.gather, step)}/{place.next_request()}")
 
     def _named(self, call: GatherCall, step: int) -> str:
         """The call's name, or which one of the step it is."""

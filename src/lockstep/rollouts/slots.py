@@ -57,6 +57,18 @@ class Slots:
                 granted.set_result(None)
 
 
+def choices_of(body: dict[str, Any]) -> int:
+    """How many choices a request asks for: each takes a place."""
+    choices = body.get("n")
+    return choices if isinstance(choices, int) and choices > 0 else 1
+
+
+def token_limit(body: dict[str, Any], longest: int) -> int:
+    """Tokens that a request may sample at most; `longest` where it does not say."""
+    asked = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
+    return next((value for value in asked if isinstance(value, int) and value > 0), longest)
+
+
 class SlotSending:
     """A mixin for openai's HTTP client, which holds back `send`: requests that sample leave when
     there is a slot for them.
@@ -79,7 +91,7 @@ class SlotSending:
         body = _parsed(await request.aread())
         limits = request.extensions.get("timeout", {})
         if limits.get("read") == self.default_s:
-            request.extensions["timeout"] = {**limits, "read": self.default_s + self._tokens(body)}
+            request.extensions["timeout"] = {**limits, "read": self.default_s + token_limit(body, self.longest)}
         if self.slots is None:
             return await send(request, stream=stream, **options)
         places = await self._place(self.slots, body)
@@ -104,16 +116,11 @@ class SlotSending:
         return response
 
     async def _place(self, slots: Slots, body: dict[str, Any]) -> int:
-        scope, choices = current_scope(), body.get("n")
-        count = choices if isinstance(choices, int) and choices > 0 else 1
-        places = await slots.take(count, under_way=scope is not None and scope.served)
+        scope = current_scope()
+        places = await slots.take(choices_of(body), under_way=scope is not None and scope.served)
         if scope is not None:
             scope.served = True
         return places
-
-    def _tokens(self, body: dict[str, Any]) -> int:
-        asked = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
-        return next((value for value in asked if isinstance(value, int) and value > 0), self.longest)
 
 
 class _Once:

@@ -55,7 +55,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     files = {}
     for file in _files(folder):
         fsync(file)
-        files[str(file.relative_to(folder))] = _sha256(file)
+        files[str(file.relative_to(folder))] = file_digest(file)
     manifest = {"schema": SCHEMA, "files": files, **fields}
     manifest["digest"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
@@ -96,7 +96,7 @@ def read_checked(number: int, folder: Path) -> RunCheckpoint:
             continue
         if name not in present:
             raise StoreError(f"{folder / name} is missing: the step is damaged; delete {folder} to resume before it")
-        if _sha256(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise StoreError(f"{folder / name} was changed after it was published; delete {folder} to resume before it")
     if extra := present - set(manifest["files"]):
         raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
@@ -123,6 +123,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -78,7 +78,7 @@ class JobTable:
         if kind not in get_args(Kind):
             raise StoreError(f"no job is a {kind!r}: known are {', '.join(get_args(Kind))}")
         with self._transaction() as database:
-            before = [job for job in listed(database) if (job.step, job.kind) == (step, kind)]
+            before = _selected(database, "step = ? AND kind = ?", (step, kind))
             for job in before:
                 if job.state in ("queued", "running"):
                     raise StoreError(f"job {job.id} is {job.state}: it can't be asked for again")
@@ -166,11 +166,16 @@ def finish(database: sqlite3.Connection, identity: str) -> None:
 
 def listed(database: sqlite3.Connection) -> list[Job]:
     """All jobs, in the order in which they were asked for."""
-    return [Job(*row) for row in database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY created, rowid")]
+    return _selected(database, "true", ())
 
 
 def _get(database: sqlite3.Connection, identity: str) -> Job:
-    row = database.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (identity,)).fetchone()
-    if row is None:
+    jobs = _selected(database, "id = ?", (identity,))
+    if not jobs:
         raise StoreError(f"there is no job {identity}")
-    return Job(*row)
+    return jobs[0]
+
+
+def _selected(database: sqlite3.Connection, condition: str, values: tuple[object, ...]) -> list[Job]:
+    query = f"SELECT {_COLUMNS} FROM jobs WHERE {condition} ORDER BY created, rowid"
+    return [Job(*row) for row in database.execute(query, values)]

@@ -88,8 +88,8 @@ def test_b5_a_kl_reference_is_hashed_once(store, monkeypatch):
     for step in range(3):
         publish(store, step)
     hashed = []
-    digest = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file) or digest(file))
+    digest = checkpoint.file_digest
+    monkeypatch.setattr(checkpoint, "file_digest", lambda file: hashed.append(file) or digest(file))
     folders = {store.reference(0, with_state=True) for _ in range(5)}
     assert folders == {store.steps_path / "0000"}
     assert len(hashed) == 2  # its two files

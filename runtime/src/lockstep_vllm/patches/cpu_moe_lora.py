@@ -1,7 +1,7 @@
 """Adapters on routed experts on a CPU, which vLLM 0.32 accepts at start and then dies of at the
 first request.
 
-With LoRA enabled vLLM picks its Triton experts whatever the device. Here a class in plain torch
+With LoRA enabled vLLM takes its Triton experts whatever the device. Here a class in plain torch
 takes their place. It loops over the experts: meant for tests and small models.
 
 `tests/server/kernels/test_served_adapters.py` shows the effect, and that a server without this

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.megatron.exact import exact_config
-from lockstep.backends.megatron.jobs import digest_of, job
+from lockstep.backends.megatron.jobs import job
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
@@ -31,6 +31,7 @@ from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
+from lockstep.runs.checkpoint import file_digest
 from lockstep.runs.retention import prune
 from lockstep.runs.store import RunCheckpoint, RunStore
 from lockstep.trainer.protocol import Load, Save, TrainStep
@@ -184,7 +185,7 @@ class MegatronBackend:
         started, number = time.monotonic(), run.model.step + 1
         run.check_in_step()
         batch = await _packed(run, groups, config)
-        digest = await asyncio.to_thread(digest_of, batch.path)
+        digest = await asyncio.to_thread(file_digest, batch.path)
 
         async def step() -> dict[str, float]:
             async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from lockstep.backends.megatron.run import Run
 from lockstep.errors import StoreError
@@ -48,9 +46,3 @@ async def job(run: Run, kind: Kind, step: int, digest: str) -> AsyncIterator[str
         await asyncio.to_thread(jobs.finish, submitted.id)
     finally:
         run.trainer.on_beat = None
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
