@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lockstep.engine.parallel import device  # isort: skip  (first: prepares torch for Megatron)
 from lockstep.engine.layers import attention, compiled_ops
-from lockstep.engine.packed_row import Nodes, PackedRow
+from lockstep.engine.rows.packed_row import Nodes, PackedRow
 
 SHAPES = {"qwen3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
 GROUPS = ((1152, 128, 16, 64), (10_240, 2048, 1024, 8), (4096, 1024, 380, 8), (20_480, 4096, 2048, 8), (256, 20, 10, 8))

@@ -167,7 +167,7 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     from lockstep.config.train import TrainConfig
     from lockstep.engine.parallel import device
     from lockstep.engine.state import open_trainer
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
     from lockstep.models.registry import default_target_modules_for_model
     from lockstep.trainer.protocol import EngineConfig, LoraSettings
 

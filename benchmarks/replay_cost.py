@@ -247,7 +247,7 @@ def open_engine(folder: Path) -> Any:
 def own_routed_experts(trainer: Any, batch: PackedBatch) -> np.ndarray:
     """[R, S, L, K] experts that the model's own routers pick: what replay is given, so that the work stays the same."""
     from lockstep.engine.layers.moe import MoE
-    from lockstep.engine.score import score
+    from lockstep.engine.steps.score import score
 
     picked: list[list[np.ndarray]] = []
     hooks = []
@@ -275,7 +275,7 @@ def own_routed_experts(trainer: Any, batch: PackedBatch) -> np.ndarray:
 
 def trainer_seconds(folder: Path, options: argparse.Namespace) -> Turns:
     from lockstep.config.train import TrainConfig
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     trainer = open_engine(folder)
     batch = batch_of(Case("group", options.samples, 0.5, options.length), "packed", 300, None)

@@ -28,9 +28,9 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.score import score
 from lockstep.engine.state import open_trainer
-from lockstep.engine.train_step import train_step
+from lockstep.engine.steps.score import score
+from lockstep.engine.steps.train_step import train_step
 from lockstep.models.registry import get_model_support_handler
 from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.protocol import EngineConfig, LoraSettings

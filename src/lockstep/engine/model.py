@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.layers.moe import MoE
-from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel.context import share
 from lockstep.engine.parallel.device import device
-from lockstep.engine.routed_experts import Replayed, recompute_pass
+from lockstep.engine.rows.packed_row import PackedRow
+from lockstep.engine.rows.routed_experts import Replayed, recompute_pass
 from lockstep.models.config import Rope
 
 

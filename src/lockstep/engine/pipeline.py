@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.engine.model import Model
-from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
 from lockstep.engine.progress import progress
+from lockstep.engine.rows.packed_row import PackedRow
 
 LastStage = Callable[[int, Tensor], Tensor]
 """(number of the row in the list, hidden states) -> the scalar to differentiate. Called on the last

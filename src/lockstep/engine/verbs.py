@@ -19,9 +19,9 @@ from lockstep.engine.losses.check import check_loss
 from lockstep.engine.memory import offload
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
-from lockstep.engine.score import score_and_rank
 from lockstep.engine.state import TrainerState, load_step, save_step
-from lockstep.engine.train_step import expert_choices_that_differ, train_step
+from lockstep.engine.steps.score import score_and_rank
+from lockstep.engine.steps.train_step import expert_choices_that_differ, train_step
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.trainer import protocol
 from lockstep.trainer.protocol import SCORING, Request

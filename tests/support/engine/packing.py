@@ -26,13 +26,13 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
-from lockstep.engine.microbatch import prepare
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.pipeline import forward_backward
-from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, open_trainer
+from lockstep.engine.steps.microbatch import prepare
+from lockstep.engine.steps.scored_tokens import head_outputs, row_shards
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.protocol import EngineConfig, LoraSettings

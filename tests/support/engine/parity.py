@@ -24,16 +24,16 @@ from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
-from lockstep.engine.microbatch import prepare
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.pipeline import forward_backward
-from lockstep.engine.score import score, score_and_rank
-from lockstep.engine.scored_tokens import head_outputs, row_shards
 from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step
-from lockstep.engine.train_step import check_records, expert_choices_that_differ, train_step
+from lockstep.engine.steps.microbatch import prepare
+from lockstep.engine.steps.score import score, score_and_rank
+from lockstep.engine.steps.scored_tokens import head_outputs, row_shards
+from lockstep.engine.steps.train_step import check_records, expert_choices_that_differ, train_step
 from lockstep.errors import DataError, TrainerError
 from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler

@@ -56,7 +56,7 @@ def on_policy(
     trainer: Any, random: np.random.Generator, *, noise: float = 0.0, minibatches: int = 1, count: int = 12
 ) -> PackedBatch:
     """Replies of 4 to 40 random tokens, one a row, whose sampling log-probabilities are the trainer's and Gaussian noise."""
-    from lockstep.engine.score import score
+    from lockstep.engine.steps.score import score
 
     made = []
     for number in range(count):
@@ -89,7 +89,7 @@ def planted(batch: PackedBatch, minibatch: int, minibatches: int, nats: float) -
 
 def test_a1_gspo_does_not_clip_what_two_programs_round(trainer, random):
     """On policy, with server noise of bf16's size: the default clips nothing; dividing by the server's numbers clips nearly half."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     batch = on_policy(trainer, random, noise=NOISE, count=40)
     before = train_step(trainer, batch, TrainConfig(loss="gspo", learning_rate=1e-6), None, SILENT)
@@ -106,7 +106,7 @@ def test_a1_gspo_does_not_clip_what_two_programs_round(trainer, random):
 @pytest.mark.parametrize("old", ["sampling", "trainer"])
 def test_a3_every_minibatch_is_gated(model, random, old):
     """A sequence that is far off is refused in whichever minibatch it lies, before anything changed; so is a single token."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     trainer = opened(model, "float32")
     good = on_policy(trainer, random, minibatches=4)
@@ -128,7 +128,7 @@ def test_a3_every_minibatch_is_gated(model, random, old):
 
 def test_a3_mismatch_covers_all_minibatches(model, random):
     """It is that of one batch in one update; and a first minibatch with nothing but older tokens does not hide it."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     trainer = opened(model, "float32")
     batch = on_policy(trainer, random, noise=0.1, minibatches=3)
@@ -145,14 +145,14 @@ def test_a3_mismatch_covers_all_minibatches(model, random):
 
 
 def on_policy_scores(trainer: Any, batch: PackedBatch) -> np.ndarray:
-    from lockstep.engine.score import score
+    from lockstep.engine.steps.score import score
 
     return score(trainer, batch, SILENT)
 
 
 def test_a6_a_step_without_signal_changes_nothing(trainer, random):
     """After a step with momentum: six batches without an advantage leave every byte as it is, and are not computed."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     config = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_mismatch=None)
     batch = on_policy(trainer, random)
@@ -170,7 +170,7 @@ def test_a6_a_step_without_signal_changes_nothing(trainer, random):
 
 def test_a6_a_minibatch_without_signal_takes_no_update(model, random):
     """One of three minibatches is silent, and one has all of its gradient clipped away: a single update is taken."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     trainer = opened(model, "float32")
     batch = on_policy(trainer, random, minibatches=3)
@@ -189,7 +189,7 @@ def test_a6_a_minibatch_without_signal_takes_no_update(model, random):
 
 def test_sums_over_minibatches_are_sums_and_maxima_maxima(model, random):
     """With a step too small to matter, the metrics of four updates are those of one."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     trainer = opened(model, "float32")
     batch = on_policy(trainer, random, noise=0.3, minibatches=4)

@@ -38,7 +38,7 @@ def stepped(trainer: Any, batch: Any, folder: Path) -> dict[str, bytes]:
     """One optimizer step; the bytes of what it leaves on disk."""
     from lockstep.config.train import TrainConfig
     from lockstep.engine.state import save_step
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     config = TrainConfig(learning_rate=1e-2, max_mismatch=None)
     train_step(trainer, batch, config, None, lambda event: None)
@@ -53,8 +53,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("family", "lora"), [("qwen3", False), ("qwen3_moe", True)])
 def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: Path) -> None:
     from lockstep.engine.memory.offload import Offload
-    from lockstep.engine.score import score
     from lockstep.engine.state import load_step, save_step
+    from lockstep.engine.steps.score import score
 
     rng = np.random.default_rng()
     trainer = opened(family, tmp_path / "model", lora)

@@ -23,7 +23,7 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
     from lockstep.config.train import TrainConfig
     from lockstep.engine.export.merged_weights import WeightsOut
     from lockstep.engine.state import open_trainer, save_step
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
     from lockstep.trainer.protocol import EngineConfig
     from lockstep.weight_sync.sender_group import SingleSender
 

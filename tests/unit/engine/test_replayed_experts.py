@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import batch_of, tiny, tree_sequences
-from lockstep.engine.packed_row import packed_row
 from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
-from lockstep.engine.routed_experts import account_of_row, check_routed_experts, first_invalid
+from lockstep.engine.rows.packed_row import packed_row
+from lockstep.engine.rows.routed_experts import account_of_row, check_routed_experts, first_invalid
 from lockstep.errors import DataError
 from lockstep.models.registry import load_model_config
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.engine.layers.attention import attend
-from lockstep.engine.packed_row import BLOCK, Nodes, PackedRow, block_counts_BB, build_block_mask, padded_length
+from lockstep.engine.rows.packed_row import BLOCK, Nodes, PackedRow, block_counts_BB, build_block_mask, padded_length
 
 
 def random_row(seed: int, nodes: int, longest: int) -> PackedRow:

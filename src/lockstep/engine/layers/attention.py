@@ -22,9 +22,9 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from lockstep.engine.layers.compiled_ops import rotate, sigmoid_gate, wide
-from lockstep.engine.packed_row import BLOCK, PackedRow
 from lockstep.engine.parallel.context import repeats, to_heads, to_tokens
 from lockstep.engine.parallel.device import CUDA
+from lockstep.engine.rows.packed_row import BLOCK, PackedRow
 from lockstep.errors import DataError
 
 Rendering = Literal["dense", "sdpa", "flex"]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.engine.layers.compiled_ops import wide
-from lockstep.engine.packed_row import Level, PackedRow
+from lockstep.engine.rows.packed_row import Level, PackedRow
 
 CHUNK = 64
 

@@ -30,8 +30,8 @@ from lockstep.engine.layers.delta_rule import over_tree, rule_for
 from lockstep.engine.layers.linear import RowLinear
 from lockstep.engine.layers.lora import LocalAdapter, Part
 from lockstep.engine.layers.norm import GatedRMSNorm
-from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel.context import to_heads, to_tokens, window
+from lockstep.engine.rows.packed_row import PackedRow
 from lockstep.models.config import ModelConfig
 
 

@@ -28,10 +28,10 @@ from lockstep.engine.layers.compiled_ops import gated_silu, wide
 from lockstep.engine.layers.dispatch import through_ranks
 from lockstep.engine.layers.mlp import GatedMLP
 from lockstep.engine.layers.router import Router
-from lockstep.engine.packed_row import PackedRow
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.context import share
-from lockstep.engine.routed_experts import Replay
+from lockstep.engine.rows.packed_row import PackedRow
+from lockstep.engine.rows.routed_experts import Replay
 
 ALIGN = 8
 """Rows of one expert are filled up to a multiple of this: grouped kernels want groups that start at

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.engine.layers.compiled_ops import wide
-from lockstep.engine.routed_experts import recomputing
+from lockstep.engine.rows.routed_experts import recomputing
 
 
 def _top(scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None) -> Any:

@@ -18,14 +18,6 @@ from torch import Tensor
 from lockstep.batching.pack import minibatch_rows
 from lockstep.batching.packed_batch import PackedBatch, has_signal, total_weight, unpacked_weight
 from lockstep.config.train import TrainConfig
-from lockstep.engine.checks import (
-    Sums,
-    check_average,
-    check_records,
-    check_tokens,
-    expert_choices_that_differ,
-    gather_sums,
-)
 from lockstep.engine.losses.policy import (
     LossSums,
     compared_maxima,
@@ -35,15 +27,23 @@ from lockstep.engine.losses.policy import (
     scored_tensors,
 )
 from lockstep.engine.memory.recompute import plan as plan_recompute
-from lockstep.engine.microbatch import MicroBatch, prepare
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.parallel.device import peak_memory
 from lockstep.engine.pipeline import forward_backward, forward_only
-from lockstep.engine.routed_experts import check_routed_experts
-from lockstep.engine.scored_tokens import head_outputs, logprobs_of_rows, row_shards, top_sums
+from lockstep.engine.rows.routed_experts import check_routed_experts
 from lockstep.engine.state import TrainerState, reference_weights
+from lockstep.engine.steps.checks import (
+    Sums,
+    check_average,
+    check_records,
+    check_tokens,
+    expert_choices_that_differ,
+    gather_sums,
+)
+from lockstep.engine.steps.microbatch import MicroBatch, prepare
+from lockstep.engine.steps.scored_tokens import head_outputs, logprobs_of_rows, row_shards, top_sums
+from lockstep.engine.steps.token_mismatch import TokenMismatch, largest_mismatch
 from lockstep.engine.timing import Clock, Report
-from lockstep.engine.token_mismatch import TokenMismatch, largest_mismatch
 from lockstep.errors import DataError
 
 

@@ -15,13 +15,13 @@ from lockstep.engine.losses.policy import LossSums, reduce_sums
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.broadcast import broadcast_json
 from lockstep.engine.parallel.device import device
-from lockstep.engine.routed_experts import account_of_row
-from lockstep.engine.token_mismatch import TokenMismatch
+from lockstep.engine.rows.routed_experts import account_of_row
+from lockstep.engine.steps.token_mismatch import TokenMismatch
 from lockstep.errors import MismatchError, TrainerError
 
 if TYPE_CHECKING:
-    from lockstep.engine.microbatch import MicroBatch
     from lockstep.engine.state import TrainerState
+    from lockstep.engine.steps.microbatch import MicroBatch
 
 Sums = dict[str, float]
 

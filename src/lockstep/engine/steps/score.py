@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.batching.packed_batch import PackedBatch
-from lockstep.engine.checks import check_records
-from lockstep.engine.microbatch import prepare
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
 from lockstep.engine.pipeline import forward_only
-from lockstep.engine.routed_experts import check_routed_experts
-from lockstep.engine.scored_tokens import head_outputs, most_likely_ids, row_shards
+from lockstep.engine.rows.routed_experts import check_routed_experts
 from lockstep.engine.state import TrainerState
+from lockstep.engine.steps.checks import check_records
+from lockstep.engine.steps.microbatch import prepare
+from lockstep.engine.steps.scored_tokens import head_outputs, most_likely_ids, row_shards
 from lockstep.engine.timing import Clock, Report
 
 

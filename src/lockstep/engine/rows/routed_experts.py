@@ -27,7 +27,7 @@ from lockstep.errors import DataError
 from lockstep.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from lockstep.engine.packed_row import PackedRow
+    from lockstep.engine.rows.packed_row import PackedRow
 
 _ODD, _OTHER_ODD = -7046029254386353131, -4658895280553007687
 """2^64 over the golden ratio, and a multiplier of the splitmix64 generator, as signed numbers."""

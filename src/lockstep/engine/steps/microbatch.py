@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lockstep.batching.packed_batch import PackedBatch, ScoredRow, scored_row
-from lockstep.engine.packed_row import BLOCK, PackedRow, packed_row, padded_length, padding_row
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import CUDA, device
+from lockstep.engine.rows.packed_row import BLOCK, PackedRow, packed_row, padded_length, padding_row
 from lockstep.engine.state import TrainerState
 from lockstep.errors import DataError
 

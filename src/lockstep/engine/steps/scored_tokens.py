@@ -15,10 +15,10 @@ from torch import Tensor
 from lockstep.batching.packed_batch import ScoredRow
 from lockstep.batching.top_logprobs import TOP, hits
 from lockstep.engine.layers.lm_head import linear_logprob, most_likely
-from lockstep.engine.microbatch import MicroBatch
 from lockstep.engine.parallel import context, groups
 from lockstep.engine.pipeline import forward_only
 from lockstep.engine.state import TrainerState
+from lockstep.engine.steps.microbatch import MicroBatch
 
 
 def head_outputs(

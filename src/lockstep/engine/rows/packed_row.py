@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lockstep.batching.packed_batch import PackedBatch
-from lockstep.engine.routed_experts import Replay, record_keys
+from lockstep.engine.rows.routed_experts import Replay, record_keys
 from lockstep.errors import DataError
 
 BLOCK = 128

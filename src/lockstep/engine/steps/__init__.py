@@ -1,0 +1,1 @@
+"""What a rank does with a packed batch: a training step, or scores, and the checks of both."""
