@@ -37,7 +37,7 @@ def tiny_qwen3(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct (bf16), brought by pip and converted once under LOCKSTEP_HOME."""
-    from lockstep.cli.real_model import smollm2
+    from lockstep.cli.base_models.real_model import smollm2
 
     return smollm2(print)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lockstep.cli.base_models.exclusive import alone
 from lockstep.cli.examples import examples_folder, placed
-from lockstep.cli.exclusive import alone
 from lockstep.cli.train import execute
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import load_run_file

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.cli.real_model import smollm2
+from lockstep.cli.base_models.real_model import smollm2
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.locate import default_kind
 from lockstep.loop.run_file import RunFile, load_run_file

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from lockstep.cli.live_table import LiveTable
-from lockstep.cli.tiny_model import check_tiny, make_tiny
+from lockstep.cli.base_models.tiny_model import check_tiny, make_tiny
+from lockstep.cli.tables.live_table import LiveTable
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import RunFile, load_run_file
@@ -39,7 +39,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
     A tiny model is made for it in a temporary folder, untaught, where the run has not made its own
     yet.
     """
-    from lockstep.cli.settings_table import show_all
+    from lockstep.cli.tables.settings_table import show_all
 
     task = load_task(config.parent / file.task.file)
     with tempfile.TemporaryDirectory(prefix="lockstep-dry-run-") as scratch:
@@ -107,7 +107,7 @@ async def execute(
 async def _train(
     file: RunFile, base_model: str, settings: TrainConfig, task: Task, console: Console, rise: float | None
 ) -> tuple[Outcome, Path]:
-    from lockstep.cli.settings_table import show_short
+    from lockstep.cli.tables.settings_table import show_short
 
     model, backend = _made(file, base_model)
     _check_steps(file, settings)

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 
 from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
-from lockstep.cli.live_table import LiveTable
 from lockstep.cli.quickstart import _say_what_is_deleted
 from lockstep.cli.score import _sequences, read_lines
+from lockstep.cli.tables.live_table import LiveTable
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import DataError, ServerError, StoreError, TrainerError

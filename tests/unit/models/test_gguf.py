@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from conversations import CONVERSATIONS
 from gguf_files import write_gguf
-from lockstep.cli.real_model import smollm2_gguf
+from lockstep.cli.base_models.real_model import smollm2_gguf
 from lockstep.errors import ConfigError, LockstepError, UnsupportedModelError, WeightsError
 from lockstep.models.gguf.convert import import_gguf
 from lockstep.models.registry import load_model_config

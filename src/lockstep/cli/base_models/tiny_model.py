@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lockstep.cli.exclusive import alone
+from lockstep.cli.base_models.exclusive import alone
 from lockstep.errors import ERROR, ConfigError, LockstepError
 from lockstep.loop.run_file import RunFile
 from lockstep.loop.task import Task, blamed
@@ -60,7 +60,7 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
                 demonstrations.write_text(shown)
                 status.update(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
                 await _python(
-                    *("-m", "lockstep.cli.tiny_sft", str(making), str(demonstrations)),
+                    *("-m", "lockstep.cli.base_models.tiny_sft", str(making), str(demonstrations)),
                     *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
                     on_line=lambda line: status.update(Text(f"teaching it to answer: step {line}")),
                 )

@@ -1,7 +1,7 @@
 """Teach a tiny random model the format of a task by a few seconds of supervised training. An
 untrained model would never answer.
 
-Runs as a process of its own (`python -m lockstep.cli.tiny_sft`), since it loads torch and
+Runs as a process of its own (`python -m lockstep.cli.base_models.tiny_sft`), since it loads torch and
 transformers. It trains all weights of the Hugging Face model in place, on the assistant's tokens
 only, and leaves an ordinary checkpoint behind.
 

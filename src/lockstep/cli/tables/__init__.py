@@ -1,0 +1,1 @@
+"""Tables for a person to read: the progress of a run, and its settings."""
