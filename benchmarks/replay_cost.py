@@ -45,7 +45,7 @@ from replay import checkpoint, device, weights_option
 from shapes import SHAPES
 from sync_common import write_config
 
-from lockstep.backends.megatron.settings import routed_experts_shape
+from lockstep.backends.megatron.plan.settings import routed_experts_shape
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
 from lockstep.inference.client import Server

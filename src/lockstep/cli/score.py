@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron.settings import routed_experts_shape
+from lockstep.backends.megatron.plan.settings import routed_experts_shape
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import unpack_scores
 from lockstep.batching.prefix_tree import TokenSequence, scoring_sequence

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.backends.megatron.settings import routed_experts_shape
+from lockstep.backends.megatron.plan.settings import routed_experts_shape
 from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.registry import load_model_config

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import lockstep as ls
-from lockstep.backends.megatron import placement
 from lockstep.backends.megatron.launch import memory_share
-from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
+from lockstep.backends.megatron.plan import placement
+from lockstep.backends.megatron.plan.placement import Devices, check_processes, resolve_placement, resolve_transport
 from lockstep.errors import ConfigError
 from lockstep.process.child import visible_gpus
 

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 import lockstep as ls
-from lockstep.backends.megatron import capacity, placement, preflight, resolve
-from lockstep.backends.megatron.capacity import GIB, Footprint
+from lockstep.backends.megatron.plan import capacity, placement, preflight, resolve
+from lockstep.backends.megatron.plan.capacity import GIB, Footprint
 from lockstep.batching.pack import AUTO_ROW_LENGTH, MOST_ROW_LENGTH
 from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, UnsupportedModelError

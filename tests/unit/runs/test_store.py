@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.backends.megatron.settings import sampling_seed
+from lockstep.backends.megatron.plan.settings import sampling_seed
 from lockstep.errors import StoreError
 from lockstep.runs.store import RunStore, published_steps, read_checkpoint
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
-from lockstep.backends.megatron.exact import exact_config
 from lockstep.backends.megatron.jobs import job
 from lockstep.backends.megatron.launch import start_both
+from lockstep.backends.megatron.plan.exact import exact_config
+from lockstep.backends.megatron.plan.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
-from lockstep.backends.megatron.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.supervision import survived
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.backends.megatron.placement import resolve_placement
-from lockstep.backends.megatron.settings import ResolvedSettings, lora_serving
+from lockstep.backends.megatron.plan.placement import resolve_placement
+from lockstep.backends.megatron.plan.settings import ResolvedSettings, lora_serving
 from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError, StoreError

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from lockstep.backends.megatron.colocated import DedicatedGpus, Gpus, SharedGpus
 from lockstep.backends.megatron.delivery import AdapterDelivery, Delivery, MergedDelivery
+from lockstep.backends.megatron.plan.settings import ResolvedSettings
 from lockstep.backends.megatron.probe import Noise, Probe
-from lockstep.backends.megatron.settings import ResolvedSettings
 from lockstep.errors import StoreError
 from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name

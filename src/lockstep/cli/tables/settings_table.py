@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.backends.megatron.resolve import Setting
+from lockstep.backends.megatron.plan.resolve import Setting
 from lockstep.errors import RuntimeNotInstalledError
 from lockstep.inference.environment.install import find_runtime
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lockstep.backends.megatron.resolve import Plan
+    from lockstep.backends.megatron.plan.resolve import Plan
     from lockstep.config.base import Config
     from lockstep.config.train import TrainConfig
     from lockstep.loop.run_file import TaskSection

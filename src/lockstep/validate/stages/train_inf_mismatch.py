@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from lockstep.backends.megatron.settings import routed_experts_shape
+from lockstep.backends.megatron.plan.settings import routed_experts_shape
 from lockstep.batching.pack import pack, save_batch
 from lockstep.batching.packed_batch import PackedBatch, unpack_scores
 from lockstep.batching.prefix_tree import scoring_sequence

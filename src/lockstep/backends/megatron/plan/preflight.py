@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.backends.megatron.capacity import GIB, WIDTH, Footprint
+from lockstep.backends.megatron.plan.capacity import GIB, WIDTH, Footprint
 from lockstep.errors import ConfigError, UnsupportedModelError
 from lockstep.metrics.names import EARLIER, METRICS, USERS, is_known
 from lockstep.models.parallel_sizes import check_parallel
@@ -19,7 +19,7 @@ from lockstep.process.free_memory import DeviceMemory, disk_free, gpu_memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lockstep.backends.megatron.placement import Devices
+    from lockstep.backends.megatron.plan.placement import Devices
     from lockstep.config.lora import LoraConfig
     from lockstep.config.megatron import Parallel
     from lockstep.inference.tokenizer_files import TokenizerFiles

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lockstep.backends.megatron.placement import Devices
+from lockstep.backends.megatron.plan.placement import Devices
 from lockstep.batching.pack import MOST_ROW_LENGTH
 from lockstep.batching.routed_experts import RoutedExpertsShape
 from lockstep.config.lora import LoraConfig

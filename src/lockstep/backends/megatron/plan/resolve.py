@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.backends.megatron import preflight
-from lockstep.backends.megatron.capacity import GIB, WIDTH, Capacity, Footprint, is_large, on_cpu, on_gpu, row_limit
-from lockstep.backends.megatron.exact import check_exact
-from lockstep.backends.megatron.placement import Devices, check_processes, resolve_placement, resolve_transport
-from lockstep.backends.megatron.settings import ResolvedSettings, routed_experts_shape
+from lockstep.backends.megatron.plan import preflight
+from lockstep.backends.megatron.plan.capacity import (
+    GIB,
+    WIDTH,
+    Capacity,
+    Footprint,
+    is_large,
+    on_cpu,
+    on_gpu,
+    row_limit,
+)
+from lockstep.backends.megatron.plan.exact import check_exact
+from lockstep.backends.megatron.plan.placement import Devices, check_processes, resolve_placement, resolve_transport
+from lockstep.backends.megatron.plan.settings import ResolvedSettings, routed_experts_shape
 from lockstep.batching.pack import MOST_ROW_LENGTH
 from lockstep.config.base import unsupported
 from lockstep.config.megatron import MegatronConfig, Parallel

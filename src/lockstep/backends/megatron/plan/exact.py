@@ -8,7 +8,7 @@ from lockstep.config.base import unsupported
 from lockstep.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from lockstep.backends.megatron.placement import Devices
+    from lockstep.backends.megatron.plan.placement import Devices
     from lockstep.models.config import ModelConfig
     from lockstep.models.spec import ModelSupportSpec
 

@@ -1,0 +1,1 @@
+"""The plan of a run: every setting resolved and checked before any process starts."""
