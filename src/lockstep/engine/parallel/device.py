@@ -2,13 +2,16 @@
 and its memory.
 
 Without CUDA two functions of `torch.cuda` get a meaning that suits Megatron-Core, which asks for
-the current device and synchronises it. Its `torch.compile` decorators are switched off. Both happen
-here, before any other Megatron import; nothing else is patched. Import this module first.
+the current device and synchronises it. Its `torch.compile` decorators are switched off: they would
+import torch's compiler into each rank. Both happen here, before any other Megatron import; nothing
+else is patched. Import this module first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -25,7 +28,25 @@ if not CUDA:
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
 
-import megatron.core.jit  # noqa: E402
+
+@contextlib.contextmanager
+def _decorators_off() -> Iterator[None]:
+    """`torch.compile` leaves every function as it is while this is open."""
+    compiler = torch.compile
+
+    def plain(function: Callable[..., object] | None = None, **_options: object) -> object:
+        return (lambda decorated: decorated) if function is None else function
+
+    torch.compile = plain  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+# The package itself imports all of its decorated functions, so its own switch would come too late.
+with contextlib.nullcontext() if CUDA else _decorators_off():
+    import megatron.core.jit
 
 if not CUDA:
     megatron.core.jit.disable_jit_fuser()
