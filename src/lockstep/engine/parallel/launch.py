@@ -13,25 +13,18 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
-from torch.distributed import run
-from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousStoreInfo,
-    rendezvous_handler_registry,
-)
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lockstep.process.guard import die_with
 
-LOOPBACK = "127.0.0.1"
-BACKEND = "lockstep-private"
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"
 """Environment variable of a rank: the process that started it."""
 FOLDER_VARIABLE = "LOCKSTEP_RANKS_FOLDER"
-"""Environment variable of a rank: the folder in which the ranks of this launcher meet."""
+"""Environment variable of a rank: the folder in which the ranks of this launcher meet; empty for a
+single rank."""
 
 
 def rank_store(name: str) -> dist.Store | None:
@@ -40,6 +33,8 @@ def rank_store(name: str) -> dist.Store | None:
 
     A single rank keeps it in memory.
     """
+    import torch.distributed as dist
+
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
         return None
@@ -65,50 +60,39 @@ def group_settings() -> dict[str, Any]:
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
-class PrivateRendezvous(RendezvousHandler):
-    """One launcher that meets nobody."""
-
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._store = dist.HashStore()
-
-    def get_backend(self) -> str:
-        return BACKEND
-
-    @property
-    def use_agent_store(self) -> bool:
-        return False
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        here = RendezvousStoreInfo(LOOPBACK, 0)  # a port that nobody listens on: ranks meet in `rank_store`
-        return RendezvousInfo(dist.PrefixStore(self._run_id, self._store), 0, 1, here)
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        return
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        return True
-
-
 def main(arguments: list[str]) -> None:
     """Raises SystemExit or torch's ChildFailedError, with each failed rank's status, when a rank
-    fails; the others are ended.
+    fails; the others are ended. A single rank takes this process's place.
     """
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    rendezvous_handler_registry.register(BACKEND, lambda settings: PrivateRendezvous(settings.run_id))
+    if arguments[0] == "1":
+        _become_the_rank(arguments[1:])
+    from torch.distributed import run
+
+    from lockstep.engine.parallel import rendezvous
+
+    rendezvous.register()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:  # 0700
         os.environ |= {FOLDER_VARIABLE: folder, LAUNCHER_VARIABLE: str(os.getpid())}
-        run.main(["--nproc-per-node", arguments[0], "--rdzv-backend", BACKEND, *arguments[1:]])
+        run.main(["--nproc-per-node", arguments[0], "--rdzv-backend", rendezvous.BACKEND, *arguments[1:]])
+
+
+def _become_the_rank(command: list[str]) -> NoReturn:
+    """One rank has nobody to meet and nobody to be ended with: an agent above it would cost 2 s and
+    200 MB for an import of torch.
+    """
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # a port that nobody listens on
+        FOLDER_VARIABLE: "",  # a store in memory
+    }
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torch.distributed.run has it
+    os.execv(sys.executable, [sys.executable, "-u", *command])
 
 
 if __name__ == "__main__":
