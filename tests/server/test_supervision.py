@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,11 +46,10 @@ async def registered(folder, **settings):
 
 
 def rank_of(run) -> int:
-    """The one rank of the run's trainer, below its guard and its launcher."""
-    [launcher] = children(run.trainer._child.pid)
-    return next(
-        pid for pid in children(launcher) if b"lockstep.engine.worker" in open(f"/proc/{pid}/cmdline", "rb").read()
-    )
+    """The one rank of the run's trainer, below its guard."""
+    [rank] = children(run.trainer._child.pid)
+    assert b"lockstep.engine.worker" in Path(f"/proc/{rank}/cmdline").read_bytes()
+    return rank
 
 
 def struck(monkeypatch, run, verb, number, times=1):
