@@ -44,7 +44,8 @@ def metrics() -> str:
     parts = [
         "# Metrics\n",
         _MADE,
-        "Read them with `RunStore.metrics()`, or from the run's SQLite file, table `metrics`.",
+        "Read them with `RunStore.metrics()`, from the run's SQLite file (table `metrics`), or from its "
+        "`metrics.jsonl`. [Sinks](../how-to/metrics.md) send them elsewhere.",
     ]
     for section, title in SECTIONS.items():
         parts.append(f"\n## {title}\n\n| metric | unit | meaning |\n|---|---|---|")

@@ -48,6 +48,8 @@ LOST_RANK_S = 15.0
 """A rank inside a verb, after another one failed in it."""
 SCORING_S = 600.0
 """`lockstep score` and `lockstep validate` for the trainer."""
+SINK_CLOSE_S = 10.0
+"""The end of a run for all its metrics sinks, to flush."""
 DOWNLOAD_S = 600.0
 """The download of a model from the package index."""
 INSTALL_STEP_S = 3600.0

@@ -171,6 +171,11 @@ class MegatronConfig(Config):
         default=False,
         description="kept steps keep their optimizer's state, so that training can go on from each; false: from the newest only",
     )
+    sinks: tuple[str, ...] = Field(
+        default=(),
+        description="where metrics go besides run.sqlite and metrics.jsonl: tensorboard, wandb, mlflow, trackio, or your own as "
+        "module:function (docs/how-to/metrics.md)",
+    )
     seed: int = Field(default=0, ge=0, description="of the adapter's initial values and the server's sampling")
     seed_requests: bool = Field(
         default=True,

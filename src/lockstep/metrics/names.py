@@ -196,5 +196,11 @@ USERS = "rollout/"
 """The prefix of a user's own metrics."""
 
 
+def tag(name: str) -> str:
+    """`SECTION/NAME`, which viewers group their charts by. A user's own metric has its section."""
+    metric = METRICS.get(name)
+    return f"{metric.section}/{name}" if metric else name
+
+
 def is_known(name: str) -> bool:
     return name in METRICS or name.startswith(USERS)

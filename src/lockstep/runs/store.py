@@ -3,6 +3,7 @@ trajectories beside them.
 
     <path>/<project>/<name>/   only its owner can read it: prompts, answers and weights are in there
         run.sqlite            what the run is (base model, LoRA), metrics of each step, jobs
+        metrics.jsonl         the same metrics, a line a part of a step
         run.lock              held by the process that trains the run
         steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
         removed/0002.json     the manifest of a step that retention removed
@@ -19,11 +20,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import StoreError
+from lockstep.metrics.feed import Feeds
+from lockstep.metrics.sinks import find_sinks
+from lockstep.metrics.sinks.base import SinkRun
 from lockstep.process.owned_lock import LockHeldError, take
 from lockstep.runs.checkpoint import (
     MANIFEST,
@@ -49,6 +54,7 @@ class RunStore:
         self.path = Path(path).expanduser().resolve() / project / name
         self.steps_path = self.path / "steps"
         self._references: dict[int, RunCheckpoint] = {}
+        self._feeds: Feeds | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.chmod(0o700)  # a run of an earlier version
@@ -72,6 +78,8 @@ class RunStore:
             raise
 
     def close(self) -> None:
+        if self._feeds is not None:
+            self._feeds.close()
         self._lock.release()
 
     def _remove_unpublished(self) -> None:
@@ -134,7 +142,7 @@ class RunStore:
                     f"{self.path} was started with {key} = {known[key]!r}, not {value!r}: "
                     "use the same setting, or another model name or path"
                 )
-        self._identity = {**identity, **known}
+        self._identity = {"key": uuid.uuid4().hex, **identity, **known}
         self._database.add_identity(self._identity)
 
     def keep_settings(self, settings: Mapping[str, Any]) -> None:
@@ -142,6 +150,17 @@ class RunStore:
         it.
         """
         self._database.keep_settings(settings)
+
+    def send_metrics_to(self, sinks: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """From now on, metrics also go to `metrics.jsonl` and to these sinks. The run is claimed
+        before.
+
+        settings: of the run, for the sinks that show them.
+
+        Raises ConfigError as `find_sinks` does. A sink that fails later gets a warning.
+        """
+        run = SinkRun(self.path, self.path.parent.name, self.path.name, self._identity["key"], settings)
+        self._feeds = Feeds(find_sinks(sinks), run, self._database.metrics())
 
     def next_server_start(self) -> int:
         """Count one more start of the run's server; how many there were before, in all processes
@@ -229,12 +248,17 @@ class RunStore:
         final = self._folder(number)
         staged.rename(final)
         fsync(self.steps_path)
-        self._database.record(number, metrics, job)
+        self._record(number, metrics, job)
         return RunCheckpoint(number, final, manifest)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to a step (a later value of the same name replaces the earlier)."""
-        self._database.record(step, metrics)
+        self._record(step, metrics)
+
+    def _record(self, step: int, metrics: Mapping[str, float], job: str | None = None) -> None:
+        self._database.record(step, metrics, job)
+        if self._feeds is not None:
+            self._feeds.write(step, metrics)
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """All recorded metrics by step."""

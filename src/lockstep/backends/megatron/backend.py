@@ -30,6 +30,7 @@ from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
+from lockstep.metrics.sinks import find_sinks
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.runs.checkpoint import file_digest
 from lockstep.runs.retention import prune
@@ -58,6 +59,7 @@ class MegatronBackend:
     def __init__(self, path: str | Path = MegatronConfig.model_fields["path"].default, **settings: Any):
         self.config = MegatronConfig(path=Path(path), **settings)
         check_server_args(self.config.server_args)
+        find_sinks(self.config.sinks)
         self.on_progress: Callable[[str], None] | None = None
         self.on_note: Callable[[str], None] = _LOG.warning
         self._runs: dict[TrainableModel, Run] = {}
@@ -126,6 +128,7 @@ class MegatronBackend:
             }
             store.claim(identity)
             store.keep_settings(plan.stored())
+            store.send_metrics_to(self.config.sinks, plan.stored())
             settings = replace(settings, server_start=store.next_server_start())
             trainer, server = await start_both(settings, f"{model.name}@base", runtime, store.path, self._say)
             run = Run(model, store, trainer, server, settings)

@@ -35,6 +35,7 @@ from lockstep.config import deadlines
 from lockstep.config.base import unsupported
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError, TrainerError
+from lockstep.metrics.sinks import find_sinks
 from lockstep.models.checkpoint.hub import is_folder
 from lockstep.models.registry import get_model_support_spec
 from lockstep.runs.store import RunCheckpoint, RunStore
@@ -70,6 +71,7 @@ class TinkerBackend:
     api_key: the service's; None takes the environment's TINKER_API_KEY.
     seed: of the adapter's initial values.
     base_url: another service with Tinker's API; None is the SDK's own default.
+    sinks: where metrics go besides run.sqlite and metrics.jsonl (docs/how-to/metrics.md).
 
     A model's `base_model` must be a Hugging Face id that the registry and the service both know.
     Agents reach the samplers through `model.openai_client()`: chat completions, no streams; a field
@@ -78,8 +80,15 @@ class TinkerBackend:
     """
 
     def __init__(
-        self, path: str | Path = "./runs", api_key: str | None = None, seed: int = 0, base_url: str | None = None
+        self,
+        path: str | Path = "./runs",
+        api_key: str | None = None,
+        seed: int = 0,
+        base_url: str | None = None,
+        sinks: Sequence[str] = (),
     ):
+        find_sinks(sinks)
+        self.sinks = tuple(sinks)
         self.path = Path(path)
         self.seed = seed
         self.base_url = base_url
@@ -129,7 +138,9 @@ class TinkerBackend:
         store = RunStore(self.path, model.project, model.name)
         try:
             lora = model.lora.model_dump(mode="json")
-            store.claim({"backend": "tinker", "base_model": model.base_model, "lora": lora, "family": spec.key})
+            identity = {"backend": "tinker", "base_model": model.base_model, "lora": lora, "family": spec.key}
+            store.claim(identity)
+            store.send_metrics_to(self.sinks, identity)
             step = store.latest()
             if step is None:
                 trainer = await _open(
