@@ -30,13 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch ready for the engine, metrics of the rollouts and of packing, and the sequences that
-    were packed.
+    """A batch ready for the engine, and metrics of the rollouts and of packing.
+
+    sequences: all that fit.
+    packed: those of them that are in the batch, in its order.
     """
 
     batch: PackedBatch
     metrics: dict[str, float]
     sequences: list[TokenSequence]
+    packed: list[TokenSequence]
 
 
 def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> np.ndarray:
@@ -107,7 +110,7 @@ def prepare(
     metrics |= {"groups_without_signal": _without_signal(selected, advantages)} | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
-    return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences)
+    return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences, sequences)
 
 
 def _advantages(selected: Selected, config: TrainConfig) -> list[float]:

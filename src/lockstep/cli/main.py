@@ -124,6 +124,21 @@ def jobs(run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the page; RUN/report.html if not given", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page about a run that opens anywhere: curves, groups, transcripts with every
+    token's log-probabilities, and advice where the run is ill.
+    """
+    from lockstep.cli.report import write_report
+
+    write_report(run, output, console)
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Argument(help="a checkpoint folder or a Hugging Face id", show_default=False)],
     input: Annotated[Path, typer.Option(help='JSON lines: {"id": "a", "tokens": [1, 2, 3], "routed_experts": null}')],  # noqa: A002

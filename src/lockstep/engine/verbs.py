@@ -68,7 +68,8 @@ class Verbs:
         if (config.kl_coef > 0) != (reference is not None):
             raise ConfigError(f"kl_coef = {config.kl_coef} needs a reference step if and only if it is above 0")
         check_loss(config.policy_loss)
-        metrics = train_step(self.trainer, load_batch(request.batch), config, reference, report)
+        batch = load_batch(request.batch)
+        metrics = train_step(self.trainer, batch, config, reference, report, request.logprobs)
         check_finite(metrics)
         if request.out is None:
             return protocol.Trained(metrics)

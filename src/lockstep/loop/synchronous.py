@@ -256,6 +256,7 @@ async def _one_step(
     rollout_s = time.monotonic() - started
     result = await backend.train(model, groups, config)
     metrics = result.metrics
+    await asyncio.to_thread(backend.record, model, {"seconds_rollout": rollout_s})
     return StepSummary(
         step=result.step,
         reward=mean_reward(groups),

@@ -170,6 +170,7 @@ METRICS: dict[str, Metric] = {
     ),
     **_of(
         "time",
+        seconds_rollout=("s", "The rollouts of the step, from the first request to the last reward."),
         seconds_train=("s", "`train` from its call until the weights leave: packing, scoring the probe, the updates."),
         seconds_prepare=("s", "Rows to the device."),
         seconds_old_logprobs=("s", "The forward pass before the first update, where several updates need it."),

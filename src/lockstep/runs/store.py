@@ -7,7 +7,9 @@ trajectories beside them.
         run.lock              held by the process that trains the run
         steps/0003/           adapter/, trainer/, manifest.json (SHA-256 of every file); never changed once it has this name
         removed/0002.json     the manifest of a step that retention removed
-        trajectories/ logs/ batches/
+        trajectories/         of rollouts and evaluations, a Parquet file each
+        tokens/               what each step's trainer computed for the tokens that it was trained on
+        logs/ batches/
 
 A step is written under a temporary name, flushed to disk, and renamed. Whatever still has a
 temporary name was never published. A step is removed in the other order: it loses its name first.

@@ -129,6 +129,8 @@ class TrainStep(Request[Trained]):
 
     reference: a step folder, needed if and only if kl_coef > 0.
     out: as for `Save`; None writes no files, and `Save` is to follow.
+    logprobs: file for the batch's log-probabilities before the step, `logprobs_RS`; None: not
+        written.
     """
 
     verb: ClassVar[str] = "train_step"
@@ -137,6 +139,7 @@ class TrainStep(Request[Trained]):
     config: TrainConfig
     out: Path | None
     reference: Path | None = None
+    logprobs: Path | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

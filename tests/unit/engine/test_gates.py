@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from cases import VOCABULARY, sequence
 from lockstep.batching.pack import minibatch_rows, pack
@@ -142,6 +143,21 @@ def test_a3_mismatch_covers_all_minibatches(model, random):
     assert metrics["mismatch"] == pytest.approx(float(drift.mean()), rel=1e-4)
     assert metrics["mismatch_max"] == pytest.approx(float(drift.max()), rel=1e-4)
     assert metrics["tokens_scored"] == sum(len(row.index_N) for row in expected)
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_a_step_writes_what_it_computed_for_each_token(model, random, tmp_path, minibatches):
+    """They are the scores before the first update, of all minibatches, whatever the server's numbers are."""
+    from lockstep.engine.steps.train_step import train_step
+
+    trainer = opened(model, "float32")
+    batch = on_policy(trainer, random, noise=0.1, minibatches=minibatches)
+    before_RS = on_policy_scores(trainer, batch)
+    config = TrainConfig(minibatches=minibatches, learning_rate=1e-2)
+    train_step(trainer, batch, config, None, SILENT, tmp_path / "logprobs")
+    values_RS = load_file(tmp_path / "logprobs")["logprobs_RS"]
+    assert np.array_equal(np.isnan(values_RS), ~batch.loss_mask_RS)
+    np.testing.assert_allclose(values_RS[batch.loss_mask_RS], before_RS[batch.loss_mask_RS], atol=2e-5)
 
 
 def on_policy_scores(trainer: Any, batch: PackedBatch) -> np.ndarray:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.numpy import load_file
+
 from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.megatron.jobs import job
 from lockstep.backends.megatron.launch import start_both
@@ -24,6 +26,7 @@ from lockstep.backends.megatron.supervision import survived
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
 from lockstep.batching.pack import save_batch
 from lockstep.batching.prepare import prepare
+from lockstep.batching.token_table import TokenTable
 from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.train import TrainConfig
@@ -236,6 +239,7 @@ class _Batch:
     path: Path
     sequences: Sequence[TokenSequence]
     metrics: dict[str, float]
+    tokens: TokenTable
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,8 @@ async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConf
     )
     path = run.store.path / "batches" / f"{current:04d}.safetensors"
     await asyncio.to_thread(save_batch, prepared.batch, path)
-    return _Batch(path, prepared.sequences, dict(prepared.metrics))
+    tokens = TokenTable.of(prepared.batch, prepared.packed)
+    return _Batch(path, prepared.sequences, dict(prepared.metrics), tokens)
 
 
 async def _trained(run: Run, batch: _Batch, config: TrainConfig, made_by: str) -> _Step:
@@ -282,14 +287,23 @@ async def _trained(run: Run, batch: _Batch, config: TrainConfig, made_by: str) -
         staged = run.store.stage(current + 1)
         run.trainer_ahead = True
         before = await BeforeStep.score(run, batch.sequences)
-        request = TrainStep(batch.path, config, out=run.delivery.written_by_step(staged), reference=reference)
+        out, logprobs = run.delivery.written_by_step(staged), batch.path.with_suffix(".logprobs")
+        request = TrainStep(batch.path, config, out=out, reference=reference, logprobs=logprobs)
         trained = await run.trainer.call(request, deadline_s=deadlines.STEP_S, job=made_by)
+        await asyncio.to_thread(_keep_tokens, run, batch.tokens, logprobs)
         scores, power = await before.after(run, current + 1)
     except BaseException as error:
         await give_gpu_back(run, error)
         raise
     run.probe = before.probe
     return _Step(staged, scores, trained.metrics | {"verification_power": power})
+
+
+def _keep_tokens(run: Run, tokens: TokenTable, logprobs: Path) -> None:
+    """Write the step's tokens for reports, with the trainer's log-probabilities if it computed any."""
+    values_RS = load_file(logprobs)["logprobs_RS"] if logprobs.exists() else None
+    logprobs.unlink(missing_ok=True)
+    tokens.write(run.store.path / "tokens" / f"{run.model.step + 1:04d}.parquet", values_RS)
 
 
 async def _publish_first(run: Run) -> RunCheckpoint:

@@ -27,10 +27,14 @@ NOTHING = ScoredRow(_NONE, _NONE, _NONE, _NONE * 1.0, _NONE * 1.0, _NONE, _NONE,
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A row on the device, what of it is scored, and its routed experts if they are replayed."""
+    """A row on the device, what of it is scored, and its routed experts if they are replayed.
+
+    number: of the row in its batch, or PADDING.
+    """
 
     row: PackedRow
     scored: ScoredRow
+    number: int
 
 
 def prepare(trainer: TrainerState, batch: PackedBatch, rows: Sequence[int]) -> list[MicroBatch]:
@@ -52,10 +56,10 @@ def _unit(trainer: TrainerState) -> int:
 def _micro_batch(trainer: TrainerState, batch: PackedBatch, number: int) -> MicroBatch:
     if number == PADDING:
         nothing = replace(NOTHING, top_PC=None if batch.top_PC is None else batch.top_PC[:0])
-        return MicroBatch(padding_row(batch, padded_length(0, _unit(trainer)), device()), nothing)
+        return MicroBatch(padding_row(batch, padded_length(0, _unit(trainer)), device()), nothing, PADDING)
     scored = scored_row(batch, number)
     if len(scored.predictor_N) and scored.predictor_N.min() < 0:
         raise DataError(
             f"row {number}: a scored token has no token before it; the first token of a sequence cannot be trained"
         )
-    return MicroBatch(packed_row(batch, number, device(), _unit(trainer)), scored)
+    return MicroBatch(packed_row(batch, number, device(), _unit(trainer)), scored, number)

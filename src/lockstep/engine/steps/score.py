@@ -4,6 +4,8 @@ Shapes: R rows, S row length, N scored tokens of a row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from lockstep.engine.pipeline import forward_only
 from lockstep.engine.rows.routed_experts import check_routed_experts
 from lockstep.engine.state import TrainerState
 from lockstep.engine.steps.checks import check_records
-from lockstep.engine.steps.microbatch import prepare
+from lockstep.engine.steps.microbatch import PADDING, MicroBatch, prepare
 from lockstep.engine.steps.scored_tokens import head_outputs, most_likely_ids, row_shards
 from lockstep.engine.timing import Clock, Report
 
@@ -66,6 +68,22 @@ def score_and_rank(
     predicted_RS = batch.previous_RS >= 0
     scores_RS = np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)
     return scores_RS, np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1)) if count else None
+
+
+def trained_logprobs(
+    trainer: TrainerState, batch: PackedBatch, work: Sequence[MicroBatch], logprobs: Sequence[Tensor]
+) -> np.ndarray:
+    """float32 `[R, S]`: the log-probabilities that a training step computed for its scored tokens,
+    NaN elsewhere. On every rank.
+
+    logprobs: `[N]` for each of this rank's rows; empty on all stages but the last.
+    """
+    values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
+    for micro, logprob_N in zip(work, logprobs, strict=True):
+        if micro.number != PADDING and len(logprob_N):
+            values_RS[micro.number, torch.from_numpy(micro.scored.index_N)] = logprob_N.double().cpu()
+    values_RS = _sum_over_ranks(trainer, values_RS)
+    return np.where(batch.loss_mask_RS, values_RS.numpy(), np.nan).astype(np.float32)
 
 
 def _sum_over_ranks(trainer: TrainerState, values_RS: Tensor) -> Tensor:

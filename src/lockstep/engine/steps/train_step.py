@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from lockstep.batching.pack import minibatch_rows
@@ -41,6 +44,7 @@ from lockstep.engine.steps.checks import (
     gather_sums,
 )
 from lockstep.engine.steps.microbatch import MicroBatch, prepare
+from lockstep.engine.steps.score import trained_logprobs
 from lockstep.engine.steps.scored_tokens import head_outputs, logprobs_of_rows, row_shards, top_sums
 from lockstep.engine.steps.token_mismatch import TokenMismatch, largest_mismatch
 from lockstep.engine.timing import Clock, Report
@@ -48,9 +52,17 @@ from lockstep.errors import DataError
 
 
 def train_step(
-    trainer: TrainerState, batch: PackedBatch, config: TrainConfig, reference: Path | None, report: Report
+    trainer: TrainerState,
+    batch: PackedBatch,
+    config: TrainConfig,
+    reference: Path | None,
+    report: Report,
+    logprobs_out: Path | None = None,
 ) -> dict[str, float]:
     """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
+
+    logprobs_out: rank 0 writes `logprobs_RS` there, float32 `[R, S]`: what the weights before the
+        first update give the scored tokens, NaN elsewhere. No file where nothing is computed.
 
     A minibatch without signal (every advantage is 0, and no KL penalty) is not computed and changes
     nothing. If that is all of them, so is the whole step.
@@ -82,9 +94,26 @@ def train_step(
         # The first update differentiates the very policy that is the old one.
         olds = None if before is None or number == trained[0] else before.logprobs[number]
         updates.append(_update(trainer, work[number], weight, config, olds, references[number], clock, before is None))
+    if logprobs_out is not None:
+        _write_logprobs(trainer, batch, work, before, updates[0], logprobs_out)
     skipped = len(parts) - sum(update.norm > 0 for update in updates)
     metrics = _summary(trainer, batch, before, updates, clock)
     return metrics | {"layers_recomputed": float(recomputed), "updates_skipped": float(skipped)}
+
+
+def _write_logprobs(
+    trainer: TrainerState,
+    batch: PackedBatch,
+    work: Sequence[Sequence[MicroBatch]],
+    before: Compared | None,
+    first: Update,
+    file: Path,
+) -> None:
+    parts = [first.logprobs] if before is None else before.logprobs
+    every, logprobs = list(chain.from_iterable(work)), list(chain.from_iterable(parts))
+    values_RS = trained_logprobs(trainer, batch, every, logprobs)
+    if dist.get_rank() == 0:
+        save_file({"logprobs_RS": values_RS}, file)
 
 
 def _without_signal(trainer: TrainerState, config: TrainConfig, clock: Clock) -> dict[str, float]:
@@ -156,12 +185,14 @@ class Update:
     """The result of one minibatch.
 
     norm: of its gradient; 0: the optimizer took no step.
+    logprobs: of each row's scored tokens, before the step; only where there is no other update.
     """
 
     sums: Sums
     maxima: Sums
     choices: Sums
     norm: float
+    logprobs: list[Tensor]
 
 
 def _update(
@@ -183,6 +214,7 @@ def _update(
         raise DataError("no token in the batch carries weight; give at least one sampled token per batch")
     losses: list[LossSums] = []
     mismatches: list[TokenMismatch] = []
+    logprobs: list[Tensor] = [torch.empty(0)] * len(work)
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
@@ -195,6 +227,8 @@ def _update(
         if only and scored.top_PC is not None:
             loss.sums.update(top_sums(trainer, hidden.detach(), scored))
         losses.append(loss)
+        if only:
+            logprobs[number] = new_N.detach()
         if only and config.max_token_mismatch is not None:
             mismatches.append(largest_mismatch(scored, new_N.detach(), config.max_token_mismatch))
         return loss.loss / weight
@@ -220,7 +254,7 @@ def _update(
             )
         else:  # nothing to learn from, and momentum alone must not move the weights
             trainer.optimizer.zero()
-    return Update(sums | {"weight": weight}, maxima, expert_choices_that_differ(trainer), norm)
+    return Update(sums | {"weight": weight}, maxima, expert_choices_that_differ(trainer), norm, logprobs)
 
 
 def _summary(
