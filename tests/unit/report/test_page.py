@@ -76,12 +76,18 @@ def page(made):
     return build_page(made.path)
 
 
+def part(pattern: str, page: str) -> str:
+    match = re.search(pattern, page, re.DOTALL)
+    assert match
+    return match[match.lastindex or 0]
+
+
 def data(page: str) -> dict:
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    return json.loads(part(r'<script id="data" type="application/json">(.*?)</script>', page))
 
 
 def chunk(page: str, number: int) -> list:
-    packed = re.search(rf'<script id="chunk-{number}" type="text/plain">(.*?)</script>', page)[1]
+    packed = part(rf'<script id="chunk-{number}" type="text/plain">(.*?)</script>', page)
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
@@ -169,6 +175,6 @@ def test_a_browser_shows_it(made, page, tmp_path):
     assert dom.count("<figure>") == 7  # of the metrics that this run has
     assert 'data-illness="idle-trainer"' in dom
     assert dom.count('class="row') >= 6
-    tip = re.search(r'<div id="tip".*?</div>', dom, re.DOTALL)[0]
+    tip = part(r'<div id="tip".*?</div>', dom)
     for shown in ("server's logprob", "trainer's logprob", "m@1", "advantage", "layer 0: experts"):
         assert shown in tip
