@@ -1,4 +1,5 @@
-"""A real server that sleeps and wakes, answers to older names, and scores for several at once."""
+"""A real server that sleeps and wakes, answers to older names, scores for several at once,
+and keeps a request's noise."""
 
 from __future__ import annotations
 
@@ -66,3 +67,15 @@ async def test_scores_asked_for_at_once_are_those_asked_for_alone(server):
     together = await asyncio.gather(generated(server, 40), *(server.score("base", prompt) for prompt in prompts * 3))
     for found, expected in zip(together[1:], alone * 3, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+async def test_a_seeded_prompt_in_pieces_samples_as_a_whole_one(server):
+    """Sixteen prompts of 300 tokens are more than one step computes: some are computed in pieces."""
+
+    async def sampled(number: int) -> list[int]:
+        body = {"model": "base", "prompt": [3 + number, *TOKENS * 5][:300], "max_tokens": 4, "seed": number}
+        reply = await server.call("POST", "/v1/completions", body | {"ignore_eos": True, "cache_salt": str(number)})
+        return reply.json()["choices"][0]["token_ids"]
+
+    together = await asyncio.gather(*map(sampled, range(16)))
+    assert together == [await sampled(number) for number in range(16)]

@@ -51,6 +51,13 @@ PATCHES = (
         "adapters gather a matrix per token, and give wrong results in mixed batches",
         "tests/server/kernels/test_lora_cpu.py",
     ),
+    Patch(
+        "patches.cpu_seeded_chunks",
+        "every",
+        "cpu",
+        "a seeded prompt that is computed in pieces ends the server",
+        "tests/server/test_turns.py",
+    ),
     Patch("patches.cpu_waiting", "every", "cpu", "processes spin while they wait for each other", ""),
     Patch(
         "patches.cpu_moe_lora",
