@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -90,7 +91,10 @@ async def through_lockstep(
 ) -> dict[str, Any]:
     """Tokens per second and CPU seconds of each repetition, by reply length."""
     server = await launch(config, runtime, scratch, lambda line: print(line, flush=True))
-    client = open_client(Endpoint(server.base_url, server.api_key, config.max_num_seqs, config.max_model_len))
+    endpoint = Endpoint(
+        server.base_url, server.api_key, config.max_num_seqs, config.max_model_len, siblings=not options.alone
+    )
+    client = open_client(endpoint, itertools.count().__next__)
     results: dict[str, Any] = {}
     try:
         model = config.served_name
@@ -176,6 +180,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=512, help="sequences that the server takes at once")
     parser.add_argument("--server-arg", action="append", default=[])
     parser.add_argument("--no-offline", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="each request by itself, as requests with no siblings are")
     parser.add_argument("--tiny", action="store_true", help="few requests and a tiny model")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

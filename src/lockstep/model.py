@@ -12,6 +12,7 @@ from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
 from lockstep.rollouts.leases import Leases, current_scope
 from lockstep.rollouts.noise import RequestSeeds, current_place
+from lockstep_wire import http_paths, siblings
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -51,6 +52,7 @@ def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: Non
 
     from lockstep.rollouts.connections import connections_for
     from lockstep.rollouts.seeded import SeededRequests
+    from lockstep.rollouts.siblings import SiblingRequests
     from lockstep.rollouts.slots import Slots, SlotSending
 
     class Client(SlotSending, DefaultAsyncHttpxClient):
@@ -58,10 +60,12 @@ def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: Non
         default_s = deadlines.REQUEST_S
         longest = endpoint.max_model_len or 0
 
-    class SeededClient(SeededRequests, AsyncOpenAI):
+    class RolloutClient(SeededRequests, SiblingRequests, AsyncOpenAI):
         next_seed = staticmethod(seed)
+        siblings_url = endpoint.base_url.removesuffix("/v1") + http_paths.SIBLINGS if endpoint.siblings else None
+        most_siblings = min(endpoint.slots or siblings.MOST, siblings.MOST)
 
-    return SeededClient(
+    return RolloutClient(
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=Timeout(deadlines.REQUEST_S, connect=deadlines.CONNECT_S),

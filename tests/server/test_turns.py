@@ -1,14 +1,19 @@
-"""A real server that sleeps and wakes, answers to older names, scores for several at once,
+"""A real server that sleeps and wakes, answers to older names, scores for several at once, takes siblings,
 and keeps a request's noise."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 
 import pytest
 import torch
 
-from lockstep.errors import ServerError
+import lockstep as ls
+from lockstep.backends.base import Endpoint
+from lockstep.errors import RolloutError, ServerError
+from lockstep.model import open_client
 from lockstep.testing.in_flight import seen_running
 
 pytestmark = pytest.mark.server
@@ -79,3 +84,60 @@ async def test_a_seeded_prompt_in_pieces_samples_as_a_whole_one(server):
 
     together = await asyncio.gather(*map(sampled, range(16)))
     assert together == [await sampled(number) for number in range(16)]
+
+
+async def test_siblings_get_the_replies_they_would_get_alone(server, monkeypatch):
+    """Text, ids, log-probabilities, versions, digests and usage, with and without OpenAI's log-probabilities."""
+    endpoint = Endpoint(server.base_url, server.api_key, 8, 512)
+    replies: dict[tuple[int, bool], dict] = {}
+
+    async def rollout(client, seed: int, logprobs: bool) -> ls.Trajectory:
+        messages = [{"role": "user", "content": "Say yes."}]
+        reply = await client.chat.completions.create(
+            model="base", messages=messages, seed=seed, logprobs=logprobs, max_tokens=4 + seed, temperature=0.9
+        )
+        replies[seed, logprobs] = reply.model_dump(exclude={"id", "created"})
+        return ls.Trajectory(messages_and_choices=[*messages, reply.choices[0]], reward=0.0)
+
+    async def gathered(client, seeds: list[int], logprobs: bool) -> None:
+        await ls.gather_trajectory_groups([[rollout(client, s, logprobs) for s in seeds]], progress=False)
+
+    def same_limit(client):
+        create = client.chat.completions.create
+        monkeypatch.setattr(client.chat.completions, "create", lambda **asked: create(**{**asked, "max_tokens": 9}))
+
+    async def posts() -> float:
+        """Siblings that the server has taken so far, as it counts requests."""
+        metrics = (await server.call("GET", "/metrics")).text
+        counts = re.findall(r'http_requests_total{handler="/lockstep/siblings".*status="2xx"} (\S+)', metrics)
+        return sum(map(float, counts))
+
+    for logprobs in (False, True):
+        async with open_client(endpoint) as alone:
+            same_limit(alone)
+            await gathered(alone, [1, 2, 3], logprobs)
+        expected, before = dict(replies), await posts()
+        async with open_client(dataclasses.replace(endpoint, siblings=True)) as together:
+            same_limit(together)
+            await gathered(together, [1, 2, 3], logprobs)
+        assert replies == expected
+        assert await posts() == before + 1
+    assert len({str(reply["choices"][0]["token_ids"]) for reply in replies.values()}) > 1
+
+
+async def test_siblings_are_refused_as_each_alone_is(server):
+    endpoint = Endpoint(server.base_url, server.api_key, 8, 512, siblings=True)
+
+    async def rollout(client, **wrong) -> ls.Trajectory:
+        messages = [{"role": "user", "content": "x"}]
+        await client.chat.completions.create(**{"model": "base", "messages": messages} | wrong)
+        return ls.Trajectory(messages_and_choices=messages, reward=0.0)
+
+    async with open_client(endpoint) as client:
+        for wrong, message in (({"model": "other"}, "does not exist"), ({"max_tokens": -1}, "max_tokens")):
+            with pytest.raises(RolloutError, match=message):
+                await ls.gather_trajectory_groups([[rollout(client, **wrong) for _ in range(2)]], progress=False)
+    for body in ({"request": {"model": "base", "messages": [], "n": 2}, "seeds": [1]}, {"request": {}, "seeds": []}):
+        with pytest.raises(ServerError, match="refused POST /lockstep/siblings"):
+            await server.call("POST", "/lockstep/siblings", body)
+    assert (await server.call("GET", "/lockstep/status")).json()["in_flight"] == {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 CHAT_COMPLETIONS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
+SIBLINGS = "/lockstep/siblings"
 STATUS = "/lockstep/status"
 VERSION = "/lockstep/version"
 MEMORY = "/lockstep/memory"

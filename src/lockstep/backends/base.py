@@ -23,6 +23,7 @@ class Endpoint:
     slots: sequences that the server takes at once; None: it does not say.
     max_model_len: tokens of its longest sequence; None likewise.
     seed: what the seeds of rollouts' requests follow from; None: requests get none.
+    siblings: the server takes requests that differ in their seed alone as one.
     """
 
     base_url: str
@@ -30,6 +31,7 @@ class Endpoint:
     slots: int | None = None
     max_model_len: int | None = None
     seed: int | None = None
+    siblings: bool = False
 
 
 @dataclass(frozen=True)

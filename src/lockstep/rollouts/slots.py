@@ -14,8 +14,9 @@ import json
 from typing import Any
 
 from lockstep.rollouts.leases import current_scope
+from lockstep_wire import http_paths
 
-_SAMPLING = ("/completions", "/responses", "/messages")
+_SAMPLING = ("/completions", "/responses", "/messages", http_paths.SIBLINGS)
 """Ends of the paths of requests that take a place."""
 
 
@@ -58,13 +59,14 @@ class Slots:
 
 
 def choices_of(body: dict[str, Any]) -> int:
-    """How many choices a request asks for: each takes a place."""
-    choices = body.get("n")
+    """How many choices a request asks for: each takes a place. A sibling is one, too."""
+    choices = len(body["seeds"]) if "seeds" in body else body.get("n")
     return choices if isinstance(choices, int) and choices > 0 else 1
 
 
 def token_limit(body: dict[str, Any], longest: int) -> int:
     """Tokens that a request may sample at most; `longest` where it does not say."""
+    body = body.get("request", body)
     asked = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
     return next((value for value in asked if isinstance(value, int) and value > 0), longest)
 
@@ -73,7 +75,8 @@ class SlotSending:
     """A mixin for openai's HTTP client, which holds back `send`: requests that sample leave when
     there is a slot for them.
 
-    The end of the reply gives the place back.
+    The end of the reply gives the place back. Before the end of a stream, `give_place_back` of its
+    `extensions` gives one of several back.
     """
 
     slots: Slots | None = None
@@ -93,7 +96,9 @@ class SlotSending:
         if limits.get("read") == self.default_s:
             request.extensions["timeout"] = {**limits, "read": self.default_s + token_limit(body, self.longest)}
         if self.slots is None:
-            return await send(request, stream=stream, **options)
+            response = await send(request, stream=stream, **options)
+            response.extensions["give_place_back"] = lambda: None
+            return response
         places = await self._place(self.slots, body)
         give_back = _Once(self.slots, places)
         try:
@@ -101,6 +106,7 @@ class SlotSending:
         except BaseException:
             give_back()
             raise
+        response.extensions["give_place_back"] = lambda: give_back(1)
         if not stream:
             give_back()
             return response
@@ -124,13 +130,15 @@ class SlotSending:
 
 
 class _Once:
-    """Gives places back at the first call."""
+    """Gives places back, each once."""
 
     def __init__(self, slots: Slots, places: int):
         self._slots, self._places = slots, places
 
-    def __call__(self) -> None:
-        places, self._places = self._places, 0
+    def __call__(self, count: int | None = None) -> None:
+        """Gives `count` back, or all that are left."""
+        places = self._places if count is None else min(count, self._places)
+        self._places -= places
         if places:
             self._slots.give_back(places)
 

@@ -12,7 +12,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from lockstep_vllm import patches
-from lockstep_vllm.http import openai_fields, sleep_api, sync_api
+from lockstep_vllm.http import openai_fields, siblings_api, sleep_api, sync_api
 from lockstep_vllm.version import vllm_version
 from lockstep_wire import http_paths
 
@@ -29,6 +29,7 @@ class LockstepApi:
             """vLLM's version and the requests being served now, by model name."""
             return {"vllm": vllm_version(), "in_flight": dict(openai_fields.in_flight)}
 
+        siblings_api.add_endpoint(app)
         sync_api.add_endpoints(app)
         sleep_api.add_endpoints(app)
         patches.apply("api", on_cpu=False)

@@ -72,7 +72,7 @@ class ChoiceFields:
         if request is None:  # vLLM answers a malformed body with its own error
             await self._app(scope, _replay(body, receive), send)
             return
-        listed = not request.get("stream") and not _asks_for_logprobs(request)
+        listed = not request.get("stream") and not asks_for_logprobs(request)
         add_request_defaults(request, chat=path == CHAT)
         body = json.dumps(request).encode()
         request_id = uuid.uuid4().hex
@@ -102,7 +102,7 @@ def add_request_defaults(request: dict[str, Any], *, chat: bool) -> None:
             request[name] = value
 
 
-def _asks_for_logprobs(request: dict[str, Any]) -> bool:
+def asks_for_logprobs(request: dict[str, Any]) -> bool:
     """True if the client wants OpenAI's log-probabilities in the reply. `logprobs: 0` of a
     completion does, false does not.
     """

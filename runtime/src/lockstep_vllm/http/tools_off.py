@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from lockstep_vllm.http.auth import App, Receive, Scope, Send
 from lockstep_vllm.http.openai_fields import CHAT, _parsed, _read_body, _replay, _with_length
 
 REASON_VARIABLE = "LOCKSTEP_TOOLS_OFF"
 _PATHS = (CHAT, "/v1/responses", "/v1/messages")
+
+
+def offers_tools(request: dict[str, Any]) -> bool:
+    """True if the model may call a tool of the request."""
+    return bool(request.get("tools")) and request.get("tool_choice") not in ("none", {"type": "none"})
 
 
 class ToolsOff:
@@ -33,7 +39,7 @@ class ToolsOff:
             return
         body = await _read_body(receive)
         request = _parsed(body) or {}
-        if request.get("tools") and request.get("tool_choice") not in ("none", {"type": "none"}):
+        if offers_tools(request):
             headers = _with_length([(b"content-type", b"application/json")], len(self._refusal))
             await send({"type": "http.response.start", "status": 400, "headers": headers})
             await send({"type": "http.response.body", "body": self._refusal})

@@ -88,7 +88,9 @@ class MegatronBackend:
         run = self.run_info(model)
         server, settings = run.server, run.settings
         seed = settings.seed if self.config.seed_requests else None
-        return Endpoint(server.base_url, server.api_key, settings.max_num_seqs, settings.max_model_len, seed)
+        return Endpoint(
+            server.base_url, server.api_key, settings.max_num_seqs, settings.max_model_len, seed, siblings=True
+        )
 
     def run_info(self, model: TrainableModel) -> Run:
         """The live parts of a registered model: server, trainer, settings and folder, to look at.
