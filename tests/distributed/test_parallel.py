@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,16 @@ def sizes_of(family: str) -> dict[str, dict[str, Any]]:
 
 
 CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
-FAST_KIND = {"qwen3": "check", "qwen3_moe": "lora", "qwen3_5": "lora", "qwen3_5_moe": "check"}
-"""Every family at every size, once: adapters for two of them, all weights for the others. The slow tier has both for all."""
-SLOW = {(f, s, kind) for f, s, kind in CASES if kind != FAST_KIND[f]}
 CASES += [("qwen3_5_moe", s, "exact") for s in sizes_of("qwen3_5_moe")] + [("qwen3", "tp2-sp", "exact")]
 """Exact: the family with every kind of layer, and plain attention."""
-ROUTED = [(f, s) for f in ("qwen3_moe", "qwen3_5_moe") for s in sizes_of(f)]
+FAST = {(f, s, kind) for f, s, kind in CASES if (f, kind) in (("qwen3", "check"), ("qwen3_5", "lora"))}
+FAST |= {("qwen3_moe", s, "lora") for s in EXPERT_SIZES} | {case for case in CASES if case[2] == "exact"}
+FAST |= {("qwen3_5_moe", s, "check") for s in ("tp2-sp-ep2", "pp2")} | {("qwen3_moe", "cp2", "check")}
+"""Every family, and every kind of layer at every size: in fp64, or with adapters. The slow tier has the rest in fp32."""
+SLOW = {*CASES} - FAST
+ROUTED = [("qwen3_moe", s) for s in EXPERT_SIZES] + [("qwen3_5_moe", s) for s in sizes_of("qwen3_5_moe")]
+SLOW_ROUTED = {("qwen3_5_moe", s) for s in EXPERT_SIZES}
+"""What the attention layers beside a mixture are does not matter to its experts: one family has them fast."""
 
 
 RESUMED = [
@@ -73,6 +77,8 @@ STEPPED = [("qwen3_moe", "tp2-sp"), ("qwen3_moe", "cp2-ep2"), ("qwen3_5", "cp2")
 NARROW = [(f, s, kind) for f in ("qwen3", "qwen3_5") for s in ("tp2", "tp2-sp") for kind in ("check", "lora")]
 NARROW += [("qwen3", "cp2", "check")]
 """One key head for two ranks that share heads."""
+SLOW_NARROW = {("qwen3", "tp2", "lora"), ("qwen3", "tp2-sp", "check")}
+SLOW_NARROW |= {("qwen3_5", "tp2", "check"), ("qwen3_5", "tp2-sp", "lora")}
 
 
 def launch(folder: Path, checks: list[dict[str, Any]], processes: int) -> dict[str, Any]:
@@ -95,9 +101,9 @@ def models(folder: Path, families: tuple[str, ...], seed: int, **fixed: Any) -> 
     return made
 
 
-def slow(case: tuple[str, ...]) -> Any:
+def slow(case: tuple[str, ...], slow_ones: Container[tuple[str, ...]]) -> Any:
     """The case as a parameter of its tier."""
-    return pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case
+    return pytest.param(*case, marks=pytest.mark.slow) if case in slow_ones else case
 
 
 def checks_of(cases: Iterable[tuple[str, str, str]], made: dict[str, str], seed: int) -> list[dict[str, Any]]:
@@ -107,10 +113,24 @@ def checks_of(cases: Iterable[tuple[str, str, str]], made: dict[str, str], seed:
     ]
 
 
+def routed_checks(cases: Iterable[tuple[str, str]], made: dict[str, str], seed: int) -> list[dict[str, Any]]:
+    return checks_of(((f, s, "replay") for f, s in cases), made, seed)
+
+
+def narrow_checks(cases: Iterable[tuple[str, str, str]], folder: Path, seed: int) -> list[dict[str, Any]]:
+    made = {
+        family: str(tiny(family, folder / f"narrow-{family}", seed=seed, dtype="float32", num_key_value_heads=1))
+        for family in ("qwen3", "qwen3_5")
+    }
+    return [check | {"name": f"narrow/{check['name']}"} for check in checks_of(cases, made, seed)]
+
+
 @pytest.fixture(scope="module")
 def two_slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, seed = tmp_path_factory.mktemp("two-slow"), draw_seed()
-    checks = checks_of(sorted(SLOW), models(folder, FAMILIES, seed), seed)
+    made = models(folder, FAMILIES, seed)
+    checks = checks_of(sorted(SLOW), made, seed) + routed_checks(sorted(SLOW_ROUTED), made, seed)
+    checks += narrow_checks(sorted(SLOW_NARROW), folder, seed)
     return {"seed": seed, **launch(folder, checks, 2)}
 
 
@@ -119,10 +139,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, seed = tmp_path_factory.mktemp("two"), draw_seed()
     made = models(folder, FAMILIES, seed)
     checks = checks_of((case for case in CASES if case not in SLOW), made, seed)
-    checks += [
-        {"name": f"{f}/{s}/replay", "kind": "replay", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
-        for f, s in ROUTED
-    ]
+    checks += routed_checks((case for case in ROUTED if case not in SLOW_ROUTED), made, seed)
     checks += [
         {
             "name": f"resume/{f}/{s}/{lora}", "kind": "resume", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed,
@@ -130,23 +147,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         for f, s, lora in RESUMED
     ]  # fmt: skip
-    checks += [
-        {"name": f"{f}/{s}/step", "kind": "step", "folder": made[f], "parallel": sizes_of(f)[s], "seed": seed}
-        for f, s in STEPPED
-    ]
-    for family in ("qwen3", "qwen3_5"):
-        place = folder / f"narrow-{family}"
-        made[place.name] = str(tiny(family, place, seed=seed, dtype="float32", num_key_value_heads=1))
-    checks += [
-        {
-            "name": f"narrow/{f}/{s}/{kind}",
-            "kind": kind,
-            "folder": made[f"narrow-{f}"],
-            "parallel": SIZES[s],
-            "seed": seed,
-        }
-        for f, s, kind in NARROW
-    ]
+    checks += checks_of(((f, s, "step") for f, s in STEPPED), made, seed)
+    checks += narrow_checks((case for case in NARROW if case not in SLOW_NARROW), folder, seed)
     odd = {"folder": made["qwen3_moe"], "seed": seed, "spread": 1}
     checks += [{"name": f"odd/{s}", "parallel": sizes_of("qwen3_moe")[s], **odd} for s in ("dp2", "ep2")]
     checks += [
@@ -163,7 +165,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "size", "kind"), [slow(case) for case in CASES])
+@pytest.mark.parametrize(("family", "size", "kind"), [slow(case, SLOW) for case in CASES])
 def test_two_processes(request: pytest.FixtureRequest, family: str, size: str, kind: str) -> None:
     launched = request.getfixturevalue("two_slow" if (family, size, kind) in SLOW else "two")
     measured = launched[f"{family}/{size}/{kind}"]
@@ -171,9 +173,10 @@ def test_two_processes(request: pytest.FixtureRequest, family: str, size: str, k
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "size"), ROUTED)
-def test_replayed_experts(two: dict[str, Any], family: str, size: str) -> None:
+@pytest.mark.parametrize(("family", "size"), [slow(case, SLOW_ROUTED) for case in ROUTED])
+def test_replayed_experts(request: pytest.FixtureRequest, family: str, size: str) -> None:
     """Experts that no router would choose give the same logprobs at every size, and others than the live router's."""
+    two = request.getfixturevalue("two_slow" if (family, size) in SLOW_ROUTED else "two")
     measured = two[f"{family}/{size}/replay"]
     assert measured["difference"] < 1e-4, (two["seed"], measured)
     assert measured["effect"] > 1e-3, (two["seed"], measured)
@@ -206,8 +209,9 @@ def test_state_does_not_depend_on_sizes(two: dict[str, Any], family: str, size: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "size", "kind"), NARROW)
-def test_fewer_key_heads_than_ranks(two: dict[str, Any], family: str, size: str, kind: str) -> None:
+@pytest.mark.parametrize(("family", "size", "kind"), [slow(case, SLOW_NARROW) for case in NARROW])
+def test_fewer_key_heads_than_ranks(request: pytest.FixtureRequest, family: str, size: str, kind: str) -> None:
+    two = request.getfixturevalue("two_slow" if (family, size, kind) in SLOW_NARROW else "two")
     measured = two[f"narrow/{family}/{size}/{kind}"]
     assert within(measured), (two["seed"], measured)
 
@@ -224,14 +228,15 @@ def test_uneven_stages_with_recompute(two: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
-def test_four_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [("check", "lora"), pytest.param(("lora", "check"), marks=pytest.mark.slow)])
+def test_four_processes(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    """All weights and adapters in turn; the slow tier has the other half."""
     seed = draw_seed()
     heads = {"num_attention_heads": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8}  # for tensor x context
     made = models(tmp_path, ("qwen3_5_moe",), seed, **heads)
     checks = [
-        {"name": f"{s}/{kind}", "kind": kind, "folder": made["qwen3_5_moe"], "parallel": parallel, "seed": seed}
-        for s, parallel in FOUR.items()
-        for kind in ("check", "lora")
+        {"name": s, "kind": kinds[number % 2], "folder": made["qwen3_5_moe"], "parallel": parallel, "seed": seed}
+        for number, (s, parallel) in enumerate(FOUR.items())
     ]
     for name, measured in launch(tmp_path, checks, 4).items():
         assert within(measured), (seed, name, measured)

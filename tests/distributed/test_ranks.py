@@ -149,7 +149,7 @@ def test_m6_ranks_end_when_their_guard_is_killed(tmp_path):
         assert until(lambda: all(place.exists() for place in places), 60.0), child.log_tail()
         ranks = [int(place.read_text()) for place in places]
         os.kill(child.pid, signal.SIGKILL)
-        assert until(lambda: not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), 3.0)
+        assert until(lambda: not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), 20.0)
     finally:
         child.kill()
 

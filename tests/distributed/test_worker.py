@@ -266,28 +266,40 @@ def test_first_step_is_torch_adamw_on_peft(run: dict[str, Any]) -> None:
         assert float((difference * certain).max()) < 1e-4, name
 
 
-def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
-    """All weights trained; the folder the step leaves behind loads in transformers and gives the trainer's logprobs."""
-    rng = np.random.default_rng(5)
-    model = tiny("qwen3_moe", tmp_path / "model", dtype="float32")
-    batch, path = written(tmp_path, rng, "a.safetensors")
-    parent = Parent(tmp_path / "process", engine(model, []))
-    step = parent.call("train_step", batch=path, config=config(learning_rate=1e-3), out=str(tmp_path / "s1"))
-    assert {"model/config.json", "trainer/optimizer.safetensors"} <= set(step["files"])
-    parent.call("score", batch=path, out=str(tmp_path / "scored"))
-    again = parent.call(
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A worker's life with all weights trained: scores and memory, a step, scores, a step against the first as reference."""
+    folder = tmp_path_factory.mktemp("full")
+    model = tiny("qwen3_moe", folder / "model", dtype="float32")
+    batch, path = written(folder, np.random.default_rng(5), "a.safetensors")
+    parent = Parent(folder / "process", engine(model, []))
+    found: dict[str, Any] = {"folder": folder, "model": model, "batch": batch, "path": path}
+    parent.call("score", batch=path, out=str(folder / "scored-0"))
+    found["memory"] = parent.call("memory")
+    found["step"] = parent.call("train_step", batch=path, config=config(learning_rate=1e-3), out=str(folder / "s1"))
+    parent.call("score", batch=path, out=str(folder / "scored-1"))
+    found["again"] = parent.call(
         "train_step",
         batch=path,
         config=config(kl_coef=0.5, learning_rate=1e-3),
-        out=str(tmp_path / "s2"),
-        reference=str(tmp_path / "s1"),
+        out=str(folder / "s2"),
+        reference=str(folder / "s1"),
     )
-    assert again["metrics"]["kl_reference"] == pytest.approx(0.0, abs=1e-6)  # the reference is the present step
-    parent.close()
+    parent.channel.close()
+    found["left"] = parent.process.wait(30)
+    return found
+
+
+def test_full_weights_are_exported_as_they_are_used(full: dict[str, Any]) -> None:
+    """The folder that a step leaves behind loads in transformers and gives the trainer's logprobs."""
+    batch, folder = full["batch"], full["folder"]
+    assert {"model/config.json", "trainer/optimizer.safetensors"} <= set(full["step"]["files"])
+    # The reference is the present step.
+    assert full["again"]["metrics"]["kl_reference"] == pytest.approx(0.0, abs=1e-6)
     scored_RS, before, after = (
-        load_file(tmp_path / "scored")["logprobs_RS"],
-        hugging_face(model),
-        hugging_face(tmp_path / "s1" / "model"),
+        load_file(folder / "scored-1")["logprobs_RS"],
+        hugging_face(full["model"]),
+        hugging_face(folder / "s1" / "model"),
     )
     changed = 0.0
     for q in range(len(batch.leaf_Q)):
@@ -297,6 +309,10 @@ def test_full_weights_are_exported_as_they_are_used(tmp_path: Path) -> None:
             changed = max(changed, float((expected - reference_logprobs(before, batch.tokens_RS[row, at])).abs().max()))
         torch.testing.assert_close(torch.from_numpy(scored_RS[row, at[1:]]), expected, rtol=1e-5, atol=1e-5)
     assert changed > 0.01
+
+
+def test_leaves_with_its_parent(full: dict[str, Any]) -> None:
+    assert full["left"] == 0
 
 
 @pytest.mark.usefixtures("groups")
@@ -347,23 +363,21 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, run: dict[str, Any]) -> None:
+def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, full: dict[str, Any]) -> None:
     """The same log-probabilities, in memory for one copy of the weights; whatever would change or publish them is refused."""
-    batch = str(run["folder"] / "a.safetensors")
-    scores, held = {}, {}
-    for trains in (True, False):
-        folder = tmp_path / str(trains)
-        parent = Parent(folder / "process", engine(run["model"], targets=[]) | {"trains": trains})
-        parent.call("score", batch=batch, out=str(folder / "scores.safetensors"))
-        scores[trains] = load_file(folder / "scores.safetensors")["logprobs_RS"]
-        held[trains] = parent.call("memory")["device_storages"]
-        for verb, args in REFUSED.items() if not trains else ():
-            reply = parent.ask(verb, **{name: batch if name == "batch" else value for name, value in args.items()})
-            assert reply["error"]["type"] == "ConfigError", reply
-            assert "was started to score only" in reply["error"]["message"]
-        assert parent.close() == 0
-    np.testing.assert_array_equal(scores[False], scores[True])
-    assert held[False] < held[True] / 4  # of five: weights, gradients, masters and two moments
+    batch = full["path"]
+    parent = Parent(tmp_path / "process", engine(full["model"], targets=[]) | {"trains": False})
+    parent.call("score", batch=batch, out=str(tmp_path / "scores"))
+    held = parent.call("memory")["device_storages"]
+    for verb, args in REFUSED.items():
+        reply = parent.ask(verb, **{name: batch if name == "batch" else value for name, value in args.items()})
+        assert reply["error"]["type"] == "ConfigError", reply
+        assert "was started to score only" in reply["error"]["message"]
+    assert parent.close() == 0
+    scores, expected = (load_file(place)["logprobs_RS"] for place in (tmp_path / "scores", full["folder"] / "scored-0"))
+    np.testing.assert_array_equal(scores, expected)
+    # Of five: weights, gradients, masters and two moments.
+    assert held < full["memory"]["device_storages"] / 4
 
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:
@@ -399,12 +413,6 @@ def test_bad_start_is_one_line(tmp_path: Path, change: dict[str, Any], message: 
     assert "\n" not in error["message"]
     assert error["type"].endswith("Error")
     assert parent.process.wait(60) != 0
-
-
-def test_leaves_with_its_parent(tmp_path: Path) -> None:
-    parent = Parent(tmp_path / "process", engine(tiny("qwen3", tmp_path / "model")))
-    parent.channel.close()
-    assert parent.process.wait(30) == 0
 
 
 @pytest.mark.distributed

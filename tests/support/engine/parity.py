@@ -162,11 +162,27 @@ def problem(
     return sizes, batch, (rng.normal(size=pairs) / pairs).astype(np.float32)
 
 
+def computed_once(compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, on every rank: a reference costs as much as what it judges."""
+    found = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 @lru_cache(maxsize=4)
 def known_reference(folder: Path, seed: int, data: int, spread: int, load: Callable[[Path], Any] = hugging_face) -> Any:
     """`reference` of the problem with these numbers; checks of one model at several sizes share it."""
     _, batch, slope_P = problem({"data": data}, seed, 0.7, spread)
-    return reference(folder, batch, slope_P, load)
+    return computed_once(lambda: reference(folder, batch, slope_P, load))
+
+
+@lru_cache(maxsize=4)
+def known_merged_reference(folder: Path, seed: int, data: int, shapes: tuple[Any, ...], scale: float) -> Any:
+    """`merged_reference` of the problem with these numbers, and the adapters in it."""
+    _, batch, slope_P = problem({"data": data}, seed, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes}
+    return adapters, *computed_once(lambda: merged_reference(folder, batch, slope_P, adapters, scale))
 
 
 def check(
@@ -301,12 +317,11 @@ def measure_lora(
 ) -> dict[str, Any]:
     rank, alpha, rate = 3, 5.0, 1e-2
     trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
-    generator = torch.Generator().manual_seed(seed)
-    adapters = {n: torch.randn(shape, generator=generator) * 0.05 for n, shape in sorted(trainer.shapes.items())}
+    shapes = tuple(sorted(trainer.shapes.items()))
+    adapters, expected, loss = known_merged_reference(folder, seed, sizes.data, shapes, alpha / rank)
     assign(trainer.trainables, adapters)
     for bucket in trainer.optimizer.buckets:
         bucket.master.copy_(bucket.weights[bucket.low : bucket.high].detach())
-    expected, loss = merged_reference(folder, batch, slope_P, adapters, alpha / rank)
     found_loss, _ = run(trainer, batch, slope_P)
     norm = trainer.optimizer.reduce()
     largest = max(float(g.abs().max()) for g in expected.values())
