@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
 
+Dtype = Literal["float32", "float64"]
 FLOOR = 1e-3
 """Gradients smaller than this share of the model's largest are compared with that instead of with themselves: fp32 cannot do better."""
 
@@ -129,7 +130,8 @@ def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple
     forward_backward(trainer.model, [w.row for w in work], last, row_shards(trainer))
     if trainer.model.post_process:
         dist.all_reduce(total, group=ps.get_data_parallel_group())
-    dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
+    pipeline: Any = ps.get_pipeline_model_parallel_group()
+    dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=pipeline)
     return float(total), logits
 
 
@@ -227,7 +229,7 @@ def measure(
     batch: PackedBatch,
     slope_P: np.ndarray,
     expected: Any,
-    dtype: str,
+    dtype: Dtype,
     **settings: Any,
 ) -> tuple[dict[str, Any], TrainerState, float]:
     """Distances of loss, logits, gradients and their norm from the expected ones, computed in `dtype`."""
@@ -313,7 +315,7 @@ def measure_lora(
     slope_P: np.ndarray,
     targets: tuple[str, ...],
     seed: int,
-    dtype: str,
+    dtype: Dtype,
 ) -> dict[str, Any]:
     rank, alpha, rate = 3, 5.0, 1e-2
     trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(rank, alpha, targets), dtype=dtype))
@@ -389,7 +391,7 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
     """
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
-    scores, tops = [], []
+    scores, tops, records = [], [], {}
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes))
@@ -412,7 +414,7 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
     }
 
 
-def check_records_once(trainer: TrainerState, replayed: PackedBatch) -> dict[str, float]:
+def check_records_once(trainer: Any, replayed: Any) -> dict[str, float]:
     """Every record used once, forward only and in a training pass that recomputes its activations; and three ways to fail are seen.
 
     Planted: a layer that reads its neighbour's records, one that reads the token before, and one that runs twice.
@@ -450,7 +452,7 @@ def check_records_once(trainer: TrainerState, replayed: PackedBatch) -> dict[str
     return found | check_records_refused(trainer, replayed)
 
 
-def check_records_refused(trainer: TrainerState, replayed: PackedBatch) -> dict[str, float]:
+def check_records_refused(trainer: TrainerState, replayed: Any) -> dict[str, float]:
     """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
     found: dict[str, float] = {}
     row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
@@ -478,12 +480,12 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
     """Two AdamW steps; the state written at these sizes, read at others and written again: the same bytes. And it goes on the same way."""
     sizes, batch, slope_P = problem(parallel, seed, temperature=1.0)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
-    settings = {"lora": LoraSettings(3, 5.0, targets) if lora else None}
+    adapter = LoraSettings(3, 5.0, targets) if lora else None
     home = Path(place)
     files, norms = [], []
     for number, now in enumerate((sizes, Parallel(data=dist.get_world_size()), sizes)):
         device.rebuild_groups(now, seed=0)
-        trainer = open_trainer(EngineConfig(str(folder), now, seed=number, **settings))
+        trainer = open_trainer(EngineConfig(str(folder), now, seed=number, lora=adapter))
         if number == 0:
             steps(trainer, batch, slope_P, 2)
         else:
