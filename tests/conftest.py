@@ -12,10 +12,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+LONGEST = (
+    "test_parallel.py",
+    "test_loop.py",
+    "test_real_model.py",
+    "test_replay.py",
+    "test_killed_run.py",
+    "test_worker.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start servers or trainers come first: two sides that take a file each then end at about the same time."""
+    """The longest files come first, then all that start servers or trainers: two sides that take a file each then end at about
+    the same time.
+    """
     starts = {item.path for item in items if {"server", "distributed"} & {mark.name for mark in item.iter_markers()}}
-    items.sort(key=lambda item: item.path not in starts)
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.path not in starts
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

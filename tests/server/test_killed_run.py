@@ -110,8 +110,9 @@ def undisturbed(runtime, base, tmp_path_factory):
     return command.finish(command.start())
 
 
-def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, base, tmp_path):
-    """The user's process, the server and the trainer's rank are killed in turn."""
+@pytest.mark.parametrize("server_too", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, base, tmp_path, server_too):
+    """The user's process and the trainer's rank are killed in turn; a run that begins again has another server in any case."""
     assert len(set(undisturbed.values())) == STEPS + 1
     command = Command(tmp_path / "b", base)
     user = command.start()
@@ -121,7 +122,8 @@ def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, 
         user.wait()
         user = command.start()
         wait_for((command.run / "steps" / "0002").exists, user)
-        os.kill(process_of(user.pid, b"vllm.entrypoints.openai.api_server"), signal.SIGKILL)
+        if server_too:
+            os.kill(process_of(user.pid, b"vllm.entrypoints.openai.api_server"), signal.SIGKILL)
         wait_for((command.run / "trajectories" / "train" / "0003.parquet").exists, user)
         os.kill(process_of(user.pid, b"lockstep.engine.worker"), signal.SIGKILL)
         assert command.finish(user) == undisturbed

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frozen_processes import LOOPBACK, below, listening, shared_memory
 from lockstep.errors import ServerError
-from lockstep.inference.launch import ServerConfig, launch, reserved_port
+from lockstep.inference.launch import ServerConfig, _first_token, launch, reserved_port
 
 # Shapes: S tokens of a sequence, V vocabulary.
 pytestmark = pytest.mark.server
@@ -268,7 +268,15 @@ async def test_a_bad_model_is_one_clear_error(runtime, tiny_qwen3, tmp_path):
     assert lines
 
 
-async def test_a_refused_first_token_says_why(runtime, tiny_qwen3, tmp_path):
+async def test_a_first_token_that_is_refused_says_why(server, tiny_qwen3):
+    config = ServerConfig(model=tiny_qwen3, served_name="nobody")
+    with pytest.raises(ServerError, match=r"failed at its first token: .*refused .*nobody"):
+        await _first_token(server, config, 60.0)
+    assert server.child.poll() is None
+
+
+@pytest.mark.slow
+async def test_a_server_whose_first_token_is_refused_is_ended(runtime, tiny_qwen3, tmp_path):
     config = ServerConfig(model=tiny_qwen3, served_name="base", dtype="float32", max_model_len=4)
     with pytest.raises(ServerError, match=r"failed at its first token: .*refused .*maximum context length"):
         await launch(config, runtime, tmp_path / "run")

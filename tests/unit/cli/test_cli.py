@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 
 from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
+from lockstep.cli.main import main
 from lockstep.cli.quickstart import _say_what_is_deleted
 from lockstep.cli.score import _sequences, read_lines
 from lockstep.cli.tables.live_table import LiveTable
@@ -56,6 +58,19 @@ def lockstep(*arguments, cwd=None, columns=200):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False)
 
 
+def here(*arguments, cwd):
+    """`lockstep` in this process: what a command says before it starts anything, without the seconds of another interpreter."""
+    said, failed, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(failed):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["lockstep", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), failed.getvalue())
+
+
 def run_file(folder: Path, model="", task="", train="", task_code=TASK) -> Path:
     (folder / "task.py").write_text(task_code)
     config = folder / "run.toml"
@@ -88,7 +103,8 @@ def run_file(folder: Path, model="", task="", train="", task_code=TASK) -> Path:
     ],
 )
 def test_a_bad_run_file_gets_one_line(tmp_path, change, says):
-    result = lockstep("train", run_file(tmp_path, **change), cwd=tmp_path)
+    run = here if change else lockstep
+    result = run("train", run_file(tmp_path, **change), cwd=tmp_path)
     assert result.returncode not in (0, 1) or "error:" in result.stderr
     assert result.returncode != 0
     assert says in result.stderr
@@ -167,7 +183,8 @@ def test_tiny_and_score_agree_with_hugging_face(tmp_path):
 )
 def test_bad_score_input_is_named(tmp_path, tiny_qwen3, text, says):
     (tmp_path / "in.jsonl").write_text(text)
-    result = lockstep("score", tiny_qwen3, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    places = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    result = here("score", tiny_qwen3, *places, cwd=tmp_path)
     assert result.returncode == 1
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -197,18 +214,18 @@ def one_line(result, says: str, code: int) -> None:
 def test_wrong_places_and_values_get_one_line(tmp_path, tiny_qwen3, arguments, says, code):
     (tmp_path / "in.jsonl").write_text('{"id": "a", "tokens": [1, 2]}')
     (tmp_path / "raw.jsonl").write_bytes(b"\xff\xfe")
-    one_line(lockstep(*(each.format(model=tiny_qwen3) for each in arguments), cwd=tmp_path), says, code)
+    one_line(here(*(each.format(model=tiny_qwen3) for each in arguments), cwd=tmp_path), says, code)
 
 
 def test_a_seed_below_zero_is_refused_before_anything_is_made(tmp_path):
-    result = lockstep("quickstart", "--path", "new", "--seed", -1, cwd=tmp_path)
+    result = here("quickstart", "--path", "new", "--seed", -1, cwd=tmp_path)
     assert result.returncode == 2
     assert "--seed" in result.stderr
     assert not (tmp_path / "new").exists()
 
 
 def test_a_parallel_size_of_nothing_is_refused(tmp_path):
-    result = lockstep("score", "x", "--input", "in.jsonl", "--output", "out.jsonl", "--tp", 0, cwd=tmp_path)
+    result = here("score", "x", "--input", "in.jsonl", "--output", "out.jsonl", "--tp", 0, cwd=tmp_path)
     assert result.returncode == 2
     assert "--tp" in result.stderr
     assert "Traceback" not in result.stderr
@@ -243,15 +260,15 @@ def test_routed_experts_of_another_model_are_named(tmp_path, routed_experts, say
 def test_a_quickstart_deletes_nothing_but_its_own(tmp_path):
     """Not a folder with something else in it, not after --no-fresh was used on it, and not the folder of one that runs."""
     (tmp_path / "mine").write_text("kept")
-    one_line(lockstep("quickstart", "--path", tmp_path), "something else", 2)
+    one_line(here("quickstart", "--path", tmp_path, cwd=tmp_path), "something else", 2)
     with FileLock(tmp_path / ".quickstart.lock"):
-        one_line(lockstep("quickstart", "--path", tmp_path, "--no-fresh"), "in use by another quickstart", 1)
+        one_line(here("quickstart", "--path", tmp_path, "--no-fresh", cwd=tmp_path), "in use by another quickstart", 1)
     assert not (tmp_path / ".quickstart").exists()
     (tmp_path / "mine").unlink()
     (tmp_path / ".quickstart").touch()
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / ".quickstart.lock"):
-        one_line(lockstep("quickstart", "--path", tmp_path), "in use by another quickstart", 1)
+        one_line(here("quickstart", "--path", tmp_path, cwd=tmp_path), "in use by another quickstart", 1)
     assert (tmp_path / "run").is_dir()
 
 
@@ -259,13 +276,13 @@ def test_a_tiny_base_never_takes_the_place_of_a_run(tmp_path):
     """A model named m-base of the same project has its run where the tiny base of m goes."""
     kept = tmp_path / "runs" / "p" / "m-base" / "steps"
     kept.mkdir(parents=True)
-    one_line(lockstep("train", run_file(tmp_path), "--tiny", cwd=tmp_path), "m-base is no tiny model made here", 2)
+    one_line(here("train", run_file(tmp_path), "--tiny", cwd=tmp_path), "m-base is no tiny model made here", 2)
     assert kept.is_dir()
 
 
 def test_a_bad_field_of_the_tiny_model_gets_one_line(tmp_path):
     config = run_file(tmp_path, train="[tiny.config]\nhiden_size = 64")
-    one_line(lockstep("train", config, "--tiny", cwd=tmp_path), "hiden_size is no field", 2)
+    one_line(here("train", config, "--tiny", cwd=tmp_path), "hiden_size is no field", 2)
     assert not (tmp_path / "runs" / "p" / "m-base").exists()
 
 
@@ -377,14 +394,14 @@ def test_a_dry_run_shows_every_setting_and_starts_nothing(tmp_path, tiny_qwen3):
 
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, tiny_qwen3):
     config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="[backend]\nparallel = { tensor = 3 }")
-    one_line(lockstep("train", config, "--dry-run", cwd=tmp_path), "tensor=3 does not divide", 2)
-    one_line(lockstep("train", config, cwd=tmp_path), "tensor=3 does not divide", 2)
+    one_line(here("train", config, "--dry-run", cwd=tmp_path), "tensor=3 does not divide", 2)
+    one_line(here("train", config, cwd=tmp_path), "tensor=3 does not divide", 2)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_of_a_tiny_model_leaves_nothing(tmp_path):
     config = run_file(tmp_path, train='[tiny]\nfamily = "llama3"')
-    result = lockstep("train", config, "--tiny", "--dry-run", cwd=tmp_path)
+    result = here("train", config, "--tiny", "--dry-run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "llama3" in result.stdout
     assert not (tmp_path / "runs").exists()
@@ -396,13 +413,13 @@ def test_a_run_past_its_steps_is_refused_before_it_starts(tmp_path, tiny_qwen3):
         folder = tmp_path / "runs" / "p" / "m" / "steps" / f"{step:04d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
-    one_line(lockstep("train", config, cwd=tmp_path), "has 2 steps already; raise [task] steps", 2)
+    one_line(here("train", config, cwd=tmp_path), "has 2 steps already; raise [task] steps", 2)
 
 
 def test_newcomer_c8_a_kl_reference_that_is_no_step_is_refused_before_the_rollouts(tmp_path, tiny_qwen3):
     config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="kl_coef = 0.1\nkl_reference_step = 5")
     says = "kl_reference_step = 5 is no published step of runs/p/m: a new run has step 0 alone"
-    one_line(lockstep("train", config, "--dry-run", cwd=tmp_path), says, 2)
+    one_line(here("train", config, "--dry-run", cwd=tmp_path), says, 2)
 
 
 @pytest.mark.parametrize(
