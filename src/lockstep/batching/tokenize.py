@@ -109,6 +109,16 @@ def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: 
         )
 
 
+def check_sampling(trajectory: Trajectory) -> None:
+    """Raise DataError for the first choice that was sampled with a setting that can't be trained
+    on. A choice that says nothing of its sampling is left to `tokenize`.
+    """
+    for number, choice in enumerate(trajectory.choices):
+        sampling = (choice.model_extra or {}).get("sampling")
+        if isinstance(sampling, dict):
+            _temperature(sampling, f"choice {number}")
+
+
 def _temperature(sampling: object, name: str) -> float:
     """The choice's temperature; raises DataError if the trainer can't compute the distribution it
     was sampled from.

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lockstep.batching.tokenize import check_sampling
 from lockstep.errors import RolloutError
 from lockstep.loop.trajectory_file import TrajectoryFile
+from lockstep.rollouts.failures import one_line
 from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.rollouts.trajectory import Trajectory
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from lockstep.rollouts.trajectory import TrajectoryGroup
 
 
+_TRAINING = "training"
+"""The noise of the rollouts that a step is trained on."""
 _ROUNDING = 1e-9
 """A difference of two means is the rise that was asked for up to this."""
 
@@ -42,6 +46,7 @@ class StepSummary:
     greedy: of the checkpoint itself.
     signal: False where no group's rewards differed, so that nothing was trained.
     compilations, compile_s: programs that the step compiled, and the time within train_s for that.
+    failures: a sentence for each gather of the row that left failed rollouts out.
     """
 
     step: int
@@ -56,6 +61,7 @@ class StepSummary:
     signal: bool = True
     compilations: int = 0
     compile_s: float = 0.0
+    failures: tuple[str, ...] = ()
 
 
 @dataclass
@@ -99,7 +105,7 @@ async def roll_out(
     """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
     scenarios = task.draw(section.groups_per_step, section.seed, step)
     tries, temperature = section.group_size, section.temperature
-    return await _gather(model, task, section, scenarios, "training", finished, tries=tries, temperature=temperature)
+    return await _gather(model, task, section, scenarios, _TRAINING, finished, tries=tries, temperature=temperature)
 
 
 async def _gather(
@@ -115,6 +121,8 @@ async def _gather(
     async def attempt(group: int, scenario: Any) -> Trajectory:
         trajectory = await _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
         if isinstance(trajectory, Trajectory):  # gather refuses anything else, and names it
+            if noise == _TRAINING:
+                check_sampling(trajectory)  # before all others of the step are paid for
             finished(group, trajectory)
         return trajectory
 
@@ -168,7 +176,8 @@ async def run(
     while True:
         last = row.step >= section.steps
         if last or row.step % section.evaluate_every == 0:
-            row = replace(row, greedy=await _evaluated(model, backend, task, section, run_path))
+            greedy, failures = await _evaluated(model, backend, task, section, run_path)
+            row = replace(row, greedy=greedy, failures=row.failures + failures)
         outcome.step = row.step
         if math.isnan(outcome.first):
             outcome.first = row.greedy
@@ -187,22 +196,31 @@ def _targets(section: TaskSection, first: float, rise: float | None) -> list[flo
 
 async def _evaluated(
     model: TrainableModel, backend: Backend, task: Task, section: TaskSection, run_path: Path
-) -> float:
-    """The greedy reward of the model's step, kept with its metrics; its rollouts are on disk."""
-    file = run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet"
-    groups = await _kept(
-        lambda finished: evaluate(model, task, section, finished),
-        model,
-        backend,
-        file,
-        model.step,
+) -> tuple[float, tuple[str, ...]]:
+    """The greedy reward of the model's step, kept with its metrics, and what failed; its rollouts
+    are on disk.
+    """
+    file, what = (
+        run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet",
         f"evaluation of step {model.step}",
+    )
+    groups = await _kept(
+        lambda finished: evaluate(model, task, section, finished), model, backend, file, model.step, what
     )
     greedy = mean_reward(groups)
     failed = sum(len(group.exceptions) for group in groups)
     measured = {} if math.isnan(greedy) else {"greedy_reward": greedy}
     await asyncio.to_thread(backend.record, model, {**measured, "greedy_rollouts_failed": float(failed)})
-    return greedy
+    return greedy, _failures(groups, what, file)
+
+
+def _failures(groups: Sequence[TrajectoryGroup], what: str, file: Path) -> tuple[str, ...]:
+    """A sentence on the rollouts that failed and were tolerated, if there are any."""
+    failed = [failure for group in groups for failure in group.exceptions]
+    if not failed:
+        return ()
+    count = len(failed) + sum(len(group.trajectories) for group in groups)
+    return (f"{what}: {len(failed)} of {count} rollouts failed; first: {one_line(failed[0])}; tracebacks: {file}",)
 
 
 async def _kept(
@@ -243,15 +261,10 @@ async def _one_step(
     model: TrainableModel, backend: Backend, task: Task, section: TaskSection, config: TrainConfig, run_path: Path
 ) -> StepSummary:
     before, step = model.step, model.step + 1
-    started = time.monotonic()
+    started, what = time.monotonic(), f"rollouts for step {step}"
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
     groups = await _kept(
-        lambda finished: roll_out(model, task, section, before, finished),
-        model,
-        backend,
-        file,
-        step,
-        f"rollouts for step {step}",
+        lambda finished: roll_out(model, task, section, before, finished), model, backend, file, step, what
     )
     rollout_s = time.monotonic() - started
     result = await backend.train(model, groups, config)
@@ -270,4 +283,5 @@ async def _one_step(
         signal=not metrics.get("no_signal"),
         compilations=int(metrics.get("compilations", 0)),
         compile_s=metrics.get("seconds_compile", 0.0),
+        failures=_failures(groups, what, file),
     )

@@ -61,14 +61,15 @@ class LiveTable:
         return self
 
     def __call__(self, row: StepSummary) -> None:
-        said = _compiled(row) if row.compilations else None
+        said = [*([_compiled(row)] if row.compilations else []), *row.failures]
         if self._live:
             self._table.add_row(*_cells(row))
-            self._table.caption = said or self._table.caption  # of the last step that compiled
+            # Of the last step that had something to say.
+            self._table.caption = Text("\n".join(said)) if said else self._table.caption
         else:
             self._line(_cells(row))
-            if said:
-                self._line([said])
+            for sentence in said:
+                self._line([sentence])
 
     def _line(self, cells: Sequence[str]) -> None:
         text = "  ".join(f"{cell:>9}" for cell in cells)
