@@ -1,4 +1,4 @@
-"""The form of a metrics sink: what it is told about the run, and what it does with metrics."""
+"""The form of a metrics sink: what it hears of the run, and what it does with metrics."""
 
 from __future__ import annotations
 
