@@ -286,6 +286,7 @@ def packing_metrics(batch: PackedBatch) -> dict[str, float]:
 
 
 _ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name != "sequence_ids")
+_OPTIONAL = {field.name for field in fields(PackedBatch) if field.default is None}
 
 
 def save_batch(batch: PackedBatch, path: str | Path) -> None:
@@ -325,7 +326,7 @@ def load_batch(path: str | Path) -> PackedBatch:
                     f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: pack the batch again"
                 )
             names = set(file.keys())
-            if lost := set(_ARRAYS) - names - {"experts_RSLK", "current_RS", "top_PC", "unpacked_weight"}:
+            if lost := set(_ARRAYS) - names - _OPTIONAL:
                 raise DataError(f"{path} lacks {sorted(lost)[0]}: the file is damaged, pack the batch again")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in names}
     except (SafetensorError, OSError) as error:

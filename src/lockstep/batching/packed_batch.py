@@ -62,6 +62,9 @@ class PackedBatch:
     # float64 [1], weight of the scored tokens that were left out because they add nothing to a
     # gradient; None: of none
     unpacked_weight: np.ndarray | None = None
+    # float64 [1], what the sum of the batch's losses is divided by; None: the weight of its scored
+    # tokens
+    divisor: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -147,7 +150,7 @@ def scored_row(batch: PackedBatch, row: int) -> ScoredRow:
 def total_weight(batch: PackedBatch, rows: Iterable[int] | None = None) -> float:
     """Sum of the weights of all (sequence, scored token) pairs in `rows` (None: all), in float64.
 
-    What a loss sum is divided by is this and `unpacked_weight`, which minibatches share evenly.
+    `loss_divisor` says what a loss sum is divided by.
     """
     counts_Q = np.diff(batch.scored_offsets_Q)
     weight_Q = batch.sequence_weight_Q.astype(np.float64) * counts_Q
@@ -161,6 +164,13 @@ def unpacked_weight(batch: PackedBatch) -> float:
     normalised.
     """
     return 0.0 if batch.unpacked_weight is None else float(batch.unpacked_weight[0])
+
+
+def loss_divisor(batch: PackedBatch, rows: Iterable[int] | None = None, minibatches: int = 1) -> float:
+    """What the sum of the losses in `rows`, of one minibatch of as many, is divided by."""
+    if batch.divisor is not None:
+        return float(batch.divisor[0]) / minibatches
+    return total_weight(batch, rows) + unpacked_weight(batch) / minibatches
 
 
 def has_signal(batch: PackedBatch, rows: Iterable[int]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lockstep.batching.advantages import group_advantages
+from lockstep.batching.advantages import advantages
 from lockstep.batching.pack import MOST_ROW_LENGTH, Fitted, fit, pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
@@ -46,9 +46,18 @@ def _weights(config: TrainConfig, scored_Q: np.ndarray, owner_Q: np.ndarray) -> 
     """Weight of one scored token of each sequence. `owner_Q` numbers the trajectory a sequence
     belongs to.
     """
-    if config.weighs_by == "token":
+    if config.weighs_by != "sequence":
         return np.ones(len(scored_Q))
     return 1 / np.bincount(owner_Q, weights=scored_Q)[owner_Q]
+
+
+def _divisor(config: TrainConfig, owner_Q: np.ndarray) -> np.ndarray | None:
+    """float64 `[1]`: trajectories times the constant length; None where a loss is divided by its
+    tokens' weight.
+    """
+    if config.constant_length is None:
+        return None
+    return np.array([float(len(np.unique(owner_Q)) * config.constant_length)])
 
 
 def prepare(
@@ -76,7 +85,7 @@ def prepare(
     """
     selected = select(groups, model_name, step, config, routed_experts, vocabulary)
     tokenized = [rollout.tokenized for rollout in selected.usable]
-    advantages = _advantages(selected, config)
+    advantage = _advantages(selected, config)
     owners = {
         (rollout.sequences[0].group, rollout.sequences[0].trajectory): number
         for number, rollout in enumerate(tokenized)
@@ -87,7 +96,7 @@ def prepare(
     )
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
-    advantage_Q, weight_Q = np.array(advantages)[owner_Q], _weights(config, scored_Q, owner_Q)
+    advantage_Q, weight_Q = np.array(advantage)[owner_Q], _weights(config, scored_Q, owner_Q)
     trained_Q = _trained(config, advantage_Q, np.array([sequence.group for sequence in fitted.sequences]))
     sequences = [sequence for sequence, trained in zip(fitted.sequences, trained_Q, strict=True) if trained]
     batch = pack(
@@ -104,10 +113,14 @@ def prepare(
     )
     left_out = np.array([(weight_Q * scored_Q)[~trained_Q].sum()])
     batch = replace(
-        batch, current_RS=_current(batch, sequences, step), top_PC=_top(sequences), unpacked_weight=left_out
+        batch,
+        current_RS=_current(batch, sequences, step),
+        top_PC=_top(sequences),
+        unpacked_weight=left_out,
+        divisor=_divisor(config, owner_Q),
     )
     metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
-    metrics |= {"groups_without_signal": _without_signal(selected, advantages)} | _sequence_metrics(fitted, trained_Q)
+    metrics |= {"groups_without_signal": _without_signal(selected, advantage)} | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences, sequences)
@@ -115,13 +128,9 @@ def prepare(
 
 def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
     """One for each usable trajectory, group by group."""
-    advantages: list[float] = []
-    for number, group in selected.groups.items():
-        rewards = [usable.trajectory.reward for usable in group]
-        advantages += group_advantages(
-            rewards, config.advantage_normalization, f"group {number}", config.reward_eps
-        ).tolist()
-    return advantages
+    rewards = [[usable.trajectory.reward for usable in group] for group in selected.groups.values()]
+    names = [f"group {number}" for number in selected.groups]
+    return advantages(rewards, config.policy_advantage, names, config.reward_eps).tolist()
 
 
 def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
@@ -138,15 +147,15 @@ def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:
 
 
 def _trained(config: TrainConfig, advantage_Q: np.ndarray, group_Q: np.ndarray) -> np.ndarray:
-    """bool `[Q]`: sequences to compute. Without a KL penalty those of a group without signal add
-    exactly nothing to the gradient.
+    """bool `[Q]`: sequences to compute. Without a KL penalty or entropy bonus those of a group
+    without signal add exactly nothing to the gradient.
 
     They still count in the loss's normalisation, so leaving them out changes no update. TRL and
     verl compute them. All stay where too few would be left for the minibatches; the trainer then
     finds out which have no signal.
     """
     every_Q = np.ones(len(advantage_Q), dtype=bool)
-    if config.kl_coef > 0:
+    if config.trains_without_signal:
         return every_Q
     trained_Q = np.isin(group_Q, group_Q[advantage_Q != 0])
     return trained_Q if trained_Q.sum() >= config.minibatches else every_Q

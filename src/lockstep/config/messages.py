@@ -23,6 +23,13 @@ _ELSEWHERE = {
     "model": "base_model",
     "max_seq_length": "max_model_len",
     "loss_type": "loss",
+    "advantage_normalization": "advantage",
+    "adv_estimator": "advantage",
+    "scale_rewards": "advantage",
+    "importance_sampling_level": "importance_level",
+    "entropy_coeff": "entropy_coef",
+    "num_iterations": "epochs",
+    "ppo_epochs": "epochs",
 }
 """Names that other trainers give to settings of ours."""
 _PLAIN_WORDS = {

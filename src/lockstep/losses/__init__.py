@@ -4,23 +4,19 @@ Imports no torch.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from pathlib import Path
 from typing import cast
 
 from lockstep.errors import ConfigError
 from lockstep.losses.base import LossFunction, PolicyLoss
-
-_SHARED = ("__init__", "base")
+from lockstep.named import imported, named_in
 
 
 @cache
 def named_losses() -> dict[str, PolicyLoss]:
     """By name: the `LOSS` of each module in this folder."""
-    modules = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _SHARED)
-    losses = (importlib.import_module(f"{__name__}.{module}").LOSS for module in modules)
-    return {loss.name: loss for loss in losses}
+    return named_in(__name__, Path(__file__).parent, lambda module: module.LOSS)
 
 
 @cache
@@ -33,15 +29,7 @@ def find_loss(name: str) -> PolicyLoss:
     """
     if name in named_losses():
         return named_losses()[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"must be one of {', '.join(named_losses())} (GRPO's clipped ratio is that of ppo), or your own as module:function"
-        )
-    try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"can't be imported: {error}; its module must be on PYTHONPATH") from None
+    value = imported(name, f"{', '.join(named_losses())} (GRPO's clipped ratio is that of ppo)")
     if isinstance(value, PolicyLoss):
         return value
     if not callable(value):

@@ -11,8 +11,8 @@ natural logs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -27,28 +27,34 @@ class LossInputs:
     old_P: what the importance ratio divides by: the server's, or the trainer's own before the step.
     sequence_P: int64, the sequence of each pair.
     advantage_Q: of each sequence.
+    cost_P: what a KL penalty in the reward takes from each pair's advantage; None: nothing, or
+        `advantage_Q` has it.
     """
 
     new_P: Tensor
     old_P: Tensor
     sequence_P: Tensor
     advantage_Q: Tensor
+    cost_P: Tensor | None = None
 
     @property
     def advantage_P(self) -> Tensor:
-        return self.advantage_Q[self.sequence_P]
+        advantage_P = self.advantage_Q[self.sequence_P]
+        return advantage_P if self.cost_P is None else advantage_P - self.cost_P
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Bounds of the importance ratio new/old.
+    """Bounds of the importance ratio new/old, and a loss's further numbers.
 
     dual: where a negative advantage's loss stops growing; inf: nowhere.
+    parameters: `PolicyLoss.parameters` with what the user has set.
     """
 
     low: float
     high: float
     dual: float
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 LossFunction = Callable[[LossInputs, Clips], "tuple[Tensor, Tensor]"]
@@ -59,24 +65,37 @@ LossFunction = Callable[[LossInputs, Clips], "tuple[Tensor, Tensor]"]
 class PolicyLoss:
     """A loss and the defaults of the settings that belong to it.
 
-    clip: (clip_low, clip_high): the ratio is clipped below 1 - clip_low and above 1 + clip_high.
+    clip: (clip_low, clip_high): the ratio is clipped below 1 - clip_low and above 1 + clip_high;
+        None: the loss has no clip.
     dual_clip: default of clip_dual; None: the loss has no such clip.
     old_logprobs, token_normalization: defaults of these settings.
-    by_sequence: ratios are those of whole sequences, and so are importance corrections.
+    by_sequence: ratios and advantages are those of whole sequences. Importance corrections are, too,
+        by default.
+    parameters: further numbers of the loss, with their defaults.
     """
 
     name: str
     function: LossFunction
-    clip: tuple[float, float] = (1.0, float("inf"))
+    clip: tuple[float, float] | None = (1.0, float("inf"))
     dual_clip: float | None = None
     old_logprobs: Literal["sampling", "trainer"] = "sampling"
     token_normalization: Literal["token", "sequence"] = "token"
     by_sequence: bool = False
+    parameters: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 def sum_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
     """[P] -> [Q]: the sum over each sequence's own tokens, shared or not."""
     return values_P.new_zeros(sequences).index_add(0, sequence_P, values_P)
+
+
+def rest_of_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:
+    """[P] -> [P]: the sum over a pair and the later ones of its sequence. Pairs come sequence by
+    sequence, each in the order of its tokens.
+    """
+    reached_P = values_P.cumsum(0)
+    end_Q = sum_by_sequence(values_P, sequence_P, sequences).cumsum(0)
+    return end_Q[sequence_P] - reached_P + values_P
 
 
 def mean_by_sequence(values_P: Tensor, sequence_P: Tensor, sequences: int) -> Tensor:

@@ -255,8 +255,8 @@ def test_b3_masked_replies_count_in_the_baseline_and_carry_no_loss():
     cut = trajectory(choice([1], [6, 7], finish_reason="length"), reward=5.0)
     short, long = trajectory(choice([1], [2]), reward=0.0), trajectory(choice([1], [3, 4]), reward=1.0)
     group = TrajectoryGroup(trajectories=[short, cut, long])
-    every = ready(group, advantage_normalization="none")
-    masked = ready(group, advantage_normalization="none", mask_truncated=True)
+    every = ready(group, advantage="dr_grpo")
+    masked = ready(group, advantage="dr_grpo", mask_truncated=True)
     assert every.batch.sequence_advantage_Q.tolist() == [-2.0, 3.0, -1.0]
     assert masked.batch.sequence_ids == ("group 0, trajectory 0", "group 0, trajectory 2")
     assert masked.batch.sequence_advantage_Q.tolist() == [-2.0, -1.0]

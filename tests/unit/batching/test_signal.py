@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.batching.advantages import group_advantages
+from lockstep.advantages import find_advantage
+from lockstep.batching.advantages import REWARD_EPS, advantages
 from lockstep.batching.pack import load_batch, minibatch_rows, save_batch
-from lockstep.batching.packed_batch import PackedBatch, has_signal, scored_row, total_weight, unpacked_weight
+from lockstep.batching.packed_batch import (
+    PackedBatch,
+    has_signal,
+    loss_divisor,
+    scored_row,
+    total_weight,
+    unpacked_weight,
+)
 from lockstep.batching.prepare import prepare
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
@@ -45,13 +53,17 @@ def group(random: np.random.Generator, rewards: list[float], lengths: list[int] 
     )
 
 
+def grpo(rewards: list[float], eps: float = REWARD_EPS) -> np.ndarray:
+    return advantages([rewards], find_advantage("grpo"), eps=eps)
+
+
 def gradient(batch: PackedBatch, config: TrainConfig) -> tuple[torch.Tensor, float]:
     """(gradient of the normalised loss for a "policy" that is a table by token id, the loss), minibatch by minibatch."""
     policy_V = torch.linspace(-3, -1, VOCABULARY).double().requires_grad_()
     count, total = config.minibatches, torch.zeros((), dtype=torch.float64)
     for number in range(count):
         rows = minibatch_rows(batch.rows, count, number)
-        weight = total_weight(batch, rows) + unpacked_weight(batch) / count
+        weight = loss_divisor(batch, rows, count)
         for row in rows:
             scored = scored_row(batch, row)
             new_N = policy_V[torch.from_numpy(scored.target_N)]
@@ -77,14 +89,14 @@ def test_a5_rewards_that_differ_by_fp32_rounding_are_no_signal(random):
     prepared = prepare(
         [group(random, rewards), group(random, [0.0, 1.0])], model_name="m", step=0, config=TrainConfig()
     )
-    assert group_advantages(rewards).tolist() == [0.0] * 8
+    assert grpo(rewards).tolist() == [0.0] * 8
     assert prepared.metrics["groups_without_signal"] == 1
     assert prepared.metrics["sequences_not_computed"] == 8
-    assert np.abs(group_advantages([*rewards, rewards[0] * 1.001])).max() > 1  # a difference of a thousandth trains
+    assert np.abs(grpo([*rewards, rewards[0] * 1.001])).max() > 1  # a difference of a thousandth trains
     for scale in (1e-6, 1e6):  # the scale of the rewards does not matter
-        assert group_advantages([reward * scale for reward in rewards]).tolist() == [0.0] * 8
+        assert grpo([reward * scale for reward in rewards]).tolist() == [0.0] * 8
     # Without an eps this is what trains at full strength.
-    assert np.abs(group_advantages(rewards, eps=0.0)).max() > 1
+    assert np.abs(grpo(rewards, eps=0.0)).max() > 1
 
 
 @pytest.mark.parametrize(("loss", "minibatches"), [("cispo", 1), ("ppo", 1), ("gspo", 1), ("cispo", 2)])
@@ -110,6 +122,29 @@ def test_a6_groups_without_signal_are_not_computed_and_change_nothing(random, lo
     silent = prepare([group(random, [1.0] * 4, [8] * 4)], model_name="m", step=0, config=config, multiple=1)
     assert not has_signal(silent.batch, range(silent.batch.rows))
     assert has_signal(found.batch, range(found.batch.rows))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_constant_length_divides_by_trajectories_alone(random, minibatches, tmp_path):
+    """Dr. GRPO: the gradient of a token does not depend on how long the batch's replies are."""
+    config = TrainConfig(
+        loss="reinforce",
+        advantage="dr_grpo",
+        token_normalization="constant",
+        constant_length=100,
+        minibatches=minibatches,
+    )
+    groups = [group(random, [0.0, 1.0], [3, 9]), group(random, [1.0, 1.0], [50, 2]), group(random, [0.0, 4.0], [8, 5])]
+    batch = prepare(groups, model_name="m", step=0, config=config).batch
+    save_batch(batch, tmp_path / "b")
+    assert loss_divisor(load_batch(tmp_path / "b"), [], minibatches) == 6 * 100 / minibatches  # the quiet group counts
+    if minibatches == 1:
+        expected_V = torch.zeros(VOCABULARY, dtype=torch.float64)
+        for one, advantage in ((groups[0], 0.5), (groups[2], 2.0)):
+            for trajectory_, sign in zip(one.trajectories, (-1, 1), strict=True):
+                for token in trajectory_.choices[0].model_extra["token_ids"]:
+                    expected_V[token] -= sign * advantage / 600
+        torch.testing.assert_close(gradient(batch, config)[0], expected_V, rtol=1e-6, atol=1e-9)
 
 
 def test_a2_gspo_weighs_every_sequence_the_same(random):

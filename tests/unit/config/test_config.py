@@ -35,7 +35,7 @@ def refused(build, *parts: str) -> None:
         ({"zzz": 1}, ["no setting 'zzz'", "it has", "learning_rate"]),
         ({"learning_rate": 0}, ["learning_rate = 0", "greater than 0"]),
         ({"learning_rate": float("nan")}, ["learning_rate = nan", "finite"]),
-        ({"loss": "grpo"}, ["loss = 'grpo'", "must be one of cispo, gspo, ppo"]),
+        ({"loss": "grpo"}, ["loss = 'grpo'", "must be one of cispo, gmpo, gspo, ppo, reinforce, sapo"]),
         ({"kl_reference_step": 3}, ["kl_reference_step has no effect with kl_coef = 0"]),
         ({"clip_low": 1.5}, ["clip_low = 1.5 has no effect"]),
         ({"importance_cap": 2.0}, ["importance_cap has no effect without importance_correction"]),
@@ -54,6 +54,23 @@ def refused(build, *parts: str) -> None:
             ["loss = gspo with old_logprobs = sampling", "set both clip_low and clip_high"],
         ),
         ({"clip_dual": 3.0}, ["clip_dual has no effect with loss = cispo"]),
+        ({"loss": "sapo", "clip_low": 0.1}, ["clip_low has no effect with loss = sapo, which does not clip"]),
+        (
+            {"loss": "sapo", "loss_parameters": {"tau": 1.0}},
+            ["loss = sapo has no parameter 'tau'", "it has tau_positive, tau_negative"],
+        ),
+        ({"loss_parameters": {"tau": 1.0}}, ["loss = cispo has no parameter 'tau': it has none"]),
+        ({"kl_estimator": "k2"}, ["kl_estimator has no effect with kl_coef = 0"]),
+        ({"kl_in": "reward"}, ["kl_in has no effect with kl_coef = 0"]),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, ["kl_estimator = k1 with kl_in = loss has a gradient of mean zero"]),
+        (
+            {"kl_coef": 0.1, "kl_in": "reward", "kl_corrected": True},
+            ["kl_corrected has no effect with kl_in = reward"],
+        ),
+        ({"token_normalization": "constant"}, ["constant_length goes with token_normalization = constant"]),
+        ({"constant_length": 7}, ["constant_length goes with token_normalization = constant"]),
+        ({"importance_level": "sequence"}, ["importance_level has no effect without importance_correction"]),
+        ({"entropy_coef": -0.1}, ["entropy_coef = -0.1"]),
         ({"loss": "ppo", "clip_dual": 1.1}, ["clip_dual = 1.1 must be above 1 + clip_high = 1.2"]),
         ({"reward_eps": -1e-3}, ["reward_eps = -0.001"]),
         ({"over_length": "drop"}, ["over_length = drop has no effect without row_length"]),
@@ -74,7 +91,7 @@ def test_a7_older_rollouts_need_a_correction_where_the_ratio_does_not_see_them()
             f"loss = {settings.get('loss', 'cispo')}",
             "set importance_correction, or old_logprobs = sampling",
         )
-        for correction in ("truncated", "masked", "icepop"):
+        for correction in ("truncated", "masked", "icepop", "rejected"):
             assert TrainConfig(max_steps_off_policy=2, importance_correction=correction, **settings)
     assert TrainConfig(max_steps_off_policy=2).divides_by == "sampling"
     assert TrainConfig(max_steps_off_policy=2, loss="ppo", old_logprobs="sampling").divides_by == "sampling"

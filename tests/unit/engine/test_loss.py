@@ -143,7 +143,7 @@ def scored(new_P: torch.Tensor, sampling_P: torch.Tensor, **changes) -> Scored:
     return dataclasses.replace(base, **changes)
 
 
-@pytest.mark.parametrize("loss", ["cispo", "ppo", "gspo"])
+@pytest.mark.parametrize("loss", sorted(named_losses()))
 def test_kl_coefficient_changes_the_gradient_or_is_refused(loss):
     reference_N = OLD + 0.3
     plain = gradient(lambda new: policy_loss(scored(new, OLD), TrainConfig(loss=loss)).loss, NEW)
@@ -156,7 +156,7 @@ def test_kl_coefficient_changes_the_gradient_or_is_refused(loss):
         policy_loss(scored(NEW, OLD, reference_N=reference_N), TrainConfig(loss=loss))
 
 
-@pytest.mark.parametrize("loss", ["cispo", "ppo", "gspo"])
+@pytest.mark.parametrize("loss", sorted(named_losses()))
 @pytest.mark.parametrize("correction", ["truncated", "masked", "icepop"])
 def test_correction_multiplies_once(loss, correction):
     """The weight is trainer/server, never the policy ratio again: with both equal it is 1 and nothing changes."""
@@ -176,7 +176,7 @@ def test_correction_multiplies_once(loss, correction):
 def test_no_nan_from_empty_rows_or_zero_advantages():
     empty = torch.empty(0, dtype=torch.float64)
     none = torch.empty(0, dtype=torch.int64)
-    for loss in ("cispo", "ppo", "gspo"):
+    for loss in named_losses():
         new_N = empty.clone().requires_grad_()
         part = policy_loss(Scored(new_N, empty, empty, none, none, empty, empty), TrainConfig(loss=loss))
         part.loss.backward()
@@ -242,10 +242,25 @@ CONFIGS = [
     for loss in ("cispo", "ppo", "gspo")
     for correction in (None, "truncated", "icepop")
 ]
+MORE = [
+    TrainConfig(loss="gmpo", clip_low=0.1, clip_high=0.1, kl_coef=0.1, kl_estimator="k2"),
+    TrainConfig(loss="sapo", kl_coef=0.1, kl_estimator="k1", kl_corrected=True),
+    TrainConfig(loss="reinforce", kl_coef=0.1, kl_estimator="k1", kl_in="reward", old_logprobs="trainer"),
+    TrainConfig(loss="gspo", clip_low=0.1, clip_high=0.1, kl_coef=0.1, kl_in="reward"),
+    TrainConfig(
+        loss="ppo",
+        kl_coef=0.1,
+        old_logprobs="trainer",
+        importance_correction="rejected",
+        importance_level="sequence",
+        importance_floor=0.1,
+        importance_cap=9.0,
+    ),
+]
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, leaves=st.integers(2, 16), config=st.sampled_from(CONFIGS), tight=st.booleans())
+@given(seed=seeds, leaves=st.integers(2, 16), config=st.sampled_from(CONFIGS + MORE), tight=st.booleans())
 def test_packed_trees_equal_unpacked_rows(seed, leaves, config, tight):
     """Value and gradient of every loss, on a tree in one row or several, equal those of one row per sequence, to fp64."""
     random = np.random.default_rng(seed)
@@ -267,7 +282,7 @@ def test_packed_trees_equal_unpacked_rows(seed, leaves, config, tight):
         np.testing.assert_allclose(packed, plain, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", CONFIGS[::3], ids=lambda config: config.loss)
+@pytest.mark.parametrize("config", CONFIGS[::3] + MORE, ids=lambda config: config.loss)
 def test_micro_batches_and_ranks_equal_one_batch(config):
     """k micro-batches on d ranks: the sums add up to the loss and the metrics of everything in one row."""
     random = np.random.default_rng(7)

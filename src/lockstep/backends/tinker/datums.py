@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.batching.packed_batch import PackedBatch, total_weight, unpacked_weight
+from lockstep.batching.packed_batch import PackedBatch, loss_divisor
 from lockstep.config.base import unsupported
 from lockstep.errors import DataError, MismatchError, TrainerError
-from lockstep.losses import named_losses
 
 if TYPE_CHECKING:
     from lockstep.config.lora import LoraConfig
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from lockstep.models.spec import ModelSupportSpec
 
 _NAME = "TinkerBackend"
+_LOSSES = ("cispo", "ppo", "gspo")
+"""Losses that the service computes."""
 _MLP_TARGETS = {"gate_proj", "up_proj", "down_proj", "experts"}
 _DEFAULT_ALPHA = 32
 _HALF_ULP = 2.0**-24
@@ -72,7 +73,8 @@ def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, boo
 def check_train_config(config: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that the service can't honour."""
     refused = (
-        ("loss", config.loss, config.loss not in named_losses(), "the service computes losses of its own only"),
+        ("loss", config.loss, config.loss not in _LOSSES, f"the service computes {', '.join(_LOSSES)} only"),
+        ("entropy_coef", config.entropy_coef, config.entropy_coef > 0, "the service's losses have no entropy bonus"),
         ("kl_coef", config.kl_coef, config.kl_coef > 0, "the service's losses have no KL penalty"),
         (
             "old_logprobs",
@@ -96,7 +98,7 @@ def examples_of(batch: PackedBatch) -> list[Example]:
     """The sequences of a batch, one by one. Raises DataError for tokens that were sampled at a
     temperature other than 1.
     """
-    weight = total_weight(batch) + unpacked_weight(batch)
+    weight = loss_divisor(batch)
     examples = []
     for number, name in enumerate(batch.sequence_ids):
         row, path = int(batch.row_Q[number]), batch.path_index(number)

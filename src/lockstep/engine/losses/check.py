@@ -24,7 +24,8 @@ def check_loss(loss: PolicyLoss) -> None:
     new_P = logprob_P.clone().requires_grad_()
     sequence_P = torch.arange(_PAIRS) % _SEQUENCES
     advantage_Q = torch.tensor([1.0, -1.0, 0.5, -2.0], dtype=torch.float64)
-    clips = Clips(1 - loss.clip[0], 1 + loss.clip[1], loss.dual_clip or float("inf"))
+    low, high = loss.clip or (1.0, float("inf"))
+    clips = Clips(1 - low, 1 + high, loss.dual_clip or float("inf"), loss.parameters)
     try:
         loss_P, clipped_P = loss.function(LossInputs(new_P, logprob_P, sequence_P, advantage_Q), clips)
     except Exception as error:

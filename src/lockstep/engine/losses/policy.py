@@ -10,15 +10,16 @@ to one big batch.
 Shape suffixes: N scored tokens of a row, P pairs, Q sequences. All floats are in the dtype that
 came in (fp32 or fp64), natural logs.
 
-Sources: k3 estimator: J. KL: Schulman, "Approximating KL divergence" (2020), as a penalty in GRPO,
-arXiv 2402.03300. Truncated importance sampling: Ionides 2008 and, between engines, "Your efficient
-RL framework secretly brings you off-policy RL training" (2025). IcePop: arXiv 2510.18855.
+Sources: k1, k2 and k3: J. Schulman, "Approximating KL divergence" (2020); k3 as a penalty in GRPO,
+arXiv 2402.03300; in the loss or in the reward: arXiv 2510.01555; corrected by the ratio: arXiv
+2512.02556. Truncated importance sampling: Ionides 2008 and, between engines, "Your efficient RL
+framework secretly brings you off-policy RL training" (2025). IcePop: arXiv 2510.18855.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from lockstep.batching.packed_batch import ScoredRow
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
-from lockstep.losses.base import Clips, LossInputs, mean_by_sequence
+from lockstep.losses.base import Clips, LossInputs, mean_by_sequence, rest_of_sequence, sum_by_sequence
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Scored:
     advantage_Q: Tensor
     weight_Q: Tensor  # weight of one scored token of the sequence
     reference_N: Tensor | None = None  # logprobs of the KL reference step; needed iff kl_coef > 0
-    entropy_N: Tensor | None = None  # entropy of the predicting distribution, for the metric
+    entropy_N: Tensor | None = None  # entropy of the predicting distribution; with a gradient for an entropy bonus
     current_N: Tensor | None = None  # bool, sampled by the version that is trained now; None: all were
 
 
@@ -54,6 +55,20 @@ class LossSums:
     loss: Tensor
     sums: dict[str, Tensor]  # add over micro-batches and data-parallel ranks
     maxima: dict[str, Tensor]  # take the maximum
+
+
+def kl_k1(new: Tensor, reference: Tensor) -> Tensor:
+    """k1 estimate of KL(policy || reference) per token, `log new - log reference`: unbiased for
+    tokens sampled from `new`, of either sign.
+    """
+    return new - reference
+
+
+def kl_k2(new: Tensor, reference: Tensor) -> Tensor:
+    """k2 estimate, `(log new - log reference)^2 / 2`: biased, but its gradient is unbiased for the
+    gradient of KL(policy || reference).
+    """
+    return (new - reference).square() / 2
 
 
 def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
@@ -80,24 +95,59 @@ def masked(log_weight: Tensor, floor: float, cap: float) -> Tensor:
     return torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
 
 
-_CORRECTIONS = {"truncated": truncated, "masked": masked, "icepop": masked}
+def rejected(log_weight: Tensor, floor: float, cap: float) -> Tensor:
+    """1 where the importance weight lies in [floor, cap], else 0."""
+    weight = log_weight.exp()
+    return ((weight >= floor) & (weight <= cap)).to(log_weight.dtype)
+
+
+_CORRECTIONS = {"truncated": truncated, "masked": masked, "icepop": masked, "rejected": rejected}
+_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def importance_weight_P(scored: Scored, config: TrainConfig) -> Tensor | None:
-    """Detached weight trainer/server of each pair, or None without a correction. A loss by sequence
-    uses the sequence's geometric mean.
+    """Detached weight trainer/server of each pair, or None without a correction.
+
+    At the level of sequences it is the product over the sequence's tokens, or its geometric mean.
     """
     if config.importance_correction is None:
         return None
     log_weight_P = (scored.old_N - scored.sampling_N).detach()[scored.token_P]
-    if config.policy_loss.by_sequence:
-        log_weight_P = mean_by_sequence(log_weight_P, scored.sequence_P, len(scored.weight_Q))[scored.sequence_P]
+    if config.corrects_by != "token":
+        over = sum_by_sequence if config.corrects_by == "sequence" else mean_by_sequence
+        log_weight_P = over(log_weight_P, scored.sequence_P, len(scored.weight_Q))[scored.sequence_P]
     return _CORRECTIONS[config.importance_correction](log_weight_P, *config.importance_bounds)
 
 
+def _pairs(scored: Scored, config: TrainConfig) -> LossInputs:
+    """What the policy loss is called with. A KL penalty in the reward has left the advantages."""
+    pairs = LossInputs(
+        scored.new_N[scored.token_P], scored.old_N[scored.token_P], scored.sequence_P, scored.advantage_Q
+    )
+    if scored.reference_N is None or config.kl_in == "loss":
+        return pairs
+    estimate_N = _ESTIMATORS[config.kl_estimator](scored.old_N, scored.reference_N)
+    cost_P = config.kl_coef * estimate_N[scored.token_P]
+    count = len(scored.advantage_Q)
+    if config.policy_loss.by_sequence:
+        cost_Q = sum_by_sequence(cost_P, scored.sequence_P, count)
+        return replace(pairs, advantage_Q=scored.advantage_Q - cost_Q)
+    return replace(pairs, cost_P=rest_of_sequence(cost_P, scored.sequence_P, count))
+
+
+def _penalty_P(scored: Scored, reference_N: Tensor, config: TrainConfig) -> Tensor:
+    """The KL estimate of each pair: with a gradient where it is in the loss."""
+    if config.kl_in == "reward":
+        return _ESTIMATORS[config.kl_estimator](scored.old_N, reference_N)[scored.token_P]
+    estimate_N = _ESTIMATORS[config.kl_estimator](scored.new_N, reference_N)
+    if config.kl_corrected:
+        estimate_N = (scored.new_N - scored.old_N).exp() * estimate_N
+    return estimate_N[scored.token_P]
+
+
 def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
-    """The loss of one row: a weighted sum over its pairs of policy loss and KL penalty, with
-    metrics as sums.
+    """The loss of one row: a weighted sum over its pairs of policy loss, KL penalty and entropy
+    bonus, with metrics as sums.
 
     Raises ConfigError if kl_coef > 0 and no reference logprobs came (a penalty is never silently
     off), or the other way round.
@@ -105,10 +155,10 @@ def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
     if (config.kl_coef > 0) != (scored.reference_N is not None):
         raise ConfigError(f"kl_coef = {config.kl_coef} needs reference logprobs if and only if it is above 0")
     low, high = config.clip_range
-    new_P, old_P = scored.new_N[scored.token_P], scored.old_N[scored.token_P]
     weight_P = scored.weight_Q[scored.sequence_P]
-    pairs = LossInputs(new_P, old_P, scored.sequence_P, scored.advantage_Q)
-    loss_P, clipped_P = config.policy_loss.function(pairs, Clips(low, high, config.dual_clip))
+    parameters = {**config.policy_loss.parameters, **config.loss_parameters}
+    clips = Clips(low, high, config.dual_clip, parameters)
+    loss_P, clipped_P = config.policy_loss.function(_pairs(scored, config), clips)
     sums = _base_sums(scored, weight_P, clipped_P)
     correction_P = importance_weight_P(scored, config)
     if correction_P is not None:
@@ -118,9 +168,14 @@ def policy_loss(scored: Scored, config: TrainConfig) -> LossSums:
     loss = (weight_P * loss_P).sum()
     sums["loss_policy"] = loss.detach()
     if scored.reference_N is not None:
-        penalty = (weight_P * kl_k3(scored.new_N, scored.reference_N)[scored.token_P]).sum()
+        penalty = (weight_P * _penalty_P(scored, scored.reference_N, config)).sum()
         sums["kl_reference"] = penalty.detach()
-        loss = loss + config.kl_coef * penalty
+        if config.kl_in == "loss":
+            loss = loss + config.kl_coef * penalty
+    if config.entropy_coef > 0:
+        if scored.entropy_N is None:
+            raise ConfigError(f"entropy_coef = {config.entropy_coef} needs the entropy of each token")
+        loss = loss - config.entropy_coef * (weight_P * scored.entropy_N[scored.token_P]).sum()
     sums["loss"] = loss.detach()
     return LossSums(loss, sums, _maxima(scored))
 

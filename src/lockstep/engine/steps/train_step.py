@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from lockstep.batching.pack import minibatch_rows
-from lockstep.batching.packed_batch import PackedBatch, has_signal, total_weight, unpacked_weight
+from lockstep.batching.packed_batch import PackedBatch, has_signal, loss_divisor
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import (
     LossSums,
@@ -64,8 +64,8 @@ def train_step(
     logprobs_out: rank 0 writes `logprobs_RS` there, float32 `[R, S]`: what the weights before the
         first update give the scored tokens, NaN elsewhere. No file where nothing is computed.
 
-    A minibatch without signal (every advantage is 0, and no KL penalty) is not computed and changes
-    nothing. If that is all of them, so is the whole step.
+    A minibatch without signal (every advantage is 0, and no KL penalty or entropy bonus) is not
+    computed and changes nothing. If that is all of them, so is the whole step.
 
     Raises TrainerError when a loss or gradient is not finite. Raises MismatchError when server and
     trainer disagree by more than `config.max_mismatch` on average or `config.max_token_mismatch` on
@@ -79,7 +79,7 @@ def train_step(
             f"a batch of {batch.rows} rows was not packed for {config.minibatches} minibatches; pack it for as many"
         )
     parts = [list(minibatch_rows(batch.rows, config.minibatches, index)) for index in range(config.minibatches)]
-    trained = [number for number, part in enumerate(parts) if config.kl_coef > 0 or has_signal(batch, part)]
+    trained = [number for number, part in enumerate(parts) if config.trains_without_signal or has_signal(batch, part)]
     if not trained:
         return _without_signal(trainer, config, clock)
     with clock.phase("prepare"):
@@ -90,7 +90,7 @@ def train_step(
     before = _compare(trainer, work, config, clock) if len(work) > 1 else None
     updates = []
     for number in trained:
-        weight = total_weight(batch, parts[number]) + unpacked_weight(batch) / len(parts)
+        weight = loss_divisor(batch, parts[number], len(parts))
         # The first update differentiates the very policy that is the old one.
         olds = None if before is None or number == trained[0] else before.logprobs[number]
         updates.append(_update(trainer, work[number], weight, config, olds, references[number], clock, before is None))
@@ -223,7 +223,7 @@ def _update(
         if config.divides_by == "trainer":
             old_N = new_N.detach() if olds is None else olds[number]
         reference_N = None if references is None else references[number]
-        loss = policy_loss(scored_tensors(scored, new_N, entropy_N.detach(), old_N, reference_N), config)
+        loss = policy_loss(scored_tensors(scored, new_N, entropy_N, old_N, reference_N), config)
         if only and scored.top_PC is not None:
             loss.sums.update(top_sums(trainer, hidden.detach(), scored))
         losses.append(loss)
