@@ -111,14 +111,9 @@ def prepare(
         multiple=multiple,
         row_limit=row_limit,
     )
-    left_out = np.array([(weight_Q * scored_Q)[~trained_Q].sum()])
-    batch = replace(
-        batch,
-        current_RS=_current(batch, sequences, step),
-        top_PC=_top(sequences),
-        unpacked_weight=left_out,
-        divisor=_divisor(config, owner_Q),
-    )
+    left_out, divisor = (weight_Q * scored_Q)[~trained_Q].sum(), _divisor(config, owner_Q)
+    extra = {"unpacked_weight": np.array([left_out]), "divisor": divisor, "top_PC": _top(sequences)}
+    batch = replace(batch, current_RS=_current(batch, sequences, step), **extra)
     metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
     metrics |= {"groups_without_signal": _without_signal(selected, advantage)} | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:

@@ -43,7 +43,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
 
     task = load_task(config.parent / file.task.file)
     with tempfile.TemporaryDirectory(prefix="lockstep-dry-run-") as scratch:
-        base_model, settings = file.model.base_model, file.train
+        base_model, settings = file.model.base_model, file.train_config(tiny)
         if tiny:
             folder = _tiny_folder(file)
             if folder.exists():
@@ -52,8 +52,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
                 untaught = file.tiny.model_copy(update={"warmup_steps": 0})
                 folder = Path(scratch) / folder.name
                 await make_tiny(folder, file.model_copy(update={"tiny": untaught}), task, console)
-            base_model, settings = str(folder), file.tiny_train_config()
-            file = _as_tiny(file)
+            base_model, file = str(folder), _as_tiny(file)
         model, backend = _made(file, base_model)
         _check_steps(file, settings)
         show_all(console, await backend.resolve(model), file.task, settings)
@@ -82,10 +81,10 @@ async def execute(
     """
     started = time.monotonic()
     task = task or load_task(config.parent / file.task.file)
-    base_model, settings = file.model.base_model, file.train
+    base_model, settings = file.model.base_model, file.train_config(tiny)
     if tiny:
         base_model = str(await make_tiny(_tiny_folder(file), file, task, console))
-        settings, file = file.tiny_train_config(), _as_tiny(file)
+        file = _as_tiny(file)
     outcome, step_path = await _train(file, base_model, settings, task, console, rise)
     seconds = time.monotonic() - started
     target = file.task.stop_at_reward

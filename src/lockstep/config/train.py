@@ -7,19 +7,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lockstep.config.objective import ObjectiveConfig
+from lockstep.config.optimizer import OptimizerConfig
 
 
-class TrainConfig(ObjectiveConfig):
+class TrainConfig(ObjectiveConfig, OptimizerConfig):
     """One training step: from groups of trajectories to the next version."""
 
-    learning_rate: float = Field(default=1e-5, gt=0, description="AdamW step size, constant within the step")
     minibatches: int = Field(default=1, gt=0, description="optimizer steps per batch; its rows are split evenly")
-    max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="clip the gradient's global L2 norm; None: never"
-    )
-    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="AdamW moment decays, each in [0, 1)")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled weight decay, of matrices only")
     row_length: int | None = Field(
         default=None,
         gt=0,
@@ -69,13 +63,6 @@ class TrainConfig(ObjectiveConfig):
         if limit > 1 and limit != int(limit):
             raise ValueError("must be a count, or a share below 1")
         return limit
-
-    @field_validator("betas")
-    @classmethod
-    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("must each be in [0, 1)")
-        return betas
 
     @model_validator(mode="after")
     def _no_silent_settings(self) -> TrainConfig:

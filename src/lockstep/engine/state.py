@@ -178,6 +178,22 @@ def load_step(trainer: TrainerState, folder: Path) -> int:
     return trainer.optimizer.count
 
 
+def start_from(trainer: TrainerState, folder: Path) -> None:
+    """Take over an adapter's values.
+
+    Raises WeightsError for a damaged folder or another base model's, and ConfigError for an adapter
+    of another rank, scale or set of targets; nothing is changed then.
+    """
+    tensors, info = read_adapter(folder, trainer.sites, trainer.config, trainer.checkpoint.layout)
+    here = trainer.settings.lora
+    theirs = LoraSettings(info.rank, info.alpha, info.targets)
+    if here is None or (here.rank, here.alpha, set(here.targets)) != (info.rank, info.alpha, set(info.targets)):
+        raise ConfigError(
+            f"[model] lora: {folder} is an adapter of {theirs}, the run's is {here}: set it as the folder's"
+        )
+    trainer.optimizer.assign_masters(tensors)
+
+
 def save_step(trainer: TrainerState, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
     """Write `folder/trainer/optimizer.safetensors`, and `folder/adapter/` (LoRA) or `folder/model/`
     (all weights). The latter is a Hugging Face folder in the layout and dtype of the base

@@ -19,7 +19,7 @@ from lockstep.engine.losses.check import check_loss
 from lockstep.engine.memory import offload
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
-from lockstep.engine.state import TrainerState, load_step, save_step
+from lockstep.engine.state import TrainerState, load_step, save_step, start_from
 from lockstep.engine.steps.score import score_and_rank
 from lockstep.engine.steps.train_step import expert_choices_that_differ, train_step
 from lockstep.errors import ConfigError, TrainerError
@@ -45,6 +45,7 @@ class Verbs:
             protocol.TrainStep.verb: self.train_step,
             protocol.Score.verb: self.score,
             protocol.Load.verb: self.load,
+            protocol.StartFrom.verb: self.start_from,
             protocol.Save.verb: self.save,
             protocol.SyncWeights.verb: self.sync_weights,
             protocol.SyncAdapter.verb: self.sync_adapter,
@@ -85,6 +86,10 @@ class Verbs:
 
     def load(self, request: protocol.Load, report: Report) -> protocol.Loaded:
         return protocol.Loaded(load_step(self.trainer, request.step_dir))
+
+    def start_from(self, request: protocol.StartFrom, report: Report) -> protocol.Done:
+        start_from(self.trainer, request.adapter)
+        return protocol.Done()
 
     def save(self, request: protocol.Save, report: Report) -> protocol.Saved:
         report({"kind": "phase", "phase": "save", "waits_for": "the disk"})

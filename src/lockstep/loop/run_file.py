@@ -126,6 +126,10 @@ class RunFile(Config):
         """[train] with the changes of [tiny.train]."""
         return TrainConfig(**self.train.model_dump(exclude_unset=True) | self.tiny.train)
 
+    def train_config(self, tiny: bool) -> TrainConfig:
+        """[train], or that of a tiny model, with the length of its schedule."""
+        return (self.tiny_train_config() if tiny else self.train).over(self.task.steps)
+
 
 def load_run_file(path: Path) -> RunFile:
     """Read a run's TOML file. Raises ConfigError with the first thing that is wrong, in one line."""

@@ -128,6 +128,7 @@ METRICS: dict[str, Metric] = {
         ratio_max=("ratio", "The largest."),
         importance_mean=("weight", "Mean importance correction trainer over server."),
         importance_zeroed=("share", "Pairs that the correction masks or rejects."),
+        learning_rate=("rate", "Of the step's updates, by the schedule."),
         grad_norm=("norm", "Global L2 norm of the gradient, before clipping; the mean over the updates."),
         no_signal=("0 or 1", "1: no update was made, since nothing had an advantage."),
         updates=("count", "Optimizer steps since step 0."),

@@ -29,7 +29,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, config=STRICT)
 class LoraSettings:
-    """rank, alpha: as in LoraConfig.
+    """rank: as in LoraConfig.
+    alpha: its `applied_alpha`: the adapter's scale is alpha / rank.
     targets: never empty here; the parent fills in the family's default.
     """
 
@@ -183,6 +184,17 @@ class Load(Request[Loaded]):
 
 
 @dataclass(frozen=True, config=STRICT)
+class StartFrom(Request[Done]):
+    """Take over the values of a PEFT adapter, of the same rank, alpha and targets as the trainer's.
+    The optimizer's state stays.
+    """
+
+    verb: ClassVar[str] = "start_from"
+    answer: ClassVar[type[Done]] = Done
+    adapter: Path
+
+
+@dataclass(frozen=True, config=STRICT)
 class SyncReport:
     """The measurements of one sync. Seconds by the wall clock; `pause_s` is the server's own
     figure.
@@ -319,7 +331,20 @@ class Shutdown(Request[Done]):
 
 REQUESTS: dict[str, type[Request[Any]]] = {
     kind.verb: kind
-    for kind in (TrainStep, Score, Load, Save, SyncWeights, SyncAdapter, Offload, Onload, Release, Memory, Shutdown)
+    for kind in (
+        TrainStep,
+        Score,
+        Load,
+        StartFrom,
+        Save,
+        SyncWeights,
+        SyncAdapter,
+        Offload,
+        Onload,
+        Release,
+        Memory,
+        Shutdown,
+    )
 }
 """By verb."""
 

@@ -1,5 +1,7 @@
 """What could not run is refused in one line, within 5 s and before any process starts; what is resolved says why."""
 
+# pyright: reportArgumentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import io
@@ -360,3 +362,24 @@ def test_server_args_that_would_change_what_is_trained_on_are_refused(tmp_path, 
     with pytest.raises(ConfigError, match=r"server_args can't have --(logprobs|override|generation|host|spec)"):
         ls.MegatronBackend(path=tmp_path, server_args=args)
     ls.MegatronBackend(path=tmp_path, server_args=("--enforce-eager", "--max-num-seqs=8"))
+
+
+async def test_an_adapter_to_start_from_is_checked_first(qwen, tmp_path):
+    """A folder that is none, and an adapter of another rank or scale, each by name with the remedy."""
+    backend = ls.MegatronBackend(tmp_path / "runs")
+    folder = tmp_path / "adapter"
+
+    async def refused(says: str, **lora) -> None:
+        model = model_of(qwen, lora=ls.LoraConfig(start_from=folder, **lora))
+        with pytest.raises(ConfigError, match=says):
+            await backend.resolve(model)
+
+    await refused("adapter_config.json can't be read")
+    folder.mkdir()
+    written = {"r": 8, "lora_alpha": 16, "use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    await refused(
+        "has rank 8 and scale 5.65685, the run rank 16 and scale 2: set rank = 8 and alpha = 16 with rslora = true"
+    )
+    plan = await backend.resolve(model_of(qwen, lora=ls.LoraConfig(start_from=folder, rank=8, alpha=16, rslora=True)))
+    assert {setting.name: setting.text for setting in plan.settings}["lora.start_from"] == str(folder)

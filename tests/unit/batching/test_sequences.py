@@ -212,7 +212,7 @@ def test_what_was_appended_to_a_trajectory_is_looked_at():
     first, second = choice([1], [2]), choice([1, 2, 3], [4])
     one = trajectory(first)
     one.messages_and_choices.append(second.model_dump())  # a choice that went through JSON is a choice
-    assert [each.token_ids for each in one.choices] == [[2], [4]]
+    assert [(each.model_extra or {})["token_ids"] for each in one.choices] == [[2], [4]]
     one.messages_and_choices.append(second.message)
     with pytest.raises(DataError, match="group 3, trajectory 4: messages_and_choices holds a ChatCompletionMessage"):
         tokenize(one, "m", 3, 4)
@@ -227,7 +227,7 @@ def test_a_metric_that_is_no_number_is_named(value):
     group = TrajectoryGroup(trajectories=[good, bad])
     with pytest.raises(DataError, match=r"group 0, trajectory 1: metrics\['length'\] is"):
         prepare([group], model_name="m", step=0, config=TrainConfig())
-    good.metrics["length"], bad.metrics["length"] = 1, np.float32(2)
+    good.metrics["length"], bad.metrics["length"] = 1, np.float32(2)  # pyright: ignore[reportArgumentType]
     assert prepare([group], model_name="m", step=0, config=TrainConfig()).metrics["rollout/length"] == 1.5
 
 

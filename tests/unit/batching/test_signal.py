@@ -142,7 +142,7 @@ def test_a_constant_length_divides_by_trajectories_alone(random, minibatches, tm
         expected_V = torch.zeros(VOCABULARY, dtype=torch.float64)
         for one, advantage in ((groups[0], 0.5), (groups[2], 2.0)):
             for trajectory_, sign in zip(one.trajectories, (-1, 1), strict=True):
-                for token in trajectory_.choices[0].model_extra["token_ids"]:
+                for token in (trajectory_.choices[0].model_extra or {})["token_ids"]:
                     expected_V[token] -= sign * advantage / 600
         torch.testing.assert_close(gradient(batch, config)[0], expected_V, rtol=1e-6, atol=1e-9)
 

@@ -1,5 +1,7 @@
 """Settings: unknown, impossible and ineffective ones are refused in one line that names them."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportTypedDictNotRequiredAccess=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import json

@@ -17,6 +17,7 @@ from lockstep.batching.pack import pack
 from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
+from lockstep.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("groups")
 
@@ -53,7 +54,7 @@ def good(tokens: np.ndarray) -> np.ndarray:
 
 def distributions(trainer: Any) -> list[np.ndarray]:
     """float64 `[V]` for each prompt: what the engine gives each token as the reply."""
-    from lockstep.engine.score import score
+    from lockstep.engine.steps.score import score
 
     vocabulary = trainer.config.vocab_size
     every = [reply(prompt, token, -1.0) for prompt in PROMPTS for token in range(vocabulary)]
@@ -78,7 +79,7 @@ def step(
     trainer: Any, random: np.random.Generator, config: TrainConfig, reference: Path | None = None, reward: float = 1.0
 ) -> dict[str, float]:
     """One step on replies that the engine itself would sample."""
-    from lockstep.engine.train_step import train_step
+    from lockstep.engine.steps.train_step import train_step
 
     replies, rewards = [], []
     for prompt, p_V in zip(PROMPTS, distributions(trainer), strict=True):
@@ -118,8 +119,7 @@ def test_an_entropy_bonus_alone_flattens_the_policy(trainer):
     random = np.random.default_rng(1)
     before = [entropy(p_V) for p_V in distributions(trainer)]
     for _ in range(12):
-        metrics = step(trainer, random, TrainConfig(learning_rate=1e-2, entropy_coef=1.0), reward=0.0)
-    assert metrics["no_signal"] == 0
+        assert step(trainer, random, TrainConfig(learning_rate=1e-2, entropy_coef=1.0), reward=0.0)["no_signal"] == 0
     after = [entropy(p_V) for p_V in distributions(trainer)]
     assert np.mean(after) - np.mean(before) > 0.5 * (np.log(trainer.config.vocab_size) - np.mean(before))
 
@@ -154,3 +154,38 @@ def test_a_kl_penalty_pulls_back_to_its_reference(trainer, tmp_path, settings):
         step(trainer, random, config, tmp_path / "step", reward=0.0)
     assert away > 0.3
     assert distance() < away / 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_to_start_from(folder, tmp_path, dtype):
+    """Step 0 computes what the adapter's run did, with its values in full precision; and only that adapter is taken."""
+    from lockstep.engine.state import save_step, start_from
+    from lockstep.models.checkpoint.peft import read_adapter
+    from packing import open_tiny
+
+    taught = open_tiny("qwen3", folder, "float32", True, Parallel())
+    taught.optimizer.assign_masters(
+        {name: np_tensor(shape, number) for number, (name, shape) in enumerate(sorted(taught.shapes.items()))}
+    )
+    save_step(taught, tmp_path / "first")
+    begun = open_tiny("qwen3", folder, dtype, True, Parallel())
+    start_from(begun, tmp_path / "first" / "adapter")
+    for ours, theirs in zip(begun.optimizer.buckets, taught.optimizer.buckets, strict=True):
+        assert ours.master.equal(theirs.master)
+        assert not ours.exp_avg.any()
+    if dtype == "float32":
+        np.testing.assert_array_equal(distributions(begun), distributions(taught))
+    save_step(begun, tmp_path / "second")
+    again, _ = read_adapter(tmp_path / "second" / "adapter", begun.sites, begun.config, begun.checkpoint.layout)
+    assert any(tensor.any() for name, tensor in again.items() if name.endswith("lora_B"))
+    lora = begun.settings.lora
+    assert lora is not None
+    begun.settings = replace(begun.settings, lora=replace(lora, alpha=3.0))
+    with pytest.raises(ConfigError, match=r"lora: .*adapter is an adapter of .*alpha=16.0.* the run's is .*alpha=3.0"):
+        start_from(begun, tmp_path / "first" / "adapter")
+
+
+def np_tensor(shape: tuple[int, ...], seed: int) -> Any:
+    import torch
+
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 0.1)

@@ -6,6 +6,7 @@ Shape suffixes: N scored tokens, P pairs, Q sequences, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ WEIGHTS = {
 def test_importance_by_sequence_closed_form(correction, level):
     """Weights trainer/server of 1.5, 3, 0.5 and 1 with cap 2 and, for rejection, floor 0.6."""
     sampling_N = OLD - torch.tensor([1.5, 3.0, 0.5, 1.0], dtype=torch.float64).log()
-    floor = {"importance_floor": 0.6} if correction == "rejected" else {}
+    floor: dict[str, Any] = {"importance_floor": 0.6} if correction == "rejected" else {}
     config = TrainConfig(
         loss="ppo", old_logprobs="trainer", importance_correction=correction, importance_level=level, **floor
     )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import ALPHA, RANK, Model, hugging_face, random_adapter, released
 from checkpoints import release
+from lockstep.config.lora import LoraConfig
 from lockstep.errors import WeightsError
 from lockstep.models.checkpoint.peft import identity_adapter, read_adapter
 from lockstep.models.targets import lora_sites
@@ -105,6 +106,20 @@ def test_reading_returns_what_was_written(key: str, tmp_path: Path) -> None:
     assert found.keys() == adapter.keys()
     assert all(torch.equal(found[n], adapter[n]) for n in adapter)
     assert (info.rank, info.alpha, sorted(info.targets)) == (RANK, ALPHA, sorted(targets))
+
+
+def test_an_rslora_file_is_read_with_the_scale_that_peft_gives_it(tmp_path: Path) -> None:
+    model = Model(write_tiny("qwen3", tmp_path / "base", overrides={"dtype": "float32"}))
+    adapter = random_adapter(model.sites, 15)
+    folder = model.write(tmp_path / "adapter", adapter, model.targets)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**raw, "use_rslora": True}))
+    _, info = read_adapter(folder, model.sites, model.config, model.checkpoint.layout)
+    wrapped = peft.PeftModel.from_pretrained(hugging_face(model.folder), str(folder))
+    scales = [m.scaling["default"] for m in wrapped.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert scales
+    assert scales == pytest.approx([info.scale] * len(scales))
+    assert LoraConfig(rank=16, alpha=ALPHA, rslora=True).applied_alpha == pytest.approx(ALPHA * 4)
 
 
 def test_damaged_adapters_are_refused_by_name(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, 
 from lockstep.runs.checkpoint import file_digest
 from lockstep.runs.retention import prune
 from lockstep.runs.store import RunCheckpoint, RunStore
-from lockstep.trainer.protocol import Load, Save, TrainStep
+from lockstep.trainer.protocol import Load, Save, StartFrom, TrainStep
 
 if TYPE_CHECKING:
     from lockstep.backends.megatron.probe import ProbeScores
@@ -127,7 +127,7 @@ class MegatronBackend:
             identity = {
                 "backend": "megatron",
                 "base_model": str(settings.base) if is_folder(model.base_model) else model.base_model,
-                "lora": model.lora.model_dump(mode="json") if model.lora else None,
+                "lora": model.lora.identity() if model.lora else None,
                 "family": settings.spec.key,
                 "dtype": settings.dtype,
             }
@@ -192,6 +192,7 @@ class MegatronBackend:
     async def _train(self, run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> TrainResult:
         started, number = time.monotonic(), run.model.step + 1
         run.check_in_step()
+        config = config.at_step(number)
         batch = await _packed(run, groups, config)
         digest = await asyncio.to_thread(file_digest, batch.path)
 
@@ -199,7 +200,8 @@ class MegatronBackend:
             async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:
                 await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
                 made = await _trained(run, batch, config, made_by)
-                metrics = batch.metrics | made.metrics | {"seconds_train": time.monotonic() - started}
+                metrics = batch.metrics | made.metrics | {"learning_rate": config.learning_rate}
+                metrics["seconds_train"] = time.monotonic() - started
                 self._say(f"loading {run.name(number)}")
                 return metrics | await publish_and_serve(run, number, made.staged, metrics, made.scores, made_by)
 
@@ -309,7 +311,12 @@ def _keep_tokens(run: Run, tokens: TokenTable, logprobs: Path) -> None:
 
 
 async def _publish_first(run: Run) -> RunCheckpoint:
-    """Step 0: the base model, with an adapter that changes nothing unless all weights are trained."""
+    """Step 0: the base model, with an adapter that changes nothing, or `start_from`'s, unless all
+    weights are trained.
+    """
+    start = run.settings.lora.start_from if run.settings.lora else None
+    if start is not None:
+        await run.trainer.call(StartFrom(start.expanduser().resolve()), deadline_s=deadlines.STEP_S)
     staged = run.store.stage(0)
     await run.trainer.call(Save(staged), deadline_s=deadlines.STEP_S)
     return await asyncio.to_thread(run.store.publish, 0, staged, {})

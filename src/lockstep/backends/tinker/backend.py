@@ -137,7 +137,7 @@ class TinkerBackend:
         service = await self._connect()
         store = RunStore(self.path, model.project, model.name)
         try:
-            lora = model.lora.model_dump(mode="json")
+            lora = model.lora.identity()
             identity = {"backend": "tinker", "base_model": model.base_model, "lora": lora, "family": spec.key}
             store.claim(identity)
             store.send_metrics_to(self.sinks, identity)
@@ -209,6 +209,7 @@ class TinkerBackend:
         run = self.run_info(model)
         check_train_config(config)
         current, started = model.step, time.monotonic()
+        config = config.at_step(current + 1)
         prepared = await asyncio.to_thread(prepare, groups, model_name=model.name, step=current, config=config)
         examples = await asyncio.to_thread(examples_of, prepared.batch)
         trainer, run.trainer = run.trainer, None  # given back when what it holds is published
@@ -219,7 +220,7 @@ class TinkerBackend:
             metrics = prepared.metrics | await _one_update(trainer, examples, config)
         else:
             metrics = prepared.metrics | {"loss": 0.0, "tokens_scored": 0.0, "no_signal": 1.0}
-        metrics["seconds_train"] = time.monotonic() - started
+        metrics |= {"learning_rate": config.learning_rate, "seconds_train": time.monotonic() - started}
         started = time.monotonic()
         run.samplers[current + 1], step = await self._publish(run.store, trainer, current + 1, metrics)
         synced = {"seconds_sync": time.monotonic() - started}

@@ -57,6 +57,9 @@ def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec) -> dict[str, boo
         raise unsupported("lora", None, _NAME, "the service trains adapters only")
     if lora.alpha != _DEFAULT_ALPHA:
         raise unsupported("lora.alpha", lora.alpha, _NAME, "the service sets the adapter's scale itself, leave it out")
+    for name in ("rslora", "start_from"):
+        if getattr(lora, name):
+            raise unsupported(f"lora.{name}", getattr(lora, name), _NAME, "the service makes the adapter itself")
     every = set(spec.default_target_modules)
     mlp = every & _MLP_TARGETS
     wanted = every if lora.target_modules is None else set(lora.target_modules)

@@ -14,7 +14,7 @@ outside the root). Clipping by the global norm as in torch.nn.utils.clip_grad_no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from lockstep.config.megatron import Parallel
 from lockstep.engine.optim.gradient_sums import counts_here, replica_group, sum_group, sum_over
-from lockstep.engine.optim.trainable import Trainable
+from lockstep.engine.optim.trainable import Trainable, own_part
 from lockstep.engine.optim.weight_decay import decays
 from lockstep.engine.parallel.device import device
 from lockstep.errors import TrainerError
@@ -209,6 +209,23 @@ class Optimizer:
                 update(bucket, piece, gradient[piece].mul_(scale).to(bucket.master.dtype), rates, self.count)
             bucket.publish()
         self.zero()
+
+    @torch.no_grad()
+    def assign_masters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill masters and weights from whole Hugging Face tensors by name. Raises WeightsError as
+        `own_part` does; nothing is changed then.
+        """
+        filled = []
+        for bucket in self.buckets:
+            flat = torch.zeros(bucket.size, dtype=bucket.master.dtype)
+            for trainable, offset in zip(bucket.trainables, bucket.offsets, strict=True):
+                if trainable.pieces:
+                    part = own_part(trainable, tensors).flatten()
+                    flat[offset : offset + len(part)] = part
+            filled.append(flat[bucket.low : bucket.high])
+        for bucket, values in zip(self.buckets, filled, strict=True):
+            bucket.master.copy_(values)
+        self.restore_weights()
 
     @torch.no_grad()
     def restore_weights(self) -> None:

@@ -173,25 +173,29 @@ def assign(trainables: Sequence[Trainable], tensors: Mapping[str, Tensor]) -> No
     missing or of another shape.
     """
     for trainable in trainables:
-        if not trainable.pieces:  # this rank holds no row of it
+        if trainable.pieces:  # else this rank holds no row of it
+            trainable.parameter.copy_(own_part(trainable, tensors))
+
+
+def own_part(trainable: Trainable, tensors: Mapping[str, Tensor]) -> Tensor:
+    """This rank's part of whole Hugging Face tensors, in the parameter's shape. Raises WeightsError
+    for one that is missing or of another shape.
+    """
+    rows = []
+    for piece in trainable.pieces:
+        if piece.name is None:
+            rows.append(torch.zeros(piece.rows, trainable.row_width))
             continue
-        rows = []
-        for piece in trainable.pieces:
-            if piece.name is None:
-                rows.append(torch.zeros(piece.rows, trainable.row_width))
-                continue
-            if piece.name not in tensors:
-                raise WeightsError(
-                    f"{piece.name} is missing; the adapter or checkpoint is incomplete or belongs to another model"
-                )
-            tensor = tensors[piece.name]
-            if tuple(tensor.shape) != trainable.shapes[piece.name]:
-                raise WeightsError(
-                    f"{piece.name} has shape {tuple(tensor.shape)}, expected {trainable.shapes[piece.name]}; "
-                    "rank, targets or base model differ"
-                )
-            part = tensor if piece.index is None else tensor[piece.index]
-            rows.append(
-                part[piece.start : piece.stop, slice(piece.col_start, piece.col_stop)] if part.dim() > 1 else part
+        if piece.name not in tensors:
+            raise WeightsError(
+                f"{piece.name} is missing; the adapter or checkpoint is incomplete or belongs to another model"
             )
-        trainable.parameter.copy_(torch.cat(rows).view_as(trainable.parameter))
+        tensor = tensors[piece.name]
+        if tuple(tensor.shape) != trainable.shapes[piece.name]:
+            raise WeightsError(
+                f"{piece.name} has shape {tuple(tensor.shape)}, expected {trainable.shapes[piece.name]}; "
+                "rank, targets or base model differ"
+            )
+        part = tensor if piece.index is None else tensor[piece.index]
+        rows.append(part[piece.start : piece.stop, slice(piece.col_start, piece.col_stop)] if part.dim() > 1 else part)
+    return torch.cat(rows).view_as(trainable.parameter)

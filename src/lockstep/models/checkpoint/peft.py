@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ _STACKED = re.compile(r"(.*\.mlp\.experts)(\.base_layer)?\.(lora_[AB])")
 class AdapterInfo:
     """The fields of `adapter_config.json`.
 
+    alpha: of the scale alpha / rank, also where the file has `use_rslora`.
     targets: as the user names them (`experts` for routed experts).
     """
 
@@ -152,7 +154,7 @@ def adapter_config(info: AdapterInfo, config: ModelConfig) -> dict[str, Any]:
         "target_modules": modules,
         "target_parameters": parameters,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": False,  # where the run has it, lora_alpha is larger instead
     }
 
 
@@ -165,14 +167,15 @@ def _read_info(folder: Path) -> AdapterInfo:
             raise WeightsError(f"{folder} has no {name}; give a PEFT adapter folder")
     try:
         raw = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        info = AdapterInfo(str(raw.get("base_model_name_or_path")), int(raw["r"]), float(raw["lora_alpha"]), ())
+        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+        scaled = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
+        info = AdapterInfo(str(raw.get("base_model_name_or_path")), rank, scaled, ())
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder / CONFIG} is damaged ({error!r}); write the adapter again") from error
     wanted = {
         "peft_type": ("LORA",),
         "bias": ("none",),
         "use_dora": (False, None),
-        "use_rslora": (False, None),
         "fan_in_fan_out": (False, None),
     }
     off = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")

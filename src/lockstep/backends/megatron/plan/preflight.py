@@ -5,6 +5,8 @@ reason and the remedy.
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +66,28 @@ def check_shape(config: ModelConfig, parallel: Parallel, devices: Devices) -> No
 
 
 def check_lora(lora: LoraConfig | None, spec: ModelSupportSpec, shards: Sequence[Shard]) -> None:
-    """Raise ConfigError for a layer that this model does not have."""
-    if lora is not None:
-        check_targets(spec, shards, lora.target_modules)
+    """Raise ConfigError for a layer that this model does not have, and for a `start_from` that is no
+    adapter folder or of another rank or scale.
+    """
+    if lora is None:
+        return
+    check_targets(spec, shards, lora.target_modules)
+    if lora.start_from is not None:
+        file = lora.start_from.expanduser() / "adapter_config.json"
+        try:
+            theirs = dict(json.loads(file.read_text(encoding="utf-8")))
+            rank, alpha = int(theirs["r"]), float(theirs["lora_alpha"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"[model] lora.start_from: {file} can't be read ({error!r}): give a PEFT folder"
+            ) from None
+        applied = alpha * math.sqrt(rank) if theirs.get("use_rslora") else alpha
+        if (rank, applied) != (lora.rank, lora.applied_alpha):
+            raise ConfigError(
+                f"[model] lora.start_from: {lora.start_from} has rank {rank} and scale {applied / rank:g}, the run rank {lora.rank} "
+                f"and scale {lora.applied_alpha / lora.rank:g}: set rank = {rank} and alpha = {alpha:g}"
+                + (" with rslora = true" if theirs.get("use_rslora") else "")
+            )
 
 
 def check_length(asked: int, config: ModelConfig, base_model: str, room: int | None) -> None:

@@ -167,7 +167,7 @@ def _describe_model(
         log.add("lora", None, "set: all weights are trained")
     else:
         targets = model.lora.target_modules
-        for name in ("rank", "alpha"):
+        for name in ("rank", "alpha", "rslora", "start_from"):
             why = "set" if name in model.lora.model_fields_set else "default"
             log.add(f"lora.{name}", getattr(model.lora, name), why)
         log.add("lora.target_modules", list(targets or spec.default_target_modules), _set(targets, "the family's"))

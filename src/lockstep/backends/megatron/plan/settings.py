@@ -69,7 +69,7 @@ class ResolvedSettings:
             model=str(self.base),
             dtype="float64" if self.exact else self.dtype,
             parallel=self.parallel,
-            lora=lora and LoraSettings(lora.rank, lora.alpha, lora.target_modules or targets),
+            lora=lora and LoraSettings(lora.rank, lora.applied_alpha, lora.target_modules or targets),
             seed=self.seed,
             recompute=self.recompute,
         )
