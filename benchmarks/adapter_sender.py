@@ -43,10 +43,12 @@ class Adapter:
         self.info = AdapterInfo(job["model"], job["rank"], 2.0 * job["rank"], tuple(job["targets"]))
         dtype, generator = getattr(torch, job["dtype"]), torch.Generator(device).manual_seed(1)
         self.trainables = list(self._trainables(get_model_support_handler(job["model"]), dtype))
-        self.sources = [adapter_source(one, self.config, self.layout, dtype) for one in self.trainables]
+        self.sources = [adapter_source(trainable, self.config, self.layout, dtype) for trainable in self.trainables]
         self.matrices = {
-            one.name: torch.randn(one.parameter.shape, dtype=dtype, device=device, generator=generator).mul_(0.02)
-            for one in self.trainables
+            trainable.name: torch.randn(
+                trainable.parameter.shape, dtype=dtype, device=device, generator=generator
+            ).mul_(0.02)
+            for trainable in self.trainables
         }
 
     def _trainables(self, handler: Any, dtype: torch.dtype) -> Any:
@@ -67,13 +69,13 @@ class Adapter:
     def write(self, folder: Path) -> Path:
         """The same adapter as a PEFT folder, in the form that vLLM loads for the family."""
         tensors: dict[str, torch.Tensor] = {}
-        for one in self.trainables:
-            tensors |= _canonical(one, self.matrices[one.name].cpu())
+        for trainable in self.trainables:
+            tensors |= _canonical(trainable, self.matrices[trainable.name].cpu())
         return write_adapter(folder, tensors, self.info, self.config, self.layout)
 
 
-def _canonical(one: Trainable, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    names = list(dict.fromkeys(piece.name for piece in one.pieces if piece.name is not None))
+def _canonical(trainable: Trainable, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = list(dict.fromkeys(piece.name for piece in trainable.pieces if piece.name is not None))
     return dict(zip(names, [values] if values.dim() == 2 else values.unbind(), strict=True))
 
 
@@ -101,13 +103,15 @@ class Traffic(threading.Thread):
         """The usual seconds from token to token."""
         self.ended.set()
         self.join(60.0)
-        return statistics.median(after - before for one in self.streams for before, after in self._steps(one))
+        return statistics.median(after - before for stream in self.streams for before, after in self._steps(stream))
 
     def gap(self, started: float, ended: float) -> float | None:
         """The longest time between two tokens of a stream that overlaps these moments; None where none was under way throughout."""
-        for one in list(self.streams):
-            if one and one[0] < started and one[-1] > ended:
-                return max(after - before for before, after in self._steps(one) if after > started and before < ended)
+        for stream in list(self.streams):
+            if stream and stream[0] < started and stream[-1] > ended:
+                return max(
+                    after - before for before, after in self._steps(stream) if after > started and before < ended
+                )
         return None
 
     @staticmethod
@@ -145,7 +149,7 @@ def rounds(job: dict[str, Any], client: httpx.Client, way: str, load: Callable[[
     if busy is not None:
         busy.start()
         time.sleep(0.5)
-    found = []
+    figures = []
     for number in range(job["warm_up"] + job["repeat"]):
         name = f"{way}@{number}{'b' if traffic else ''}"
         started = time.monotonic()
@@ -159,11 +163,11 @@ def rounds(job: dict[str, Any], client: httpx.Client, way: str, load: Callable[[
         again = time.monotonic() - asked
         gap = busy.gap(started, loaded) if busy else None
         times = {"seconds": loaded - started, "first_token_s": ended - started, "again_s": again, "gap_s": gap}
-        found.append({**times, "report": report})
+        figures.append({**times, "report": report})
         post(client, "/v1/unload_lora_adapter", {"lora_name": name})
         post(client, "/lockstep/sync/forget_adapter", {"name": name})
     usual = busy.close() if busy else None
-    return {"way": way, "traffic": traffic, "usual_gap_s": usual, "rounds": found}
+    return {"way": way, "traffic": traffic, "usual_gap_s": usual, "rounds": figures}
 
 
 def main() -> None:
@@ -187,13 +191,13 @@ def main() -> None:
         return asdict(pusher.push(adapter.matrices.items(), name))
 
     with httpx.Client(base_url=job["root_url"], headers=headers, timeout=job["deadline_s"], trust_env=False) as client:
-        found = [
+        figures = [
             rounds(job, client, way, load, traffic)
             for way, load in (("memory", from_memory), ("folder", from_folder))
             for traffic in (False, True)
         ]
     pusher.close()
-    answer = {"cases": found, "nbytes": plan.nbytes, "tensors": len(adapter.sources), "buckets": len(plan.buckets)}
+    answer = {"cases": figures, "nbytes": plan.nbytes, "tensors": len(adapter.sources), "buckets": len(plan.buckets)}
     Path(job["answer"]).write_text(json.dumps(answer))
 
 

@@ -45,12 +45,12 @@ SMALL = {
 
 
 def overrides(arguments: argparse.Namespace, shape: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if arguments.small and shape != "tiny":
-        found = {name: value for name, value in SMALL.items() if name in SHAPES[shape][1]}
+        settings = {name: value for name, value in SMALL.items() if name in SHAPES[shape][1]}
     if arguments.layers:
-        found["num_hidden_layers"] = arguments.layers
-    return found
+        settings["num_hidden_layers"] = arguments.layers
+    return settings
 
 
 def server_config(arguments: argparse.Namespace, model: Path) -> ServerConfig:
@@ -103,21 +103,21 @@ def median(values: list[float | None]) -> float | None:
 
 def row(shape: str, case: dict[str, Any], nbytes: int) -> dict[str, Any]:
     rounds = case["rounds"][WARM_UP:]
-    found = {"shape": shape, "way": case["way"], "traffic": case["traffic"], "gb": nbytes / 1e9}
-    found |= {key: median([one[key] for one in rounds]) for key in ("seconds", "first_token_s", "again_s", "gap_s")}
-    found |= {"usual_gap_s": case["usual_gap_s"]}
-    reports = [one["report"] for one in rounds if one["report"]]
+    figures = {"shape": shape, "way": case["way"], "traffic": case["traffic"], "gb": nbytes / 1e9}
+    figures |= {key: median([turn[key] for turn in rounds]) for key in ("seconds", "first_token_s", "again_s", "gap_s")}
+    figures |= {"usual_gap_s": case["usual_gap_s"]}
+    reports = [turn["report"] for turn in rounds if turn["report"]]
     for key in ("transfer_s", "commit_s", "pause_s"):
-        found[key] = median([report[key] for report in reports])
+        figures[key] = median([report[key] for report in reports])
     names = list(dict.fromkeys(name for report in reports for name in report["phases"]))
-    found["phases"] = {name: median([report["phases"].get(name) for report in reports]) for name in names}
+    figures["phases"] = {name: median([report["phases"].get(name) for report in reports]) for name in names}
     if reports:
-        rest = [one["seconds"] - sum(one["report"]["phases"].values()) for one in rounds]
-        found["phases"] |= {
+        rest = [turn["seconds"] - sum(turn["report"]["phases"].values()) for turn in rounds]
+        figures["phases"] |= {
             "the rest": median(rest),
-            "first token": median([one["first_token_s"] - one["seconds"] for one in rounds]),
+            "first token": median([turn["first_token_s"] - turn["seconds"] for turn in rounds]),
         }
-    return found
+    return figures
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -125,14 +125,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     heading += ["without tokens", "usual"]
     lines = ["(milliseconds)", "| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     keys = ("transfer_s", "commit_s", "pause_s", "seconds", "first_token_s", "again_s", "gap_s", "usual_gap_s")
-    for one in rows:
-        cells = [one["shape"], one["way"], "yes" if one["traffic"] else "no", f"{one['gb']:.4g}"]
-        cells += ["-" if one[key] is None else f"{one[key] * 1e3:.1f}" for key in keys]
+    for case in rows:
+        cells = [case["shape"], case["way"], "yes" if case["traffic"] else "no", f"{case['gb']:.4g}"]
+        cells += ["-" if case[key] is None else f"{case[key] * 1e3:.1f}" for key in keys]
         lines.append("| " + " | ".join(cells) + " |")
-    for one in rows:
-        if one["phases"]:
-            parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in one["phases"].items())
-            lines.append(f"{one['shape']}, {'traffic' if one['traffic'] else 'quiet'}: {parts}")
+    for case in rows:
+        if case["phases"]:
+            parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in case["phases"].items())
+            lines.append(f"{case['shape']}, {'traffic' if case['traffic'] else 'quiet'}: {parts}")
     return "\n".join(lines)
 
 

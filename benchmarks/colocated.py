@@ -85,7 +85,7 @@ class Watch:
                 "host_copies": trainer.host_copies,
                 "device_total": total,
                 "trainer_held": trainer.reserved if total else trainer.resident,
-                "device_used": total - trainer.device_free if total else sum(one["resident"] for one in server),
+                "device_used": total - trainer.device_free if total else sum(process["resident"] for process in server),
             }
         )
 
@@ -116,7 +116,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     """What grew. Judged where a side has just given its memory away or taken it back: in between an allocator's reserve varies with the
     rollouts. The host's resident memory, all there is to see on a CPU, comes and goes and is not judged.
     """
-    found = []
+    values = []
     for phase, turn in dict.fromkeys((row["phase"], row["turn"]) for row in rows):
         here = settled(rows, phase, turn)
         if not here:
@@ -125,8 +125,8 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
         for name, limit in LIMITS.items():
             grown = here[-1][name] - here[0][name]
             if grown > limit and (on_device or name == "storages"):
-                found.append(f"{name} after {PHASES[phase]!r} grew by {grown / 2**20:.1f} MiB")
-    return found
+                values.append(f"{name} after {PHASES[phase]!r} grew by {grown / 2**20:.1f} MiB")
+    return values
 
 
 async def measure(options: argparse.Namespace, folder: Path, runs: Path) -> tuple[list[dict[str, Any]], list[str]]:

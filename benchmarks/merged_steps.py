@@ -114,7 +114,7 @@ class InFlight:
         """(every request that was answered, the clients' errors), when the last one is."""
         self.over.set()
         ended = await asyncio.gather(*self.tasks, return_exceptions=True)
-        lost = [f"a request in flight was lost: {one!r}" for one in ended if isinstance(one, BaseException)]
+        lost = [f"a request in flight was lost: {outcome!r}" for outcome in ended if isinstance(outcome, BaseException)]
         return [answer for answers in ended if not isinstance(answers, BaseException) for answer in answers], lost
 
     async def cancelled(self) -> None:
@@ -154,12 +154,14 @@ async def _refused(run: Run, name: str) -> bool:
 
 def flight_faults(answers: list[Answer], sync: dict[str, Any], allowed: list[str]) -> tuple[list[str], int]:
     """(what is wrong with the requests in flight, how many lived through the change of weights)."""
-    faults = [f"a request under {one.asked}: {fault}" for one in answers if (fault := one.fault(allowed))]
+    faults = [f"a request under {answer.asked}: {fault}" for answer in answers if (fault := answer.fault(allowed))]
     # With adapters a request keeps its own, however many are loaded meanwhile; merged weights change under it.
     through = [
-        one
-        for one in answers
-        if (len(one.spans) > 1 if len(allowed) > 1 else one.began < sync["began"] and one.ended > sync["ended"])
+        answer
+        for answer in answers
+        if (
+            len(answer.spans) > 1 if len(allowed) > 1 else answer.began < sync["began"] and answer.ended > sync["ended"]
+        )
     ]
     if not through:
         faults.append(f"none of {len(answers)} requests was being sampled when the weights changed")
@@ -204,7 +206,7 @@ async def one_step(
         "through": through,
     }
     say(f"step {model.step}: {seconds:.1f} s, probe {row['probe']:.1e}, {through} requests lived through the sync")
-    return row | {"faults": faults, "metrics": metrics, "answers": [asdict(one) for one in answers]}
+    return row | {"faults": faults, "metrics": metrics, "answers": [asdict(answer) for answer in answers]}
 
 
 COLUMNS = {
@@ -218,7 +220,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         cells = [row[name] if name != "gb" else row["bytes"] / 1e9 for name in COLUMNS]
-        lines.append("| " + " | ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in cells) + " |")
+        lines.append(
+            "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -108,7 +108,9 @@ def sequences_of(
 def measured(sequences: list[TokenSequence], repeat: int) -> dict[str, float]:
     """Least seconds, and what packing came to."""
     ones_Q, seconds = np.ones(len(sequences)), []
-    flat_XLK = np.concatenate([one.experts_SLK for one in sequences if one.experts_SLK is not None] or [np.zeros(0)])
+    flat_XLK = np.concatenate(
+        [sequence.experts_SLK for sequence in sequences if sequence.experts_SLK is not None] or [np.zeros(0)]
+    )
     for _ in range(repeat):
         clock, process = time.perf_counter(), time.process_time()
         batch = pack(sequences, ones_Q, ones_Q)
@@ -129,7 +131,7 @@ def main() -> None:
     parser.add_argument("--only", help="shapes with this in their name")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = {}
+    figures = {}
     print(f"{'shape':40}{'process s':>10}{'clock s':>10}{'copy s':>8}{'shared':>8}{'padding':>9}")
     for name, draw in SHAPES.items():
         if options.only and options.only not in name:
@@ -137,7 +139,7 @@ def main() -> None:
         random = np.random.default_rng(0)
         alike = "start alike" not in name
         sequences = sequences_of(draw(random, options.tokens), random, alike, (options.layers, options.top_k))
-        found[name] = row = measured(sequences, options.repeat)
+        figures[name] = row = measured(sequences, options.repeat)
         del sequences
         print(
             f"{name:40}{row['process_seconds']:10.3f}{row['clock_seconds']:10.3f}"
@@ -145,7 +147,7 @@ def main() -> None:
             flush=True,
         )
     if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        options.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

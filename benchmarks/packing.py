@@ -112,8 +112,8 @@ def batch_of(case: Case, contender: str, vocabulary: int, row_length: int | None
     count = len(sequences)
     advantages = np.where(np.arange(count) % 2, 1.0, -1.0)
     longest = max(map(len, sequences))
-    whole = pack(sequences, advantages, np.ones(count), row_length=sum(map(len, sequences)))
-    unique = int((whole.nodes_RS >= 0).sum())
+    one_row = pack(sequences, advantages, np.ones(count), row_length=sum(map(len, sequences)))
+    unique = int((one_row.nodes_RS >= 0).sum())
     room = max(longest, row_length or unique)
     if contender == "unpacked":
         return pack(
@@ -121,7 +121,7 @@ def batch_of(case: Case, contender: str, vocabulary: int, row_length: int | None
         )
     if contender == "packed":
         return pack(sequences, advantages, np.ones(count), row_length=room)
-    share = int(whole.loss_mask_RS.sum()) / unique  # the loss head is to cost the same
+    share = int(one_row.loss_mask_RS.sum()) / unique  # the loss head is to cost the same
     plain = []
     for start in range(0, unique, longest):  # pieces as long as a sequence: attention costs what such contexts must
         size = min(longest, unique - start)
@@ -241,17 +241,17 @@ def hugging_face(folder: Path, options: argparse.Namespace) -> Run:
         return -F.cross_entropy((hidden_NH @ head.T).float(), target_N, reduction="none")
 
     def step(sequences: list[TokenSequence]) -> None:
-        total = sum(one.scored for one in sequences)
-        for number, one in enumerate(sequences):
-            ids_S = torch.from_numpy(one.tokens_S.astype(np.int64)).to(device)
+        total = sum(sequence.scored for sequence in sequences)
+        for number, sequence in enumerate(sequences):
+            ids_S = torch.from_numpy(sequence.tokens_S.astype(np.int64)).to(device)
             hidden_SH = wrapped.base_model.model.model(input_ids=ids_S[None]).last_hidden_state[0]
-            scored_N = torch.from_numpy(np.flatnonzero(one.loss_mask_S)).to(device)
+            scored_N = torch.from_numpy(np.flatnonzero(sequence.loss_mask_S)).to(device)
             sign = 1.0 if number % 2 else -1.0
             parts = [
-                checkpoint(piece_logprob, hidden_SH[at - 1], ids_S[at], use_reentrant=False)
-                for at in scored_N.split(1024)
+                checkpoint(piece_logprob, hidden_SH[places_N - 1], ids_S[places_N], use_reentrant=False)
+                for places_N in scored_N.split(1024)
             ]
-            old = torch.from_numpy(one.logprobs_S[one.loss_mask_S]).to(device)
+            old = torch.from_numpy(sequence.logprobs_S[sequence.loss_mask_S]).to(device)
             new = torch.cat(parts)
             ((new.detach() - old).exp().clamp(0, 5) * -sign * new).sum().div(total).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -300,14 +300,14 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     return list(dict.fromkeys([*first, *trees, *ends, *groups, *shares]))
 
 
-def table(cases: Sequence[Case], found: dict[str, dict[str, Figures]]) -> str:
+def table(cases: Sequence[Case], figures: dict[str, dict[str, Figures]]) -> str:
     """One line per case: seconds and GiB of each contender, and the others' time relative to packed."""
-    names = [name for name in CONTENDERS if name in found]
-    ratios = [name for name in names if name != "packed" and "packed" in found]
+    names = [name for name in CONTENDERS if name in figures]
+    ratios = [name for name in names if name != "packed" and "packed" in figures]
     header = f"{'case':28}" + "".join(f"{name + ' s':>12}{'GiB':>7}" for name in names)
     lines = [header + "".join(f"{name + '/packed':>16}" for name in ratios)]
     for case in cases:
-        here = {name: found[name].get(case.name, {}) for name in names}
+        here = {name: figures[name].get(case.name, {}) for name in names}
         line = f"{case.name:28}"
         for name in names:
             seconds, peak = here[name].get("seconds"), here[name].get("peak_bytes")
@@ -373,15 +373,15 @@ def measure(options: argparse.Namespace, cases: Sequence[Case]) -> None:
     for shape in options.shape:
         with tempfile.TemporaryDirectory() as scratch:
             folder = checkpoint_folder(shape, options, Path(scratch))
-            found = report["found"].setdefault(shape, {})
+            figures = report["found"].setdefault(shape, {})
             for contender in options.contenders:
                 deadline = time.time() + max(0.0, end - time.time()) / left
                 print(f"{shape}: running {contender} on up to {len(cases)} cases ...", flush=True)
-                found[contender] = contend(shape, contender, folder, deadline, Path(scratch) / f"{contender}.jsonl")
+                figures[contender] = contend(shape, contender, folder, deadline, Path(scratch) / f"{contender}.jsonl")
                 left -= 1
                 if options.output:
                     options.output.write_text(json.dumps(report, indent=1))
-            print(f"\n{shape}\n{table(cases, found)}\n", flush=True)
+            print(f"\n{shape}\n{table(cases, figures)}\n", flush=True)
             if not options.model:
                 shutil.rmtree(folder)
 

@@ -28,17 +28,17 @@ from random_models import random_fields
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
 
 
-def theirs(found: Any, expected: Any) -> dict[str, float]:
+def theirs(actual: Any, expected: Any) -> dict[str, float]:
     """Distances of one Hugging Face run from another."""
     _, gradients, logits, loss = expected
     floor = parity.FLOOR * max(float(g.abs().max()) for g in gradients.values())
     off = {
-        name: float((found[1][name] - g).abs().max()) / max(float(g.abs().max()), floor)
+        name: float((actual[1][name] - g).abs().max()) / max(float(g.abs().max()), floor)
         for name, g in gradients.items()
     }
     return {
-        "loss": abs(found[3] - loss) / max(1.0, abs(loss)),
-        "logits": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found[2], logits, strict=True)),
+        "loss": abs(actual[3] - loss) / max(1.0, abs(loss)),
+        "logits": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual[2], logits, strict=True)),
         "gradient": max(off.values()),
     }
 
@@ -67,12 +67,12 @@ def main() -> None:
     device.start(Parallel(), seed=0)
     names = ("loss", "logits", "gradient")
     for family in asked.families:
-        found = []
+        errors = []
         for seed in range(asked.seed, asked.seed + asked.draws):
             with tempfile.TemporaryDirectory() as scratch:
-                found.append(draw(family, seed, Path(scratch, "model")))
-        for kind in found[0]:
-            values = {name: [one[kind][name] for one in found] for name in names}
+                errors.append(draw(family, seed, Path(scratch, "model")))
+        for kind in errors[0]:
+            values = {name: [error[kind][name] for error in errors] for name in names}
             over = {name: sum(v > parity.LIMITS[name] for v in values[name]) for name in names}
             cells = [f"{np.median(values[n]):.1e} {max(values[n]):.1e} {over[n]}" for n in names]
             print(f"| {family} | {kind} | {' | '.join(cells)} |", flush=True)

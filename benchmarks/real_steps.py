@@ -83,7 +83,10 @@ async def rollouts(model: ls.TrainableModel, prompts: int, tokens: int) -> list[
         )
         pairs = enumerate(reply.choices)
         return ls.TrajectoryGroup(
-            trajectories=[ls.Trajectory(messages_and_choices=[*messages, one], reward=float(at)) for at, one in pairs]
+            trajectories=[
+                ls.Trajectory(messages_and_choices=[*messages, choice], reward=float(reward))
+                for reward, choice in pairs
+            ]
         )
 
     return list(await asyncio.gather(*(group(number) for number in range(prompts))))

@@ -51,8 +51,8 @@ def weights_option(parser: argparse.ArgumentParser) -> None:
 
 def comparisons_of(report: Report, policy: str) -> tuple[Comparison, Comparison, Comparison]:
     """(the server again, replay on, replay off)."""
-    found = {row.compared: row for row in report.comparisons if row.policy == policy}
-    return found["server again"], found["trainer, replay"], found["trainer, own choices"]
+    compared = {row.compared: row for row in report.comparisons if row.policy == policy}
+    return compared["server again"], compared["trainer, replay"], compared["trainer, own choices"]
 
 
 def table(report: Report) -> str:
@@ -112,15 +112,17 @@ def main() -> None:
             server_args=tuple(options.server_arg),
         )
         report = asyncio.run(run(request))
-    found = verdict(report)
+    verdicts = verdict(report)
     print(table(report))
-    print(f"KL with replay: {found['kl_on']:.2e}, {found['share']:.3f} of that without (limits {KL:g} and {SHARE})")
+    print(
+        f"KL with replay: {verdicts['kl_on']:.2e}, {verdicts['share']:.3f} of that without (limits {KL:g} and {SHARE})"
+    )
     if options.output:
         shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers, {options.weights}"
         details = asdict(report) | {"base_model": "random weights"}
-        figures = {"device": device(), "shape": shape, "verdict": found, "report": details}
+        figures = {"device": device(), "shape": shape, "verdict": verdicts, "report": details}
         options.output.write_text(json.dumps(figures, indent=1) + "\n")
-    sys.exit(0 if found["ok"] or options.tiny else 1)
+    sys.exit(0 if verdicts["ok"] or options.tiny else 1)
 
 
 if __name__ == "__main__":

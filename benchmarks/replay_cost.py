@@ -135,8 +135,8 @@ async def tokens_per_second(served: Served, options: argparse.Namespace, turn: i
         stop, after = await reading(server)
         ended = await counted(server, "request_success_total") - ended
     finally:
-        for one in clients:
-            one.cancel()
+        for user in clients:
+            user.cancel()
         ends = await asyncio.gather(*clients, return_exceptions=True)
     for end in ends:
         if not isinstance(end, asyncio.CancelledError):
@@ -195,7 +195,7 @@ async def server_rates(folder: Path, scratch: Path, options: argparse.Namespace,
                 if time.monotonic() - started > options.budget:
                     break
     finally:
-        await asyncio.gather(*(one.server.close() for one in servers.values()))
+        await asyncio.gather(*(part.server.close() for part in servers.values()))
 
 
 def server_model(scratch: Path, options: argparse.Namespace) -> Path:
@@ -252,10 +252,10 @@ def own_routed_experts(trainer: Any, batch: PackedBatch) -> np.ndarray:
     picked: list[list[np.ndarray]] = []
     hooks = []
     for layer in (module for module in trainer.model.modules() if isinstance(module, MoE)):
-        mine: list[np.ndarray] = []
-        picked.append(mine)
+        recorded: list[np.ndarray] = []
+        picked.append(recorded)
 
-        def keep(_module: Any, _args: Any, out: Any, kept: list[np.ndarray] = mine) -> None:
+        def keep(_module: Any, _args: Any, out: Any, kept: list[np.ndarray] = recorded) -> None:
             kept.append(out[1].cpu().numpy())
 
         hooks.append(layer.router.register_forward_hook(keep))
@@ -322,10 +322,10 @@ class Figures:
         width = max(map(len, names)) + 12
         print(f"{'':{width}}{'without':>12}{'with':>12}{'cost':>9}{'+-':>9}{'median':>9}")
         for name in names:
-            one = self.known[name]
-            medians = "".join(f"{statistics.median(one[way]):12.4g}" for way in WAYS)
-            shown = "".join(f"{one[figure]:9.2%}" for figure in ("cost", "standard_error", "median"))
-            print(f"{name + ', ' + one['unit']:{width}}{medians}{shown}")
+            window = self.known[name]
+            medians = "".join(f"{statistics.median(window[way]):12.4g}" for way in WAYS)
+            shown = "".join(f"{window[figure]:9.2%}" for figure in ("cost", "standard_error", "median"))
+            print(f"{name + ', ' + window['unit']:{width}}{medians}{shown}")
         return all(self.known[name]["cost"] <= LIMIT for name in names)
 
 

@@ -30,10 +30,10 @@ BLOCK, TOP_K, STEPS, PROMPT = 16, 8, 2000, 512
 
 def running(requests: int) -> dict[str, SimpleNamespace]:
     """Requests somewhere on their way, with what both ways look at."""
-    found = {}
+    live = {}
     for number in range(requests):
         name, length = f"cmpl-{number}-0123456789abcdef0123456789", random.randrange(600, 1500)
-        found[name] = SimpleNamespace(
+        live[name] = SimpleNamespace(
             request_id=name,
             num_prompt_tokens=PROMPT,
             num_output_tokens=length - PROMPT,
@@ -43,14 +43,14 @@ def running(requests: int) -> dict[str, SimpleNamespace]:
             sampling_params=SimpleNamespace(routed_experts_prompt_start=0, stop=[]),
             block_hashes=[os.urandom(32) for _ in range(length // BLOCK)],
         )
-    return found
+    return live
 
 
 def vllms_worker(live: dict[str, SimpleNamespace], layers: int) -> worker.AuxOutputWorkerConnector:
     """Without a model; its store is full after some hundred steps."""
     there = worker.AuxOutputWorkerConnector.__new__(worker.AuxOutputWorkerConnector)
     size = BLOCK * layers * TOP_K
-    blocks = sum(len(one.block_hashes) for one in live.values()) + len(live) * STEPS // BLOCK
+    blocks = sum(len(request.block_hashes) for request in live.values()) + len(live) * STEPS // BLOCK
     store = BlockObjectStore(max_bytes=blocks * size, object_nbytes=size)
     there._store = BackgroundBlockObjectStore(store, max_pending_batches=2 * len(live))
     there._buffer = RoutedExpertsBuffer(np.dtype(np.uint8), (layers, TOP_K), BLOCK, len(live), 8192, 2)
@@ -65,22 +65,22 @@ def vllms_way(live: dict[str, SimpleNamespace], rows_NLK: np.ndarray) -> Callabl
     ones, none = np.ones(len(live), np.int32), np.zeros(len(live), np.int32)
     bounds = np.arange(len(live) + 1)
     there.begin_step(here.build_connector_meta(scheduled, live))
-    for name, one in live.items():  # as if it had been there from its first token on
-        at, state = one.num_tokens - 1, there._requests[name]
-        state.capture_cursor = state.scheduled_cursor = state.emit_cursor = at
-        there._buffer._tail(name, at // BLOCK * BLOCK).length = at % BLOCK
+    for name, request in live.items():  # as if it had been there from its first token on
+        place, state = request.num_tokens - 1, there._requests[name]
+        state.capture_cursor = state.scheduled_cursor = state.emit_cursor = place
+        there._buffer._tail(name, place // BLOCK * BLOCK).length = place % BLOCK
 
     def step() -> None:
         there.begin_step(here.build_connector_meta(scheduled, live))
-        starts = np.array([one.num_tokens - 1 for one in live.values()])
+        starts = np.array([request.num_tokens - 1 for request in live.values()])
         pending = worker.PendingAuxOutput(there, list(live), starts, bounds, torch.empty(0), rows_NLK, ones, none)
         there._pending_outputs.append(pending)
         for state in there._requests.values():
             state.pending_outputs += 1
         output = there.process_output(pending)
-        for one in live.values():
-            one.num_tokens += 1
-            here.take_output(one, output)
+        for request in live.values():
+            request.num_tokens += 1
+            here.take_output(request, output)
 
     return step
 
@@ -97,9 +97,9 @@ def pools_way(live: dict[str, SimpleNamespace], rows_NLK: np.ndarray) -> Callabl
         pending.enqueue_cpu_copy(0, 0)
         output = pending.process_output()
         here.put(scheduled, SimpleNamespace(aux_output_connector_output=output))
-        for one in live.values():
-            one.num_tokens += 1
-            here.take_output(one, output)
+        for request in live.values():
+            request.num_tokens += 1
+            here.take_output(request, output)
 
     return step
 
@@ -115,9 +115,9 @@ def main() -> None:
             start = time.perf_counter()
             step()
             seconds[way].append(time.perf_counter() - start)
-            for one in live.values():
-                if one.num_tokens // BLOCK > len(one.block_hashes):
-                    one.block_hashes.append(os.urandom(32))
+            for request in live.values():
+                if request.num_tokens // BLOCK > len(request.block_hashes):
+                    request.block_hashes.append(os.urandom(32))
     sys.stdout.write("RESULT " + json.dumps(seconds) + "\n")
 
 

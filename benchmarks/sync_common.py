@@ -42,7 +42,7 @@ async def run_child(command: list[str], folder: Path, name: str, python_path: st
         "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
     }
     if python_path or "PYTHONPATH" in os.environ:
-        env["PYTHONPATH"] = os.pathsep.join(one for one in (python_path, os.environ.get("PYTHONPATH", "")) if one)
+        env["PYTHONPATH"] = os.pathsep.join(path for path in (python_path, os.environ.get("PYTHONPATH", "")) if path)
     child = spawn(command, child_env(env), folder / f"{name}.log", name)
     status = await asyncio.to_thread(child.wait, DEADLINE_S)
     assert status == 0, f"{name} ended with status {status}:\n{child.log_tail(40)}"
@@ -58,7 +58,7 @@ def machine(gpus: tuple[int, ...]) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(one) for one in text.split(",") if one]
+    return [int(number) for number in text.split(",") if number]
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:

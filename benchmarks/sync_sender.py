@@ -77,12 +77,14 @@ def main() -> None:
     senders = StoreSenderGroup(store, rank, world)
     handler, config = get_model_support_handler(job["model"]), load_model_config(job["model"])
     shapes = expected_tensors(handler, config, Layout())
-    shares = share_out([shards_of(job, config, handler, one) for one in range(world)], shapes)
+    shares = share_out([shards_of(job, config, handler, rank) for rank in range(world)], shapes)
     dtype = getattr(torch, job["dtype"])
-    described = [[one for share in mine for one in share_sources(share, shapes, dtype)] for mine in shares]
-    plan = SyncPlan(tuple(plan_sources([source for source, _ in one], job["bucket_bytes"]) for one in described))
+    described = [
+        [piece for share in rank_shares for piece in share_sources(share, shapes, dtype)] for rank_shares in shares
+    ]
+    plan = SyncPlan(tuple(plan_sources([source for source, _ in sender], job["bucket_bytes"]) for sender in described))
     endpoint = Endpoint(job["root_url"], job["api_key"])
-    found = []
+    figures = []
     for case in job["cases"]:
         weights = Weights(described[rank], case["merge_rank"], device)
         carrier = make_transport(case["transport"], job["deadline_s"])
@@ -95,10 +97,10 @@ def main() -> None:
             reports.append(asdict(report))
         pusher.close()
         del weights
-        found.append(case | {"reports": reports})
+        figures.append(case | {"reports": reports})
     if rank == 0:
-        buckets = [len(one.buckets) for one in plan.senders]
-        Path(job["answer"]).write_text(json.dumps({"cases": found, "buckets": buckets}))
+        buckets = [len(sender.buckets) for sender in plan.senders]
+        Path(job["answer"]).write_text(json.dumps({"cases": figures, "buckets": buckets}))
     dist.barrier()
     dist.destroy_process_group()
 

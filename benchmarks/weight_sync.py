@@ -88,8 +88,8 @@ def measure_link(gpus: tuple[int, ...], server_gpus: tuple[int, ...], repeat: in
         )
         for rank, device in enumerate(devices)
     ]
-    answers = [one.communicate(timeout=DEADLINE_S)[0] for one in running]
-    assert all(one.returncode == 0 for one in running), "the link could not be measured"
+    answers = [process.communicate(timeout=DEADLINE_S)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), "the link could not be measured"
     return json.loads(answers[0].splitlines()[-1])
 
 
@@ -157,11 +157,11 @@ def row(name: str, nbytes: int, seconds: float, pause_s: float | None, link: flo
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| what | path | GB | seconds | pause s | GB/s | of the link |", "|---|---|---|---|---|---|---|"]
-    for one in rows:
-        pause = "-" if one["pause_s"] is None else f"{one['pause_s']:.4f}"
+    for figures in rows:
+        pause = "-" if figures["pause_s"] is None else f"{figures['pause_s']:.4f}"
         lines.append(
-            f"| {one['what']} | {one['path'] or '-'} | {one['bytes'] / 1e9:.4g} | {one['seconds']:.4f} | {pause} "
-            f"| {one['gb_per_s']:.4g} | {one['of_link']:.0%} |"
+            f"| {figures['what']} | {figures['path'] or '-'} | {figures['bytes'] / 1e9:.4g} | {figures['seconds']:.4f} | {pause} "
+            f"| {figures['gb_per_s']:.4g} | {figures['of_link']:.0%} |"
         )
     return "\n".join(lines)
 

@@ -62,7 +62,7 @@ def opened(family: str, dtype: str, lora: bool, folder: Path) -> TrainerState:
 
 def expect(problem: Drawn, folder: Path) -> Path:
     """Loss and gradients of the flattened sequences, in a file."""
-    assume(any(one.scored for one in packing.draw(problem.seed, problem.leaves, moe=False)[0]))
+    assume(any(sequence.scored for sequence in packing.draw(problem.seed, problem.leaves, moe=False)[0]))
     trainer = opened(problem.family, "float64", problem.lora, folder)
     loss, _ = packing.loss_and_gradients(trainer, packing.batches(problem)[1], packing.CONFIGS[problem.loss])
     place = folder / "expected.safetensors"
@@ -70,16 +70,16 @@ def expect(problem: Drawn, folder: Path) -> Path:
     return place
 
 
-def holds(found: dict[str, Any], problem: Drawn, dtype: str, place: Path) -> None:
+def holds(report: dict[str, Any], problem: Drawn, dtype: str, place: Path) -> None:
     """Within the tolerance, or, in fp32, no further from the fp64 result than 5 times what unpacked rows on one process are: some
     problems amplify rounding. Thirty times is a fault in any case."""
     limits = dict.fromkeys(("loss", "gradient"), TOLERANCE[dtype])
-    if dtype == "float32" and any(found[name] > limit for name, limit in limits.items()):
+    if dtype == "float32" and any(report[name] > limit for name, limit in limits.items()):
         trainer = opened(problem.family, dtype, problem.lora, place.parent)
         noise = packing.distance(trainer, problem, place, packed=False)
         limits = {name: min(max(limit, 5 * noise[name]), 30 * limit) for name, limit in limits.items()}
-    assert all(found[name] <= limit for name, limit in limits.items()), (found, limits)
-    assert problem.loss == "ppo" or found["size"] > 0, found  # PPO may have clipped every token
+    assert all(report[name] <= limit for name, limit in limits.items()), (report, limits)
+    assert problem.loss == "ppo" or report["size"] > 0, report  # PPO may have clipped every token
 
 
 problems = {
@@ -111,8 +111,8 @@ def test_two_processes(size, family, models, pool, seed, leaves, loss, tight, va
     problem = Drawn(family, seed, leaves, loss, tight, lora)
     place = expect(problem, models)
     question = {"parallel": SIZES[size], "dtype": dtype, "drawn": asdict(problem), "expected": str(place)}
-    for found in pool.ask(question):
-        holds(found, problem, dtype, place)
+    for report in pool.ask(question):
+        holds(report, problem, dtype, place)
 
 
 def test_packing_saves_tokens():

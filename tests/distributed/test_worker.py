@@ -49,22 +49,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = tiny("qwen3", folder / "model", seed=1)
     batch, path = written(folder, rng, "a.safetensors", row_length=32)
     second, other = written(folder, rng, "b.safetensors", row_length=32, minibatches=2)
-    parent, found = (
+    parent, answers = (
         Parent(folder / "process", engine(model)),
         {"folder": folder, "model": model, "batch": batch, "second": second},
     )
-    found["ready"] = parent.ready
+    answers["ready"] = parent.ready
     parent.call("save", out=str(folder / "s0"))
-    found["step1"] = parent.call("train_step", batch=path, config=config(), out=str(folder / "s1"))
+    answers["step1"] = parent.call("train_step", batch=path, config=config(), out=str(folder / "s1"))
     parent.call("score", batch=path, out=str(folder / "scored.safetensors"))
-    found["step2"] = parent.call("train_step", batch=other, config=config(minibatches=2), out=str(folder / "s2"))
-    found["load"] = parent.call("load", step_dir=str(folder / "s1"))
+    answers["step2"] = parent.call("train_step", batch=other, config=config(minibatches=2), out=str(folder / "s2"))
+    answers["load"] = parent.call("load", step_dir=str(folder / "s1"))
     parent.call("save", out=str(folder / "s1-again"))
     parent.call("train_step", batch=other, config=config(minibatches=2), out=str(folder / "s2-again"))
     nonfinite = batch_of(tree_sequences(rng), rng)
     nonfinite.sequence_advantage_Q[0] = np.inf
     save_batch(nonfinite, folder / "inf.safetensors")
-    found["errors"] = {
+    answers["errors"] = {
         "unknown verb": parent.ask("jump"),
         "no file": parent.ask("train_step", batch=str(folder / "none"), config=config(), out=str(folder / "x1")),
         "unknown setting": parent.ask("train_step", batch=path, config={"speed": 2}, out=str(folder / "x2")),
@@ -80,26 +80,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "taken": parent.ask("save", out=str(folder / "s1")),
     }
     parent.call("save", out=str(folder / "after-errors"))
-    found["kl"] = parent.call(
+    answers["kl"] = parent.call(
         "train_step",
         batch=path,
         config=config(kl_coef=0.1, old_logprobs="trainer"),
         out=str(folder / "s3"),
         reference=str(folder / "s1"),
     )
-    one = {"verb": "train_step", "job": "0009-lora_step-1", "batch": path, "config": config(), "out": None}
-    found["job"] = [parent.ask(**one), parent.ask(**one), parent.ask(**one | {"job": "0009-lora_step-2"})]
+    request = {"verb": "train_step", "job": "0009-lora_step-1", "batch": path, "config": config(), "out": None}
+    answers["job"] = [parent.ask(**request), parent.ask(**request), parent.ask(**request | {"job": "0009-lora_step-2"})]
     parent.call("load", step_dir=str(folder / "s1"))
-    found["job"].append(parent.ask(**one))
+    answers["job"].append(parent.ask(**request))
     far = batch_of(tree_sequences(rng), rng)
     far.logprobs_RS[far.loss_mask_RS] = -200.0
     save_batch(far, folder / "far.safetensors")
-    found["far"] = [
+    answers["far"] = [
         parent.ask("train_step", batch=str(folder / "far.safetensors"), config=config(), out=str(folder / "x7")),
         parent.ask("save", out=str(folder / "x8")),
     ]
-    found["events"], found["status"] = parent.events, parent.close()
-    return found
+    answers["events"], answers["status"] = parent.events, parent.close()
+    return answers
 
 
 def test_lives_and_ends(run: dict[str, Any]) -> None:
@@ -196,16 +196,16 @@ def largest_mismatch_of_hugging_face(run: dict[str, Any]) -> tuple[str, int]:
 
     folder, batch = run["folder"], run["batch"]
     model = PeftModel.from_pretrained(hugging_face(run["model"]), str(folder / "s2" / "adapter"))
-    largest, found = 0.0, ("", -1)
+    largest, largest_at = 0.0, ("", -1)
     for q, name in enumerate(batch.sequence_ids):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
         scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
-        at = np.searchsorted(path, scored)
-        new = reference_logprobs(model, batch.tokens_RS[row, path]).detach().numpy()[at - 1]
+        places = np.searchsorted(path, scored)
+        new = reference_logprobs(model, batch.tokens_RS[row, path]).detach().numpy()[places - 1]
         off = np.abs(new - batch.logprobs_RS[row, scored])
         if off.max() > largest:
-            largest, found = float(off.max()), (name, int(at[off.argmax()]))
-    return found
+            largest, largest_at = float(off.max()), (name, int(places[off.argmax()]))
+    return largest_at
 
 
 def test_identity_adapter_first(run: dict[str, Any]) -> None:
@@ -245,12 +245,12 @@ def test_first_step_is_torch_adamw_on_peft(run: dict[str, Any]) -> None:
     for q in range(len(batch.leaf_Q)):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
         scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
-        at = np.searchsorted(path, scored)
-        new = reference_logprobs(model, batch.tokens_RS[row, path])[at - 1]
+        places = np.searchsorted(path, scored)
+        new = reference_logprobs(model, batch.tokens_RS[row, path])[places - 1]
         old = torch.from_numpy(batch.logprobs_RS[row, scored])
         weight, advantage = float(batch.sequence_weight_Q[q]), float(batch.sequence_advantage_Q[q])
         loss = loss - weight * advantage * ((new.detach() - old).exp().clamp(0.0, 5.0) * new).sum()
-        total += weight * len(at)
+        total += weight * len(places)
     (loss / total).backward()
     assert float(loss) / total == pytest.approx(run["step1"]["metrics"]["loss"], rel=1e-5, abs=1e-6)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -273,12 +273,12 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = tiny("qwen3_moe", folder / "model", dtype="float32")
     batch, path = written(folder, np.random.default_rng(5), "a.safetensors")
     parent = Parent(folder / "process", engine(model, []))
-    found: dict[str, Any] = {"folder": folder, "model": model, "batch": batch, "path": path}
+    answers: dict[str, Any] = {"folder": folder, "model": model, "batch": batch, "path": path}
     parent.call("score", batch=path, out=str(folder / "scored-0"))
-    found["memory"] = parent.call("memory")
-    found["step"] = parent.call("train_step", batch=path, config=config(learning_rate=1e-3), out=str(folder / "s1"))
+    answers["memory"] = parent.call("memory")
+    answers["step"] = parent.call("train_step", batch=path, config=config(learning_rate=1e-3), out=str(folder / "s1"))
     parent.call("score", batch=path, out=str(folder / "scored-1"))
-    found["again"] = parent.call(
+    answers["again"] = parent.call(
         "train_step",
         batch=path,
         config=config(kl_coef=0.5, learning_rate=1e-3),
@@ -286,8 +286,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         reference=str(folder / "s1"),
     )
     parent.channel.close()
-    found["left"] = parent.process.wait(30)
-    return found
+    answers["left"] = parent.process.wait(30)
+    return answers
 
 
 def test_full_weights_are_exported_as_they_are_used(full: dict[str, Any]) -> None:
@@ -303,11 +303,13 @@ def test_full_weights_are_exported_as_they_are_used(full: dict[str, Any]) -> Non
     )
     changed = 0.0
     for q in range(len(batch.leaf_Q)):
-        row, at = int(batch.row_Q[q]), batch.path_index(q)
+        row, places = int(batch.row_Q[q]), batch.path_index(q)
         with torch.no_grad():
-            expected = reference_logprobs(after, batch.tokens_RS[row, at])
-            changed = max(changed, float((expected - reference_logprobs(before, batch.tokens_RS[row, at])).abs().max()))
-        torch.testing.assert_close(torch.from_numpy(scored_RS[row, at[1:]]), expected, rtol=1e-5, atol=1e-5)
+            expected = reference_logprobs(after, batch.tokens_RS[row, places])
+            changed = max(
+                changed, float((expected - reference_logprobs(before, batch.tokens_RS[row, places])).abs().max())
+            )
+        torch.testing.assert_close(torch.from_numpy(scored_RS[row, places[1:]]), expected, rtol=1e-5, atol=1e-5)
     assert changed > 0.01
 
 
@@ -368,7 +370,7 @@ def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, full
     batch = full["path"]
     parent = Parent(tmp_path / "process", engine(full["model"], targets=[]) | {"trains": False})
     parent.call("score", batch=batch, out=str(tmp_path / "scores"))
-    held = parent.call("memory")["device_storages"]
+    allocated = parent.call("memory")["device_storages"]
     for verb, args in REFUSED.items():
         reply = parent.ask(verb, **{name: batch if name == "batch" else value for name, value in args.items()})
         assert reply["error"]["type"] == "ConfigError", reply
@@ -377,7 +379,7 @@ def test_one_that_only_scores_holds_the_weights_and_no_more(tmp_path: Path, full
     scores, expected = (load_file(place)["logprobs_RS"] for place in (tmp_path / "scores", full["folder"] / "scored-0"))
     np.testing.assert_array_equal(scores, expected)
     # Of five: weights, gradients, masters and two moments.
-    assert held < full["memory"]["device_storages"] / 4
+    assert allocated < full["memory"]["device_storages"] / 4
 
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:

@@ -55,20 +55,20 @@ COMMON: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 1024, "vocab_si
 
 def sequences(rng: np.random.Generator, count: int, prompt: int, reply: int) -> list[TokenSequence]:
     shared = rng.integers(3, 4000, prompt)
-    found = []
+    drawn = []
     for number in range(count):
         tokens = np.concatenate([shared, rng.integers(3, 4000, int(rng.integers(reply // 2, reply)))]).astype(np.int32)
         mask = np.arange(len(tokens)) >= prompt
         logprobs = np.where(mask, -8.0, np.nan).astype(np.float32)
-        found.append(TokenSequence(f"s{number}", tokens, mask, logprobs, np.ones(len(tokens), np.float32), None, None))
-    return found
+        drawn.append(TokenSequence(f"s{number}", tokens, mask, logprobs, np.ones(len(tokens), np.float32), None, None))
+    return drawn
 
 
-def batch_of(found: list[TokenSequence], share: bool, row_length: int, data: int) -> PackedBatch:
-    ones = np.ones(len(found), np.float32)
-    advantages = np.linspace(-1, 1, len(found)).astype(np.float32)
+def batch_of(drawn: list[TokenSequence], share: bool, row_length: int, data: int) -> PackedBatch:
+    ones = np.ones(len(drawn), np.float32)
+    advantages = np.linspace(-1, 1, len(drawn)).astype(np.float32)
     return pack(
-        found,
+        drawn,
         advantages,
         ones,
         row_length=row_length,
@@ -92,13 +92,13 @@ def transformers_without_kernels() -> None:
         del sys.modules["fla"]
 
 
-def hugging_face(folder: Path, found: list[TokenSequence], dtype: torch.dtype) -> list[torch.Tensor]:
+def hugging_face(folder: Path, drawn: list[TokenSequence], dtype: torch.dtype) -> list[torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device.device())
     out = []
     with torch.no_grad():
-        for item in found:
+        for item in drawn:
             ids = torch.from_numpy(item.tokens_S.astype(np.int64)).to(device.device())
             log_p = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
             out.append(log_p.gather(1, ids[1:, None])[:, 0].cpu())
@@ -118,8 +118,8 @@ def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]:
     sizes, rng = Parallel(**parallel), np.random.default_rng(0)
-    found = sequences(rng, 6, 300, 200)
-    exact, rounded = hugging_face(folder, found, torch.float32), hugging_face(folder, found, torch.bfloat16)
+    drawn = sequences(rng, 6, 300, 200)
+    exact, rounded = hugging_face(folder, drawn, torch.float32), hugging_face(folder, drawn, torch.bfloat16)
     result: dict[str, Any] = {
         "parallel": parallel,
         "noise": distance(rounded, exact),
@@ -129,13 +129,13 @@ def check(family: str, parallel: dict[str, Any], folder: Path) -> dict[str, Any]
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
     trainer = open_trainer(EngineConfig(str(folder), sizes, dtype="bfloat16", lora=LoraSettings(16, 32.0, targets)))
     for name, share in (("unpacked", False), ("packed", True)):
-        batch = batch_of(found, share, 2048, sizes.data)
+        batch = batch_of(drawn, share, 2048, sizes.data)
         start = time.perf_counter()
         ours = of_sequences(batch, score(trainer, batch, lambda _event: None))
         result[name] = distance(ours, exact)
         result[f"{name}_seconds"] = time.perf_counter() - start
         result[f"{name}_finite"] = bool(torch.cat(ours).isfinite().all())
-    batch = batch_of(found, True, 2048, sizes.data)
+    batch = batch_of(drawn, True, 2048, sizes.data)
     config = TrainConfig(learning_rate=1e-3, max_mismatch=None)
     result["steps"] = [train_step(trainer, batch, config, None, lambda _event: None) for _ in range(3)]
     result["steps_of_other_lengths"] = [
@@ -163,10 +163,10 @@ def model_folder(family: str) -> Path:
     folder = place / family
     if dist.get_rank() == 0 and not folder.exists():
         place.mkdir(parents=True, exist_ok=True)
-        mine = Path(tempfile.mkdtemp(dir=place)) / family
-        write_tiny(family, mine, seed=0, overrides={**COMMON, **SHAPES[family]})
+        own = Path(tempfile.mkdtemp(dir=place)) / family
+        write_tiny(family, own, seed=0, overrides={**COMMON, **SHAPES[family]})
         with contextlib.suppress(OSError):  # another one was faster: the same bytes
-            mine.rename(folder)
+            own.rename(folder)
     dist.barrier()
     return folder
 
@@ -175,11 +175,11 @@ def layouts(family: str, world: int) -> dict[str, dict[str, Any]]:
     """The parallel sizes that are tried on so many GPUs, by name."""
     if world == 1:
         return {"one": {}}
-    found: list[dict[str, Any]] = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
+    layouts_found: list[dict[str, Any]] = [{"tensor": world, "sequence": sequence} for sequence in (False, True)]
     if "moe" in family:
-        found.append({"tensor": world, "sequence": True, "expert": world})
-    found.append({"context": world})
-    return {"-".join(f"{k}{v}" for k, v in sizes.items()): sizes for sizes in found}
+        layouts_found.append({"tensor": world, "sequence": True, "expert": world})
+    layouts_found.append({"context": world})
+    return {"-".join(f"{k}{v}" for k, v in sizes.items()): sizes for sizes in layouts_found}
 
 
 def main() -> None:
@@ -188,14 +188,14 @@ def main() -> None:
     world = int(os.environ["WORLD_SIZE"])
     device.start(Parallel(data=world), seed=0)
     results: dict[str, Any] = {}
-    for family, _, sizes in (one.partition("/") for one in chosen):
+    for family, _, sizes in (case.partition("/") for case in chosen):
         folder = model_folder(family)
         for name, parallel in layouts(family, world).items():
             if sizes not in ("", name):
                 continue
-            results[f"{family}/{name}"] = found = check(family, parallel, folder)
+            results[f"{family}/{name}"] = figures = check(family, parallel, folder)
             if dist.get_rank() == 0:
-                print(f"{family}/{name}", {k: v for k, v in found.items() if k != "steps"}, flush=True)  # noqa: T201
+                print(f"{family}/{name}", {k: v for k, v in figures.items() if k != "steps"}, flush=True)  # noqa: T201
                 out.write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ def test_the_alias_moves_and_requests_in_flight_end(tmp_path: Path, mode: str) -
     command += ["--server-arg=--enforce-eager", "--logs", str(tmp_path / "logs"), "--output", str(out)]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    found = json.loads(out.read_text())
-    assert found["faults"] == []
-    assert [step["alias"] for step in found["steps"]] == ["@0 -> @1", "@1 -> @2"]
-    assert all(step["through"] > 0 for step in found["steps"])
+    report = json.loads(out.read_text())
+    assert report["faults"] == []
+    assert [step["alias"] for step in report["steps"]] == ["@0 -> @1", "@1 -> @2"]
+    assert all(step["through"] > 0 for step in report["steps"])

@@ -70,11 +70,11 @@ async def test_steps_over_nccl(tmp_path):
         assert paths == [("staged", "load_weights"), *[("staged", "direct")] * 2, *[("streamed", "direct")] * 2]
         for sender in senders.values():
             sender.close()
-        over, held = threading.Event(), on_gpu(model, folder)
+        over, weights = threading.Event(), on_gpu(model, folder)
 
         def stalling():
-            for number, weight in enumerate(held):
-                if number == len(held) - 1:
+            for number, weight in enumerate(weights):
+                if number == len(weights) - 1:
                     over.wait(10.0)
                 yield weight
 
@@ -83,7 +83,7 @@ async def test_steps_over_nccl(tmp_path):
             await asyncio.to_thread(slow.push, stalling(), "policy@late", "policy@late")
         assert not apart(await served("policy@5"), hf_logprobs(model, TOKENS).tolist(), **LIMITS)
         again = pusher("auto")
-        await asyncio.to_thread(again.push, held, "policy@6", "policy@6")
+        await asyncio.to_thread(again.push, weights, "policy@6", "policy@6")
         assert not apart(await served("policy@6"), hf_logprobs(model, TOKENS).tolist(), **LIMITS)
         again.close()
     finally:

@@ -26,11 +26,11 @@ CONFIG = TrainConfig(max_steps_off_policy=3)
 
 def spans(*parts: tuple[int, int]) -> list[dict]:
     """Weight versions of `(step, tokens)` parts in order."""
-    found, start = [], 0
+    described, start = [], 0
     for step, tokens in parts:
-        found.append({"version": f"m@{step}", "start": start, "end": start + tokens})
+        described.append({"version": f"m@{step}", "start": start, "end": start + tokens})
         start += tokens
-    return found
+    return described
 
 
 def mixed(random: np.random.Generator):
@@ -76,15 +76,15 @@ def test_only_the_current_steps_tokens_count(seed, tight, tmp_path_factory):
         assert chosen[batch.row_Q[number], batch.path_index(number)[-len(flags) :]].tolist() == flags
     assert chosen.sum() == sum(map(sum, current))
     drift = random.normal(size=batch.tokens_RS.shape) * np.where(chosen, 0.01, 1.0)
-    found = metrics_of(batch, drift)
+    metrics = metrics_of(batch, drift)
     sampled = batch.logprobs_RS[chosen].astype(np.float64)
     expected = logprob_mismatch(sampled, sampled + drift[chosen])
-    assert found["mismatch"] == pytest.approx(expected.mean_abs, rel=1e-5)
-    assert found["mismatch_pct"] == pytest.approx(expected.mean_abs_pct, rel=1e-5)
-    assert found["mismatch_kl"] == pytest.approx(expected.kl, rel=1e-4)
-    assert found["mismatch_max"] == pytest.approx(expected.largest, rel=1e-5)
+    assert metrics["mismatch"] == pytest.approx(expected.mean_abs, rel=1e-5)
+    assert metrics["mismatch_pct"] == pytest.approx(expected.mean_abs_pct, rel=1e-5)
+    assert metrics["mismatch_kl"] == pytest.approx(expected.kl, rel=1e-4)
+    assert metrics["mismatch_max"] == pytest.approx(expected.largest, rel=1e-5)
     every = batch.logprobs_RS[batch.loss_mask_RS].astype(np.float64)
-    assert found["kl"] == pytest.approx(logprob_mismatch(every, every + drift[batch.loss_mask_RS]).kl, rel=1e-4)
+    assert metrics["kl"] == pytest.approx(logprob_mismatch(every, every + drift[batch.loss_mask_RS]).kl, rel=1e-4)
 
 
 def test_rollouts_of_earlier_steps_alone_have_no_mismatch():
@@ -92,6 +92,6 @@ def test_rollouts_of_earlier_steps_alone_have_no_mismatch():
     batch = prepare([group], model_name="m", step=4, config=CONFIG).batch
     assert batch.current_RS is not None
     assert not batch.current_RS.any()
-    found = metrics_of(batch, np.ones(batch.tokens_RS.shape))
-    assert not [name for name in found if name.startswith("mismatch")]
-    assert found["kl"] > 0.5
+    metrics = metrics_of(batch, np.ones(batch.tokens_RS.shape))
+    assert not [name for name in metrics if name.startswith("mismatch")]
+    assert metrics["kl"] > 0.5

@@ -180,7 +180,7 @@ async def test_responses_streamed_and_not_continue_one_conversation(gateway, age
         assert events[0].type == "response.created"
         second = events[-1].response
         assert events[-1].type == f"response.{second.status}"
-        assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == second.output_text
+        assert "".join(part.delta for part in events if part.type == "response.output_text.delta") == second.output_text
         with pytest.raises(BadRequestError, match="previous_response_id needs replies that are stored"):
             await client.responses.create(**asked, input="On.", previous_response_id=second.id)
     made = sequences(episode)

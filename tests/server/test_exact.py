@@ -37,21 +37,21 @@ async def running(family, folder, **settings):
 async def rollouts(model, server):
     """Trajectories of every kind."""
     long = words(500)
-    found = await roll_out(model, [long], tokens=24)
+    trajectories = await roll_out(model, [long], tokens=24)
     before = await prefix_hits(server)
-    found += await roll_out(model, [long], n=3, tokens=24, temperature=0.6)
+    trajectories += await roll_out(model, [long], n=3, tokens=24, temperature=0.6)
     assert await prefix_hits(server) > before
-    found += await roll_out(model, [words(40)], n=3, tokens=24, temperature=1.7)
-    found += [await multi_turn(model)]
+    trajectories += await roll_out(model, [words(40)], n=3, tokens=24, temperature=1.7)
+    trajectories += [await multi_turn(model)]
     for _ in range(3):
-        found += await roll_out(model, [words(850)], tokens=4)
-    return found
+        trajectories += await roll_out(model, [words(850)], tokens=4)
+    return trajectories
 
 
 async def check_exact(model, backend):
     for _ in range(2):  # at step 0 the adapter changes nothing
-        found = await rollouts(model, backend.run_info(model).server)
-        result = await backend.train(model, [group(found)], CONFIG)
+        trajectories = await rollouts(model, backend.run_info(model).server)
+        result = await backend.train(model, [group(trajectories)], CONFIG)
         assert result.metrics["mismatch_max"] <= 1e-6
         assert result.metrics["tokens_scored"] > 150
         assert result.metrics.get("expert_choices_differ", 0.0) == 0.0
@@ -71,13 +71,13 @@ async def test_every_token_agrees(runtime, family, tmp_path):
 
 async def check_one_token_off(model, backend):
     """Planted fault: one log-probability moved by 2e-6, the error names its trajectory and its token."""
-    found = await roll_out(model, [words(40)], n=3, tokens=12)
-    choice = found[1].choices[0]
+    trajectories = await roll_out(model, [words(40)], n=3, tokens=12)
+    choice = trajectories[1].choices[0]
     choice.sampled_logprobs[5] -= 2e-6
     place = len(choice.prompt_token_ids) + 5
     step = model.step
     with pytest.raises(MismatchError, match=f"group 0, trajectory 1, token {place}: .*max_token_mismatch = 1e-06"):
-        await backend.train(model, [group(found)], CONFIG)
+        await backend.train(model, [group(trajectories)], CONFIG)
     assert model.step == step
 
 
@@ -99,8 +99,8 @@ async def test_without_it_fp32_is_off_by_more(runtime, tmp_path):
     """What `lockstep_vllm.patches.exact_fp64` is for. When this fails, two fp32 programs agree to 1e-6 by themselves: drop it."""
     model, backend = await running("qwen3", tmp_path)
     try:
-        found = await rollouts(model, backend.run_info(model).server)
+        trajectories = await rollouts(model, backend.run_info(model).server)
         with pytest.raises(MismatchError, match="max_token_mismatch = 1e-06"):
-            await backend.train(model, [group(found)], CONFIG.model_copy(update={"max_token_mismatch": 1e-6}))
+            await backend.train(model, [group(trajectories)], CONFIG.model_copy(update={"max_token_mismatch": 1e-6}))
     finally:
         await backend.close()

@@ -196,8 +196,8 @@ async def test_the_server_has_a_step_before_the_disk_has_it(running, task, secti
     assert await check_served(run.server, name, base_model, result.checkpoint_path / "adapter") == early[0]
     weights = load_file(result.checkpoint_path / "adapter" / "adapter_model.safetensors")
     assert result.metrics["sync_bytes"] == sum(tensor.nbytes for tensor in weights.values())
-    for one in ("seconds_sync", "seconds_sync_transfer", "seconds_sync_pause", "seconds_publish"):
-        assert result.metrics[one] > 0, one
+    for seconds in ("seconds_sync", "seconds_sync_transfer", "seconds_sync_pause", "seconds_publish"):
+        assert result.metrics[seconds] > 0, seconds
     assert run.store.metrics()[result.step]["sync_bytes"] == result.metrics["sync_bytes"]
     names = {name for metrics in run.store.metrics().values() for name in metrics}
     assert not {name for name in names if not is_known(name)}
@@ -522,7 +522,7 @@ async def test_an_agent_that_knows_an_address_alone_is_trained(running, monkeypa
             return episode.trajectory(reward=float(number % 2))
 
     (group,) = await ls.gather_trajectory_groups([[rollout(number) for number in range(4)]], progress=False)
-    sampled = sum(len(choice.token_ids) for one in group.trajectories for choice in one.choices)
+    sampled = sum(len(choice.token_ids) for trajectory in group.trajectories for choice in trajectory.choices)
     result = await backend.train(model, [group], CONFIG)
     assert result.metrics["mismatch_max"] < 1e-5
     assert result.metrics["sequences"] == 4

@@ -43,13 +43,13 @@ async def test_scores_of_real_conversations_are_hugging_faces(smollm2, reference
     ]
     scored = await score(str(smollm2), lines, dtype="float32", packed=True)
     differences = [
-        np.abs(np.asarray(one.logprobs) - logprobs_of(reference, line.tokens))
-        for one, line in zip(scored, lines, strict=True)
+        np.abs(np.asarray(row.logprobs) - logprobs_of(reference, line.tokens))
+        for row, line in zip(scored, lines, strict=True)
     ]
-    assert max(one.mean() for one in differences) < 1e-5
-    assert max(one.max() for one in differences) < 1e-4
+    assert max(row.mean() for row in differences) < 1e-5
+    assert max(row.max() for row in differences) < 1e-4
     # Uniform guesses earn -10.8: these are weights that know the language.
-    assert np.mean([np.mean(one.logprobs) for one in scored]) > -6
+    assert np.mean([np.mean(row.logprobs) for row in scored]) > -6
 
 
 async def test_one_grpo_step_and_its_sync(smollm2, reference, runtime, tmp_path):

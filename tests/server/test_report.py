@@ -75,9 +75,9 @@ async def test_a_dense_model(runtime, tmp_path, damage, monkeypatch):
     settings = {"seed": 3, "prompts": 5, "tokens": 12}
     output = tmp_path / "report.json"
     code = await validate_model(str(base), ["train_inf_mismatch"], output, settings, Console(quiet=True))
-    (found,) = json.loads(output.read_text())
+    (report,) = json.loads(output.read_text())
     assert code == (1 if damage else 0)
-    comparisons = {(row["policy"], row["compared"]): row for row in found["comparisons"]}
+    comparisons = {(row["policy"], row["compared"]): row for row in report["comparisons"]}
     assert set(comparisons) == {
         (policy, what) for policy in ("base", "adapter") for what in ("server again", "trainer")
     }

@@ -71,8 +71,8 @@ def write_adapter(model_folder: Path, folder: Path, seed: int) -> Path:
 def endpoints_of(server) -> list[tuple[str, str]]:
     """Every endpoint that vLLM says it has, as (method, path)."""
     log = server.child.log_path.read_text()
-    found = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", log)
-    return [(method, path) for path, methods in found for method in methods.split(", ")]
+    endpoints = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", log)
+    return [(method, path) for path, methods in endpoints for method in methods.split(", ")]
 
 
 async def test_every_route_wants_the_token(server):
@@ -141,13 +141,13 @@ async def test_listed_logprobs_end_where_a_stop_string_cuts_the_reply(server, cl
     """vLLM drops the tokens after a stop string; the list of log-probabilities must lose the same."""
     prompt = [70, 71, 72, 73]
     settings = {"model": "base", "prompt": prompt, "max_tokens": 40, "seed": 3, "extra_body": {"ignore_eos": True}}
-    whole = (await client.completions.create(**settings)).choices[0]
-    stop = next(text for text in whole.text[3:] if text.isascii() and text.isalnum())
+    uncut = (await client.completions.create(**settings)).choices[0]
+    stop = next(text for text in uncut.text[3:] if text.isascii() and text.isalnum())
     cut = (await client.completions.create(**settings, stop=[stop])).choices[0]
     count = len(cut.model_extra["token_ids"])
     assert cut.finish_reason == "stop"
     assert 0 < count < 40
-    assert cut.model_extra["sampled_logprobs"] == whole.model_extra["sampled_logprobs"][:count]
+    assert cut.model_extra["sampled_logprobs"] == uncut.model_extra["sampled_logprobs"][:count]
 
 
 async def test_what_the_client_says_is_kept_and_reported(server, client, tiny_qwen3):

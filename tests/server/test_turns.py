@@ -70,8 +70,8 @@ async def test_scores_asked_for_at_once_are_those_asked_for_alone(server):
     prompts = [TOKENS[:length] for length in (2, 17, 33, 60)]
     alone = [await server.score("base", prompt) for prompt in prompts]
     together = await asyncio.gather(generated(server, 40), *(server.score("base", prompt) for prompt in prompts * 3))
-    for found, expected in zip(together[1:], alone * 3, strict=True):
-        assert found == pytest.approx(expected, abs=1e-5)
+    for scores, expected in zip(together[1:], alone * 3, strict=True):
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
 async def test_a_seeded_prompt_in_pieces_samples_as_a_whole_one(server):

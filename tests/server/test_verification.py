@@ -67,7 +67,9 @@ class Masters:
 def a_changed(old, new, side: str) -> str:
     """The name of some matrix that the last step changed."""
     names = [
-        name for (name, one), (_, other) in zip(old, new, strict=True) if side in name and not torch.equal(one, other)
+        name
+        for (name, before), (_, other) in zip(old, new, strict=True)
+        if side in name and not torch.equal(before, other)
     ]
     return random.choice(names)
 
@@ -189,8 +191,10 @@ async def test_a4_a_merged_tensor_left_at_the_version_before_is_refused_by_name(
                 assert (await push(new, number)).compared
                 old = new
         new = moved(old, 1e-6, 9)
-        pairs = [(name, one, other) for (name, one), (_, other) in zip(old, new, strict=True)]
-        name = random.choice([name for name, one, other in pairs if "proj" in name and not torch.equal(one, other)])
+        pairs = [(name, before, other) for (name, before), (_, other) in zip(old, new, strict=True)]
+        name = random.choice(
+            [name for name, before, other in pairs if "proj" in name and not torch.equal(before, other)]
+        )
         shown = re.sub(r"\.experts\.\d+\..*", ".experts", name)
         fault = {"weight": shown} if path == "direct" else {"loaded": name, "folder": str(folder)}
         with plot.planted(**fault), pytest.raises(ServerLostError, match=f"does not hold policy@9: '{shown}'"):

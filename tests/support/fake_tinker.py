@@ -122,8 +122,8 @@ class Service:
     def module(self) -> types.ModuleType:
         """What `import tinker` gives."""
         module = types.ModuleType("tinker")
-        for one in (TinkerError, SamplingParams, ModelInput, Datum, AdamParams):
-            setattr(module, one.__name__, one)
+        for part in (TinkerError, SamplingParams, ModelInput, Datum, AdamParams):
+            setattr(module, part.__name__, part)
         module.ServiceClient = lambda **settings: ServiceClient(self, **settings)  # type: ignore[attr-defined]
         return module
 

@@ -27,7 +27,7 @@ def engine_core(server: Any) -> int:
 
 def shared_memory(pid: int) -> set[Path]:
     """What the processes under `pid` share by Python's `SharedMemory`."""
-    lines = (line for one in below(pid) for line in Path(f"/proc/{one}/maps").read_text().splitlines())
+    lines = (line for child in below(pid) for line in Path(f"/proc/{child}/maps").read_text().splitlines())
     return {Path(line.split()[-1]) for line in lines if "/dev/shm/psm_" in line}
 
 

@@ -59,7 +59,7 @@ def routed_experts_of(choice) -> np.ndarray:
 
 
 def prompt_tokens(trajectories) -> int:
-    return sum(len(choice.prompt_token_ids) for one in trajectories for choice in one.choices)
+    return sum(len(choice.prompt_token_ids) for trajectory in trajectories for choice in trajectory.choices)
 
 
 async def prefix_hits(server) -> float:
@@ -105,23 +105,23 @@ async def served_in_every_way(model, server, block=128, long=600, chunked=(8, 90
     long: letters of a prompt of more than one block. chunked: so many prompts of so many letters fill more than one batch.
     """
     text = words(long)
-    found = {"cold": await roll_out(model, [text])}
+    served = {"cold": await roll_out(model, [text])}
     # A hybrid model's first request leaves no state at a block's end, its second one does.
     for _ in range(2):
         before = await prefix_hits(server)
-        found["prefix-cache hit"] = await roll_out(model, [text])
+        served["prefix-cache hit"] = await roll_out(model, [text])
         hits = await prefix_hits(server) - before
         if hits:
             break
-    assert hits == (prompt_tokens(found["cold"]) - 1) // block * block > 0
-    found["longer prompt over a cached one"] = await roll_out(model, [{**text, "content": text["content"] + " abc"}])
+    assert hits == (prompt_tokens(served["cold"]) - 1) // block * block > 0
+    served["longer prompt over a cached one"] = await roll_out(model, [{**text, "content": text["content"] + " abc"}])
     assert await prefix_hits(server) >= before + 2 * hits
-    found["n = 4"] = await roll_out(model, [words(40)], n=4)
-    found["stop string"] = [await stopped_by_text(model)]
-    found["multi-turn"] = [await multi_turn(model)]
+    served["n = 4"] = await roll_out(model, [words(40)], n=4)
+    served["stop string"] = [await stopped_by_text(model)]
+    served["multi-turn"] = [await multi_turn(model)]
     many = await asyncio.gather(*(roll_out(model, [words(chunked[1])], tokens=4) for _ in range(chunked[0])))
-    found["chunked prefill"] = [one for part in many for one in part]
-    return found
+    served["chunked prefill"] = [trajectory for part in many for trajectory in part]
+    return served
 
 
 def encode(rows) -> str:

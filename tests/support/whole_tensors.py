@@ -18,13 +18,13 @@ def hf_tensors(
 
     What no rank holds is NaN, so that nothing passes for whole that isn't.
     """
-    whole: dict[str, torch.Tensor] = {}
-    for shares, (_, held) in zip(share_out([shards for shards, _ in ranks], shapes), ranks, strict=True):
+    tensors: dict[str, torch.Tensor] = {}
+    for shares, (_, values) in zip(share_out([shards for shards, _ in ranks], shapes), ranks, strict=True):
         for share in shares:
-            rows = flat_rows(held[share.shard.megatron], share.shard)
-            for piece, at in share.pieces:
+            rows = flat_rows(values[share.shard.megatron], share.shard)
+            for piece, place in share.pieces:
                 assert piece.name is not None
                 shape = shapes[piece.name]
-                into = whole.setdefault(piece.name, rows.new_full(shape, float("nan")))
-                into[tuple(slice(*pair) for pair in box(piece, shape))] = rows[at : at + piece.rows]
-    return whole.items()
+                into = tensors.setdefault(piece.name, rows.new_full(shape, float("nan")))
+                into[tuple(slice(*pair) for pair in box(piece, shape))] = rows[place : place + piece.rows]
+    return tensors.items()

@@ -36,11 +36,11 @@ def test_a_reload_is_wrong_without_the_fix_and_right_with_it(runtime, tmp_path, 
     arguments = (str(old), str(new), json.dumps(tokens))
     probe = SERVER / "reload_probe.py"
     [values] = probed(runtime, probe, *arguments, env=env, log=tmp_path / "log", seconds=300.0)
-    found = {name: torch.tensor(value) for name, value in values.items()}
-    torch.testing.assert_close(found["before"], hf_logprobs(old, tokens), atol=1e-5, rtol=0)
+    scores = {name: torch.tensor(value) for name, value in values.items()}
+    torch.testing.assert_close(scores["before"], hf_logprobs(old, tokens), atol=1e-5, rtol=0)
     reference_S = hf_logprobs(new, tokens)
-    assert (found["without"] - reference_S).abs().max() > 1e-3
-    torch.testing.assert_close(found["with"], reference_S, atol=1e-5, rtol=0)
+    assert (scores["without"] - reference_S).abs().max() > 1e-3
+    torch.testing.assert_close(scores["with"], reference_S, atol=1e-5, rtol=0)
 
 
 def hf_logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:

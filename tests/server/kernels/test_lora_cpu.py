@@ -20,6 +20,6 @@ def test_each_token_gets_its_own_adapter_or_none(runtime, tmp_path):
     shape = [random.randint(9, 40) for _ in range(3)] + [random.choice([1, 8]), random.randint(2, 4)]
     env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": ""}
     arguments = [*map(str, shape), str(random.randrange(1 << 20))]
-    [found] = probed(runtime, SERVER / "lora_probe.py", *arguments, env=env, log=tmp_path / "log")
-    assert found.pop("without_on_base") > 1e-2, arguments
-    assert all(difference < 1e-4 for difference in found.values()), (arguments, found)
+    [errors] = probed(runtime, SERVER / "lora_probe.py", *arguments, env=env, log=tmp_path / "log")
+    assert errors.pop("without_on_base") > 1e-2, arguments
+    assert all(difference < 1e-4 for difference in errors.values()), (arguments, errors)

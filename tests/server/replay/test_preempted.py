@@ -58,7 +58,7 @@ async def test_routed_experts_survive_or_are_named(runtime, tmp_path):
     )
     server = await launch(config, runtime, tmp_path / "run")
     try:
-        found = await asyncio.gather(*(sample(server, number) for number in range(REQUESTS)))
+        replies = await asyncio.gather(*(sample(server, number) for number in range(REQUESTS)))
         assert await counted(server, "num_preemptions_total") > 0
     finally:
         await server.close()
@@ -66,7 +66,7 @@ async def test_routed_experts_survive_or_are_named(runtime, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     complete = 0
-    for ids, logprobs, rows in found:
+    for ids, logprobs, rows in replies:
         if isinstance(rows, DataError):
             assert re.fullmatch(rf"{LOST}.*", str(rows))
             continue

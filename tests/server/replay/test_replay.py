@@ -75,9 +75,9 @@ async def test_replayed_experts_are_the_servers(running, base_model):
     the server's.
     """
     model, backend = running
-    found = await served_in_every_way(model, backend.run_info(model).server)
+    served = await served_in_every_way(model, backend.run_info(model).server)
     adapter = backend.run_path(model) / "steps" / f"{model.step:04d}" / "adapter"
-    for way, trajectories in found.items():
+    for way, trajectories in served.items():
         for trajectory in trajectories:
             for choice in trajectory.choices:
                 rows_SLK = routed_experts_of(choice)
@@ -87,8 +87,8 @@ async def test_replayed_experts_are_the_servers(running, base_model):
                 np.testing.assert_array_equal(rows_SLK, expected_SLK[: len(rows_SLK)], err_msg=way)
                 sampled = choice.sampled_logprobs
                 np.testing.assert_allclose(sampled, logprobs[-len(sampled) :], atol=1e-5)
-    assert prompt_tokens(found["chunked prefill"]) > 3 * 2048
-    everything = [one for part in found.values() for one in part]
+    assert prompt_tokens(served["chunked prefill"]) > 3 * 2048
+    everything = [rollout for part in served.values() for rollout in part]
     result = await backend.train(model, [group(everything)], CONFIG)
     assert result.metrics["mismatch_max"] < 1e-5
     assert result.metrics["expert_choices_differ"] == 0.0

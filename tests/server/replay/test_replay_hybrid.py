@@ -88,15 +88,15 @@ def check_packed(trajectories, batch) -> None:
         assert known.tolist() == [True] * (len(path) - 1) + [False]
 
 
-async def check_replay(model, backend, base_model, found) -> None:
+async def check_replay(model, backend, base_model, served) -> None:
     """The server's rows are near Hugging Face's, on their tokens in the packed batch, and with them the trainer is near the server."""
     for way in ("n = 4", "multi-turn"):
-        choice = found[way][0].choices[-1]
+        choice = served[way][0].choices[-1]
         rows_SLK = routed_experts_of(choice)
         expected_SLK = choices_of_hugging_face(base_model, choice.prompt_token_ids + choice.token_ids)
         assert share_in_common(rows_SLK, expected_SLK[: len(rows_SLK)]) > 0.7, way  # the adapter, too, moves some
         assert share_in_common(rows_SLK[1:], expected_SLK[: len(rows_SLK) - 1]) < 0.5, way  # and not off by one
-    everything = [one for part in found.values() for one in part]
+    everything = [trajectory for part in served.values() for trajectory in part]
     groups = [group(everything)]
     batch = prepare(groups, model_name="hybrid", step=model.step, config=CONFIG, routed_experts=SHAPE).batch
     check_packed(everything, batch)
@@ -108,17 +108,17 @@ async def check_replay(model, backend, base_model, found) -> None:
 
 async def test_replayed_experts_are_the_servers(running, base_model):
     model, backend = running
-    found = {"n = 4": await roll_out(model, [words(40)], n=4), "multi-turn": [await multi_turn(model)]}
-    await check_replay(model, backend, base_model, found)
+    served = {"n = 4": await roll_out(model, [words(40)], n=4), "multi-turn": [await multi_turn(model)]}
+    await check_replay(model, backend, base_model, served)
 
 
 async def test_long_prompts_cached_and_in_chunks(running, base_model):
     model, backend = running
-    found = await served_in_every_way(model, backend.run_info(model).server, BLOCK, long=1400, chunked=(4, 700))
-    assert prompt_tokens(found["chunked prefill"]) > 2048
-    cold, again = (routed_experts_of(found[way][0].choices[0]) for way in ("cold", "prefix-cache hit"))
+    served = await served_in_every_way(model, backend.run_info(model).server, BLOCK, long=1400, chunked=(4, 700))
+    assert prompt_tokens(served["chunked prefill"]) > 2048
+    cold, again = (routed_experts_of(served[way][0].choices[0]) for way in ("cold", "prefix-cache hit"))
     np.testing.assert_array_equal(again[:BLOCK], cold[:BLOCK])  # the very record that the cached tokens were made with
-    await check_replay(model, backend, base_model, found)
+    await check_replay(model, backend, base_model, served)
 
 
 @pytest.mark.parametrize(("fault", "says"), FAULTS.items())

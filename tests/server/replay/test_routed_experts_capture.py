@@ -46,7 +46,7 @@ def check(request):
 
 
 @pytest.fixture(scope="module")
-def found(runtime, tmp_path_factory):
+def captured(runtime, tmp_path_factory):
     """[what vLLM does, then of each of CASES], and the seed of it all."""
     scratch, seed = tmp_path_factory.mktemp("routed_experts"), random.randrange(1 << 30)
     models = {shape: write_tiny(shape, scratch / shape) for shape in ("qwen3_moe", "qwen3_5_moe")}
@@ -57,8 +57,8 @@ def found(runtime, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{kind}-{steps}" for _, kind, steps in CASES])
-def test_the_rows_of_its_tokens_once(found, number):
-    results, seed = found
+def test_the_rows_of_its_tokens_once(captured, number):
+    results, seed = captured
     result, kind = results[1 + number], CASES[number][1]
     assert result["preempted"] > 0, seed
     assert bool(result["copies"]) == (kind == "hybrid"), seed
@@ -67,6 +67,6 @@ def test_the_rows_of_its_tokens_once(found, number):
     assert sum(not request["aborted"] for request in result["requests"]) > 30
 
 
-def test_vllm_hands_over_token_by_token(found):
+def test_vllm_hands_over_token_by_token(captured):
     # When this fails, vLLM keeps the rows back by itself: see whether lockstep_vllm/routed_experts/capture.py is still needed.
-    assert found[0][0] == [True, True, True]
+    assert captured[0][0] == [True, True, True]

@@ -28,7 +28,7 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-async def held(runtime, folder, tmp_path_factory):
+async def receiving(runtime, folder, tmp_path_factory):
     """A server that leaves its weights unpacked, and the trainer's model of the weights that it holds."""
     config = ServerConfig(
         model=folder,
@@ -58,22 +58,22 @@ class Threads:
         try:
             self.values[self.rank] = value
             self.barrier.wait(deadline_s)
-            found = list(self.values)
+            values = list(self.values)
             self.barrier.wait(deadline_s)
         except threading.BrokenBarrierError:
             raise TrainerError("a sender did not come along") from None
-        return found
+        return values
 
 
 def split(weights: list[tuple[str, torch.Tensor]]) -> tuple[SyncPlan, list[list[tuple[str, torch.Tensor]]]]:
     """Matrices by columns, the rest by turns: the plan, and what each of two senders holds."""
     sources: list[list[Source]] = [[], []]
-    held: list[list[tuple[str, torch.Tensor]]] = [[], []]
+    receiving: list[list[tuple[str, torch.Tensor]]] = [[], []]
     for number, (name, weight) in enumerate(weights):
         meta = TensorMeta(name, weight.dtype, tuple(weight.shape))
         if weight.dim() < 2 or number % 3 == 0:
             sources[number % 2].append(full_source(meta))
-            held[number % 2].append((name, weight))
+            receiving[number % 2].append((name, weight))
             continue
         middle = weight.shape[-1] // 2
         for sender, (low, high) in enumerate([(0, middle), (middle, weight.shape[-1])]):
@@ -83,8 +83,8 @@ def split(weights: list[tuple[str, torch.Tensor]]) -> tuple[SyncPlan, list[list[
             sources[sender].append(
                 Source(name + "/", weight.dtype, rows, part.numel() // rows, (Part(meta, box, 0, rows),))
             )
-            held[sender].append((name + "/", part))
-    return SyncPlan(tuple(plan_sources(one, 30_000) for one in sources)), held
+            receiving[sender].append((name + "/", part))
+    return SyncPlan(tuple(plan_sources(source, 30_000) for source in sources)), receiving
 
 
 class Pair:
@@ -98,17 +98,17 @@ class Pair:
             for senders in (first, Threads(1, first))
         ]
 
-    async def push(self, held, name: str):
+    async def push(self, receiving, name: str):
         """The report; the first sender's error, unless both say the same."""
         calls = [
             asyncio.to_thread(pusher.push, tensors, name, name)
-            for pusher, tensors in zip(self.pushers, held, strict=True)
+            for pusher, tensors in zip(self.pushers, receiving, strict=True)
         ]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        failed = [one for one in outcomes if isinstance(one, BaseException)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failed:
             assert len(failed) == 2
-            assert all(isinstance(one, LockstepError) for one in failed)
+            assert all(isinstance(outcome, LockstepError) for outcome in failed)
             raise failed[0]
         return outcomes[0]
 
@@ -121,9 +121,9 @@ async def served(server, name: str) -> torch.Tensor:
     return torch.tensor(await server.score(name, TOKENS))
 
 
-async def test_proven_once_then_copied_in_place(held, folder, monkeypatch):
+async def test_proven_once_then_copied_in_place(receiving, folder, monkeypatch):
     """By vLLM's own loader first; then, with the plan made once, by copies alone: into staging memory or straight in."""
-    server, model = held
+    server, model = receiving
     plan, _ = split(checkpoint_weights(model, folder))
     pairs = {policy: Pair(server, plan, policy) for policy in ("auto", "streamed")}
     calls = []
@@ -147,17 +147,17 @@ async def test_proven_once_then_copied_in_place(held, folder, monkeypatch):
         pair.close()
 
 
-async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(held, folder, monkeypatch):
+async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(receiving, folder, monkeypatch):
     """A stream that ends, buckets swapped between the senders, a sender that stalls: named, and nothing is changed."""
-    server, model = held
+    server, model = receiving
     (name,) = await server.models()
     before = await served(server, name)
     plan, good = split(checkpoint_weights(model, folder))
     pair = Pair(server, plan, deadline_s=4.0)  # the other sender waits that long for a receiver that waits for this one
 
-    async def fails(held, error, match):
+    async def fails(receiving, error, match):
         with pytest.raises(error, match=match):
-            await pair.push(held, "policy@bad")
+            await pair.push(receiving, "policy@bad")
         assert await server.models() == [name]
         assert torch.equal(await served(server, name), before)
 
@@ -174,9 +174,9 @@ async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(held, f
                 return send(bytes_N)
             sent[sender] = bytes_N.clone()
             met.wait(60.0)
-            other, mine = sent[1 - sender], bytes_N.clone()
-            mine[: min(len(mine), len(other))] = other[: len(mine)]
-            return send(mine)
+            other, altered = sent[1 - sender], bytes_N.clone()
+            altered[: min(len(altered), len(other))] = other[: len(altered)]
+            return send(altered)
 
         monkeypatch.setattr(pusher._transport, "send", swapped)
     await fails(good, MismatchError, "bucket 2 of sender 0")
@@ -202,9 +202,9 @@ async def test_what_one_of_two_senders_does_wrong_leaves_the_old_version(held, f
 
 
 @pytest.mark.slow
-async def test_a_streamed_sync_that_breaks_ends_the_server(held, folder):
+async def test_a_streamed_sync_that_breaks_ends_the_server(receiving, folder):
     """There is no old version left to serve. Comes last: the server is gone."""
-    server, model = held
+    server, model = receiving
     plan, good = split(checkpoint_weights(model, folder))
     pair = Pair(server, plan, "streamed", deadline_s=10.0)
     await pair.push(good, "policy@whole")

@@ -84,7 +84,7 @@ async def test_versions_from_memory(server, tiny_qwen3, tmp_path):
     assert await server.models() == ["base"]
 
 
-async def held(server) -> int:
+async def slot_bytes(server) -> int:
     """Bytes of adapters from memory that the server keeps."""
     return (await server.call("GET", "/lockstep/memory")).json()["workers"][0]["adapters"]
 
@@ -100,7 +100,7 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
         await asyncio.to_thread(pusher.push, tensors, "torn@2")
     monkeypatch.undo()
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
-    assert await held(server) == nbytes
+    assert await slot_bytes(server) == nbytes
     assert await server.models() == ["base", "torn@1"]
     torch.testing.assert_close(await served(server, "torn@1"), expected_S, atol=1e-5, rtol=0)
     await asyncio.to_thread(pusher.push, tensors, "torn@2")
@@ -118,10 +118,10 @@ async def test_torn_or_impossible_adapters_leave_what_is_served(server, tiny_qwe
     with pytest.raises(WeightsError, match="listed twice"):
         make_pusher(server, [*tensors, tensors[0]], config)
     assert await server.models() == ["base", "torn@1", "torn@2"]
-    assert await held(server) == 2 * nbytes
+    assert await slot_bytes(server) == 2 * nbytes
     for name in ("torn@1", "torn@2"):
         await server.unload_adapter(name)
-    assert await held(server) == 0
+    assert await slot_bytes(server) == 0
     with pytest.raises(ServerError, match="torn@1"):
         await served(server, "torn@1")
 
@@ -147,7 +147,7 @@ async def test_a_request_in_flight_keeps_the_adapter_that_is_unloaded(server, ti
     pusher.close()
     for name in others:
         await server.unload_adapter(name)
-    assert await held(server) == 0
+    assert await slot_bytes(server) == 0
 
 
 def run_ranks(folder, server, tmp_path, **job):
@@ -251,7 +251,7 @@ async def test_routed_experts_from_memory_as_from_a_folder(runtime, tmp_path):
             owner, number, rest = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name).groups()
             stacks.setdefault(f"{owner}.{rest}", {})[int(number)] = tensors[name]
         stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-        stacked |= {name: torch.stack([one[i] for i in range(len(one))]) for name, one in stacks.items()}
+        stacked |= {name: torch.stack([experts[i] for i in range(len(experts))]) for name, experts in stacks.items()}
         pusher.close()
         pusher = make_pusher(server, sorted(stacked.items()), config)
         await asyncio.to_thread(pusher.push, sorted(stacked.items()), "live@2")

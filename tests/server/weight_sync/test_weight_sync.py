@@ -130,10 +130,10 @@ async def test_two_trainer_ranks_send_what_they_hold(merged, pusher, folder, tmp
         pairs = sender_ranks.adapter(modules, step)
         weights = sender_ranks.merged(base, pairs) if mixture else sender_ranks.changed(base, step)
         expected = hf_logprobs(reference(folder, weights, tmp_path / f"{step}"), TOKENS)
-        found = torch.tensor(report["scores"][step - 1])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
-        assert before is None or (found - before).abs().mean() > 1e-3
-        before = found
+        scores = torch.tensor(report["scores"][step - 1])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-6)
+        assert before is None or (scores - before).abs().mean() > 1e-3
+        before = scores
     # Neither sends for both, and what both hold is sent once.
     assert sum(report["sizes"]) == report["report"]["nbytes"] == sum(weight.nbytes for weight in base.values())
     assert max(report["sizes"]) < 0.6 * sum(report["sizes"])
@@ -163,7 +163,7 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
 
         async def keep_asking(i: int) -> list:
             """One request after the other until the swap, of lengths that never end together with the others'."""
-            found = []
+            versions = []
             while not push.done():
                 now = (await server.models())[0]
                 asked = {
@@ -173,10 +173,10 @@ async def test_requests_in_flight_survive_and_say_what_made_them(merged, pusher,
                     "extra_body": {"ignore_eos": True},
                 }
                 try:
-                    found.append((asked["max_tokens"], await client.completions.create(**asked)))
+                    versions.append((asked["max_tokens"], await client.completions.create(**asked)))
                 except NotFoundError:  # the swap came between the two calls
                     assert (await server.models())[0] != now
-            return found
+            return versions
 
         tasks = [asyncio.create_task(keep_asking(i)) for i in range(8)]
         await seen_sampling(server, sampled_before)

@@ -49,7 +49,7 @@ def hugging_face_fp64(folder: Path) -> Any:
     if "num_experts" in (folder / "config.json").read_text():
         options["experts_implementation"] = "eager"  # grouped_mm has no fp64
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    rotary, whole = model.model.rotary_emb.forward, model.forward
+    rotary, model_forward = model.model.rotary_emb.forward, model.forward
 
     def angles(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         with torch._C.DisableTorchFunction():
@@ -58,7 +58,7 @@ def hugging_face_fp64(folder: Path) -> Any:
 
     def forward(ids: Tensor) -> Any:
         with _InDouble():
-            return whole(ids)
+            return model_forward(ids)
 
     model.model.rotary_emb.forward, model.forward = angles, forward
     return model
@@ -78,14 +78,14 @@ def sequence(
 def tree_sequences(rng: np.random.Generator, leaves: int = 5, temperature: float = 1.0) -> list[TokenSequence]:
     """Two turns: a shared prompt, replies that branch, a second turn that branches from some of them."""
     draw = lambda n: [int(t) for t in rng.integers(3, VOCABULARY, n)]  # noqa: E731
-    prompt, found = draw(int(rng.integers(2, 12))), []
+    prompt, sequences = draw(int(rng.integers(2, 12))), []
     for leaf in range(leaves):
         reply = draw(int(rng.integers(1, 9)))
-        found.append(sequence(f"s{leaf}", prompt + reply, len(prompt), rng, temperature))
+        sequences.append(sequence(f"s{leaf}", prompt + reply, len(prompt), rng, temperature))
         if leaf % 2:
             more = prompt + reply + draw(int(rng.integers(1, 5)))
-            found.append(sequence(f"s{leaf}b", more + draw(3), len(more), rng, temperature))
-    return found
+            sequences.append(sequence(f"s{leaf}b", more + draw(3), len(more), rng, temperature))
+    return sequences
 
 
 def batch_of(
@@ -121,6 +121,6 @@ def reference_logprobs(model: Any, tokens: np.ndarray, temperatures: np.ndarray 
     return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
-def relative(found: Tensor, expected: Tensor, floor: float = 1e-5) -> float:
+def relative(actual: Tensor, expected: Tensor, floor: float = 1e-5) -> float:
     """Largest difference over the expected tensor's largest value, which counts at least `floor`."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=floor))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=floor))

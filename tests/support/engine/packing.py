@@ -91,7 +91,7 @@ def loss_and_gradients(trainer: TrainerState, batch: PackedBatch, config: TrainC
         return part.loss / weight
 
     trainer.optimizer.zero()
-    forward_backward(trainer.model, [one.row for one in work], last, row_shards(trainer))
+    forward_backward(trainer.model, [micro_batch.row for micro_batch in work], last, row_shards(trainer))
     trainer.optimizer.reduce()
     # Where replicas share a bucket, each holds the sum for its own slice only.
     gradients = torch.cat([bucket.gradients[bucket.low : bucket.high] for bucket in trainer.optimizer.buckets]).clone()
@@ -103,24 +103,24 @@ def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.nda
     random = np.random.default_rng(seed)
     routed_experts = (LAYERS, TOP_K, EXPERTS) if moe else None
     sequences: list[TokenSequence] = []
-    while not any(one.loss_mask_S.any() for one in sequences):  # one draw in hundreds has nothing to train on
+    while not any(sequence.loss_mask_S.any() for sequence in sequences):  # one draw in hundreds has nothing to train on
         sequences = random_sequences(random, leaves, vocabulary=200, routed_experts=routed_experts)
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 
 def named_gradients(trainer: TrainerState) -> dict[str, Tensor]:
     """Gradients by canonical name, after `loss_and_gradients` on one rank that holds everything."""
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for bucket in trainer.optimizer.buckets:
         for trainable, first, last, place in bucket.slices():
             part = bucket.gradients[bucket.low : bucket.high][place]
             for box in rectangles(trainable, first, last):
-                whole = found.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
-                whole = whole if box.index is None else whole[box.index]
-                whole.reshape(len(whole), -1)[box.rows, box.columns] = part[box.first : box.last].view(
+                tensor = gradients.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
+                tensor = tensor if box.index is None else tensor[box.index]
+                tensor.reshape(len(tensor), -1)[box.rows, box.columns] = part[box.first : box.last].view(
                     box.rows.stop - box.rows.start, -1
                 )
-    return found
+    return gradients
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def distance(trainer: TrainerState, drawn: Drawn, expected: Path, packed: bool =
     gradients = load_file(expected)
     wanted = float(gradients.pop("loss"))
     loss, _ = loss_and_gradients(trainer, batches(drawn)[0 if packed else 1], CONFIGS[drawn.loss])
-    largest = max(float(one.abs().max()) for one in gradients.values())
+    largest = max(float(values.abs().max()) for values in gradients.values())
     floor = largest * (FLOOR if trainer.settings.dtype == "float64" else 1.0)
     gradient, where = compare_tensors(trainer, "gradient", gradients, max(floor, 1e-9))
     return {"loss": abs(loss - wanted) / max(1.0, abs(wanted)), "gradient": gradient, "at": where, "size": largest}

@@ -59,17 +59,17 @@ def beyond(result: dict[str, Any]) -> bool:
 
 def disk_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the one-by-one names of experts that transformers keeps stacked in memory."""
-    found = dict(named)
+    names = dict(named)
     for name, tensor in named.items():
         if name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, 1)
             for expert in range(len(tensor)):
                 base = name.removesuffix("gate_up_proj") + f"{expert}."
-                found[f"{base}gate_proj.weight"], found[f"{base}up_proj.weight"] = gate[expert], up[expert]
+                names[f"{base}gate_proj.weight"], names[f"{base}up_proj.weight"] = gate[expert], up[expert]
         elif name.endswith("experts.down_proj"):
             for expert in range(len(tensor)):
-                found[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = tensor[expert]
-    return found
+                names[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = tensor[expert]
+    return names
 
 
 def reference(
@@ -77,7 +77,7 @@ def reference(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor], float]:
     """(weights, gradients, logits per sequence, loss) of `sum over pairs slope * logprob` on the unpacked sequences, by disk name."""
     model = load(folder)
-    loss, logits, at = torch.zeros(()), [], 0
+    loss, logits, place = torch.zeros(()), [], 0
     for q in range(len(batch.leaf_Q)):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
         ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
@@ -88,8 +88,8 @@ def reference(
         temperature = torch.from_numpy(batch.temperatures_RS[row, scored])
         log_p = (z[position - 1] / temperature[:, None]).log_softmax(-1)
         chosen = log_p[torch.arange(len(position)), ids[position]]
-        loss = loss + (chosen * torch.from_numpy(rng_slope[at : at + len(position)])).sum()
-        at += len(position)
+        loss = loss + (chosen * torch.from_numpy(rng_slope[place : place + len(position)])).sum()
+        place += len(position)
     loss.backward()
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -101,25 +101,25 @@ def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple
     work = prepare(trainer, batch, list(range(batch.rows)))
     from megatron.core import parallel_state as ps
 
-    mine = list(range(batch.rows))[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
+    rows = list(range(batch.rows))[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
     logits: dict[int, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
 
     def last(number: int, hidden: Tensor) -> Tensor:
         scored = work[number].scored
-        if number >= len(mine):  # padding: nothing is scored, but the backward pass must run
+        if number >= len(rows):  # padding: nothing is scored, but the backward pass must run
             return head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
-        whole = hidden.detach()[:, 0]
+        hidden_SH = hidden.detach()[:, 0]
         if trainer.parallel.sequence_parallel:
-            parts = [torch.empty_like(whole) for _ in range(trainer.parallel.tensor)]
-            dist.all_gather(parts, whole.contiguous(), group=ps.get_tensor_model_parallel_group())
-            whole = torch.cat(parts)
+            parts = [torch.empty_like(hidden_SH) for _ in range(trainer.parallel.tensor)]
+            dist.all_gather(parts, hidden_SH.contiguous(), group=ps.get_tensor_model_parallel_group())
+            hidden_SH = torch.cat(parts)
         if trainer.parallel.context > 1:
-            parts = [torch.empty_like(whole) for _ in range(trainer.parallel.context)]
-            dist.all_gather(parts, whole.contiguous(), group=ps.get_context_parallel_group())
-            whole = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
-        row = mine[number]
-        logits[row] = whole @ trainer.model.head_weight().detach().T
+            parts = [torch.empty_like(hidden_SH) for _ in range(trainer.parallel.context)]
+            dist.all_gather(parts, hidden_SH.contiguous(), group=ps.get_context_parallel_group())
+            hidden_SH = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
+        row = rows[number]
+        logits[row] = hidden_SH @ trainer.model.head_weight().detach().T
         new_N, _ = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
         pairs = np.flatnonzero(np.repeat(batch.row_Q, np.diff(batch.scored_offsets_Q)) == row)
         loss = (new_N[torch.from_numpy(scored.token_P)] * torch.from_numpy(slope_P[pairs])).sum()
@@ -143,9 +143,9 @@ def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor
         for trainable, first, last, place in bucket.slices():
             part = values[place]
             for box in rectangles(trainable, first, last):
-                whole = expected[box.name] if box.index is None else expected[box.name][box.index]
-                wanted = whole.reshape(len(whole), -1)[box.rows, box.columns].reshape(-1)
-                scale = max(float(whole.abs().max()), floor) if kind == "gradient" else 1.0
+                reference = expected[box.name] if box.index is None else expected[box.name][box.index]
+                wanted = reference.reshape(len(reference), -1)[box.rows, box.columns].reshape(-1)
+                scale = max(float(reference.abs().max()), floor) if kind == "gradient" else 1.0
                 off = float((part[box.first : box.last] - wanted).abs().max()) / scale
                 if not off <= largest:
                     largest, where = off, f"{trainable.name} <- {box.name}"
@@ -166,9 +166,9 @@ def problem(
 
 def computed_once(compute: Callable[[], Any]) -> Any:
     """What rank 0 computes, on every rank: a reference costs as much as what it judges."""
-    found = [compute() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    results = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(results, src=0)
+    return results[0]
 
 
 @lru_cache(maxsize=4)
@@ -284,9 +284,9 @@ def main() -> None:
     for item in checks:
         name, kind = item.pop("name"), item.pop("kind", "check")
         item["folder"] = Path(item["folder"])
-        mine = KINDS[kind](**item)
+        case = KINDS[kind](**item)
         everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, case)
         measured[name] = largest_of(everyone)
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(measured, indent=1))
@@ -369,20 +369,20 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     batch = replace(batch, top_PC=top_PC)
     config = TrainConfig(minibatches=2, old_logprobs="trainer", max_mismatch=None, learning_rate=1e-3)
     targets = tuple(get_model_support_handler(str(folder)).spec.default_target_modules)
-    found = []
+    results = []
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
         given = replayed(batch, trainer.config, seed) if trainer.config.is_moe else batch
-        found.append(train_step(trainer, given, config, None, lambda _event: None))
-    mine, theirs = found
-    assert set(mine) == set(theirs), set(mine) ^ set(theirs)
+        results.append(train_step(trainer, given, config, None, lambda _event: None))
+    first, theirs = results
+    assert set(first) == set(theirs), set(first) ^ set(theirs)
     largest, where = 0.0, ""
-    for name in mine.keys() - {"tokens_per_second", "peak_memory_bytes"}:
-        off = abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 0.05)
+    for name in first.keys() - {"tokens_per_second", "peak_memory_bytes"}:
+        off = abs(first[name] - theirs[name]) / max(abs(theirs[name]), 0.05)
         if not name.startswith("seconds_") and not off <= largest:
             largest, where = off, name
-    return {"metric": largest, "metric_at": where, "metrics": float(len(mine))}
+    return {"metric": largest, "metric_at": where, "metrics": float(len(first))}
 
 
 def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -396,8 +396,8 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes))
         replay = replayed(batch, trainer.config, seed)
-        found, top = score_and_rank(trainer, replay, lambda _event: None, 20)
-        scores.append(found)
+        logprobs, top = score_and_rank(trainer, replay, lambda _event: None, 20)
+        scores.append(logprobs)
         tops.append(top)
         if len(scores) == 1:
             records = check_records_once(trainer, replay)
@@ -421,19 +421,19 @@ def check_records_once(trainer: Any, replayed: Any) -> dict[str, float]:
     """
     slope_P = np.zeros(len(replayed.scored_index_P), np.float32)
     work = prepare(trainer, replayed, list(range(replayed.rows)))
-    found: dict[str, float] = {"differ": expert_choices_that_differ(trainer)["expert_choices_differ"]}
+    differences: dict[str, float] = {"differ": expert_choices_that_differ(trainer)["expert_choices_differ"]}
     for layer in trainer.model.decoder.layers:
         layer.recompute = True
     trainer.model.replayed.clear()
     run(trainer, replayed, slope_P)
     check_records(trainer, work)
-    found["recomputed"] = expert_choices_that_differ(trainer)["expert_choices_differ"]
+    differences["recomputed"] = expert_choices_that_differ(trainer)["expert_choices_differ"]
     total = trainer.model.replayed.choices[1].clone()
     dist.all_reduce(total)
     records = replayed.experts_RSLK[0, 0].size * int(
         np.isin(np.arange(replayed.tokens_RS.size), followed(replayed)).sum()
     )
-    found["counted_once"] = float(int(total) == records)
+    differences["counted_once"] = float(int(total) == records)
     mixture = trainer.model.decoder.layers[-1].mlp
     honest = mixture._route
     plants = {
@@ -443,31 +443,31 @@ def check_records_once(trainer: Any, replayed: Any) -> dict[str, float]:
     }
     for name, plant in plants.items():
         mixture._route = plant
-        found[f"caught_{name}"] = 0.0
+        differences[f"caught_{name}"] = 0.0
         try:
             score(trainer, replayed, lambda _event: None)
         except TrainerError:
-            found[f"caught_{name}"] = 1.0
+            differences[f"caught_{name}"] = 1.0
         mixture._route = honest
-    return found | check_records_refused(trainer, replayed)
+    return differences | check_records_refused(trainer, replayed)
 
 
 def check_records_refused(trainer: TrainerState, replayed: Any) -> dict[str, float]:
     """Records that don't fit, at the last token, which one data-parallel rank holds: refused on every rank, at that token."""
-    found: dict[str, float] = {}
-    row, at = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
-    choices_K = replayed.experts_RSLK[row, at, -1]
+    messages: dict[str, float] = {}
+    row, place = (int(places[-1]) for places in np.nonzero(replayed.nodes_RS >= 0))
+    choices_K = replayed.experts_RSLK[row, place, -1]
     for name, value in {"beyond": trainer.config.experts, "doubled": choices_K[-1]}.items():
         if name == "doubled" and len(choices_K) == 1:
             continue  # one expert alone can't be there twice
         broken = replayed.experts_RSLK.copy()
-        broken[row, at, -1, 0] = value
-        found[f"caught_{name}"] = 0.0
+        broken[row, place, -1, 0] = value
+        messages[f"caught_{name}"] = 0.0
         try:
             score(trainer, replace(replayed, experts_RSLK=broken), lambda _event: None)
         except DataError as error:
-            found[f"caught_{name}"] = float(f"row {row}, token {at}:" in str(error))
-    return found
+            messages[f"caught_{name}"] = float(f"row {row}, token {place}:" in str(error))
+    return messages
 
 
 def followed(batch: PackedBatch) -> np.ndarray:
@@ -516,7 +516,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def loss_of(model: Any, batch: PackedBatch, slope_P: np.ndarray) -> Tensor:
-    loss, at = torch.zeros(()), 0
+    loss, place = torch.zeros(()), 0
     for q in range(len(batch.leaf_Q)):
         row, path = int(batch.row_Q[q]), batch.path_index(q)
         ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
@@ -524,28 +524,28 @@ def loss_of(model: Any, batch: PackedBatch, slope_P: np.ndarray) -> Tensor:
         position = np.searchsorted(path, scored)
         log_p = model(ids[None]).logits[0][position - 1].log_softmax(-1)
         chosen = log_p[torch.arange(len(position)), ids[position]]
-        loss = loss + (chosen * torch.from_numpy(slope_P[at : at + len(position)])).sum()
-        at += len(position)
+        loss = loss + (chosen * torch.from_numpy(slope_P[place : place + len(position)])).sum()
+        place += len(position)
     return loss
 
 
 def adapted_weights(memory: dict[str, Any], adapters: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """(canonical module, the matrix it adapts: a view of transformers' tensor, stacked experts included)."""
-    found = []
+    weights = []
     for name in adapters:
         if not name.endswith(".lora_A"):
             continue
         module = name.removesuffix(".lora_A")
         if f"{module}.weight" in memory:
-            found.append((module, memory[f"{module}.weight"]))
+            weights.append((module, memory[f"{module}.weight"]))
             continue
         base, expert, kind = module.rsplit(".", 2)
         if kind == "down_proj" or kind == "gate_up_proj":
-            found.append((module, memory[f"{base}.{kind}"][int(expert)]))
+            weights.append((module, memory[f"{base}.{kind}"][int(expert)]))
         else:
             gate, up = memory[f"{base}.gate_up_proj"][int(expert)].chunk(2)
-            found.append((module, gate if kind == "gate_proj" else up))
-    return found
+            weights.append((module, gate if kind == "gate_proj" else up))
+    return weights
 
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -71,8 +71,8 @@ def compare(old, new):
         model.load_weights(tensors.items())
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         plan = make_plan(dict(model.named_parameters()), metas, buckets, model.load_weights)
-        whole, _, _ = staged(old, 1)
-        simple = make_plan(dict(model.named_parameters()), metas, whole, model.load_weights)
+        staged_once, _, _ = staged(old, 1)
+        simple = make_plan(dict(model.named_parameters()), metas, staged_once, model.load_weights)
     untouched = all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     filled = staged(new, 3)[1]
     matched = [plan.matches(number, bytes_N) for number, bytes_N in enumerate(filled)]
@@ -82,17 +82,17 @@ def compare(old, new):
     with set_current_vllm_config(config):
         reference.load_weights(staged(new, 1)[2].items())
     expected = dict(reference.named_parameters())
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     return {
-        "parameters": len(found),
+        "parameters": len(parameters),
         "weights": len(metas),
         "copies": len(plan),
         "copies_of_whole": len(simple),
         "untouched": untouched,
         "matched_before": sum(matched),
         "matched_after": all(plan.matches(number, bytes_N) for number, bytes_N in enumerate(filled)),
-        "differing": [name for name in expected if not torch.equal(expected[name], found[name])],
-        "unchanged": [name for name in expected if torch.equal(before[name], found[name])],
+        "differing": [name for name in expected if not torch.equal(expected[name], parameters[name])],
+        "unchanged": [name for name in expected if torch.equal(before[name], parameters[name])],
     }
 
 

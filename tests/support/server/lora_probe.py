@@ -46,16 +46,16 @@ for token, slot in enumerate(slots_T.tolist()):
     if slot >= 0:
         expected_TO[token, 3:] += b_L1OR[slot, 0] @ (0.5 * (a_L1RI[slot, 0] @ x_TI[token]))
 base_T = slots_T < 0
-found = {"without_on_base": (adapted(punica_cpu) - expected_TO)[base_T].abs().max().item()}
+errors = {"without_on_base": (adapted(punica_cpu) - expected_TO)[base_T].abs().max().item()}
 cpu_lora.apply()
-found["with"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
-found["prefill"] = (prefilled() - expected_TO).abs().max().item()
-found["module"] = (adapted(lora_ops) - expected_TO).abs().max().item()
+errors["with"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
+errors["prefill"] = (prefilled() - expected_TO).abs().max().item()
+errors["module"] = (adapted(lora_ops) - expected_TO).abs().max().item()
 slots_T = torch.full((T,), L - 1)
 expected_TO = before_TO.clone()
 expected_TO[:, 3:] += 0.5 * x_TI @ a_L1RI[-1, 0].T @ b_L1OR[-1, 0].T
-found["one_adapter"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
-found["h1_alone"] = 0.0
+errors["one_adapter"] = (adapted(punica_cpu) - expected_TO).abs().max().item()
+errors["h1_alone"] = 0.0
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
     for width, rank in ((64, 8), (576, 16)):
@@ -66,5 +66,5 @@ for threads in (1, 2, 4):
                 for weight in (a_RI, b_OR):
                     all_TO = cpu_lora._product(x_TI[:, : weight.shape[1]], weight)[first : first + count]
                     alone_TO = cpu_lora._product(some_TI[:, : weight.shape[1]], weight)
-                    found["h1_alone"] = max(found["h1_alone"], float((all_TO != alone_TO).any()))
-sys.stdout.write("RESULT " + json.dumps(found) + "\n")
+                    errors["h1_alone"] = max(errors["h1_alone"], float((all_TO != alone_TO).any()))
+sys.stdout.write("RESULT " + json.dumps(errors) + "\n")

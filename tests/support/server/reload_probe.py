@@ -37,14 +37,14 @@ def main(old, new, tokens):
         kv_cache_memory_bytes=64 << 20,
         worker_extension_cls="reload_probe.Extension",
     )
-    found = {"before": score(llm, tokens)}
+    scores = {"before": score(llm, tokens)}
     for name in ("without", "with"):
         if name == "with":
             llm.collective_rpc("apply_fixes")
         llm.collective_rpc("reload_weights", kwargs={"weights_path": new})
         llm.reset_prefix_cache()
-        found[name] = score(llm, tokens)
-    sys.stdout.write("RESULT " + json.dumps(found) + "\n")
+        scores[name] = score(llm, tokens)
+    sys.stdout.write("RESULT " + json.dumps(scores) + "\n")
     sys.stdout.flush()
     llm.llm_engine.engine_core.shutdown()
     # On a busy machine Python's own end aborts in one of 14 runs, in vLLM's libraries ("terminate called without an active exception").

@@ -149,13 +149,13 @@ def drive(scheduler, hasher, worker, steps):
         under_way.append((scheduled, worker.run(scheduled)))
         while len(under_way) >= steps or (under_way and not scheduler.has_requests()):
             for outputs in scheduler.update_from_output(*under_way.popleft()).values():
-                for one in outputs.outputs:
-                    rows = None if one.routed_experts is None else one.routed_experts.tolist()
-                    given[one.request_id].append(rows)
+                for output in outputs.outputs:
+                    rows = None if output.routed_experts is None else output.routed_experts.tolist()
+                    given[output.request_id].append(rows)
     return requests, given, copies
 
 
-def found(folder, kind, steps):
+def captured(folder, kind, steps):
     scheduler, hasher, cache = make_scheduler(folder, kind, steps)
     worker = Worker(cache)
     requests, given, copies = drive(scheduler, hasher, worker, steps)
@@ -188,7 +188,9 @@ def main():
     random.seed(int(sys.argv[1]))
     results = [vllms_own()]
     capture.apply()
-    results += [found(folder, kind, int(steps)) for folder, kind, steps in (case.split(",") for case in sys.argv[2:])]
+    results += [
+        captured(folder, kind, int(steps)) for folder, kind, steps in (case.split(",") for case in sys.argv[2:])
+    ]
     sys.stdout.write("RESULT " + json.dumps(results) + "\n")
 
 

@@ -51,12 +51,12 @@ def adapter(modules: dict[str, tuple[int, int]], seed: int) -> dict[str, torch.T
 
 
 def merged(weights: dict[str, torch.Tensor], pairs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = dict(weights)
+    tensors = dict(weights)
     for name, b in pairs.items():
         if name.endswith(".lora_B"):
             module = name.removesuffix(".lora_B")
-            found[f"{module}.weight"] = weights[f"{module}.weight"] + SCALE * b @ pairs[f"{module}.lora_A"]
-    return found
+            tensors[f"{module}.weight"] = weights[f"{module}.weight"] + SCALE * b @ pairs[f"{module}.lora_A"]
+    return tensors
 
 
 def main() -> None:

@@ -92,18 +92,18 @@ def checkpoint_weights(model, folder) -> list[tuple[str, torch.Tensor]]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             stored |= set(file.keys())
-    found: list[tuple[str, torch.Tensor]] = []
+    weights: list[tuple[str, torch.Tensor]] = []
     for name, tensor in model.named_parameters():
         experts, is_experts, projection = name.rpartition(".experts.")
         if name in stored or not is_experts:
-            found.append((name, tensor))
+            weights.append((name, tensor))
             continue
         for expert, matrix in enumerate(tensor):
             parts = {"gate_proj": matrix[: len(matrix) // 2], "up_proj": matrix[len(matrix) // 2 :]}
             for part, rows in ({"down_proj": matrix} if projection == "down_proj" else parts).items():
-                found.append((f"{experts}.experts.{expert}.{part}.weight", rows))
-    assert {name for name, _ in found} == stored
-    return found
+                weights.append((f"{experts}.experts.{expert}.{part}.weight", rows))
+    assert {name for name, _ in weights} == stored
+    return weights
 
 
 def change(model, seed: int, scale: float = 0.1) -> None:

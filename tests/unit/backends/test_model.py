@@ -142,18 +142,18 @@ async def test_an_explicit_step_is_leased_but_does_not_pin():
 
 
 async def test_scopes_of_two_models_and_two_rollouts_are_apart():
-    one, other = make(name="one"), make(name="other")
-    await one.register(Desk())
+    first, other = make(name="one"), make(name="other")
+    await first.register(Desk())
     await other.register(Desk(step=7))
     with rollout_scope():
-        assert (one.inference_name(), other.inference_name()) == ("one@0", "other@7")
+        assert (first.inference_name(), other.inference_name()) == ("one@0", "other@7")
 
         async def second():
-            return one.inference_name()
+            return first.inference_name()
 
-        one._advance(1)
+        first._advance(1)
         assert await asyncio.create_task(second()) == "one@0"
-    assert one.inference_name() == "one@1"
+    assert first.inference_name() == "one@1"
 
 
 async def test_a_task_left_over_by_a_rollout_is_not_pinned():

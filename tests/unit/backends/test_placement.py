@@ -27,7 +27,7 @@ def gpus(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "found"),
+    ("count", "asked", "expected"),
     [
         (0, None, Devices()),
         (1, None, Devices((0,), (0,), colocated=True)),
@@ -38,11 +38,11 @@ def gpus(monkeypatch, tmp_path):
         (4, ("cpu", "cpu"), Devices(colocated=True)),
     ],
 )
-def test_devices(gpus, count, asked, found):
+def test_devices(gpus, count, asked, expected):
     gpus(count)
     given = None if asked is None else ls.Placement(trainer=asked[0], inference=asked[1])
-    assert resolve_placement(given) == found
-    assert found.kind == ("cpu" if not found.inference else "cuda")
+    assert resolve_placement(given) == expected
+    assert expected.kind == ("cpu" if not expected.inference else "cuda")
 
 
 def test_gpus_that_are_not_there(gpus):
@@ -111,7 +111,7 @@ def test_transport_follows_the_devices():
     for devices, name in fitting.items():
         assert resolve_transport(None, devices) == resolve_transport(name, devices) == name
         assert resolve_transport("disk", devices) == "disk"
-        other = next(one for one in fitting.values() if one != name)
+        other = next(transport for transport in fitting.values() if transport != name)
         with pytest.raises(ConfigError, match=f"here it is '{name}' or 'disk'"):
             resolve_transport(other, devices)
 

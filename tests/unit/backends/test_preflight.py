@@ -215,20 +215,20 @@ def test_length_and_slots_follow_model_and_memory():
 
 def test_c1_rows_grow_as_far_as_the_trainers_memory_carries():
     """Qwen3-8B in bf16: a layer's activations and the layers' inputs are some 0.6 MB per token."""
-    config, one = sizes_of("Qwen/Qwen3-8B", **QWEN3_8B), Parallel()
-    limits = [capacity.row_limit(config, 2, one, free * GIB) for free in (4, 10, 60)]
+    config, single = sizes_of("Qwen/Qwen3-8B", **QWEN3_8B), Parallel()
+    limits = [capacity.row_limit(config, 2, single, free * GIB) for free in (4, 10, 60)]
     assert limits[0] == AUTO_ROW_LENGTH
-    assert AUTO_ROW_LENGTH < limits[1] < limits[2] == MOST_ROW_LENGTH == capacity.row_limit(config, 2, one, None)
+    assert AUTO_ROW_LENGTH < limits[1] < limits[2] == MOST_ROW_LENGTH == capacity.row_limit(config, 2, single, None)
     assert 0.4e6 < 7 * GIB / limits[1] < 0.8e6
     assert capacity.row_limit(config, 2, Parallel(context=2), 10 * GIB) >= 2 * limits[1] - 256
 
 
 def test_a_small_model_takes_a_small_cache(qwen):
     config = load_model_config(str(qwen))
-    found = capacity.on_cpu(config, "float32", 64 * GIB, None, None)
-    assert (found.max_model_len, found.slots) == (4096, 64)
+    chosen = capacity.on_cpu(config, "float32", 64 * GIB, None, None)
+    assert (chosen.max_model_len, chosen.slots) == (4096, 64)
     token = capacity.bytes_per_token(config, "float32", 1)
-    assert 4096 * token <= found.cache <= 64 * 4608 * token
+    assert 4096 * token <= chosen.cache <= 64 * 4608 * token
 
 
 async def test_more_context_than_a_gpu_holds_is_refused(gpus, tmp_path, qwen):
@@ -261,13 +261,13 @@ def test_what_a_footprint_counts(qwen):
     spec, config = get_model_support_spec(str(qwen)), load_model_config(str(qwen))
     rank, targets = random.choice((8, 16)), random.choice((("q_proj", "v_proj"), spec.default_target_modules))
     shards = get_model_support_handler_for_spec(spec).all_shards(config, Layout())
-    found = Footprint.of(shards, targets, rank)
+    footprint = Footprint.of(shards, targets, rank)
     tensors = load_file(qwen / "model.safetensors")
-    assert found.parameters == sum(int(np.prod(one.shape)) for one in tensors.values())
+    assert footprint.parameters == sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(qwen), LoraConfig(r=rank, target_modules=list(targets))
     )
-    assert found.adapter == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert footprint.adapter == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
 
 
 def test_all_linear_is_every_layer_of_the_family():
@@ -308,8 +308,8 @@ async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path,
     await start.serve_step(store.path, None, print)
     config, name = asked
     assert name == "m@0"
-    found = (config.max_model_len, config.max_num_seqs, config.tool_call_parser, config.extra_args)
-    assert found == ((777, 3, "pythonic", ("--max-num-seqs", "3")) if kept else (2048, 64, "hermes", ()))
+    served = (config.max_model_len, config.max_num_seqs, config.tool_call_parser, config.extra_args)
+    assert served == ((777, 3, "pythonic", ("--max-num-seqs", "3")) if kept else (2048, 64, "hermes", ()))
 
 
 async def test_a3_validate_takes_a_run_as_chat_does(qwen, tmp_path, monkeypatch):

@@ -41,17 +41,17 @@ def scores(random: np.random.Generator, vocabulary: int = 300) -> ProbeScores:
     return ProbeScores(logprobs_TV[np.arange(SCORED), random.integers(vocabulary, size=SCORED)], top_TV)
 
 
-def off_by(one: ProbeScores, random: np.random.Generator, nats: float) -> ProbeScores:
+def off_by(base: ProbeScores, random: np.random.Generator, nats: float) -> ProbeScores:
     """The same with noise whose mean size is `nats` for each nat of a token's surprisal, as rounding's is."""
-    scale_T = nats * np.maximum(1.0, -one.logprobs_T)
-    return replace(one, logprobs_T=one.logprobs_T + random.laplace(size=SCORED) * scale_T)
+    scale_T = nats * np.maximum(1.0, -base.logprobs_T)
+    return replace(base, logprobs_T=base.logprobs_T + random.laplace(size=SCORED) * scale_T)
 
 
 def test_the_same_policy_agrees_in_everything():
-    one = scores(np.random.default_rng())
-    found = compare("m@3", one, one, NONE, "float32", LOG)
+    same = scores(np.random.default_rng())
+    figures = compare("m@3", same, same, NONE, "float32", LOG)
     zero = dict.fromkeys(("probe", "probe_p99", "probe_noise", "probe_ratio"), 0)
-    assert found == zero | {"top1_overlap": 1, "top20_overlap": 1}
+    assert figures == zero | {"top1_overlap": 1, "top20_overlap": 1}
 
 
 @settings(deadline=None, max_examples=30)
@@ -59,28 +59,28 @@ def test_the_same_policy_agrees_in_everything():
 def test_overlaps_count_what_is_replaced(seed: int, data: st.DataObject):
     """Ranks below the first may be exchanged, ids replaced by others: each counts where it says, and nowhere else."""
     random = np.random.default_rng(seed)
-    one = scores(random)
-    other_TV = one.top_TV.copy()
+    base = scores(random)
+    other_TV = base.top_TV.copy()
     lost, moved = (data.draw(st.integers(0, SCORED)) for _ in range(2))
     for token in random.permutation(SCORED)[:lost]:
         other_TV[token, random.integers(1, TOP)] = 1000 + token  # not the best
     for token in random.permutation(SCORED)[:moved]:
         other_TV[token] = np.roll(other_TV[token], 1)  # another best one, the same set
-    found = compare("m@3", replace(one, top_TV=other_TV), one, NONE, "float32", LOG)
-    assert found["top1_overlap"] == pytest.approx(1 - moved / SCORED)
-    assert found["top20_overlap"] == pytest.approx(1 - lost / SCORED / TOP)
+    figures = compare("m@3", replace(base, top_TV=other_TV), base, NONE, "float32", LOG)
+    assert figures["top1_overlap"] == pytest.approx(1 - moved / SCORED)
+    assert figures["top20_overlap"] == pytest.approx(1 - lost / SCORED / TOP)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "exact"])
 def test_another_policy_is_refused_by_name(dtype: str):
     random = np.random.default_rng()
-    one, other = scores(random), scores(random)
+    base, other = scores(random), scores(random)
     with pytest.raises(MismatchError, match=r"does not hold m@3.* agree by .*server\.log"):
-        compare("m@3", other, one, NONE, dtype, LOG)
-    for wrong in (one.logprobs_T[:-1], one.logprobs_T[:0], np.append(one.logprobs_T[1:], np.nan)):
+        compare("m@3", other, base, NONE, dtype, LOG)
+    for wrong in (base.logprobs_T[:-1], base.logprobs_T[:0], np.append(base.logprobs_T[1:], np.nan)):
         with pytest.raises(MismatchError, match="m@3"):
-            compare("m@3", replace(one, logprobs_T=wrong), one, NONE, dtype, LOG)
-    assert compare("m@3", one, one, NONE, dtype, LOG)["probe"] == 0.0
+            compare("m@3", replace(base, logprobs_T=wrong), base, NONE, dtype, LOG)
+    assert compare("m@3", base, base, NONE, dtype, LOG)["probe"] == 0.0
 
 
 def test_a4_the_limit_follows_the_measured_noise():
@@ -89,22 +89,22 @@ def test_a4_the_limit_follows_the_measured_noise():
     A policy that grows sure moves the noise of its unlikely tokens by more than that of the others: no right step may be refused for it.
     """
     random = np.random.default_rng()
-    one = scores(random)
-    noise = base_noise(off_by(one, random, 0.014), one, "bfloat16", LOG)
+    base = scores(random)
+    noise = base_noise(off_by(base, random, 0.014), base, "bfloat16", LOG)
     assert noise.scaled == pytest.approx(0.014, rel=0.3)
-    sure = replace(one, logprobs_T=one.logprobs_T * random.uniform(1, 4, SCORED))
+    sure = replace(base, logprobs_T=base.logprobs_T * random.uniform(1, 4, SCORED))
     right = compare("m@3", off_by(sure, random, 0.027), sure, noise, "bfloat16", LOG)
     assert right["probe_noise"] == noise.mean
     assert right["probe"] > 4 * noise.mean
-    quiet = base_noise(off_by(one, random, 0.002), one, "bfloat16", LOG)
+    quiet = base_noise(off_by(base, random, 0.002), base, "bfloat16", LOG)
     with pytest.raises(MismatchError, match=r"allowed (9\.\d|1\.[01])e-0[23].* on the base weights"):
-        compare("m@3", off_by(one, random, 0.027), one, quiet, "bfloat16", LOG)
+        compare("m@3", off_by(base, random, 0.027), base, quiet, "bfloat16", LOG)
     # fp32's own limits hold however quiet the base was, and exact ones however loud.
-    assert compare("m@3", off_by(one, random, 1e-5), one, NONE, "float32", LOG)
+    assert compare("m@3", off_by(base, random, 1e-5), base, NONE, "float32", LOG)
     with pytest.raises(MismatchError, match="does not hold m@3"):
-        compare("m@3", off_by(one, random, 1e-4), one, NONE, "float32", LOG)
+        compare("m@3", off_by(base, random, 1e-4), base, NONE, "float32", LOG)
     with pytest.raises(MismatchError, match="at most"):
-        compare("m@3", off_by(one, random, 1e-5), one, Noise(1.0, 1.0, 1.0, 1.0, 1.0), "exact", LOG)
+        compare("m@3", off_by(base, random, 1e-5), base, Noise(1.0, 1.0, 1.0, 1.0, 1.0), "exact", LOG)
 
 
 @pytest.mark.parametrize(
@@ -112,28 +112,28 @@ def test_a4_the_limit_follows_the_measured_noise():
 )
 def test_two_programs_that_disagree_on_the_base_are_refused(dtype: str, nats: float):
     random = np.random.default_rng()
-    one = scores(random)
+    base = scores(random)
     with pytest.raises(MismatchError, match="do not compute the same model"):
-        base_noise(replace(one, logprobs_T=one.logprobs_T + nats), one, dtype, LOG)
+        base_noise(replace(base, logprobs_T=base.logprobs_T + nats), base, dtype, LOG)
 
 
 def test_power_is_the_step_in_units_of_the_noise():
     random = np.random.default_rng()
-    one = scores(random)
+    base = scores(random)
     noise = Noise(0.2, 0.4, 0.6, 0.02, 0.05)
     assert power(
-        replace(one, logprobs_T=one.logprobs_T - 0.05 * np.maximum(1, -one.logprobs_T)), one, noise
+        replace(base, logprobs_T=base.logprobs_T - 0.05 * np.maximum(1, -base.logprobs_T)), base, noise
     ) == pytest.approx(2.5)
-    assert power(one, one, noise) == 0.0
+    assert power(base, base, noise) == 0.0
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_what_is_not_finite_is_refused_by_name(value: float):
-    one = scores(np.random.default_rng())
-    check_finite("m@2", one, "lower learning_rate")
-    one.logprobs_T[7] = value
+    base = scores(np.random.default_rng())
+    check_finite("m@2", base, "lower learning_rate")
+    base.logprobs_T[7] = value
     with pytest.raises(TrainerError, match=r"m@2 computes 1 of 500 .* lower learning_rate"):
-        check_finite("m@2", one, "lower learning_rate")
+        check_finite("m@2", base, "lower learning_rate")
 
 
 def sequence(
@@ -164,15 +164,15 @@ def test_a_probe_is_text_of_the_rollouts_and_fits_its_row(seed: int, groups: int
         for length in lengths[group]
     ]
     probe = Probe.of_rollouts(rollouts, longest)
-    total = sum(len(one) for one in probe.sequences)
+    total = sum(len(part) for part in probe.sequences)
     assert total <= ROW
-    assert total >= min(TOKENS, sum(min(len(one), longest) for one in rollouts))
-    texts = ["".join(map(chr, one.tokens_S)) for one in rollouts]
-    for one, tokens in zip(probe.sequences, probe.tokens, strict=True):
-        assert len(one) <= longest
+    assert total >= min(TOKENS, sum(min(len(part), longest) for part in rollouts))
+    texts = ["".join(map(chr, part.tokens_S)) for part in rollouts]
+    for part, tokens in zip(probe.sequences, probe.tokens, strict=True):
+        assert len(part) <= longest
         assert any("".join(map(chr, tokens)) in text for text in texts)
-        assert one.loss_mask_S.tolist() == [False] + [True] * (len(one) - 1)
-        assert (one.temperatures_S == 1).all()
+        assert part.loss_mask_S.tolist() == [False] + [True] * (len(part) - 1)
+        assert (part.temperatures_S == 1).all()
     if routed_experts:  # they hold from the beginning of a text only
         assert all(any("".join(map(chr, t)) == text[: len(t)] for text in texts) for t in probe.tokens)
     # A group's second rollout comes after every group's first.
@@ -182,9 +182,9 @@ def test_a_probe_is_text_of_the_rollouts_and_fits_its_row(seed: int, groups: int
 
 def test_a_long_rollout_is_probed_where_it_replies():
     random = np.random.default_rng()
-    one = sequence(random, 0, 5000, 4000)
-    (cut,) = Probe.of_rollouts([one], 600).sequences
-    start = "".join(map(chr, one.tokens_S)).index("".join(map(chr, cut.tokens_S)))
+    long = sequence(random, 0, 5000, 4000)
+    (cut,) = Probe.of_rollouts([long], 600).sequences
+    start = "".join(map(chr, long.tokens_S)).index("".join(map(chr, cut.tokens_S)))
     assert start < 4000 < start + len(cut) - 300
 
 

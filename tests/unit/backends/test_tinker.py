@@ -77,11 +77,11 @@ async def greedy(model: ls.TrainableModel) -> list[int]:
     return (await answer(model, temperature=0.0)).token_ids
 
 
-def share(service, one, wanted: int, step: int) -> float:
+def share(service, client, wanted: int, step: int) -> float:
     """The exact probability that step `step` answers the choice's prompt with a token of parity `wanted`."""
     path = next(path for path in service.saved if path.endswith(f"sampler_weights/step-{step:04d}"))
     with torch.no_grad():
-        chances_V = service.saved[path](torch.tensor([one.prompt_token_ids])).logits[0, -1].softmax(-1)
+        chances_V = service.saved[path](torch.tensor([client.prompt_token_ids])).logits[0, -1].softmax(-1)
     return float(chances_V[wanted::2].sum())
 
 
@@ -109,10 +109,10 @@ async def test_training_moves_the_answers_and_a_new_process_goes_on(service, tmp
     after = await greedy(model)
     assert after[0] % 2 == wanted != before[0] % 2
     assert service.losses[0] == ("cispo", {"clip_low_threshold": 0.0, "clip_high_threshold": 5.0})
-    one = await answer(model)
-    assert share(service, one, wanted, STEPS) > 0.7 > 0.6 > share(service, one, wanted, 0)
+    reply = await answer(model)
+    assert share(service, reply, wanted, STEPS) > 0.7 > 0.6 > share(service, reply, wanted, 0)
     served = await model.openai_client().models.list()
-    assert [one.id for one in served.data] == [f"m@{STEPS}", f"m@{STEPS - 1}"]
+    assert [reply.id for reply in served.data] == [f"m@{STEPS}", f"m@{STEPS - 1}"]
     with pytest.raises(StaleRolloutError, match=f"sampled by step 0, {STEPS} steps before"):
         await backend.train(model, groups, TRAIN)
     await backend.close()
@@ -153,7 +153,7 @@ async def test_a_refused_step_leaves_nothing_behind(service, tmp_path):
         for _ in range(2):
             await backend.train(model, groups, TRAIN.model_copy(update={"max_steps_off_policy": 1}))
         sampled = await answer(model, seed=3, max_tokens=8)
-        scores[name] = [sampled.token_ids, [one.logprob for one in sampled.logprobs.content]]
+        scores[name] = [sampled.token_ids, [entry.logprob for entry in sampled.logprobs.content]]
         await backend.close()
     assert scores["rough"][0] == scores["clean"][0]
     np.testing.assert_allclose(scores["rough"][1], scores["clean"][1], atol=1e-5)
@@ -177,7 +177,7 @@ async def test_what_the_endpoint_refuses_and_understands(service, tmp_path):
     several = await model.openai_client().chat.completions.create(
         model="m@0", messages=QUESTION, n=3, max_completion_tokens=2, extra_body={"top_k": -1}
     )
-    assert [one.index for one in several.choices] == [0, 1, 2]
+    assert [several_choice.index for several_choice in several.choices] == [0, 1, 2]
     assert several.choices[2].sampling == choice([1], [2]).sampling | {
         name: 1.0 if name == "repetition_penalty" else 0.0
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -262,8 +262,8 @@ def test_what_is_adapted():
     spec = get_model_support_spec("Qwen/Qwen3-30B-A3B")
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     for targets, parts in ((None, (True, True)), (attention, (True, False)), (("experts",), (False, True))):
-        found = check_lora(ls.LoraConfig(target_modules=targets), spec)
-        assert found == {"train_attn": parts[0], "train_mlp": parts[1], "train_unembed": False}
+        adapted = check_lora(ls.LoraConfig(target_modules=targets), spec)
+        assert adapted == {"train_attn": parts[0], "train_mlp": parts[1], "train_unembed": False}
     for wrong, name in (
         (None, "lora = None"),
         (ls.LoraConfig(alpha=16), "lora.alpha"),
@@ -278,9 +278,9 @@ def drawn(seed: int, temperature: float = 1.0):
     """A packed batch of sequences that share prefixes, with advantages and weights of their own."""
     random = np.random.default_rng(seed)
     sequences = [
-        replace(one, temperatures_S=np.where(one.loss_mask_S, temperature, 1.0).astype(np.float32))
-        for one in random_sequences(random, 6)
-        if one.loss_mask_S.any()  # as in every trajectory
+        replace(sequence, temperatures_S=np.where(sequence.loss_mask_S, temperature, 1.0).astype(np.float32))
+        for sequence in random_sequences(random, 6)
+        if sequence.loss_mask_S.any()  # as in every trajectory
     ]
     size = len(sequences)
     return pack(sequences, random.normal(size=size), random.uniform(0.2, 2, size=size), seed=seed % 97)
@@ -344,8 +344,8 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
     ],
 )
 def test_tool_calls_are_parsed(text, content, names):
-    found, calls = chat_format.split_tool_calls(text)
-    assert found == content
+    spoken, calls = chat_format.split_tool_calls(text)
+    assert spoken == content
     assert [call["function"]["name"] for call in calls] == names
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
 
@@ -359,10 +359,10 @@ def test_a_conversation_with_calls_renders_as_it_was_sampled(folder):
     prompt = chat_format.render(first, tokenizer)
     text = 'on it<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
-    one = chat_format.choice(first, tokenizer, prompt, tokens, [-1.0] * len(tokens), True, 0)
-    assert (one["finish_reason"], one["message"]["content"]) == ("tool_calls", "on it")
-    assert b"".join(bytes(part["bytes"]) for part in one["logprobs"]["content"][:-1]) == text.encode()
-    turn = [*QUESTION, one["message"], {"role": "tool", "content": "2", "tool_call_id": "x"}]
+    sampled = chat_format.choice(first, tokenizer, prompt, tokens, [-1.0] * len(tokens), True, 0)
+    assert (sampled["finish_reason"], sampled["message"]["content"]) == ("tool_calls", "on it")
+    assert b"".join(bytes(part["bytes"]) for part in sampled["logprobs"]["content"][:-1]) == text.encode()
+    turn = [*QUESTION, sampled["message"], {"role": "tool", "content": "2", "tool_call_id": "x"}]
     following = chat_format.render(chat_format.ChatRequest(model="m@0", messages=turn, tools=TOOLS), tokenizer)
     assert following[: len(prompt) + len(tokens)] == prompt + tokens
     quiet = chat_format.choice(
@@ -390,7 +390,7 @@ def test_the_stand_in_has_the_sdks_signatures():
         for method in methods:
             ours = list(inspect.signature(getattr(getattr(fake_tinker, name), method)).parameters)
             theirs = list(inspect.signature(getattr(getattr(tinker, name), method)).parameters)
-            assert ours == [one for one in theirs if one in ours], f"{name}.{method}"
+            assert ours == [parameter for parameter in theirs if parameter in ours], f"{name}.{method}"
             assert ours[: len(ours)] == theirs[: len(ours)] or set(ours) <= set(theirs)
     for kind in ("SamplingParams", "AdamParams"):
         fields = getattr(tinker, kind).model_fields

@@ -14,7 +14,7 @@ from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, DataError
 
 rewards = st.floats(-1e30, 1e30)
-GROUP_BASELINE = sorted(name for name, one in named_advantages().items() if one.baseline == "group")
+GROUP_BASELINE = sorted(name for name, estimator in named_advantages().items() if estimator.baseline == "group")
 
 
 def estimated(groups: list[list[float]], name: str = "grpo") -> list[float]:
@@ -29,16 +29,16 @@ def test_equal_rewards_give_exactly_zero(reward, size, name):
 @given(terms=st.lists(st.floats(-5, 5), min_size=3, max_size=6), order=st.permutations(range(3)))
 def test_rewards_summed_in_another_order_are_equal(terms, order):
     """0.1 + 0.2 is not 0.3: a residue of 1e-17 must not become an advantage of 1."""
-    one, other = sum(terms), sum([terms[i] for i in order] + terms[3:])
-    if abs(one) > 1e-3:
-        assert estimated([[one, other, one]]) == [0.0] * 3
+    straight, other = sum(terms), sum([terms[i] for i in order] + terms[3:])
+    if abs(straight) > 1e-3:
+        assert estimated([[straight, other, straight]]) == [0.0] * 3
 
 
 @given(st.lists(rewards, min_size=2, max_size=12), st.sampled_from(["grpo", "dr_grpo", "rloo", "reinforce_pp"]))
 def test_always_finite_and_centred(values, name):
-    found = np.array(estimated([values], name))
-    assert np.isfinite(found).all()
-    assert abs(found.sum()) <= 1e-9 * (np.abs(found).max() or 1.0) * len(values)
+    advantages = np.array(estimated([values], name))
+    assert np.isfinite(advantages).all()
+    assert abs(advantages.sum()) <= 1e-9 * (np.abs(advantages).max() or 1.0) * len(values)
 
 
 FIRST, SECOND = np.array([0.0, 1.0, 0.5, 0.5]), np.array([1.0, 3.0])
@@ -60,7 +60,7 @@ def test_closed_form(name):
     """Two groups of different size, by hand; and the same at another scale."""
     groups = [FIRST.tolist(), SECOND.tolist()]
     np.testing.assert_allclose(estimated(groups, name), FORMULAS[name], rtol=1e-12, atol=1e-15)
-    scaled = [(np.array(one) * 1e-200).tolist() for one in groups]
+    scaled = [(np.array(rewards) * 1e-200).tolist() for rewards in groups]
     factor = 1.0 if find_advantage(name).scale_free else 1e-200
     np.testing.assert_allclose(estimated(scaled, name), FORMULAS[name] * factor, rtol=1e-12, atol=1e-15 * factor)
 
@@ -68,17 +68,17 @@ def test_closed_form(name):
 def test_maxrl_is_the_gradient_of_the_log_success_rate():
     """n rewards of which k are 1: the mean of A d log p over samples is d log(success rate) for a Bernoulli policy."""
     successes, size = 2, 8
-    found = estimated([[1.0] * successes + [0.0] * (size - successes)], "maxrl")
+    advantages = estimated([[1.0] * successes + [0.0] * (size - successes)], "maxrl")
     rate = successes / size
     slope = [1.0 - rate] * successes + [-rate] * (size - successes)  # d log p(sample) / d logit
-    assert np.mean(np.array(found) * slope) == pytest.approx((1 - rate), rel=1e-12)  # d log(rate) / d logit
+    assert np.mean(np.array(advantages) * slope) == pytest.approx((1 - rate), rel=1e-12)  # d log(rate) / d logit
 
 
 @pytest.mark.parametrize("name", GROUP_BASELINE)
 def test_a_quiet_group_stays_quiet_beside_a_live_one(name):
-    found = estimated([[0.1 + 0.2, 0.3, 0.3], [0.0, 1.0, 0.0]], name)
-    assert found[:3] == [0.0] * 3
-    assert 0 < max(map(abs, found[3:])) < 5
+    advantages = estimated([[0.1 + 0.2, 0.3, 0.3], [0.0, 1.0, 0.0]], name)
+    assert advantages[:3] == [0.0] * 3
+    assert 0 < max(map(abs, advantages[3:])) < 5
 
 
 def test_without_a_group_baseline_equal_groups_teach_against_each_other():

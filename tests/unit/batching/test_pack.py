@@ -29,16 +29,16 @@ def packed(sequences: list[TokenSequence], seed: int = 0, **options) -> PackedBa
 
 
 def assert_same_sequences(before: list[TokenSequence], after: list[TokenSequence]) -> None:
-    assert [one.name for one in before] == [one.name for one in after]
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one.tokens_S, other.tokens_S)
-        np.testing.assert_array_equal(one.loss_mask_S, other.loss_mask_S)
-        np.testing.assert_array_equal(one.logprobs_S, other.logprobs_S)
-        np.testing.assert_array_equal(one.temperatures_S, other.temperatures_S)
-        if one.experts_SLK is not None:
-            assert one.routed_S is not None
+    assert [sequence.name for sequence in before] == [sequence.name for sequence in after]
+    for sequence, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(sequence.tokens_S, other.tokens_S)
+        np.testing.assert_array_equal(sequence.loss_mask_S, other.loss_mask_S)
+        np.testing.assert_array_equal(sequence.logprobs_S, other.logprobs_S)
+        np.testing.assert_array_equal(sequence.temperatures_S, other.temperatures_S)
+        if sequence.experts_SLK is not None:
+            assert sequence.routed_S is not None
             assert other.experts_SLK is not None
-            np.testing.assert_array_equal(one.experts_SLK[one.routed_S], other.experts_SLK[one.routed_S])
+            np.testing.assert_array_equal(sequence.experts_SLK[sequence.routed_S], other.experts_SLK[sequence.routed_S])
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,9 +57,9 @@ def test_packing_keeps_every_sequence(seed, leaves, tight, share, data, routed_e
     validate(batch, experts=None if routed_experts is None else routed_experts[2])
     assert batch.rows % data == 0
     assert_same_sequences(sequences, flatten(batch))
-    scored = sum(one.scored for one in sequences)
+    scored = sum(sequence.scored for sequence in sequences)
     assert len(batch.scored_index_P) == scored
-    expected = sum(float(w) * one.scored for w, one in zip(batch.sequence_weight_Q, sequences, strict=True))
+    expected = sum(float(w) * sequence.scored for w, sequence in zip(batch.sequence_weight_Q, sequences, strict=True))
     assert total_weight(batch) == pytest.approx(expected, rel=1e-12)
     assert sum(total_weight(batch, [row]) for row in range(batch.rows)) == pytest.approx(expected, rel=1e-12)
 
@@ -71,11 +71,11 @@ def test_a_wide_row_holds_each_distinct_prefix_once(seed, leaves):
     be.
     """
     sequences = [
-        scoring_sequence(one.name, one.tokens_S.tolist())
-        for one in random_sequences(np.random.default_rng(seed), leaves, vocabulary=3)
+        scoring_sequence(sequence.name, sequence.tokens_S.tolist())
+        for sequence in random_sequences(np.random.default_rng(seed), leaves, vocabulary=3)
     ]
     batch = packed(sequences, seed, row_length=sum(map(len, sequences)))
-    prefixes = {tuple(one.tokens_S[: n + 1].tolist()) for one in sequences for n in range(len(one))}
+    prefixes = {tuple(sequence.tokens_S[: n + 1].tolist()) for sequence in sequences for n in range(len(sequence))}
     assert int((batch.nodes_RS >= 0).sum()) == len(prefixes)
     apart = packed(sequences, seed, row_length=sum(map(len, sequences)), share_prefixes=False)
     assert int((apart.nodes_RS >= 0).sum()) == sum(map(len, sequences))
@@ -130,14 +130,14 @@ def computed(*sequences: TokenSequence) -> int:
 
 
 def test_what_may_be_shared():
-    one = sampled("a", [1, 2, 3], [4, 5])
-    assert computed(one, sampled("b", [1, 2, 3], [6, 7])) == 7  # the prompt
-    assert computed(one, sampled("b", [1, 2, 3], [4, 6])) == 6  # and an equal sampled token
-    assert computed(one, sampled("b", [1, 2, 3], [4, 5])) == 5  # two equal samples
-    assert computed(one, sampled("b", [1, 2, 3, 4, 5, 8], [9])) == 7  # what one sampled is the other's history
-    assert computed(one, sampled("b", [1, 2, 3], [4, 5], logprob=-1.5)) == 7  # sampled at another logprob
-    assert computed(one, sampled("b", [1, 2, 3], [4, 5], temperature=0.5)) == 7  # at another temperature
-    assert computed(one, sampled("b", [2, 2, 3], [4, 5])) == 10
+    alone = sampled("a", [1, 2, 3], [4, 5])
+    assert computed(alone, sampled("b", [1, 2, 3], [6, 7])) == 7  # the prompt
+    assert computed(alone, sampled("b", [1, 2, 3], [4, 6])) == 6  # and an equal sampled token
+    assert computed(alone, sampled("b", [1, 2, 3], [4, 5])) == 5  # two equal samples
+    assert computed(alone, sampled("b", [1, 2, 3, 4, 5, 8], [9])) == 7  # what one sampled is the other's history
+    assert computed(alone, sampled("b", [1, 2, 3], [4, 5], logprob=-1.5)) == 7  # sampled at another logprob
+    assert computed(alone, sampled("b", [1, 2, 3], [4, 5], temperature=0.5)) == 7  # at another temperature
+    assert computed(alone, sampled("b", [2, 2, 3], [4, 5])) == 10
 
 
 def test_history_follows_the_reply_that_it_repeats():
@@ -153,7 +153,7 @@ def test_best_fit_is_that_of_one_part_after_the_other(sizes, capacity):
     sizes.sort(reverse=True)
     bins: list[list[int]] = []
     for part, size in enumerate(sizes):
-        free = [capacity - sum(sizes[one] for one in members) for members in bins]
+        free = [capacity - sum(sizes[member] for member in members) for members in bins]
         room = [(left, number) for number, left in enumerate(free) if left >= size]
         if not room:
             bins.append([])
@@ -231,7 +231,7 @@ def test_over_length_is_never_silent():
         packed([short, long], row_length=4)
     cut = fit([short, long], 4, "truncate")
     assert cut.truncated == ("group 0, trajectory 1",)
-    assert [len(one) for one in cut.sequences] == [2, 4]
+    assert [len(sequence) for sequence in cut.sequences] == [2, 4]
     assert cut.sequences[1].scored == 2
     assert fit([short, long], 2, "truncate").dropped == ("group 0, trajectory 1",)  # nothing sampled would be left
     assert fit([short, long], 4, "drop").dropped == ("group 0, trajectory 1",)
@@ -275,8 +275,8 @@ def test_scores_come_back_in_input_order():
     batch = packed(sequences, row_length=24)
     validate(batch, training=False)
     scores = unpack_scores(batch, batch.tokens_RS)  # "score" every token with its own id
-    for one, score in zip(sequences, scores, strict=True):
-        np.testing.assert_array_equal(score, one.tokens_S[1:])
+    for sequence, score in zip(sequences, scores, strict=True):
+        np.testing.assert_array_equal(score, sequence.tokens_S[1:])
 
 
 FAULTS = {
@@ -338,7 +338,7 @@ def test_b1_minibatches_never_lack_rows():
         validate(batch)
         used_R = (batch.nodes_RS >= 0).any(axis=1).reshape(minibatches, -1)
         assert used_R.all() if batch.rows == minibatches * data else used_R.any(axis=1).all()
-        assert [len(batch.path_index(q)) for q in range(len(sequences))] == [len(one) for one in sequences]
+        assert [len(batch.path_index(q)) for q in range(len(sequences))] == [len(sequence) for sequence in sequences]
 
 
 def test_b1_equal_sequences_spread_over_minibatches():
@@ -372,14 +372,14 @@ def agents(groups: int, prompt: int, reply: int, common: int = 0) -> list[TokenS
 def test_c1_default_rows_compute_a_shared_prompt_once(prompt, reply, common):
     sequences = agents(4, prompt, reply, common)
     unique = common + 4 * (prompt - common) + 32 * reply
-    found = packing_metrics(packed(sequences))
-    assert found["tokens_computed"] <= 1.02 * unique
-    assert found["padding_share"] < 0.05
+    metrics = packing_metrics(packed(sequences))
+    assert metrics["tokens_computed"] <= 1.02 * unique
+    assert metrics["padding_share"] < 0.05
 
 
 def test_c1_default_rows_stay_within_what_memory_carries():
     """A tree of 10,240 tokens in rows of at most 6,000 is cut; a sequence that is longer than the limit still gets its row."""
-    found = packing_metrics(packed(agents(4, 2048, 1024), row_limit=6000))
-    assert 4096 < found["row_length"] <= 6016
-    assert found["tokens_computed"] > 4 * 10_240
+    metrics = packing_metrics(packed(agents(4, 2048, 1024), row_limit=6000))
+    assert 4096 < metrics["row_length"] <= 6016
+    assert metrics["tokens_computed"] > 4 * 10_240
     assert packing_metrics(packed(agents(4, 6000, 500), row_limit=4096))["row_length"] == 6528

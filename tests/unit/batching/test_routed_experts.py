@@ -51,7 +51,7 @@ def routed(prompt: list[int], sampled: list[int], rows: np.ndarray, **changes) -
     return choice(prompt, sampled, **({"routed_experts": encode(rows), "routed_experts_digest": digest} | changes))
 
 
-def one(made: Choice, shape: RoutedExpertsShape = SHAPE):
+def sequence_of(made: Choice, shape: RoutedExpertsShape = SHAPE):
     (sequence,) = tokenize(trajectory(made), "m", 2, 5, shape).sequences
     return sequence
 
@@ -60,7 +60,7 @@ def one(made: Choice, shape: RoutedExpertsShape = SHAPE):
 @pytest.mark.parametrize("last", [False, True])
 def test_routed_experts_land_on_their_tokens(shape, last):
     rows = draw(np.random.default_rng(0), 5 + last, shape)
-    sequence = one(routed([1, 2, 3], [4, 5, 6], rows), shape)
+    sequence = sequence_of(routed([1, 2, 3], [4, 5, 6], rows), shape)
     assert sequence.experts_SLK.dtype == rows.dtype
     np.testing.assert_array_equal(sequence.experts_SLK[: len(rows)], rows)
     assert sequence.routed_S.tolist() == [True] * 5 + [last]
@@ -157,7 +157,7 @@ def test_pickled_routed_experts_are_not_opened():
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     text = base64.b64encode(buffer.getvalue()).decode()
     with pytest.raises(DataError, match=r"not a \.npy array"):
-        one(choice([1], [2], routed_experts=text, routed_experts_digest=""))
+        sequence_of(choice([1], [2], routed_experts=text, routed_experts_digest=""))
 
 
 def test_one_siblings_missing_routed_experts_stop_the_batch():
@@ -200,7 +200,7 @@ def test_packed_routed_experts_are_each_siblings_own(seed, siblings, disagree, t
 
 def test_wide_routed_experts_survive_packing():
     shape = RoutedExpertsShape(2, 8, 512)
-    sequence = one(routed([1], [2, 3], draw(np.random.default_rng(4), 2, shape)), shape)
+    sequence = sequence_of(routed([1], [2, 3], draw(np.random.default_rng(4), 2, shape)), shape)
     batch = pack([sequence], np.ones(1), np.ones(1))
     assert batch.experts_RSLK.dtype == np.uint16
     validate(batch, experts=512)
@@ -219,7 +219,7 @@ def test_routed_experts_of_sequences_that_are_only_scored(rows):
 def test_a_choice_of_an_earlier_version_is_read():
     fields = routed([1, 2], [3, 4], ROWS[:3]).model_dump()
     fields["routes_digest"] = fields.pop("routed_experts_digest")
-    assert one(Choice.model_validate(fields), SHAPE).experts_SLK[:3].tolist() == ROWS[:3].tolist()
+    assert sequence_of(Choice.model_validate(fields), SHAPE).experts_SLK[:3].tolist() == ROWS[:3].tolist()
 
 
 def test_the_digest_is_over_ids_and_rows():

@@ -38,18 +38,21 @@ def test_a_rewritten_history_starts_a_new_sequence_and_is_counted():
     """A chat template that drops thinking: the second prompt holds [4] where [9, 4] was sampled."""
     result = tokenize(trajectory(choice([1, 2], [9, 4]), choice([1, 2, 4, 5], [6])), "m", 2, 7)
     assert result.splits == 1
-    assert [one.name for one in result.sequences] == [
+    assert [sequence.name for sequence in result.sequences] == [
         "group 2, trajectory 7, sequence 0",
         "group 2, trajectory 7, sequence 1",
     ]
-    assert [one.tokens_S.tolist() for one in result.sequences] == [[1, 2, 9, 4], [1, 2, 4, 5, 6]]
-    assert [one.loss_mask_S.tolist() for one in result.sequences] == [[False] * 2 + [True] * 2, [False] * 4 + [True]]
+    assert [sequence.tokens_S.tolist() for sequence in result.sequences] == [[1, 2, 9, 4], [1, 2, 4, 5, 6]]
+    assert [sequence.loss_mask_S.tolist() for sequence in result.sequences] == [
+        [False] * 2 + [True] * 2,
+        [False] * 4 + [True],
+    ]
 
 
 def test_a_turn_finds_its_conversation_among_several():
     """A sub-agent's turn in between does not break the main conversation."""
     result = tokenize(trajectory(choice([1], [2]), choice([7], [8]), choice([1, 2, 3], [4])), "m", 0, 0)
-    assert [one.tokens_S.tolist() for one in result.sequences] == [[1, 2, 3, 4], [7, 8]]
+    assert [sequence.tokens_S.tolist() for sequence in result.sequences] == [[1, 2, 3, 4], [7, 8]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,13 +70,13 @@ def test_every_sampled_token_carries_loss_exactly_once(seed, turns):
     sequences = tokenize(trajectory(*choices), "m", 0, 0).sequences
     trained = [
         (t, p)
-        for one in sequences
-        for t, p in zip(one.tokens_S[one.loss_mask_S], one.logprobs_S[one.loss_mask_S], strict=True)
+        for sequence in sequences
+        for t, p in zip(sequence.tokens_S[sequence.loss_mask_S], sequence.logprobs_S[sequence.loss_mask_S], strict=True)
     ]
     sampled = [
         (token, np.float32(logprob))
-        for one in choices
-        for token, logprob in zip(one.model_extra["token_ids"], logprobs_of(one), strict=True)
+        for sequence in choices
+        for token, logprob in zip(sequence.model_extra["token_ids"], logprobs_of(sequence), strict=True)
     ]
     assert sorted(trained) == sorted(sampled)
 
@@ -151,9 +154,9 @@ def ready(*groups: TrajectoryGroup, step: int = 0, **settings):
 
 
 def test_prepare_gives_a_valid_batch_and_its_metrics():
-    one = group(0.0, 1.0)
-    one.trajectories[0].metrics["turns"] = 3
-    prepared = ready(one, group(0.5, 0.5, 0.5), kl_coef=0.1)
+    pair = group(0.0, 1.0)
+    pair.trajectories[0].metrics["turns"] = 3
+    prepared = ready(pair, group(0.5, 0.5, 0.5), kl_coef=0.1)
     validate(prepared.batch)
     assert [sequence.name for sequence in flatten(prepared.batch)] == [
         *("group 0, trajectory 0", "group 0, trajectory 1"),
@@ -210,14 +213,14 @@ def test_stale_and_foreign_versions_are_refused():
 def test_what_was_appended_to_a_trajectory_is_looked_at():
     """A list can be appended to behind the validator's back: a whole reply, or its message, would otherwise not be trained on."""
     first, second = choice([1], [2]), choice([1, 2, 3], [4])
-    one = trajectory(first)
-    one.messages_and_choices.append(second.model_dump())  # a choice that went through JSON is a choice
-    assert [(each.model_extra or {})["token_ids"] for each in one.choices] == [[2], [4]]
-    one.messages_and_choices.append(second.message)
+    grown = trajectory(first)
+    grown.messages_and_choices.append(second.model_dump())  # a choice that went through JSON is a choice
+    assert [(each.model_extra or {})["token_ids"] for each in grown.choices] == [[2], [4]]
+    grown.messages_and_choices.append(second.message)
     with pytest.raises(DataError, match="group 3, trajectory 4: messages_and_choices holds a ChatCompletionMessage"):
-        tokenize(one, "m", 3, 4)
+        tokenize(grown, "m", 3, 4)
     with pytest.raises(DataError, match="holds a ChatCompletionMessage"):
-        _ = one.messages
+        _ = grown.messages
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "high"])

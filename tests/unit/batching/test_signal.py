@@ -104,24 +104,24 @@ def test_a6_groups_without_signal_are_not_computed_and_change_nothing(random, lo
     """Loss and gradient with the quiet sequences left out equal those with all of them; with a KL penalty they stay."""
     groups = [group(random, [0.0, 1.0, 0.5, 0.5], [8, 6, 7, 8]), group(random, [1.0] * 6), group(random, [0.0, 2.0])]
     config = TrainConfig(loss=loss, minibatches=minibatches, row_length=32 // minibatches)
-    found = prepare(groups, model_name="m", step=0, config=config, multiple=1)
-    assert found.metrics["sequences_not_computed"] == 6
-    assert found.metrics["groups_without_signal"] == 1
-    assert len(found.batch.sequence_ids) == 6
-    save_batch(found.batch, tmp_path / "b")
-    assert unpacked_weight(load_batch(tmp_path / "b")) == unpacked_weight(found.batch) > 0
+    prepared = prepare(groups, model_name="m", step=0, config=config, multiple=1)
+    assert prepared.metrics["sequences_not_computed"] == 6
+    assert prepared.metrics["groups_without_signal"] == 1
+    assert len(prepared.batch.sequence_ids) == 6
+    save_batch(prepared.batch, tmp_path / "b")
+    assert unpacked_weight(load_batch(tmp_path / "b")) == unpacked_weight(prepared.batch) > 0
     penalised = config.model_copy(update={"kl_coef": 1e-9})
     every = prepare(groups, model_name="m", step=0, config=penalised, multiple=1)
     assert len(every.batch.sequence_ids) == 12
-    assert total_weight(every.batch) == pytest.approx(total_weight(found.batch) + unpacked_weight(found.batch))
+    assert total_weight(every.batch) == pytest.approx(total_weight(prepared.batch) + unpacked_weight(prepared.batch))
     if minibatches == 1:  # with several, other rows come together
-        ours, loss_ours = gradient(found.batch, config)
+        ours, loss_ours = gradient(prepared.batch, config)
         theirs, loss_theirs = gradient(every.batch, config)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)  # weights are stored in fp32
         assert loss_ours == pytest.approx(loss_theirs, rel=1e-6, abs=1e-9)
     silent = prepare([group(random, [1.0] * 4, [8] * 4)], model_name="m", step=0, config=config, multiple=1)
     assert not has_signal(silent.batch, range(silent.batch.rows))
-    assert has_signal(found.batch, range(found.batch.rows))
+    assert has_signal(prepared.batch, range(prepared.batch.rows))
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -140,8 +140,8 @@ def test_a_constant_length_divides_by_trajectories_alone(random, minibatches, tm
     assert loss_divisor(load_batch(tmp_path / "b"), [], minibatches) == 6 * 100 / minibatches  # the quiet group counts
     if minibatches == 1:
         expected_V = torch.zeros(VOCABULARY, dtype=torch.float64)
-        for one, advantage in ((groups[0], 0.5), (groups[2], 2.0)):
-            for trajectory_, sign in zip(one.trajectories, (-1, 1), strict=True):
+        for member, advantage in ((groups[0], 0.5), (groups[2], 2.0)):
+            for trajectory_, sign in zip(member.trajectories, (-1, 1), strict=True):
                 for token in (trajectory_.choices[0].model_extra or {})["token_ids"]:
                     expected_V[token] -= sign * advantage / 600
         torch.testing.assert_close(gradient(batch, config)[0], expected_V, rtol=1e-6, atol=1e-9)
@@ -153,7 +153,7 @@ def test_a2_gspo_weighs_every_sequence_the_same(random):
 
     def shares(config: TrainConfig) -> list[float]:
         batch = prepare([both], model_name="m", step=0, config=config).batch
-        found = [0.0, 0.0]
+        sums = [0.0, 0.0]
         for row in range(batch.rows):
             scored = scored_row(batch, row)
             new_N = torch.tensor(scored.sampling_N, dtype=torch.float64, requires_grad=True)
@@ -162,8 +162,8 @@ def test_a2_gspo_weighs_every_sequence_the_same(random):
             assert new_N.grad is not None
             for pair, sequence in enumerate(scored.sequence_P):
                 slot = int(scored.names_Q[sequence].startswith("group 0, trajectory 1"))
-                found[slot] += abs(float(new_N.grad[scored.token_P[pair]]))
-        return found
+                sums[slot] += abs(float(new_N.grad[scored.token_P[pair]]))
+        return sums
 
     short, long = shares(TrainConfig(loss="gspo"))
     assert short == pytest.approx(long, rel=1e-6)

@@ -34,7 +34,9 @@ def served(random: np.random.Generator, prompt: list[int], count: int, form: str
     known = order_NV[:, :TOP].copy()
     for token, row, order in zip(sampled, logprobs_NV, order_NV, strict=True):
         listed = list(dict.fromkeys([token, *order[:most].tolist()]))[:most]  # vLLM's order, and its cut
-        entries = [{"token": form.format(one), "logprob": float(row[one]), "bytes": []} for one in listed]
+        entries = [
+            {"token": form.format(token_id), "logprob": float(row[token_id]), "bytes": []} for token_id in listed
+        ]
         content.append(entries[0] | {"token": form.format(token), "top_logprobs": entries})
     known[ranks >= TOP - 1, -1] = -1
     made = choice(prompt, sampled, logprobs=[entry["logprob"] for entry in content], openai_logprobs=True)
@@ -80,15 +82,15 @@ def test_every_scored_pair_has_its_own_ids(seed, tight, tmp_path_factory):
     validate(batch)
     path = tmp_path_factory.mktemp("batch") / "batch.safetensors"
     save_batch(batch, path)
-    batch, found = load_batch(path), {}
+    batch, ids = load_batch(path), {}
     for row in range(batch.rows):
         scored = scored_row(batch, row)
         assert scored.top_PC is not None
         for number, name in enumerate(scored.names_Q):
-            found[name] = scored.top_PC[scored.sequence_P == number]
-    assert len(found) == 4
+            ids[name] = scored.top_PC[scored.sequence_P == number]
+    assert len(ids) == 4
     for number, wanted in enumerate(expected):
-        np.testing.assert_array_equal(found[f"group 0, trajectory {number}"], wanted)
+        np.testing.assert_array_equal(ids[f"group 0, trajectory {number}"], wanted)
 
 
 def test_hits_closed_form():

@@ -32,15 +32,15 @@ def ready(batch: list[TrajectoryGroup], **settings: Any) -> Prepared:
 
 
 def nan_reward() -> Trajectory:
-    one = trajectory(choice([1, 2, 10], [4]))
-    object.__setattr__(one, "reward", float("nan"))
-    return one
+    unusable = trajectory(choice([1, 2, 10], [4]))
+    object.__setattr__(unusable, "reward", float("nan"))
+    return unusable
 
 
 def nan_metric() -> Trajectory:
-    one = trajectory(choice([1, 2, 10], [4], version="m@3"))
-    one.metrics["speed"] = float("nan")
-    return one
+    unusable = trajectory(choice([1, 2, 10], [4], version="m@3"))
+    unusable.metrics["speed"] = float("nan")
+    return unusable
 
 
 UNUSABLE = {

@@ -161,12 +161,12 @@ def test_tiny_and_score_agree_with_hugging_face(tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for line, text in zip(lines, out.read_text().splitlines(), strict=True):
-        found = json.loads(text)
+        line_out = json.loads(text)
         ids = torch.tensor([line["tokens"]])
         with torch.no_grad():
             logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        assert found["id"] == line["id"]
-        np.testing.assert_allclose(found["logprobs"], logprobs.numpy(), atol=2e-5, err_msg=f"seed {seed}")
+        assert line_out["id"] == line["id"]
+        np.testing.assert_allclose(line_out["logprobs"], logprobs.numpy(), atol=2e-5, err_msg=f"seed {seed}")
 
 
 @pytest.mark.parametrize(
@@ -464,11 +464,11 @@ def test_m14_progress_lines_that_look_like_markup_stop_nothing(monkeypatch, tmp_
 
 
 def test_low_a_lock_names_its_owner_and_a_quickstart_says_what_it_deletes(tmp_path):
-    held = take(tmp_path / ".quickstart.lock")
+    lock = take(tmp_path / ".quickstart.lock")
     try:
         one_line(lockstep("quickstart", "--path", tmp_path), f"in use by another quickstart, process {os.getpid()}", 1)
     finally:
-        held.release()
+        lock.release()
     first = RunStore(tmp_path / "runs", "p", "m")
     with pytest.raises(StoreError, match=f"in use by process {os.getpid()} .*, since 20"):
         RunStore(tmp_path / "runs", "p", "m")

@@ -43,13 +43,13 @@ def test_rates_rise_then_fall_and_are_never_zero(schedule, warmup, decay, more, 
     config = TrainConfig(
         learning_rate=1.0, lr_schedule=schedule, warmup_steps=warmup, schedule_steps=total, min_lr_ratio=least, **wsd
     )
-    found = rates(config, total)
-    assert max(found) == 1.0
-    assert all(rate > 0 for rate in found)
+    scheduled = rates(config, total)
+    assert max(scheduled) == 1.0
+    assert all(rate > 0 for rate in scheduled)
     peak = max(0, warmup - 1)
-    assert found[: peak + 1] == sorted(found[: peak + 1])
-    assert found[peak:] == sorted(found[peak:], reverse=True)
-    assert all(rate >= least for rate in found[peak:])
+    assert scheduled[: peak + 1] == sorted(scheduled[: peak + 1])
+    assert scheduled[peak:] == sorted(scheduled[peak:], reverse=True)
+    assert all(rate >= least for rate in scheduled[peak:])
 
 
 def test_a_run_gives_the_schedule_its_length():

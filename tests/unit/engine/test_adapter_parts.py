@@ -20,7 +20,7 @@ def test_rows_that_follow_each_other_are_one_piece():
             pieces += [Piece(name, low, high) for low, high in itertools.pairwise(cuts)]
         joined = _joined(pieces)
         assert _rows(joined) == _rows(pieces)
-        assert all(one.name != two.name or one.stop != two.start for one, two in itertools.pairwise(joined))
+        assert all(first.name != two.name or first.stop != two.start for first, two in itertools.pairwise(joined))
         assert len(joined) <= len(stretches)
     columns = [Piece("a", 0, 4, 0, 8), Piece("a", 4, 8, 8, 16), Piece("a", 0, 4, index=1), Piece("a", 4, 8, index=2)]
     assert _joined(columns) == columns

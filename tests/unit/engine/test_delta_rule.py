@@ -55,18 +55,18 @@ def test_tree_is_every_path_on_its_own(seed: int, nodes: int, longest: int) -> N
     made = inputs(row.length, 2, 4, 6)
     slope = torch.randn(row.length, 2, 6, dtype=torch.float64)
     out = over_tree(made, row, rule_for(made[0]))  # pyright: ignore[reportArgumentType]
-    found = torch.autograd.grad((out * slope).sum(), made)
+    gradients = torch.autograd.grad((out * slope).sum(), made)
     expected, loss = torch.zeros_like(out), torch.zeros((), dtype=torch.float64)
     for node in range(nodes):
-        path, at = [], node
-        while at >= 0:
-            path = [*range(int(row.nodes.start_M[at]), int(row.nodes.stop_M[at])), *path]
-            at = int(row.nodes.parent_M[at])
-        mine = slice(int(row.nodes.start_M[node]), int(row.nodes.stop_M[node]))
-        whole, _ = recurrence(*(x[path][None] for x in made), torch.zeros(1, 2, 4, 6, dtype=torch.float64))
-        tail = whole[0, -(mine.stop - mine.start) :]
-        expected[mine] = tail.detach()
-        loss = loss + (tail * slope[mine]).sum()
+        path, ancestor = [], node
+        while ancestor >= 0:
+            path = [*range(int(row.nodes.start_M[ancestor]), int(row.nodes.stop_M[ancestor])), *path]
+            ancestor = int(row.nodes.parent_M[ancestor])
+        own = slice(int(row.nodes.start_M[node]), int(row.nodes.stop_M[node]))
+        out_of_path, _ = recurrence(*(x[path][None] for x in made), torch.zeros(1, 2, 4, 6, dtype=torch.float64))
+        tail = out_of_path[0, -(own.stop - own.start) :]
+        expected[own] = tail.detach()
+        loss = loss + (tail * slope[own]).sum()
     torch.testing.assert_close(out.detach(), expected, rtol=1e-9, atol=1e-9)
-    for a, b in zip(found, torch.autograd.grad(loss, made), strict=True):
+    for a, b in zip(gradients, torch.autograd.grad(loss, made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

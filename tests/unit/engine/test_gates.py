@@ -210,9 +210,9 @@ def test_sums_over_minibatches_are_sums_and_maxima_maxima(model, random):
     trainer = opened(model, "float32")
     batch = on_policy(trainer, random, noise=0.3, minibatches=4)
     names = ("tokens_scored", "ratio_max", "ratio_mean", "clip_fraction", "entropy", "mismatch", "mismatch_max", "kl")
-    found = {}
+    totals = {}
     for count in (4, 1):
         config = TrainConfig(loss="ppo", minibatches=count, learning_rate=1e-12, max_mismatch=None)
         metrics = train_step(trainer, batch, config, None, SILENT)
-        found[count] = {name: metrics[name] for name in (*names, "ess", "loss")}
-    assert found[4] == pytest.approx(found[1], rel=1e-5)
+        totals[count] = {name: metrics[name] for name in (*names, "ess", "loss")}
+    assert totals[4] == pytest.approx(totals[1], rel=1e-5)

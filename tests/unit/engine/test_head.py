@@ -37,14 +37,14 @@ def test_matches_dense(seed: int, tokens: int, vocab: int, padding: int, chunk: 
     before, lm_head.CHUNK_BYTES = lm_head.CHUNK_BYTES, chunk * vocab * 8
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        found = lm_head.linear_logprob(hidden, weight, predictor, target, temperature, vocab, group, False)
+        outputs = lm_head.linear_logprob(hidden, weight, predictor, target, temperature, vocab, group, False)
         slope = torch.randn(2, tokens, dtype=torch.float64)
-        gradients = torch.autograd.grad((found[0] * slope[0] + found[1] * slope[1]).sum(), (hidden, weight))
+        gradients = torch.autograd.grad((outputs[0] * slope[0] + outputs[1] * slope[1]).sum(), (hidden, weight))
     finally:
         lm_head.CHUNK_BYTES = before
     expected = dense(hidden[predictor, 0], weight, target, temperature, vocab)
     wanted = torch.autograd.grad((expected[0] * slope[0] + expected[1] * slope[1]).sum(), (hidden, weight))
-    for a, b in zip((*found, *gradients), (*expected, *wanted), strict=True):
+    for a, b in zip((*outputs, *gradients), (*expected, *wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -67,9 +67,9 @@ def test_extreme_logits_stay_finite() -> None:
 
     hidden = torch.tensor([[[300.0, -300.0]]], requires_grad=True)
     weight = torch.tensor([[300.0, 0.0], [0.0, 300.0], [0.0, 0.0]])
-    one = torch.tensor([0, 0]), torch.tensor([0, 1])
+    spans = torch.tensor([0, 0]), torch.tensor([0, 1])
     group = parallel_state.get_tensor_model_parallel_group()
-    logprob, entropy = lm_head.linear_logprob(hidden, weight, *one, torch.ones(2), 3, group, False)
+    logprob, entropy = lm_head.linear_logprob(hidden, weight, *spans, torch.ones(2), 3, group, False)
     assert logprob.tolist() == [0.0, -180000.0]
     assert entropy.tolist() == [0.0, 0.0]
     (logprob + entropy).sum().backward()
@@ -95,13 +95,13 @@ def test_most_likely_tokens_match_dense(seed: int, tokens: int, vocab: int, coun
     before, lm_head.CHUNK_BYTES = lm_head.CHUNK_BYTES, chunk * vocab * 8
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        found = lm_head.most_likely(hidden, weight, predictor, count, vocab, group, False)
+        ids = lm_head.most_likely(hidden, weight, predictor, count, vocab, group, False)
     finally:
         lm_head.CHUNK_BYTES = before
-    assert found.shape == (tokens, count)
+    assert ids.shape == (tokens, count)
     expected = (hidden[predictor, 0] @ weight[:vocab].T).topk(min(count, vocab), dim=1).indices
-    assert torch.equal(found[:, : expected.shape[1]], expected)
-    assert (found[:, expected.shape[1] :] == -1).all()
+    assert torch.equal(ids[:, : expected.shape[1]], expected)
+    assert (ids[:, expected.shape[1] :] == -1).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,7 +114,7 @@ def test_the_best_of_shards_are_the_best_of_all(seed: int, widths: list[int], co
     logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     starts = [sum(widths[:number]) for number in range(len(widths))]
     parts = [lm_head.best_of_shard(z, start, count) for z, start in zip(logits.split(widths, 1), starts, strict=True)]
-    found = lm_head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
+    best = lm_head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
     ranked = logits.argsort(1, descending=True)[:, :count]
-    assert torch.equal(found[:, : ranked.shape[1]], ranked)
-    assert (found[:, ranked.shape[1] :] == -1).all()
+    assert torch.equal(best[:, : ranked.shape[1]], ranked)
+    assert (best[:, ranked.shape[1] :] == -1).all()

@@ -82,7 +82,9 @@ def test_dual_clip_closed_form():
     torch.testing.assert_close(loss_P, torch.tensor([3.0, 5.0, 6.0, -1.2], dtype=torch.float64))
     assert clipped_P.tolist() == [True, False, True, True]
     expected = torch.tensor([0.0, 5.0, 0.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(gradient(lambda one: ppo_clip(one, old, advantage, 0.8, 1.2, 3.0)[0], new), expected)
+    torch.testing.assert_close(
+        gradient(lambda logprobs: ppo_clip(logprobs, old, advantage, 0.8, 1.2, 3.0)[0], new), expected
+    )
     assert float(ppo_clip(new, old, advantage, 0.8, 1.2)[0][0]) == pytest.approx(math.exp(10))
     far = scored(new, old, advantage_Q=torch.tensor([-1.0, -1.0], dtype=torch.float64))
     assert float(policy_loss(far, TrainConfig(loss="ppo")).loss) == pytest.approx(3.0 + 2.5 + 3.0 + 3.0)
@@ -190,9 +192,10 @@ def test_no_nan_from_empty_rows_or_zero_advantages():
             ).tolist()
             == [0.0] * 4
         )
-        one = Scored(NEW[:1], OLD[:1], OLD[:1], torch.tensor([0]), torch.tensor([0]), ADVANTAGE[:1], ADVANTAGE[:1])
+        single = Scored(NEW[:1], OLD[:1], OLD[:1], torch.tensor([0]), torch.tensor([0]), ADVANTAGE[:1], ADVANTAGE[:1])
         assert all(
-            math.isfinite(v) for v in finish_metrics(*reduce_sums([policy_loss(one, TrainConfig(loss=loss))])).values()
+            math.isfinite(v)
+            for v in finish_metrics(*reduce_sums([policy_loss(single, TrainConfig(loss=loss))])).values()
         )
 
 
@@ -297,12 +300,12 @@ def test_micro_batches_and_ranks_equal_one_batch(config):
         weight = total_weight(batch)
         reduced = []
         for rank in range(ranks):
-            mine = range(rank, batch.rows, ranks)
-            loss, parts = batch_loss(batch, mine, parameter, config, tables)
-            (loss * total_weight(batch, mine) / weight).backward()
+            own = range(rank, batch.rows, ranks)
+            loss, parts = batch_loss(batch, own, parameter, config, tables)
+            (loss * total_weight(batch, own) / weight).backward()
             reduced.append(reduce_sums(parts))
-        sums = {name: sum(float(one[0][name]) for one in reduced) for name in reduced[0][0]}
-        maxima = {name: max(float(one[1][name]) for one in reduced) for name in reduced[0][1]}
+        sums = {name: sum(float(part[0][name]) for part in reduced) for name in reduced[0][0]}
+        maxima = {name: max(float(part[1][name]) for part in reduced) for name in reduced[0][1]}
         assert parameter.grad is not None
         results.append((finish_metrics(sums, maxima)["loss"], parameter.grad.numpy().copy()))
     for value, grad in results[1:]:
@@ -315,10 +318,10 @@ def test_minibatches_normalise_each_by_its_own_weight():
     longest = max(map(len, sequences))
     batch = pack(sequences, np.ones(12), np.ones(12), row_length=longest, minibatches=2, multiple=1)
     parts = [total_weight(batch, minibatch_rows(batch.rows, 2, index)) for index in range(2)]
-    assert sum(parts) == pytest.approx(sum(one.scored for one in sequences))
+    assert sum(parts) == pytest.approx(sum(sequence.scored for sequence in sequences))
 
 
-def mine(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+def own_loss(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
     """A user's: plain REINFORCE."""
     return -pairs.advantage_P * pairs.new_P, torch.zeros_like(pairs.new_P, dtype=torch.bool)
 
@@ -341,7 +344,7 @@ def raises(pairs: LossInputs, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]
 
 def test_a_users_loss_trains():
     """Its value and gradient in a row are those of the formula."""
-    config = TrainConfig(loss="test_loss:mine")
+    config = TrainConfig(loss="test_loss:own_loss")
     check_loss(config.policy_loss)
     new_P = logs(0.5, 0.2, 0.9, 0.3).requires_grad_()
     row = scored(new_P, logs(0.5, 0.3, 0.8, 0.3))

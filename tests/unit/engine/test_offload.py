@@ -27,11 +27,13 @@ def opened(family: str, folder: Path, lora: bool) -> Any:
 
 def everything(trainer: Any) -> dict[str, torch.Tensor]:
     """A copy of every tensor that a step reads or writes."""
-    found = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
+    tensors = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
     for number, bucket in enumerate(trainer.optimizer.buckets):
-        found |= {f"{number}/{kind}": getattr(bucket, kind) for kind in ("weights", "master", "exp_avg", "exp_avg_sq")}
-        found[f"{number}/gradients"] = bucket.gradients
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+        tensors |= {
+            f"{number}/{kind}": getattr(bucket, kind) for kind in ("weights", "master", "exp_avg", "exp_avg_sq")
+        }
+        tensors[f"{number}/gradients"] = bucket.gradients
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def stepped(trainer: Any, batch: Any, folder: Path) -> dict[str, bytes]:
@@ -64,8 +66,8 @@ def test_fifty_cycles_lose_and_keep_nothing(family: str, lora: bool, tmp_path: P
     before, memory = everything(trainer), offload.memory()
     scores_RS = score(trainer, batch, lambda event: None)
     # Nothing that a step uses is left out, and nothing is counted twice.
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(trainer)}
-    assert memory["device_storages"] == sum(held.values()) > 0
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(trainer)}
+    assert memory["device_storages"] == sum(sizes.values()) > 0
     for cycle in range(CYCLES):
         freed = offload.out(keep_weights=True)
         assert offload.state == "weights"

@@ -97,14 +97,14 @@ def test_state_file_is_plain_safetensors(tmp_path: Path) -> None:
     (parameters[0].square().sum() + parameters[1].sum()).backward()
     optimizer.step(OptimizerStep(0.1), optimizer.reduce())
     write_state(optimizer, tmp_path, {"hf0": (5, 7), "hf1": (3,)})
-    found = load_file(tmp_path / "optimizer.safetensors")
-    assert set(found) == {f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in ("hf0", "hf1")}
-    assert torch.equal(found["master/hf0"], parameters[0].detach())
-    assert found["exp_avg_sq/hf1"].shape == (3,)
+    tensors = load_file(tmp_path / "optimizer.safetensors")
+    assert set(tensors) == {f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in ("hf0", "hf1")}
+    assert torch.equal(tensors["master/hf0"], parameters[0].detach())
+    assert tensors["exp_avg_sq/hf1"].shape == (3,)
     with torch.no_grad():
         parameters[0].zero_()
     read_state(optimizer, tmp_path)
-    assert torch.equal(found["master/hf0"], parameters[0].detach())
+    assert torch.equal(tensors["master/hf0"], parameters[0].detach())
     other = Optimizer(trainables([nn.Parameter(torch.zeros(5, 8))]), Parallel(), tied=False)
     with pytest.raises(WeightsError, match=r"hf0.*\[5, 7\].*\[5, 8\]"):
         read_state(other, tmp_path)

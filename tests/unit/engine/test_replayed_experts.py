@@ -48,9 +48,10 @@ def test_the_first_invalid_record_is_found(seed: int, dtype: type) -> None:
             experts + 2
         )
     records = (
-        all(len({*one}) == topk and max(one) < experts for one in experts_LK) for experts_LK in experts_SLK.tolist()
+        all(len({*experts_K}) == topk and max(experts_K) < experts for experts_K in experts_LK)
+        for experts_LK in experts_SLK.tolist()
     )
-    first = next((at for at, valid in enumerate(records) if not valid), tokens)
+    first = next((place for place, valid in enumerate(records) if not valid), tokens)
     assert int(first_invalid(torch.from_numpy(experts_SLK.astype(dtype)), int(experts))) == first
 
 

@@ -86,10 +86,10 @@ def test_conv_taps_follow_the_path() -> None:
     row = random_row(3, 9, 4)
     taps = row.conv_taps_KS(4)
     for token in range(row.length):
-        at, expected = token, []
+        ancestor, expected = token, []
         for _ in range(4):
-            expected.append(at if at >= 0 else row.length)
-            at = int(row.previous_S[at]) if at >= 0 else -1
+            expected.append(ancestor if ancestor >= 0 else row.length)
+            ancestor = int(row.previous_S[ancestor]) if ancestor >= 0 else -1
         assert taps[:, token].tolist() == expected
 
 

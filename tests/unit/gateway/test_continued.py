@@ -131,7 +131,7 @@ def test_a_template_that_renders_a_message_by_its_neighbours_is_refused(tokenize
     place = tree.place("", [plain(message) for message in first])
     message, tokens = sampled(renderer, "", "yes", 0, True)
     tree.add("", place, renderer.render(first, None), 0, [(plain(message), tokens)])
-    place = tree.place("", [plain(one) for one in [*first, message, {"role": "user", "content": "On."}]])
+    place = tree.place("", [plain(each) for each in [*first, message, {"role": "user", "content": "On."}]])
     with pytest.raises(history.MisalignedError, match=r"token \d+ of the prompt is \d+ where"):
         renderer.prompt(place, None)
 
@@ -145,9 +145,9 @@ def test_a_template_that_changes_the_past_is_refused(tokenizer):
     tree, first = Tree(), [{"role": "user", "content": "Go."}]
     message, tokens = sampled(renderer, "", "yes", 0, True)
     tree.add(
-        "", tree.place("", [plain(one) for one in first]), renderer.render(first, None), 0, [(plain(message), tokens)]
+        "", tree.place("", [plain(each) for each in first]), renderer.render(first, None), 0, [(plain(message), tokens)]
     )
-    place = tree.place("", [plain(one) for one in [*first, message, {"role": "user", "content": "On."}]])
+    place = tree.place("", [plain(each) for each in [*first, message, {"role": "user", "content": "On."}]])
     with pytest.raises(history.MisalignedError, match="token 0 of the prompt was"):
         renderer.prompt(place, None)
 

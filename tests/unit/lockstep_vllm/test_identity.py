@@ -87,8 +87,8 @@ def test_any_element_that_differs_is_named(dtype, live_dtype, draw_number):
     buffers = draw()
     digests = sent(identity, buffers)
     fill(buffers)
-    for one in buffers:
-        one.zero_()  # what was received is gone; the digests stay
+    for buffer in buffers:
+        buffer.zero_()  # what was received is gone; the digests stay
     assert identity.differing(digests) == []
     for owner, names in OWNERS.items():
         flat = live[owner].as_strided((live[owner].numel(),), (1,))
@@ -96,15 +96,15 @@ def test_any_element_that_differs_is_named(dtype, live_dtype, draw_number):
         old = flat[place].clone()
         bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
         bits[place] ^= 1  # the smallest change that there is
-        (found,) = identity.differing(digests)
-        assert found.name in names
-        assert found.owner == owner
-        assert f"{found.name!r} is not what was sent" in described("policy@3", 0, [found])
+        (differing,) = identity.differing(digests)
+        assert differing.name in names
+        assert differing.owner == owner
+        assert f"{differing.name!r} is not what was sent" in described("policy@3", 0, [differing])
         flat[place] = old
     # Two elements in each other's place.
     weight = live["w13"]
     weight[0, 0, 0], weight[2, 4, 1] = weight[2, 4, 1].clone(), weight[0, 0, 0].clone()
-    assert {one.name for one in identity.differing(digests)} == {"mlp.experts"}
+    assert {buffer.name for buffer in identity.differing(digests)} == {"mlp.experts"}
 
 
 def test_another_order_is_told_from_other_elements():
@@ -137,7 +137,7 @@ def test_a_files_experts_are_stacked(together):
         name, file = f"{owner}.up_proj", {}
         for e in random.sample(range(experts), experts):
             file |= {f"{owner}.{e}.up_proj.lora_A.weight": a_ERI[e], f"{owner}.{e}.up_proj.lora_B.weight": b_EOR[e]}
-    found = stacked(file | {"other.lora_A.weight": a_ERI[0]}, rank)
-    assert set(found) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", "other.lora_A.weight"}
-    assert torch.equal(found[f"{name}.lora_A.weight"], a_ERI)
-    assert torch.equal(found[f"{name}.lora_B.weight"], b_EOR)
+    tensors = stacked(file | {"other.lora_A.weight": a_ERI[0]}, rank)
+    assert set(tensors) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", "other.lora_A.weight"}
+    assert torch.equal(tensors[f"{name}.lora_A.weight"], a_ERI)
+    assert torch.equal(tensors[f"{name}.lora_B.weight"], b_EOR)

@@ -13,12 +13,12 @@ PLUGIN = ROOT / "runtime" / "src" / "lockstep_vllm"
 
 def modules_that_patch() -> set[str]:
     """Modules of the plugin with a function `apply()` at their top."""
-    found = set()
+    modules = set()
     for path in PLUGIN.rglob("*.py"):
         names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
         if "apply" in names and path.parent / "__init__.py" != path:
-            found.add(".".join(path.relative_to(PLUGIN).with_suffix("").parts))
-    return found
+            modules.add(".".join(path.relative_to(PLUGIN).with_suffix("").parts))
+    return modules
 
 
 def test_every_patch_is_in_the_table():

@@ -49,17 +49,17 @@ def test_torn_missing_and_other_files_are_refused(tmp_path):
         sender.send(bucket())
     receiver, folder = DiskReceiver(info, 1, CPU), Path(info["folder"])
     first = folder / "00000000.safetensors"
-    whole = first.read_bytes()
-    for cut in (0, 5, 100, len(whole) - 1):
-        first.write_bytes(whole[:cut])
+    intact = first.read_bytes()
+    for cut in (0, 5, 100, len(intact) - 1):
+        first.write_bytes(intact[:cut])
         with pytest.raises(RuntimeError, match=r"00000000\.safetensors is corrupt"):
             received(receiver)
-    first.write_bytes(whole)
+    first.write_bytes(intact)
     with pytest.raises(RuntimeError, match="expected 1000 bytes"):
         received(receiver, 1000)
     received(receiver)
     received(receiver)
-    (folder / "00000002.part").write_bytes(whole)  # written, not yet named
+    (folder / "00000002.part").write_bytes(intact)  # written, not yet named
     with pytest.raises(RuntimeError, match=r"00000002\.safetensors did not come"):
         received(receiver)
     sender.close()

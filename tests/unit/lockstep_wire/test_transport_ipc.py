@@ -19,9 +19,9 @@ def mapped(monkeypatch):
     buffers: dict[str, torch.Tensor] = {}
 
     def share(buffer):
-        whole = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
+        storage_N = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
         name = str(buffer.untyped_storage().data_ptr())
-        buffers[name] = whole
+        buffers[name] = storage_N
         return [{"base64": "aGFuZGxl"}, name]
 
     monkeypatch.setattr(ipc, "share", share)
@@ -29,7 +29,7 @@ def mapped(monkeypatch):
     return buffers
 
 
-def workers(info, found, count=BUCKETS):
+def workers(info, received, count=BUCKETS):
     """Threads that receive `count` buckets each into `found[rank]`."""
 
     def receive(rank):
@@ -37,10 +37,10 @@ def workers(info, found, count=BUCKETS):
         for number in range(count):
             bucket_N = torch.empty(SIZE - number, dtype=torch.uint8)
             transport.receive(bucket_N)()
-            found[rank].append(bucket_N)
+            received[rank].append(bucket_N)
         transport.close()
 
-    threads = [threading.Thread(target=receive, args=(rank,)) for rank in found]
+    threads = [threading.Thread(target=receive, args=(rank,)) for rank in received]
     for thread in threads:
         thread.start()
     return threads
@@ -48,8 +48,8 @@ def workers(info, found, count=BUCKETS):
 
 def test_every_worker_copies_each_bucket_before_its_buffer_is_filled_again(mapped):
     sender = ipc.IpcSender(20.0)
-    found: dict[int, list[torch.Tensor]] = {rank: [] for rank in range(1, WORKERS + 1)}
-    threads = workers(sender.open(WORKERS), found)
+    received: dict[int, list[torch.Tensor]] = {rank: [] for rank in range(1, WORKERS + 1)}
+    threads = workers(sender.open(WORKERS), received)
     sender.accept()
     buffers = [torch.zeros(SIZE, dtype=torch.uint8) for _ in range(2)]
     sent = [torch.randint(256, (SIZE - number,), dtype=torch.uint8) for number in range(BUCKETS)]
@@ -62,7 +62,7 @@ def test_every_worker_copies_each_bucket_before_its_buffer_is_filled_again(mappe
         buffer.zero_()
     for thread in threads:
         thread.join(20)
-    assert all(torch.equal(a, b) for rank in found for a, b in zip(found[rank], sent, strict=True))
+    assert all(torch.equal(a, b) for rank in received for a, b in zip(received[rank], sent, strict=True))
     assert len(mapped) == 2  # each buffer was mapped once
     sender.close()
     sender.close()
@@ -70,8 +70,8 @@ def test_every_worker_copies_each_bucket_before_its_buffer_is_filled_again(mappe
 
 def test_a_worker_that_stops_is_named_at_the_deadline(mapped):
     sender = ipc.IpcSender(1.0)
-    found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
-    threads = workers(sender.open(WORKERS), found, count=1)
+    received: dict[int, list[torch.Tensor]] = {1: [], 2: []}
+    threads = workers(sender.open(WORKERS), received, count=1)
     sender.accept()
     for number in range(2):
         sender.send(torch.zeros(SIZE - number, dtype=torch.uint8))

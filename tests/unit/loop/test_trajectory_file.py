@@ -44,7 +44,7 @@ asyncio.run(main())
 
 
 def rewards(file: Path) -> list[list[float]]:
-    return [[one.reward for one in group.trajectories] for group in read_parquet(file)]
+    return [[trajectory.reward for trajectory in group.trajectories] for group in read_parquet(file)]
 
 
 def groups(*values: float) -> list[TrajectoryGroup]:
@@ -86,7 +86,7 @@ async def test_m3_what_had_finished_survives_ctrl_c(tmp_path):
     task = Task(Path("task.py"), ["slow", "quick"], rollout, None)
     file = tmp_path / "0001.parquet"
     kept = asyncio.create_task(
-        _kept(lambda told: roll_out(None, task, section, 0, told), None, None, file, 1, "rollouts")
+        _kept(lambda on_finished: roll_out(None, task, section, 0, on_finished), None, None, file, 1, "rollouts")
     )
     await finished.wait()
     await asyncio.sleep(0)

@@ -12,15 +12,15 @@ from lockstep.metrics.mismatch import expert_choices_that_differ, logprob_mismat
 
 
 def test_logprobs_closed_form():
-    found = logprob_mismatch(np.array([-1.0, -2.0, -3.0]), np.array([-1.5, -2.0, -2.0]))
-    assert found.tokens == 3
-    assert found.mean_abs == pytest.approx(0.5)
-    assert found.mean_abs_pct == pytest.approx(25.0)
-    assert found.mean == pytest.approx(0.5 / 3)
-    assert found.largest == 1.0
-    assert found.p50 == pytest.approx(0.5)
-    assert found.kl == pytest.approx((math.exp(-0.5) + 0.5 - 1 + math.e - 1 - 1) / 3)
-    assert set(found.as_metrics()) >= {"mean_abs", "mean_abs_pct", "kl", "p99"}
+    mismatch = logprob_mismatch(np.array([-1.0, -2.0, -3.0]), np.array([-1.5, -2.0, -2.0]))
+    assert mismatch.tokens == 3
+    assert mismatch.mean_abs == pytest.approx(0.5)
+    assert mismatch.mean_abs_pct == pytest.approx(25.0)
+    assert mismatch.mean == pytest.approx(0.5 / 3)
+    assert mismatch.largest == 1.0
+    assert mismatch.p50 == pytest.approx(0.5)
+    assert mismatch.kl == pytest.approx((math.exp(-0.5) + 0.5 - 1 + math.e - 1 - 1) / 3)
+    assert set(mismatch.as_metrics()) >= {"mean_abs", "mean_abs_pct", "kl", "p99"}
     same = logprob_mismatch(np.array([-1.0]), np.array([-1.0]))
     assert (same.mean_abs, same.kl) == (0.0, 0.0)
     assert logprob_mismatch(np.zeros(2), np.zeros(2)).mean_abs_pct == 0.0
@@ -35,10 +35,10 @@ def test_k3_is_the_kl_on_average():
 
 
 def test_top_overlap_and_expert_choices():
-    one = np.array([[1, 2, 3], [4, 5, 6]])
+    reference = np.array([[1, 2, 3], [4, 5, 6]])
     other = np.array([[1, 3, 9], [5, 4, 6]])
-    assert top_overlap(one, other, 1) == 0.5
-    assert top_overlap(one, other, 3) == pytest.approx(5 / 6)
+    assert top_overlap(reference, other, 1) == 0.5
+    assert top_overlap(reference, other, 3) == pytest.approx(5 / 6)
     routed_experts = np.array([[[0, 1], [2, 3]]])
     assert expert_choices_that_differ(routed_experts, routed_experts[..., ::-1]) == 0.0
     assert expert_choices_that_differ(routed_experts, np.array([[[0, 2], [2, 3]]])) == 0.25

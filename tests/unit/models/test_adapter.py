@@ -102,9 +102,9 @@ def test_reading_returns_what_was_written(key: str, tmp_path: Path) -> None:
     targets = tuple(t for t in model.targets if t != "k_proj")
     adapter = random_adapter(lora_sites(model.shards, targets), 13)
     folder = model.write(tmp_path / "adapter", adapter, targets)
-    found, info = read_adapter(folder, model.sites, model.config, model.checkpoint.layout)
-    assert found.keys() == adapter.keys()
-    assert all(torch.equal(found[n], adapter[n]) for n in adapter)
+    tensors, info = read_adapter(folder, model.sites, model.config, model.checkpoint.layout)
+    assert tensors.keys() == adapter.keys()
+    assert all(torch.equal(tensors[n], adapter[n]) for n in adapter)
     assert (info.rank, info.alpha, sorted(info.targets)) == (RANK, ALPHA, sorted(targets))
 
 
@@ -125,7 +125,7 @@ def test_an_rslora_file_is_read_with_the_scale_that_peft_gives_it(tmp_path: Path
 def test_damaged_adapters_are_refused_by_name(tmp_path: Path) -> None:
     model = Model(write_tiny("qwen3_5_moe", tmp_path / "base", overrides={"num_hidden_layers": 4}))
     folder = model.write(tmp_path / "adapter", random_adapter(model.sites, 14), model.targets)
-    whole = load_file(folder / "adapter_model.safetensors")
+    intact = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"
 
     def read(tensors: dict[str, torch.Tensor]) -> None:
@@ -133,21 +133,21 @@ def test_damaged_adapters_are_refused_by_name(tmp_path: Path) -> None:
         read_adapter(folder, model.sites, model.config, model.checkpoint.layout)
 
     with pytest.raises(WeightsError, match=r"lacks model.layers.3.self_attn.q_proj.lora_B"):
-        read({n: t for n, t in whole.items() if n != name})
+        read({n: t for n, t in intact.items() if n != name})
     with pytest.raises(WeightsError, match=r"unknown model.layers.9.self_attn.q_proj.lora_B"):
-        read({**whole, name.replace("layers.3", "layers.9"): whole[name].clone()})
+        read({**intact, name.replace("layers.3", "layers.9"): intact[name].clone()})
     with pytest.raises(WeightsError, match=r"q_proj.lora_B has shape"):
-        read({**whole, name: whole[name][1:]})
+        read({**intact, name: intact[name][1:]})
     with pytest.raises(WeightsError, match="is no LoRA tensor of this model"):
-        read({**whole, "lm_head.weight": whole[name].clone()})
+        read({**intact, "lm_head.weight": intact[name].clone()})
     raw = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**raw, "use_dora": True}))
     with pytest.raises(WeightsError, match="use_dora"):
-        read(whole)
+        read(intact)
     for damaged in ("{", "[1]", "{}", json.dumps({**raw, "r": "many"})):
         (folder / "adapter_config.json").write_text(damaged)
         with pytest.raises(WeightsError, match=r"adapter_config\.json is damaged"):
-            read(whole)
+            read(intact)
 
 
 def test_identity_adapter_changes_nothing_and_starts_like_peft(tmp_path: Path) -> None:

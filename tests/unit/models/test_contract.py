@@ -154,21 +154,21 @@ def test_round_trip_is_exact_in_bytes(key: str, data: st.DataObject) -> None:
 def check_sync(ranks: Ranks, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, bucket_bytes: int) -> None:
     """Each rank sends its share of a sync; what the receiver puts together is what the export writes, and no byte came twice."""
     shares = share_out([shards for shards, _ in ranks], shapes)
-    described = [[one for share in mine for one in share_sources(share, shapes, dtype)] for mine in shares]
-    plan = SyncPlan(tuple(plan_sources([source for source, _ in one], bucket_bytes) for one in described))
+    described = [[piece for share in own for piece in share_sources(share, shapes, dtype)] for own in shares]
+    plan = SyncPlan(tuple(plan_sources([source for source, _ in of_sender], bucket_bytes) for of_sender in described))
     received = wire.parse(json.loads(json.dumps(plan.to_json())))
     bytes_of = {}
-    for sender, (one, (_, held)) in enumerate(zip(described, ranks, strict=True)):
+    for sender, (of_sender, (_, sender_tensors)) in enumerate(zip(described, ranks, strict=True)):
         # The trainer holds all in one dtype; a checkpoint keeps some tensors wider.
-        tensors = [(s.key, held[p.name][slice(*(p.experts or (None, None)))].to(dtype)) for s, p in one]
+        tensors = [(s.key, sender_tensors[p.name][slice(*(p.experts or (None, None)))].to(dtype)) for s, p in of_sender]
         for index, _, bytes_N in BucketFiller(plan.senders[sender]).fill(tensors):
             bytes_of[sender, index] = bytes_N.clone()
     buffers = [bytes_of[bucket.sender, bucket.index] for bucket in received.buckets]
-    found = dict(wire.assemble(received, buffers))
+    assembled = dict(wire.assemble(received, buffers))
     expected = {name: tensor.to(dtype) for name, tensor in hf_tensors(ranks, shapes)}
-    assert found.keys() == expected.keys()
+    assert assembled.keys() == expected.keys()
     assert all(
-        torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
+        torch.equal(assembled[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
     )
     assert plan.nbytes == sum(tensor.nbytes for tensor in expected.values())
 
@@ -193,23 +193,23 @@ def test_shards_are_megatrons_layout(key: str, data: st.DataObject, tp: int, etp
         if not divides(config, tp, ep, etp):
             return
         sizes = Sizes(tp, tp - 1, ep, ep - 1, etp, etp - 1)
-        found = dict(load_shards(checkpoint, handler.shards(config, checkpoint.layout, sizes, range(config.layers))))
+        loaded = dict(load_shards(checkpoint, handler.shards(config, checkpoint.layout, sizes, range(config.layers))))
     prefix = checkpoint.layout.prefix
 
-    def mine(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    def own_part(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         return x.chunk(tp, dim)[tp - 1]
 
     vocab = torch.nn.functional.pad(
         hf[f"{prefix}embed_tokens.weight"], (0, 0, 0, padded_vocab(config, tp) - config.vocab_size)
     )
-    assert torch.equal(found["embedding.word_embeddings.weight"], mine(vocab))
+    assert torch.equal(loaded["embedding.word_embeddings.weight"], own_part(vocab))
     for layer in range(config.layers):
         there, here = f"{prefix}layers.{layer}.", f"decoder.layers.{layer}."
         if config.layer_types[layer] == "full_attention":
             q, k, v = (hf[f"{there}self_attn.{n}_proj.weight"] for n in "qkv")
-            assert torch.equal(found[f"{here}self_attention.linear_qkv.weight"], mine(fused_qkv(q, k, v, config)))
+            assert torch.equal(loaded[f"{here}self_attention.linear_qkv.weight"], own_part(fused_qkv(q, k, v, config)))
             assert torch.equal(
-                found[f"{here}self_attention.linear_proj.weight"], mine(hf[f"{there}self_attn.o_proj.weight"], 1)
+                loaded[f"{here}self_attention.linear_proj.weight"], own_part(hf[f"{there}self_attn.o_proj.weight"], 1)
             )
         else:
             keys, values = (
@@ -218,11 +218,11 @@ def test_shards_are_megatrons_layout(key: str, data: st.DataObject, tp: int, etp
             )
             for ours, theirs in (("in_proj_qkv.weight", "in_proj_qkv.weight"), ("conv_weight", "conv1d.weight")):
                 blocks = hf[f"{there}linear_attn.{theirs}"].split([keys, keys, values])
-                assert torch.equal(found[f"{here}self_attention.{ours}"], torch.cat([mine(b) for b in blocks]))
-            assert torch.equal(found[f"{here}self_attention.A_log"], mine(hf[f"{there}linear_attn.A_log"]))
+                assert torch.equal(loaded[f"{here}self_attention.{ours}"], torch.cat([own_part(b) for b in blocks]))
+            assert torch.equal(loaded[f"{here}self_attention.A_log"], own_part(hf[f"{there}linear_attn.A_log"]))
         if config.moe_layers[layer]:
             local = range(config.experts // ep * (ep - 1), config.experts)
-            w1, w2 = found[f"{here}mlp.experts.w1"], found[f"{here}mlp.experts.w2"]
+            w1, w2 = loaded[f"{here}mlp.experts.w1"], loaded[f"{here}mlp.experts.w2"]
             for place, expert in enumerate(local):
                 base = f"{there}mlp.experts."
                 if recipe.stacked:
@@ -234,7 +234,7 @@ def test_shards_are_megatrons_layout(key: str, data: st.DataObject, tp: int, etp
                 assert torch.equal(w2[place], down.chunk(etp, 1)[etp - 1])
         else:
             gate, up = hf[f"{there}mlp.gate_proj.weight"], hf[f"{there}mlp.up_proj.weight"]
-            assert torch.equal(found[f"{here}mlp.linear_fc1.weight"], torch.cat([mine(gate), mine(up)]))
+            assert torch.equal(loaded[f"{here}mlp.linear_fc1.weight"], torch.cat([own_part(gate), own_part(up)]))
 
 
 @pytest.mark.parametrize("key", KEYS)

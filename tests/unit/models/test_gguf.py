@@ -35,7 +35,7 @@ def test_a_real_model_computes_what_transformers_own_loader_computes(theirs, tmp
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
         assert ids == theirs[1].apply_chat_template(messages, return_dict=False)
         with torch.no_grad():
-            ours_SV, theirs_SV = (one(torch.tensor([ids])).logits[0] for one in (model, theirs[0]))
+            ours_SV, theirs_SV = (loaded(torch.tensor([ids])).logits[0] for loaded in (model, theirs[0]))
         torch.testing.assert_close(ours_SV, theirs_SV, atol=1e-4, rtol=0)
 
 

@@ -84,13 +84,13 @@ def test_mixed_spellings_are_refused(folder: Path) -> None:
 
 def test_damaged_files_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     for damaged, message in (
-        (whole[:-5], "is not what its header says"),
-        (whole[:20], "no complete safetensors file"),
-        (whole[:8] + b"x" + whole[9:], "damaged header"),
-        (whole.replace(b'"dtype"', b'"dtypo"', 1), "damaged header"),
-        (whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), "damaged header"),
+        (intact[:-5], "is not what its header says"),
+        (intact[:20], "no complete safetensors file"),
+        (intact[:8] + b"x" + intact[9:], "damaged header"),
+        (intact.replace(b'"dtype"', b'"dtypo"', 1), "damaged header"),
+        (intact.replace(b'"data_offsets":[', b'"data_offsets":{', 1), "damaged header"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match=message):
@@ -194,6 +194,6 @@ def test_loading_holds_one_layer_beyond_the_shard(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "model")], capture_output=True, text=True, check=True
     )
-    peak, held = map(int, done.stdout.split())
-    assert held < 0.52 * total
-    assert peak < held + layer
+    peak, kept = map(int, done.stdout.split())
+    assert kept < 0.52 * total
+    assert peak < kept + layer

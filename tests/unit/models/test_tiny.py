@@ -121,13 +121,13 @@ def test_chat_template_grows_by_appending(tokenizer, tools: list | None, start: 
     for count in range(start + 2, len(TALK)):
         follows = TALK[count]["role"] == "assistant"
         assert render(count + 1, False).startswith(render(count, follows))
-    whole = render(len(TALK), True)
+    conversation = render(len(TALK), True)
     for part in ("yes or no?", '"name": "look"', "12:00", "maybe", "<|im_end|>"):
-        assert part in whole
-    assert ("Be brief." in whole) is (start == 0)
-    assert whole.endswith("<|im_start|>assistant\n")
-    tokens = tokenizer.encode(whole)
-    assert tokens.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == whole.count("<|im_end|>")
+        assert part in conversation
+    assert ("Be brief." in conversation) is (start == 0)
+    assert conversation.endswith("<|im_start|>assistant\n")
+    tokens = tokenizer.encode(conversation)
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == conversation.count("<|im_end|>")
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 

@@ -124,14 +124,14 @@ async def test_h1_a_gather_inside_a_rollout_has_places_below_it():
         )
         return trajectory()
 
-    found = []
+    places = []
     async with Recording() as server:
         for _ in range(2):
             model = await registered(server)
             await ls.gather_trajectory_groups([[outer(model, number) for number in range(2)]], progress=False)
-            found.append(seeds(server))
-    assert found[0] == found[1]
-    assert len(set(found[0].values())) == 8
+            places.append(seeds(server))
+    assert places[0] == places[1]
+    assert len(set(places[0].values())) == 8
 
 
 async def test_h1_a_retry_keeps_its_seed_and_a_users_seed_stays():

@@ -25,11 +25,11 @@ class Answering:
     """An HTTP server that answers a request by its seed.
 
     cut: lines of siblings after which it closes the connection.
-    held: positions whose reply comes when `release` is set.
+    waiting: positions whose reply comes when `release` is set.
     """
 
-    def __init__(self, cut: int | None = None, held: tuple[int, ...] = (), status: int = 200):
-        self.cut, self.held, self.status = cut, held, status
+    def __init__(self, cut: int | None = None, waiting: tuple[int, ...] = (), status: int = 200):
+        self.cut, self.waiting, self.status = cut, waiting, status
         self.release, self.left = asyncio.Event(), asyncio.Event()
         self.requests: list[tuple[bytes, dict]] = []
 
@@ -67,11 +67,11 @@ class Answering:
 
     async def _lines(self, writer, seeds):
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n")
-        order = [position for position in range(len(seeds)) if position not in self.held] + list(self.held)
+        order = [position for position in range(len(seeds)) if position not in self.waiting] + list(self.waiting)
         for number, position in enumerate(order):
             if number == self.cut:
                 raise ConnectionError
-            if position in self.held:
+            if position in self.waiting:
                 while not self.release.is_set():
                     writer.write(b"1\r\n\n\r\n")  # finds out whether the client is there
                     await writer.drain()
@@ -132,7 +132,7 @@ async def test_whoever_gets_no_reply_asks_alone_with_its_seed(broken):
 
 async def test_a_reply_is_there_before_its_siblings_and_frees_its_place():
     said: list[str] = []
-    async with Answering(held=(0,)) as server, client_of(server, range(6), slots=4) as client:
+    async with Answering(waiting=(0,)) as server, client_of(server, range(6), slots=4) as client:
         running = asyncio.create_task(gathered([[rollout(client, t, said) for _ in range(3)] for t in ("a", "b")]))  # noqa: RUF006 (held below)
         while len(said) < 2:
             await asyncio.sleep(0.01)
@@ -151,7 +151,7 @@ async def test_more_siblings_than_places_leave_in_several():
 
 
 async def test_cancelled_siblings_end_their_request():
-    async with Answering(held=(0, 1)) as server, client_of(server, range(2)) as client:
+    async with Answering(waiting=(0, 1)) as server, client_of(server, range(2)) as client:
         running = asyncio.create_task(gathered([[rollout(client) for _ in range(2)]]))  # noqa: RUF006 (held below)
         while not server.requests:
             await asyncio.sleep(0.01)

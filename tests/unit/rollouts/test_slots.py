@@ -92,8 +92,8 @@ async def test_choices_take_a_place_each_and_a_failed_or_cancelled_request_gives
         assert server.most <= 4
         waiting = [asyncio.ensure_future(ask(client, n=9)) for _ in range(3)]
         await asyncio.sleep(0.02)
-        for one in waiting:
-            one.cancel()
+        for request in waiting:
+            request.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         await asyncio.wait_for(ask(client, n=4), 5)
 
@@ -141,7 +141,7 @@ async def test_a_real_server_never_holds_more(server):
     async with open_client(Endpoint(server.base_url, server.api_key, 3, 512)) as client:
         body = {"model": "base", "prompt": [5, 6, 7, 8], "max_tokens": 24, "extra_body": {"ignore_eos": True}}
         running = [asyncio.ensure_future(client.completions.create(**body)) for _ in range(20)]
-        while not all(one.done() for one in running):
+        while not all(task.done() for task in running):
             most = max(most, sum((await server.in_flight()).values()))
             await asyncio.sleep(0.005)
         replies = await asyncio.gather(*running)

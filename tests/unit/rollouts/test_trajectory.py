@@ -22,12 +22,12 @@ from random_batches import choice, trajectory
 
 
 def test_choices_keep_the_servers_extra_fields():
-    one = choice([1, 2], [3, 4], version="m@7", routed_experts="AAAA")
-    kept = trajectory(one).choices[0]
-    assert kept is one
-    again = Trajectory.model_validate_json(trajectory(one).model_dump_json()).choices[0]
-    assert again == one
-    assert again.model_extra == one.model_extra
+    with_extras = choice([1, 2], [3, 4], version="m@7", routed_experts="AAAA")
+    kept = trajectory(with_extras).choices[0]
+    assert kept is with_extras
+    again = Trajectory.model_validate_json(trajectory(with_extras).model_dump_json()).choices[0]
+    assert again == with_extras
+    assert again.model_extra == with_extras.model_extra
     assert again.model_extra["weight_versions"] == [{"version": "m@7", "start": 0, "end": 2}]
 
 
@@ -42,10 +42,10 @@ def test_messages_turn_choices_into_assistant_messages():
 def test_a_reward_must_be_finite(reward):
     with pytest.raises(DataError, match="reward is"):
         trajectory(choice([1], [2]), reward=reward)
-    one = trajectory(choice([1], [2]))
+    rewarded = trajectory(choice([1], [2]))
     with pytest.raises(DataError, match="reward is"):
-        one.reward = reward
-    assert one.reward == 1.0
+        rewarded.reward = reward
+    assert rewarded.reward == 1.0
 
 
 def test_other_items_are_refused():
@@ -56,9 +56,9 @@ def test_other_items_are_refused():
 
 
 def test_defaults_are_not_shared():
-    one, other = trajectory(choice([1], [2])), trajectory(choice([1], [2]))
-    one.metrics["x"] = 1
-    one.metadata["y"] = "z"
+    first, other = trajectory(choice([1], [2])), trajectory(choice([1], [2]))
+    first.metrics["x"] = 1
+    first.metadata["y"] = "z"
     assert other.metrics == {}
     assert other.metadata == {}
 
@@ -78,7 +78,7 @@ async def test_groups_and_trajectories_keep_their_order():
         [[rollout(0.0, 0.02), rollout(1.0)], (rollout(r) for r in (2.0, 3.0)), [trajectory(reward=4.0), rollout(5.0)]],
         progress=False,
     )
-    assert [[one.reward for one in group.trajectories] for group in groups] == [[0, 1], [2, 3], [4, 5]]
+    assert [[member.reward for member in group.trajectories] for group in groups] == [[0, 1], [2, 3], [4, 5]]
 
 
 async def test_rollouts_run_at_the_same_time():
@@ -93,11 +93,11 @@ async def test_rollouts_run_at_the_same_time():
 
 
 async def test_an_awaitable_may_give_a_whole_group():
-    async def whole() -> TrajectoryGroup:
+    async def whole_group() -> TrajectoryGroup:
         return TrajectoryGroup(trajectories=[await rollout(1.0), await rollout(2.0)], metadata={"task": 3})
 
     ready = TrajectoryGroup(trajectories=[trajectory(reward=9.0)])
-    groups = await gather_trajectory_groups([whole(), [rollout(0.0)], ready], progress=False)
+    groups = await gather_trajectory_groups([whole_group(), [rollout(0.0)], ready], progress=False)
     assert groups[0].metadata == {"task": 3}
     assert [len(group.trajectories) for group in groups] == [2, 1, 1]
     assert groups[2] is ready
@@ -108,7 +108,7 @@ async def test_tolerated_failures_stay_with_their_group():
         [[rollout(0.0), failing("first")], [failing("second", 0.01), rollout(1.0)]], max_exceptions=2, progress=False
     )
     assert [len(group.trajectories) for group in groups] == [1, 1]
-    assert [(one.type, one.message) for group in groups for one in group.exceptions] == [
+    assert [(failure.type, failure.message) for group in groups for failure in group.exceptions] == [
         ("ValueError", "first"),
         ("ValueError", "second"),
     ]
@@ -143,7 +143,7 @@ async def test_too_many_failures_name_the_first_and_keep_what_finished():
         await gather_trajectory_groups(
             [[rollout(0.5), rollout(1.5)], [failing("boom", 0.05), rollout(2.5), slow()]], progress=False
         )
-    assert [[one.reward for one in group.trajectories] for group in error.value.groups] == [[0.5, 1.5], [2.5]]
+    assert [[member.reward for member in group.trajectories] for group in error.value.groups] == [[0.5, 1.5], [2.5]]
     assert error.value.groups[1].exceptions[0].message == "boom"
     assert ended == ["cancelled"]
 
@@ -169,9 +169,9 @@ async def test_a_nan_reward_names_its_rollout():
 
 async def test_a_reply_in_place_of_its_choice_names_its_rollout():
     async def careless() -> Trajectory:
-        one = trajectory(choice([1], [2]))
-        one.messages_and_choices.append(choice([1], [2]).message)
-        return one
+        wrong = trajectory(choice([1], [2]))
+        wrong.messages_and_choices.append(choice([1], [2]).message)
+        return wrong
 
     with pytest.raises(
         RolloutError, match="group 0, rollout 1: DataError: messages_and_choices holds a ChatCompletionM"
@@ -315,33 +315,33 @@ def test_the_clients_objects_inside_messages_are_kept_and_others_named(tmp_path)
     call = ChatCompletionMessageFunctionToolCall.model_validate(
         {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     )
-    one = Trajectory(messages_and_choices=[{"role": "assistant", "tool_calls": [call]}], reward=0)
-    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[one])], 0)
+    with_call = Trajectory(messages_and_choices=[{"role": "assistant", "tool_calls": [call]}], reward=0)
+    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[with_call])], 0)
     (group,) = read_parquet(tmp_path / "a")
     assert group.trajectories[0].messages == [{"role": "assistant", "tool_calls": [call.model_dump()]}]
-    one.messages_and_choices[0]["when"] = object()
+    with_call.messages_and_choices[0]["when"] = object()
     with pytest.raises(
         DataError, match="group 1, trajectory 0: messages_and_choices can't be written to Parquet: object is"
     ):
-        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[]), TrajectoryGroup(trajectories=[one])], 0)
+        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[]), TrajectoryGroup(trajectories=[with_call])], 0)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_b7_numpy_scalars_are_numbers(tmp_path):
     """Environments compute with NumPy: a metric of its types once ended a run after all rollouts of the step."""
-    one = trajectory(choice([1], [2]), reward=np.float32(0.5))
-    one.metrics |= {"share": np.float32(0.25), "count": np.int64(3)}
-    one.metadata["seed"] = np.uint8(7)
-    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[one], metadata={"level": np.int32(2)})], 0)
+    rewarded = trajectory(choice([1], [2]), reward=np.float32(0.5))
+    rewarded.metrics |= {"share": np.float32(0.25), "count": np.int64(3)}
+    rewarded.metadata["seed"] = np.uint8(7)
+    write_parquet(tmp_path / "a", [TrajectoryGroup(trajectories=[rewarded], metadata={"level": np.int32(2)})], 0)
     (group,) = read_parquet(tmp_path / "a")
     (kept,) = group.trajectories
     assert kept.reward == 0.5
     assert kept.metrics == {"share": 0.25, "count": 3}
     assert kept.metadata == {"seed": 7}
     assert group.metadata == {"level": 2}
-    one.metadata["bad"] = {1}
+    rewarded.metadata["bad"] = {1}
     with pytest.raises(DataError, match="metadata can't be written to Parquet: set is not JSON"):
-        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[one])], 0)
+        write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[rewarded])], 0)
 
 
 def test_m7_no_flipped_bit_reads_back_different(tmp_path):

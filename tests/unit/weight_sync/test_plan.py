@@ -63,7 +63,7 @@ def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, see
     generator = torch.Generator().manual_seed(seed)
     senders = data.draw(st.integers(1, 3))
     weights = {f"w{i}": torch.randn(data.draw(WHOLE), generator=generator) for i in range(data.draw(st.integers(1, 4)))}
-    sources, held = [[] for _ in range(senders)], [[] for _ in range(senders)]
+    sources, sender_tensors = [[] for _ in range(senders)], [[] for _ in range(senders)]
     for name, weight in weights.items():
         meta = TensorMeta(name, weight.dtype, tuple(weight.shape))
         axis = data.draw(st.integers(0, weight.dim() - 1))
@@ -77,24 +77,24 @@ def test_parts_of_several_senders_make_the_weights_whole(data, bucket_bytes, see
             owner, key = data.draw(st.integers(0, senders - 1)), f"{name}.{low}"
             padding = data.draw(st.integers(0, 2))  # rows that don't travel
             block = torch.cat([torch.zeros(padding, part.numel() // rows), part.reshape(rows, -1)])
-            one = Part(meta, tuple(box), padding, rows)
-            sources[owner].append(Source(key, weight.dtype, len(block), block.shape[1], (one,)))
-            held[owner].append((key, block))
-    plan = SyncPlan(tuple(plan_sources(one, bucket_bytes) for one in sources))
+            piece = Part(meta, tuple(box), padding, rows)
+            sources[owner].append(Source(key, weight.dtype, len(block), block.shape[1], (piece,)))
+            sender_tensors[owner].append((key, block))
+    plan = SyncPlan(tuple(plan_sources(piece, bucket_bytes) for piece in sources))
     parsed = wire.parse(json.loads(json.dumps(plan.to_json())))
     bytes_of = {}
-    for sender, (one, tensors) in enumerate(zip(plan.senders, held, strict=True)):
-        for index, _, bytes_N in BucketFiller(one).fill(tensors):
+    for sender, (piece, tensors) in enumerate(zip(plan.senders, sender_tensors, strict=True)):
+        for index, _, bytes_N in BucketFiller(piece).fill(tensors):
             bytes_of[sender, index] = bytes_N.clone()
     buffers = [bytes_of[bucket.sender, bucket.index] for bucket in parsed.buckets]
-    found = dict(wire.assemble(parsed, buffers))
-    assert set(found) == set(weights)
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assembled = dict(wire.assemble(parsed, buffers))
+    assert set(assembled) == set(weights)
+    assert all(torch.equal(assembled[name], weight) for name, weight in weights.items())
     if len(plan.senders[-1].buckets) and senders > 1:
         with pytest.raises(ValueError, match="a sender is missing"):
             wire.parse(SyncPlan(plan.senders[:-1]).to_json() | {"senders": dropped_part(plan)})
     with pytest.raises(WeightsError, match="twice in a sync"):
-        SyncPlan((*plan.senders, max(plan.senders, key=lambda one: one.nbytes)))
+        SyncPlan((*plan.senders, max(plan.senders, key=lambda piece: piece.nbytes)))
 
 
 def dropped_part(plan):
@@ -143,6 +143,6 @@ def test_a_digest_sees_one_bit_a_swap_and_the_bucket(size, seed, data):
 
 def test_a_digest_does_not_depend_on_how_it_is_cut(monkeypatch):
     bytes_N = torch.randint(0, 256, (1003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    whole = digest(bytes_N, 5)
+    uncut = digest(bytes_N, 5)
     monkeypatch.setattr("lockstep_wire.digest._CHUNK_WORDS", 7)
-    assert digest(bytes_N, 5) == whole
+    assert digest(bytes_N, 5) == uncut

@@ -18,13 +18,13 @@ def both(*steps, deadline_s=30.0):
     store = dist.HashStore()
 
     def rank(number):
-        senders, found = StoreSenderGroup(store, number, 2), []
+        senders, results = StoreSenderGroup(store, number, 2), []
         for step in steps:
             try:
-                found.append(run_on_all(senders, step[number], deadline_s))
+                results.append(run_on_all(senders, step[number], deadline_s))
             except (ServerError, TrainerError, WeightsError) as error:
-                found.append((type(error), str(error)))
-        return found
+                results.append((type(error), str(error)))
+        return results
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(rank, (0, 1)))
