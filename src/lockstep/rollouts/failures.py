@@ -17,9 +17,10 @@ from lockstep.rollouts.trajectory import RolloutFailure, Trajectory
 _FRAMES = 3
 """The user's last frames that an error names."""
 _INSTALLED = tuple(
-    str(Path(path).resolve()) + "/"
+    f"{place}/"
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
     if (path := sysconfig.get_path(name))
+    for place in {path, str(Path(path).resolve())}
 )
 
 
@@ -66,7 +67,9 @@ def _is_users(frame: FrameType) -> bool:
         return True
     if module.partition(".")[0] == "lockstep" or frame.f_code.co_filename.startswith("<"):
         return False
-    return not str(Path(frame.f_code.co_filename).resolve()).startswith(_INSTALLED)
+    file = frame.f_code.co_filename
+    # An installer may have linked a package there instead of copying the files.
+    return not (file.startswith(_INSTALLED) or str(Path(file).resolve()).startswith(_INSTALLED))
 
 
 def _shown(frame: FrameType, line: int) -> str:

@@ -25,6 +25,7 @@ from lockstep.loop.task import load_task
 from lockstep.metrics.names import is_known
 from lockstep.models.checkpoint.hub import described_folder
 from lockstep.models.tiny.write import write_tiny
+from lockstep.rollouts import failures
 from lockstep.rollouts.failures import failure_of
 from lockstep.rollouts.parquet import read_parquet
 from lockstep.runs.store import RunStore
@@ -119,6 +120,22 @@ def test_newcomer_a1_a_bad_reward_is_told_in_one_line():
         failure = failure_of(error)
     assert failure.message.startswith("Trajectory: reward = None: input should be a valid number")
     assert "test_newcomer.py" in failure.where
+
+
+def test_newcomer_a1_a_linked_package_is_no_users_file(tmp_path, monkeypatch):
+    """uv links packages where it is asked to: their files lie elsewhere than they are installed."""
+    (tmp_path / "elsewhere").mkdir()
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "library").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(failures, "_INSTALLED", (f"{installed}/",))
+    library: dict = {"__name__": "library.calls"}
+    (installed / "library" / "calls.py").write_text("def call():\n    raise ValueError('refused')\n")
+    place = installed / "library" / "calls.py"
+    exec(compile(place.read_text(), str(place), "exec"), library)
+    with pytest.raises(ValueError, match="refused") as error:
+        library["call"]()
+    assert failure_of(error.value).where.endswith('library["call"]()')
 
 
 async def test_newcomer_a5_a_failed_rollout_is_tolerated_and_a_hanging_one_ends(store, tmp_path):
