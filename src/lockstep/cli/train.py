@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.text import Text
 
 from lockstep.cli.base_models.tiny_model import check_tiny, make_tiny
+from lockstep.cli.progress import progress
 from lockstep.cli.tables.live_table import LiveTable
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
@@ -113,8 +113,7 @@ async def _train(
     show_short(console, await backend.resolve(model))
     backend.on_note = lambda note: None  # said already
     try:
-        with console.status("starting") as status:
-            backend.on_progress = lambda line: status.update(Text(line))
+        with progress(console, "starting trainer and server") as backend.on_progress:
             await model.register(backend)
             backend.on_progress = None
         run_path = backend.run_path(model)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from lockstep.cli.base_models.exclusive import alone
+from lockstep.cli.progress import progress
 from lockstep.errors import ERROR, ConfigError, LockstepError
 from lockstep.loop.run_file import RunFile
 from lockstep.loop.task import Task, blamed
@@ -49,7 +49,7 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
             return folder
         making = folder.with_name(f".{folder.name}.making")
         shutil.rmtree(making, ignore_errors=True)
-        with console.status("making a tiny model") as status:
+        with progress(console, "making a tiny model") as say:
             fields = [f"--set={name}={json.dumps(value)}" for name, value in file.tiny.config.items()]
             await _python(
                 *("-m", "lockstep.cli.main", "tiny", file.tiny.family, str(making), "--seed", str(file.task.seed)),
@@ -58,11 +58,11 @@ async def make_tiny(folder: Path, file: RunFile, task: Task, console: Console) -
             if shown is not None and file.tiny.warmup_steps:
                 demonstrations = making / "demonstrations.json"
                 demonstrations.write_text(shown)
-                status.update(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
+                say(f"teaching it to answer, {file.tiny.warmup_steps} supervised steps")
                 await _python(
                     *("-m", "lockstep.cli.base_models.tiny_sft", str(making), str(demonstrations)),
                     *("--steps", str(file.tiny.warmup_steps), "--seed", str(file.task.seed)),
-                    on_line=lambda line: status.update(Text(f"teaching it to answer: step {line}")),
+                    on_line=lambda line: say(f"teaching it to answer: step {line}"),
                 )
         (making / _RECIPE).write_text(json.dumps(recipe))
         making.rename(folder)
