@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lockstep.backends.tinker.backend import TinkerBackend
     from lockstep.config.lora import LoraConfig
     from lockstep.config.megatron import MegatronConfig, Parallel, Placement
+    from lockstep.config.sft import SFTConfig
     from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
     from lockstep.model import TrainableModel
@@ -32,6 +33,7 @@ _HOME = {
     "MegatronBackend": "lockstep.backends.megatron.backend",
     "Parallel": "lockstep.config.megatron",
     "Placement": "lockstep.config.megatron",
+    "SFTConfig": "lockstep.config.sft",
     "TinkerBackend": "lockstep.backends.tinker.backend",
     "TrainConfig": "lockstep.config.train",
     "TrainResult": "lockstep.backends.base",
@@ -50,6 +52,7 @@ __all__ = [
     "MegatronConfig",
     "Parallel",
     "Placement",
+    "SFTConfig",
     "TinkerBackend",
     "TrainConfig",
     "TrainResult",

@@ -68,7 +68,7 @@ def base(tmp_path_factory):
 
 
 class Command:
-    """`lockstep train` on the small run, in a folder of its own."""
+    """`lockstep train` (or another command) on the small run, in a folder of its own."""
 
     def __init__(self, folder: Path, base: Path):
         folder.mkdir()
@@ -76,16 +76,16 @@ class Command:
         (folder / "run.toml").write_text(CONFIG.format(base=base, runs=folder / "runs", steps=STEPS))
         self.folder, self.run = folder, folder / "runs" / "tests" / "killed"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "lockstep.cli.main", "train", str(self.folder / "run.toml")]
+    def start(self, verb: str = "train") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "lockstep.cli.main", verb, str(self.folder / "run.toml")]
         log = (self.folder / "output").open("ab")
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def finish(self, process: subprocess.Popen[bytes]) -> dict[int, bytes]:
+    def finish(self, process: subprocess.Popen[bytes], last: int = STEPS) -> dict[int, bytes]:
         """The adapters by step, once the command has ended well."""
         assert process.wait(DEADLINE_S) == 0, (self.folder / "output").read_text()
         steps = sorted(int(path.name) for path in (self.run / "steps").iterdir())
-        assert steps == list(range(STEPS + 1))
+        assert steps == list(range(last + 1))
         files = {step: self.run / "steps" / f"{step:04d}" / "adapter" / "adapter_model.safetensors" for step in steps}
         return {step: file.read_bytes() for step, file in files.items()}
 

@@ -530,6 +530,33 @@ async def test_an_agent_that_knows_an_address_alone_is_trained(running, monkeypa
     assert result.metrics["turns_split"] == 0
 
 
+async def test_chats_teach_the_served_model_between_steps_of_rollouts(running, task, section):
+    """A supervised step is published, served, verified and kept as a job; rollouts of it train the next step; bad chats change
+    nothing."""
+    model, backend = running
+    chats, config = task.demonstrations(random.Random(6))[:12], ls.SFTConfig(learning_rate=3e-3)
+    before = model.step
+    with pytest.raises(
+        DataError, match="the batch: 1 of 13 rows can't be trained on: row 12: no message of an assistant"
+    ):
+        await backend.train_sft(model, [*chats, {"messages": [{"role": "user", "content": "?"}]}], config)
+    assert model.step == before
+    losses = []
+    for number in range(1, 4):
+        result = await backend.train_sft(model, chats, config)
+        losses.append(result.metrics["loss"])
+        assert result.step == model.step == before + number
+    assert losses[2] < losses[0]
+    assert result.metrics["verified_identity"] == 1
+    assert result.metrics["probe"] < 1e-5
+    assert all(map(is_known, result.metrics))
+    job = read_jobs(backend.run_path(model))[-1]
+    assert (job.step, job.kind, job.state) == (before + 3, "sft_step", "done")
+    after = await backend.train(model, with_signal(await roll_out(model, task, section, model.step)), CONFIG)
+    assert after.step == before + 4
+    assert after.metrics["mismatch_max"] < 1e-5
+
+
 async def test_resume_continues_from_the_last_step(running, task, section, base_model, monkeypatch):
     """Last, since it closes the shared run: after a torn sync the next process serves what was trained, and trains on.
 

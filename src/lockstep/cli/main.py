@@ -32,6 +32,7 @@ console = Console()
 
 _INTERRUPTED = 130
 _GO_ON = {
+    "sft": "interrupted; published steps are safe, run the same command to go on",
     "train": "interrupted; published steps are safe, run the same command to go on",
     "quickstart": "interrupted; published steps are safe, add --no-fresh to go on",
 }
@@ -82,6 +83,24 @@ def train(
     from lockstep.cli.train import run_file
 
     raise SystemExit(asyncio.run(run_file(config, tiny, console, dry_run)))
+
+
+@app.command()
+def sft(
+    config: Annotated[Path, typer.Argument(help="the run's TOML file, with [sft]", show_default=False)],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="check every row of the data and every setting, show them, and start nothing"),
+    ] = False,
+) -> None:
+    """Train a model on a file of chats, with loss on the assistant's turns. `lockstep train` with the
+    same file goes on from there.
+
+    Run it again to go on from the last published step, also inside an epoch.
+    """
+    from lockstep.cli.sft import sft_file
+
+    raise SystemExit(asyncio.run(sft_file(config, console, dry_run)))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from lockstep.config.base import Config
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig, Parallel, Placement
 from lockstep.config.train import TrainConfig
-from lockstep.loop.run_file import ModelSection, TaskSection, TinySection
+from lockstep.loop.run_file import ModelSection, SFTSection, TaskSection, TinySection
 from lockstep.metrics.names import METRICS, SECTIONS
 
 _MADE = "Made by `make reference` from the code; a test compares the two.\n"
@@ -28,6 +28,7 @@ def configuration() -> str:
         ("[backend] parallel, `Parallel`", Parallel),
         ("[task]", TaskSection),
         ("[train], `TrainConfig`", TrainConfig),
+        ("[sft], `SFTConfig` from learning_rate to seed", SFTSection),
         ("[tiny]", TinySection),
     )
     parts = ["# Settings\n", _MADE]

@@ -55,7 +55,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
             base_model, file = str(folder), _as_tiny(file)
         model, backend = _made(file, base_model)
         _check_steps(file, settings)
-        show_all(console, await backend.resolve(model), file.task, settings)
+        show_all(console, await backend.resolve(model), {"task": file.task, "train": settings})
     return 0
 
 

@@ -11,6 +11,7 @@ from lockstep.config.base import Config, load_toml
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.messages import describe
+from lockstep.config.sft import SFTConfig
 from lockstep.config.train import TrainConfig
 from lockstep_wire.sampling import LEAST_TEMPERATURE
 
@@ -88,6 +89,16 @@ class TinySection(Config):
         return family
 
 
+class SFTSection(SFTConfig):
+    """[sft]: what `lockstep sft` learns from."""
+
+    data: Path = Field(
+        description='JSONL file, relative to this config: a line is {"messages": [...], "tools": [...] or nothing}'
+    )
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data; the run's first steps are these")
+    batch_size: int = Field(default=16, gt=0, description="chats per step")
+
+
 class RunFile(Config):
     """A whole run."""
 
@@ -96,6 +107,7 @@ class RunFile(Config):
     task: TaskSection
     train: TrainConfig = Field(default_factory=TrainConfig)
     tiny: TinySection = Field(default_factory=TinySection)
+    sft: SFTSection | None = Field(default=None, description="read by `lockstep sft` alone")
 
     @model_validator(mode="after")
     def _one_seed(self) -> RunFile:
@@ -129,6 +141,42 @@ class RunFile(Config):
     def train_config(self, tiny: bool) -> TrainConfig:
         """[train], or that of a tiny model, with the length of its schedule."""
         return (self.tiny_train_config() if tiny else self.train).over(self.task.steps)
+
+
+class SFTFile(Config):
+    """The part of a run's file that `lockstep sft` reads. What `lockstep train` reads may stand
+    beside it: one run learns from chats first, and from rewards then.
+    """
+
+    model: ModelSection
+    backend: MegatronConfig = Field(default_factory=MegatronConfig)
+    sft: SFTSection
+    task: TaskSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others_are_for_train(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value for name, value in data.items() if name not in RunFile.model_fields or name in cls.model_fields
+        }
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> SFTFile:
+        if "seed" in self.backend.model_fields_set:
+            raise ValueError("[backend] seed: set seed in [task], or else in [sft], which is that of the backend, too")
+        return self
+
+    @property
+    def seed(self) -> int:
+        """Of the backend: the same for both commands."""
+        return self.task.seed if self.task else self.sft.seed
+
+
+def load_sft_file(path: Path) -> SFTFile:
+    """The same file for `lockstep sft`. Raises ConfigError likewise."""
+    return load_toml(path, SFTFile)
 
 
 def load_run_file(path: Path) -> RunFile:

@@ -98,6 +98,7 @@ METRICS: dict[str, Metric] = {
     ),
     **_of(
         "batch",
+        chats=("count", "Chats of a supervised step."),
         rows=("count", "Packed rows."),
         row_length=("tokens", "Length of a row."),
         sequences=("count", "Sequences in the rows."),

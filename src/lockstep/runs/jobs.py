@@ -19,11 +19,11 @@ from typing import Literal, get_args
 from lockstep.errors import StoreError
 
 SCHEMA = 1
-Kind = Literal["first_sync", "lora_step", "merged_step", "restarted_sync"]
+Kind = Literal["first_sync", "lora_step", "merged_step", "sft_step", "restarted_sync"]
 """first_sync: of a run that is registered. restarted_sync: into a server that took the place of a
-lost one.
+lost one. sft_step: on chats, whatever way the weights travel.
 """
-STEPS: tuple[Kind, ...] = ("lora_step", "merged_step")
+STEPS: tuple[Kind, ...] = ("lora_step", "merged_step", "sft_step")
 """Kinds that make a step: each step is made once."""
 State = Literal["queued", "running", "done", "failed"]
 INTERRUPTED = "Interrupted"
@@ -140,7 +140,7 @@ class JobTable:
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET state = 'failed', error_type = 'Deleted', error = 'its step was deleted'"
-                " WHERE state = 'done' AND step > ? AND kind IN (?, ?)",
+                f" WHERE state = 'done' AND step > ? AND kind IN ({', '.join('?' * len(STEPS))})",
                 (last_step, *STEPS),
             )
             database.execute(

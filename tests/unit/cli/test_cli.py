@@ -392,6 +392,29 @@ def test_a_dry_run_shows_every_setting_and_starts_nothing(tmp_path, tiny_qwen3):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_of_sft_checks_every_row_and_starts_nothing(tmp_path, tiny_qwen3):
+    """Bad rows by line, or the steps and every setting with the schedule's length."""
+    good = {"messages": [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]}
+    rows = [good] * 5 + [{"messages": []}, {"messages": good["messages"][:1]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = '[sft]\ndata = "chats.jsonl"\nbatch_size = 2\nepochs = 2\nlr_schedule = "linear"\n'
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train=settings)
+    says = "chats.jsonl: 2 of 7 rows can't be trained on: line 6: expected"
+    one_line(lockstep("sft", config, "--dry-run", cwd=tmp_path), says, 1)
+    config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train=settings + "skip_bad_rows = true")
+    result = lockstep("sft", config, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "5 chats" in result.stdout
+    assert "5 steps" in result.stdout
+    assert "left out: line 7: no message of an assistant" in result.stdout
+    shown = {row[0]: row[1:] for line in result.stdout.splitlines() if (row := line.split())}
+    assert shown["schedule_steps"][0] == "5"
+    assert shown["loss_on"] == ["all", "default"]
+    assert not (tmp_path / "runs").exists()
+    train = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"')
+    one_line(lockstep("sft", train, cwd=tmp_path), "sft is missing", 2)
+
+
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, tiny_qwen3):
     config = run_file(tmp_path, model=f'base_model = "{tiny_qwen3}"', train="[backend]\nparallel = { tensor = 3 }")
     one_line(here("train", config, "--dry-run", cwd=tmp_path), "tensor=3 does not divide", 2)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
 from lockstep.backends.megatron.jobs import job
 from lockstep.backends.megatron.launch import start_both
+from lockstep.backends.megatron.packed_file import PackedFile, packed_chats, packed_groups
 from lockstep.backends.megatron.plan.exact import exact_config
 from lockstep.backends.megatron.plan.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.publish import publish_and_serve, serve
@@ -24,11 +25,9 @@ from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.supervision import survived
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
-from lockstep.batching.pack import save_batch
-from lockstep.batching.prepare import prepare
-from lockstep.batching.token_table import TokenTable
 from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
+from lockstep.config.sft import SFTConfig
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, StoreError
 from lockstep.inference.environment.install import find_runtime
@@ -42,9 +41,10 @@ from lockstep.trainer.protocol import Load, Save, StartFrom, TrainStep
 
 if TYPE_CHECKING:
     from lockstep.backends.megatron.probe import ProbeScores
-    from lockstep.batching.prefix_tree import TokenSequence
+    from lockstep.batching.token_table import TokenTable
     from lockstep.model import TrainableModel
     from lockstep.rollouts.trajectory import TrajectoryGroup
+    from lockstep.runs.jobs import Kind
 
 _LOG = logging.getLogger(__name__)
 
@@ -187,17 +187,36 @@ class MegatronBackend:
         if run.settings.exact:
             config = exact_config(config)
         async with run.training:
-            return await self._train(run, groups, config)
+            run.check_in_step()
+            config = config.at_step(model.step + 1)
+            batch = await packed_groups(run, groups, config)
+            return await self._train(run, batch, config, "merged_step" if run.settings.merged else "lora_step")
 
-    async def _train(self, run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> TrainResult:
+    async def train_sft(
+        self, model: TrainableModel, chats: Sequence[Mapping[str, Any]], config: SFTConfig | None = None
+    ) -> TrainResult:
+        """One supervised step on `chats`, published, served and verified as `train` does.
+
+        chats: {"messages": [...], "tools": [...] or nothing}, in OpenAI's form. Assistant turns carry
+            the loss, the mean cross entropy of their tokens.
+
+        Raises DataError, before anything changes, for chats that can't be trained on
+        (`SFTConfig.skip_bad_rows` leaves these out).
+        """
+        config = config or SFTConfig()
+        run = self.run_info(model)
+        async with run.training:
+            run.check_in_step()
+            config = config.at_step(model.step + 1)
+            batch = await packed_chats(run, chats, config)
+            return await self._train(run, batch, config.step_config(), "sft_step")
+
+    async def _train(self, run: Run, batch: PackedFile, config: TrainConfig, kind: Kind) -> TrainResult:
         started, number = time.monotonic(), run.model.step + 1
-        run.check_in_step()
-        config = config.at_step(number)
-        batch = await _packed(run, groups, config)
         digest = await asyncio.to_thread(file_digest, batch.path)
 
         async def step() -> dict[str, float]:
-            async with job(run, "merged_step" if run.settings.merged else "lora_step", number, digest) as made_by:
+            async with job(run, kind, number, digest) as made_by:
                 await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
                 made = await _trained(run, batch, config, made_by)
                 metrics = batch.metrics | made.metrics | {"learning_rate": config.learning_rate}
@@ -237,16 +256,6 @@ class MegatronBackend:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """A packed batch on disk."""
-
-    path: Path
-    sequences: Sequence[TokenSequence]
-    metrics: dict[str, float]
-    tokens: TokenTable
-
-
-@dataclass(frozen=True)
 class _Step:
     """A step that was trained and not published.
 
@@ -258,26 +267,7 @@ class _Step:
     metrics: dict[str, float]
 
 
-async def _packed(run: Run, groups: Sequence[TrajectoryGroup], config: TrainConfig) -> _Batch:
-    settings, current = run.settings, run.model.step
-    prepared = await asyncio.to_thread(
-        prepare,
-        groups,
-        model_name=run.model.name,
-        step=current,
-        config=config,
-        data=settings.parallel.data,
-        routed_experts=settings.routed_experts,
-        row_limit=settings.row_limit,
-        vocabulary=settings.vocabulary,
-    )
-    path = run.store.path / "batches" / f"{current:04d}.safetensors"
-    await asyncio.to_thread(save_batch, prepared.batch, path)
-    tokens = TokenTable.of(prepared.batch, prepared.packed)
-    return _Batch(path, prepared.sequences, dict(prepared.metrics), tokens)
-
-
-async def _trained(run: Run, batch: _Batch, config: TrainConfig, made_by: str) -> _Step:
+async def _trained(run: Run, batch: PackedFile, config: TrainConfig, made_by: str) -> _Step:
     """The trainer's step. Whatever it raises, a colocated server serves the step of before again."""
     current = run.model.step
     try:

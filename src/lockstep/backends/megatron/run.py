@@ -12,6 +12,7 @@ from lockstep.backends.megatron.colocated import DedicatedGpus, Gpus, SharedGpus
 from lockstep.backends.megatron.delivery import AdapterDelivery, Delivery, MergedDelivery
 from lockstep.backends.megatron.plan.settings import ResolvedSettings
 from lockstep.backends.megatron.probe import Noise, Probe
+from lockstep.batching.chats import ChatFormat
 from lockstep.errors import StoreError
 from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name
@@ -40,6 +41,8 @@ class Run:
     trainer_ahead: bool = False
     """The trainer was asked for a step that is not published: nobody knows which weights it holds.
     """
+    chat_format: ChatFormat | None = None
+    """How chats become tokens; read from the model's folder with the first supervised step."""
     training: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by `train`: one step at a time."""
     gpus: Gpus = field(init=False)

@@ -11,18 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from lockstep.backends.megatron.plan.resolve import Setting
+from lockstep.config.train import TrainConfig
 from lockstep.errors import RuntimeNotInstalledError
 from lockstep.inference.environment.install import find_runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from rich.console import Console
 
     from lockstep.backends.megatron.plan.resolve import Plan
     from lockstep.config.base import Config
-    from lockstep.config.train import TrainConfig
-    from lockstep.loop.run_file import TaskSection
 
 _MODEL = ("base_model", "family", "lora")
 """Settings whose names begin so belong to the config file's [model]."""
@@ -42,9 +41,11 @@ def show_notes(console: Console, plan: Plan) -> None:
         _line(console, f"note: {note}")
 
 
-def show_all(console: Console, plan: Plan, task: TaskSection, train: TrainConfig) -> None:
+def show_all(console: Console, plan: Plan, sections: Mapping[str, Config]) -> None:
     """Every setting of a run in one table: its name as the config file spells it, its value, and
     who decided.
+
+    sections: those of the file beside [model] and [backend], by name.
     """
     table = Table(box=SIMPLE_HEAD, padding=0)
     table.add_column("setting", no_wrap=True)
@@ -52,12 +53,10 @@ def show_all(console: Console, plan: Plan, task: TaskSection, train: TrainConfig
     table.add_column("why", overflow="fold", ratio=3)
     of_model = [setting for setting in plan.settings if setting.name.startswith(_MODEL)]
     of_backend = [setting for setting in plan.settings if not setting.name.startswith(_MODEL)]
-    clip = Setting("clip range", list(train.clip_range), "follows from loss, clip_low and clip_high")
     for section, settings in (
         ("model", of_model),
         ("backend", [*of_backend, _runtime(plan)]),
-        ("task", _fields(task)),
-        ("train", [*_fields(train), clip]),
+        *((name, _fields(section)) for name, section in sections.items()),
     ):
         table.add_row(escape(f"[{section}]"), style="bold")
         for setting in settings:
@@ -68,10 +67,13 @@ def show_all(console: Console, plan: Plan, task: TaskSection, train: TrainConfig
 
 def _fields(config: Config) -> Iterable[Setting]:
     given = config.model_fields_set
-    return [
+    settings = [
         Setting(name, getattr(config, name), "set" if name in given else "default")
         for name in type(config).model_fields
     ]
+    if isinstance(config, TrainConfig):
+        settings.append(Setting("clip range", list(config.clip_range), "follows from loss, clip_low and clip_high"))
+    return settings
 
 
 def _runtime(plan: Plan) -> Setting:

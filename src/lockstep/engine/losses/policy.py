@@ -195,32 +195,35 @@ def _base_sums(scored: Scored, weight_P: Tensor, clipped_P: Tensor) -> dict[str,
 
 
 def compared_sums(scored: Scored) -> dict[str, Tensor]:
-    """The distance of the server's log-probabilities from these, as sums.
+    """The distance of the server's log-probabilities from these, as sums. Tokens that no server
+    sampled (of supervised steps) don't count.
 
     Only those of the weights before the first update compare the server with the trainer.
     """
-    drift_N = scored.new_N.detach() - scored.sampling_N
-    importance_N = drift_N.exp()
-    kl_N = kl_k3(scored.sampling_N, scored.new_N.detach())
+    known_N = scored.sampling_N.isfinite()
+    drift_N = (scored.new_N.detach() - scored.sampling_N).where(known_N, 0.0)
+    importance_N = drift_N.exp() * known_N
+    kl_N = torch.expm1(drift_N) - drift_N  # k3
     current_N = _current(scored)
     return {
-        "compared": drift_N.new_tensor(float(len(drift_N))),
+        "compared": known_N.sum().to(drift_N.dtype),
         "importance_raw": importance_N.sum(),
         "importance_squared": importance_N.square().sum(),
         "kl": kl_N.sum(),  # tokens were sampled from `sampling`: KL(sampling || new)
         "current": current_N.sum(),
         "drift_abs": (drift_N.abs() * current_N).sum(),
-        "sampling_abs": (scored.sampling_N.abs() * current_N).sum(),
+        "sampling_abs": (scored.sampling_N.abs().where(known_N, 0.0) * current_N).sum(),
         "drift_kl": (kl_N * current_N).sum(),
     }
 
 
 def _current(scored: Scored) -> Tensor:
     """1 for tokens that tell what server and trainer compute differently, 0 for older ones, where
-    the policy moved too.
+    the policy moved too, and for tokens that no server sampled.
     """
-    current_N = scored.current_N
-    return torch.ones_like(scored.sampling_N) if current_N is None else current_N.to(scored.sampling_N.dtype)
+    known_N = scored.sampling_N.isfinite()
+    current_N = known_N if scored.current_N is None else scored.current_N & known_N
+    return current_N.to(scored.sampling_N.dtype)
 
 
 def _maxima(scored: Scored) -> dict[str, Tensor]:
@@ -234,7 +237,8 @@ def compared_maxima(scored: Scored) -> dict[str, Tensor]:
     new_N = scored.new_N.detach()
     if not len(new_N):
         return {"mismatch_max": new_N.new_zeros(())}
-    return {"mismatch_max": ((new_N - scored.sampling_N).abs() * _current(scored)).max()}
+    drift_N = (new_N - scored.sampling_N).where(scored.sampling_N.isfinite(), 0.0)
+    return {"mismatch_max": (drift_N.abs() * _current(scored)).max()}
 
 
 def reduce_sums(parts: Sequence[LossSums]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -273,10 +277,11 @@ def finish_metrics(sums: Mapping[str, Tensor | float], maxima: Mapping[str, Tens
         "loss_policy": value["loss_policy"] / weight,
         "clip_fraction": value["clipped"] / pairs,
         "ratio_mean": value["ratio"] / tokens,
-        "kl": value["kl"] / compared,
-        "ess": value["importance_raw"] ** 2 / (compared * value["importance_squared"] or 1.0),
         "tokens_scored": value["tokens"],
     }
+    if value["compared"]:
+        metrics["kl"] = value["kl"] / compared
+        metrics["ess"] = value["importance_raw"] ** 2 / (compared * value["importance_squared"] or 1.0)
     tops = {name: float(top) for name, top in maxima.items()}
     if value["current"]:
         metrics["mismatch"] = value["drift_abs"] / value["current"]
