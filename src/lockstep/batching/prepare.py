@@ -115,6 +115,8 @@ def prepare(
     extra = {"unpacked_weight": np.array([left_out]), "divisor": divisor, "top_PC": _top(sequences)}
     batch = replace(batch, current_RS=_current(batch, sequences, step), **extra)
     metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
+    if config.overlong_tokens is not None:
+        metrics["overlong_penalty"] = float(np.mean([overlong_penalty(rollout, config) for rollout in tokenized]))
     metrics |= {"groups_without_signal": _without_signal(selected, advantage)} | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
@@ -123,9 +125,23 @@ def prepare(
 
 def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
     """One for each usable trajectory, group by group."""
-    rewards = [[usable.trajectory.reward for usable in group] for group in selected.groups.values()]
+    rewards = [
+        [usable.trajectory.reward - overlong_penalty(usable.tokenized, config) for usable in group]
+        for group in selected.groups.values()
+    ]
     names = [f"group {number}" for number in selected.groups]
     return advantages(rewards, config.policy_advantage, names, config.reward_eps).tolist()
+
+
+def overlong_penalty(rollout: Tokenized, config: TrainConfig) -> float:
+    """The reward that a trajectory loses for its length: nothing up to `overlong_tokens -
+    overlong_buffer` sampled tokens, all of the penalty from `overlong_tokens` on, linear between
+    (arXiv 2503.14476, equation 13).
+    """
+    if config.overlong_tokens is None or config.overlong_buffer is None:
+        return 0.0
+    beyond = sum(rollout.replies) - (config.overlong_tokens - config.overlong_buffer)
+    return config.overlong_penalty * min(max(beyond / config.overlong_buffer, 0.0), 1.0)
 
 
 def _unmasked(tokenized: list[Tokenized]) -> list[Tokenized]:

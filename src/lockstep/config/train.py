@@ -14,6 +14,12 @@ class TrainConfig(ObjectiveConfig, OptimizerConfig):
     """One training step: from groups of trajectories to the next version."""
 
     minibatches: int = Field(default=1, gt=0, description="optimizer steps per batch; its rows are split evenly")
+    epochs: int = Field(
+        default=1,
+        gt=0,
+        description="passes over the batch: the optimizer makes minibatches x epochs steps. The ratio divides by the policy before the "
+        "first of them",
+    )
     row_length: int | None = Field(
         default=None,
         gt=0,
@@ -26,6 +32,20 @@ class TrainConfig(ObjectiveConfig, OptimizerConfig):
     over_length: Literal["error", "truncate", "drop"] = Field(
         default="error",
         description="what to do with a sequence longer than row_length; error: leave its trajectory out, within max_dropped",
+    )
+    overlong_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="a trajectory with so many sampled tokens loses all of overlong_penalty from its reward (soft overlong punishment, "
+        "arXiv 2503.14476); None: none does",
+    )
+    overlong_buffer: int | None = Field(
+        default=None,
+        gt=0,
+        description="over so many tokens before overlong_tokens the loss of reward grows linearly from nothing",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, gt=0, description="reward that a trajectory of overlong_tokens loses. Needs overlong_tokens"
     )
     mask_truncated: bool = Field(
         default=False,
@@ -69,6 +89,19 @@ class TrainConfig(ObjectiveConfig, OptimizerConfig):
         if self.over_length != "error" and self.row_length is None:
             raise ValueError(
                 f"over_length = {self.over_length} has no effect without row_length: rows grow to the longest sequence"
+            )
+        if (self.overlong_tokens is None) != (self.overlong_buffer is None):
+            raise ValueError("overlong_tokens and overlong_buffer go together: set both, or neither")
+        if self.overlong_tokens is None and self.overlong_penalty != 1.0:
+            raise ValueError("overlong_penalty has no effect without overlong_tokens: set it, or leave the penalty out")
+        if self.overlong_buffer is not None and self.overlong_buffer > (self.overlong_tokens or 0):
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} is more than overlong_tokens = {self.overlong_tokens}"
+            )
+        if self.epochs > 1 and self.loss == "reinforce":
+            raise ValueError(
+                f"epochs = {self.epochs} with loss = reinforce trains on an older policy's tokens as if they were new: use a loss "
+                "with a ratio, such as ppo"
             )
         old_as_new = self.max_steps_off_policy > 0 and self.divides_by == "trainer"
         if old_as_new and self.importance_correction is None:

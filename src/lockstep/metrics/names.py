@@ -86,6 +86,10 @@ METRICS: dict[str, Metric] = {
             "share",
             "Replies that a limit of tokens cut off. High: raise max_tokens or max_model_len, or set mask_truncated.",
         ),
+        overlong_penalty=(
+            "reward",
+            "Mean of what trajectories lost for their length (overlong_tokens); reward is before.",
+        ),
         turns_mean=("count", "Mean number of replies in a trajectory."),
         trajectories_masked=("count", "Trajectories with a truncated reply, with mask_truncated: not trained on."),
         tokens_sampled=("tokens", "Sampled tokens that carry loss."),
@@ -133,7 +137,7 @@ METRICS: dict[str, Metric] = {
         grad_norm=("norm", "Global L2 norm of the gradient, before clipping; the mean over the updates."),
         no_signal=("0 or 1", "1: no update was made, since nothing had an advantage."),
         updates=("count", "Optimizer steps since step 0."),
-        updates_skipped=("count", "Minibatches of this step without signal."),
+        updates_skipped=("count", "Updates of this step that had no signal, in all epochs."),
     ),
     **_of(
         "mismatch",

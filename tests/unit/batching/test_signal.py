@@ -147,6 +147,18 @@ def test_a_constant_length_divides_by_trajectories_alone(random, minibatches, tm
         torch.testing.assert_close(gradient(batch, config)[0], expected_V, rtol=1e-6, atol=1e-9)
 
 
+def test_long_trajectories_lose_reward(random):
+    """Up to 6 sampled tokens nothing, at 10 all, half of it between; rewards that are equal otherwise then teach brevity."""
+    config = TrainConfig(overlong_tokens=10, overlong_buffer=4, overlong_penalty=0.5, advantage="dr_grpo")
+    groups = [group(random, [1.0] * 4, [2, 6, 8, 30])]
+    found = prepare(groups, model_name="m", step=0, config=config)
+    by_hand = np.array([1.0, 1.0, 0.75, 0.5]) - 0.8125
+    np.testing.assert_allclose(sorted(found.batch.sequence_advantage_Q), sorted(by_hand), rtol=1e-6)
+    assert found.metrics["overlong_penalty"] == pytest.approx(0.1875)
+    assert found.metrics["reward"] == 1.0
+    assert found.metrics["groups_without_signal"] == 0
+
+
 def test_a2_gspo_weighs_every_sequence_the_same(random):
     """Two trajectories of 10 and 1,000 tokens with opposite advantages: equal shares of the gradient, as the paper's 1/G."""
     both = group(random, [0.0, 1.0], lengths=[10, 1000])

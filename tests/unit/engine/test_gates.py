@@ -203,6 +203,30 @@ def test_a6_a_minibatch_without_signal_takes_no_update(model, random):
     assert metrics["no_signal"] == 0.0
 
 
+def test_epochs_divide_by_the_policy_before_the_step(model, random):
+    """Three epochs with the server's log-probabilities are three steps on the same batch, bit for bit. With the trainer's own, later
+    epochs keep those of the first, so that the ratio leaves 1."""
+    from lockstep.engine.steps.train_step import train_step
+
+    once = TrainConfig(loss="ppo", learning_rate=1e-2, minibatches=2, max_mismatch=None)
+    three = once.model_copy(update={"epochs": 3})
+    whole, parts = opened(model, "float32"), opened(model, "float32")
+    batch = on_policy(whole, random, minibatches=2)
+    metrics = train_step(whole, batch, three, None, SILENT)
+    singles = [train_step(parts, batch, once, None, SILENT) for _ in range(3)]
+    assert unchanged(whole, state(parts))
+    assert whole.optimizer.count == 6
+    assert metrics["tokens_scored"] == singles[0]["tokens_scored"]
+    assert metrics["mismatch"] == singles[0]["mismatch"]  # of the weights before the first update
+    own = {"old_logprobs": "trainer", "minibatches": 1}
+    single = on_policy(whole, random)
+    assert train_step(whole, single, once.model_copy(update=own), None, SILENT)["ratio_max"] == pytest.approx(
+        1, abs=1e-5
+    )
+    again = train_step(whole, single, once.model_copy(update=own | {"epochs": 2}), None, SILENT)
+    assert again["ratio_max"] > 1.001
+
+
 def test_sums_over_minibatches_are_sums_and_maxima_maxima(model, random):
     """With a step too small to matter, the metrics of four updates are those of one."""
     from lockstep.engine.steps.train_step import train_step

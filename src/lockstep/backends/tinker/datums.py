@@ -87,6 +87,7 @@ def check_train_config(config: TrainConfig) -> None:
             + ("; for gspo set old_logprobs, clip_low and clip_high" if config.old_logprobs is None else ""),
         ),
         ("clip_dual", config.clip_dual, config.clip_dual is not None, "the service's ppo has no second clip"),
+        ("epochs", config.epochs, config.epochs > 1, "a batch is one optimizer step"),
         ("minibatches", config.minibatches, config.minibatches > 1, "a batch is one optimizer step"),
         ("row_length", config.row_length, config.row_length is not None, "the service packs the sequences itself"),
         ("share_prefixes", False, not config.share_prefixes, "the service packs the sequences itself"),

@@ -59,7 +59,8 @@ def train_step(
     report: Report,
     logprobs_out: Path | None = None,
 ) -> dict[str, float]:
-    """All optimizer steps of one batch (`config.minibatches`). Returns metrics.
+    """All optimizer steps of one batch (`config.minibatches` in each of `config.epochs`). Returns
+    metrics.
 
     logprobs_out: rank 0 writes `logprobs_RS` there, float32 `[R, S]`: what the weights before the
         first update give the scored tokens, NaN elsewhere. No file where nothing is computed.
@@ -87,17 +88,19 @@ def train_step(
         check_routed_experts(batch, [micro.row for part in work for micro in part], trainer.config)
         recomputed = plan_recompute(trainer, max(micro.row.length for part in work for micro in part))
     references = _reference_logprobs(trainer, work, reference, clock)
-    before = _compare(trainer, work, config, clock) if len(work) > 1 else None
+    before = _compare(trainer, work, config, clock) if len(parts) * config.epochs > 1 else None
     updates = []
-    for number in trained:
+    for number in trained * config.epochs:
         weight = loss_divisor(batch, parts[number], len(parts))
         # The first update differentiates the very policy that is the old one.
-        olds = None if before is None or number == trained[0] else before.logprobs[number]
+        olds = None if before is None or not updates else before.logprobs[number]
         updates.append(_update(trainer, work[number], weight, config, olds, references[number], clock, before is None))
     if logprobs_out is not None:
         _write_logprobs(trainer, batch, work, before, updates[0], logprobs_out)
-    skipped = len(parts) - sum(update.norm > 0 for update in updates)
+    skipped = len(parts) * config.epochs - sum(update.norm > 0 for update in updates)
     metrics = _summary(trainer, batch, before, updates, clock)
+    metrics["tokens_scored"] /= config.epochs
+    metrics["tokens_per_second"] *= config.epochs
     return metrics | {"layers_recomputed": float(recomputed), "updates_skipped": float(skipped)}
 
 
@@ -119,7 +122,7 @@ def _write_logprobs(
 def _without_signal(trainer: TrainerState, config: TrainConfig, clock: Clock) -> dict[str, float]:
     """Metrics of a step that nothing was computed for."""
     zeros = dict.fromkeys(("loss", "loss_policy", "grad_norm", "tokens", "tokens_scored"), 0.0)
-    zeros |= {"updates": float(trainer.optimizer.count), "updates_skipped": float(config.minibatches)}
+    zeros |= {"updates": float(trainer.optimizer.count), "updates_skipped": float(config.minibatches * config.epochs)}
     return zeros | {"no_signal": 1.0} | clock.metrics()
 
 
