@@ -42,6 +42,12 @@ class TaskSection(Config):
     steps: int = Field(gt=0, description="the run ends when the model has this many steps")
     groups_per_step: int = Field(default=8, gt=0, description="scenarios per training step")
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
+    refill_groups: int = Field(
+        default=0,
+        ge=0,
+        description="further scenarios that a step may draw, at most, where the rewards of a group are all equal: groups whose rewards "
+        "differ take the place of such groups (dynamic sampling); 0: none",
+    )
     temperature: float = Field(
         default=1.0,
         ge=LEAST_TEMPERATURE,

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lockstep.batching.advantages import REWARD_EPS
 from lockstep.batching.tokenize import check_sampling
 from lockstep.errors import RolloutError
+from lockstep.loop.refill import LEFT_OUT, further_scenarios, refilled
 from lockstep.loop.trajectory_file import TrajectoryFile
 from lockstep.rollouts.failures import one_line
 from lockstep.rollouts.gather import gather_trajectory_groups
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _TRAINING = "training"
-"""The noise of the rollouts that a step is trained on."""
+"""What the noise of the rollouts begins with that a step is trained on."""
 _ROUNDING = 1e-9
 """A difference of two means is the rise that was asked for up to this."""
 
@@ -101,11 +103,24 @@ async def roll_out(
     section: TaskSection,
     step: int,
     finished: Finished = lambda group, trajectory: None,
+    reward_eps: float = REWARD_EPS,
 ) -> list[TrajectoryGroup]:
-    """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times."""
-    scenarios = task.draw(section.groups_per_step, section.seed, step)
+    """The groups of one step: `groups_per_step` scenarios, each tried `group_size` times.
+
+    With `refill_groups`, groups that a further one replaced follow, marked `refill.LEFT_OUT`.
+    """
     tries, temperature = section.group_size, section.temperature
-    return await _gather(model, task, section, scenarios, _TRAINING, finished, tries=tries, temperature=temperature)
+
+    async def gather(scenarios: Sequence[Any], noise: str) -> list[TrajectoryGroup]:
+        return await _gather(model, task, section, scenarios, noise, finished, tries=tries, temperature=temperature)
+
+    groups = await gather(task.draw(section.groups_per_step, section.seed, step), _TRAINING)
+    if not section.refill_groups:
+        return groups
+    further = further_scenarios(task, section.refill_groups, section.seed, step)
+    return await refilled(
+        groups, further, lambda some, number: gather(some, f"{_TRAINING}, refill {number}"), reward_eps
+    )
 
 
 async def _gather(
@@ -121,7 +136,7 @@ async def _gather(
     async def attempt(group: int, scenario: Any) -> Trajectory:
         trajectory = await _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
         if isinstance(trajectory, Trajectory):  # gather refuses anything else, and names it
-            if noise == _TRAINING:
+            if noise.startswith(_TRAINING):
                 check_sampling(trajectory)  # before all others of the step are paid for
             finished(group, trajectory)
         return trajectory
@@ -264,10 +279,15 @@ async def _one_step(
     started, what = time.monotonic(), f"rollouts for step {step}"
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
     groups = await _kept(
-        lambda finished: roll_out(model, task, section, before, finished), model, backend, file, step, what
+        lambda finished: roll_out(model, task, section, before, finished, config.reward_eps),
+        *(model, backend, file, step, what),
     )
     rollout_s = time.monotonic() - started
+    every, groups = groups, [group for group in groups if LEFT_OUT not in group.metadata]
     result = await backend.train(model, groups, config)
+    if section.refill_groups:
+        replaced = {"groups_left_out": float(len(every) - len(groups))}
+        await asyncio.to_thread(backend.record, model, replaced)
     metrics = result.metrics
     await asyncio.to_thread(backend.record, model, {"seconds_rollout": rollout_s})
     return StepSummary(

@@ -64,6 +64,10 @@ METRICS: dict[str, Metric] = {
             "count",
             "Groups whose rewards are all equal: they teach nothing. Many: the task is too easy or too hard.",
         ),
+        groups_left_out=(
+            "count",
+            "Groups with equal rewards that were replaced, or drawn in vain, with refill_groups: sampled, not trained on.",
+        ),
         trajectories=("count", "Trajectories that are trained on."),
         trajectories_dropped=(
             "count",
