@@ -158,7 +158,7 @@ def chat_sequences(
 
     loss_on: all assistant turns, or the last one only.
 
-    Raises DataError for a turn that can't be told from its prompt, or is empty.
+    Raises DataError for a turn that can't be separated from its prompt, or is empty.
     """
     replies = [k for k, message in enumerate(chat.messages) if message["role"] == "assistant"]
     turns = [_turn(chat, k, form) for k in (replies if loss_on == "all" else replies[-1:])]
@@ -176,7 +176,7 @@ def _turn(chat: Chat, index: int, form: ChatFormat) -> Turn:
         raise DataError(f"{name}: the chat template can't render it: {type(error).__name__}: {error}") from None
     if not after.startswith(before):
         raise DataError(
-            f"{name}: the chat template does not begin the turn with its own prompt, so its tokens can't be told apart"
+            f"{name}: the chat template does not begin the turn with its own prompt, so the two can't be separated"
         )
     prompt_S, reply_S = form.ids(before), _until_stop(form.ids(after[len(before) :]), form.stops)
     if not len(prompt_S) or not set(reply_S.tolist()) - form.stops:

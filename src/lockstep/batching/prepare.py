@@ -114,9 +114,7 @@ def prepare(
     left_out, divisor = (weight_Q * scored_Q)[~trained_Q].sum(), _divisor(config, owner_Q)
     extra = {"unpacked_weight": np.array([left_out]), "divisor": divisor, "top_PC": _top(sequences)}
     batch = replace(batch, current_RS=_current(batch, sequences, step), **extra)
-    metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked)
-    if config.overlong_tokens is not None:
-        metrics["overlong_penalty"] = float(np.mean([overlong_penalty(rollout, config) for rollout in tokenized]))
+    metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked, config)
     metrics |= {"groups_without_signal": _without_signal(selected, advantage)} | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
@@ -243,12 +241,14 @@ def _sequence_metrics(fitted: Fitted, trained_Q: np.ndarray) -> dict[str, float]
     }
 
 
-def _reply_metrics(tokenized: list[Tokenized], unmasked: list[Tokenized]) -> dict[str, float]:
-    """The length of replies, the share that a limit cut off, the replies per trajectory, and the
-    tokens left for the loss.
+def _reply_metrics(tokenized: list[Tokenized], unmasked: list[Tokenized], config: TrainConfig) -> dict[str, float]:
+    """The length of replies and what it costs, the share that a limit cut off, the replies per
+    trajectory, and the tokens left for the loss.
     """
     replies = [size for rollout in tokenized for size in rollout.replies]
-    return {
+    penalties = [overlong_penalty(rollout, config) for rollout in tokenized]
+    costs = {} if config.overlong_tokens is None else {"overlong_penalty": sum(penalties) / len(penalties)}
+    return costs | {
         "reply_tokens_mean": sum(replies) / len(replies),
         "reply_tokens_max": float(max(replies)),
         "replies_truncated": sum(rollout.truncated for rollout in tokenized) / len(replies),
