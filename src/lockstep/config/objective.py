@@ -5,6 +5,7 @@ importance correction.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -80,6 +81,11 @@ class ObjectiveConfig(Config):
     kl_reference_step: int | None = Field(
         default=None, ge=0, description="the step the KL penalty pulls towards; None: step 0. Needs kl_coef > 0"
     )
+    kl_reference_path: Path | None = Field(
+        default=None,
+        description="folder of a published step, of any run of the same base model and adapter shape, that the KL penalty pulls "
+        "towards instead: the teacher of on-policy distillation (docs/algorithms.md). Needs kl_coef > 0",
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3",
         description="estimate of KL(policy || reference) at a sampled token, with x = log policy - log reference; k1: x; k2: x^2 / 2; "
@@ -151,9 +157,11 @@ class ObjectiveConfig(Config):
     @model_validator(mode="after")
     def _penalties_that_work(self) -> ObjectiveConfig:
         if self.kl_coef == 0:
-            for name in ("kl_reference_step", "kl_estimator", "kl_in", "kl_corrected"):
+            for name in ("kl_reference_step", "kl_reference_path", "kl_estimator", "kl_in", "kl_corrected"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} has no effect with kl_coef = 0: set kl_coef, or leave {name} out")
+        if self.kl_reference_step is not None and self.kl_reference_path is not None:
+            raise ValueError("kl_reference_step and kl_reference_path both name the reference: leave one out")
         if self.kl_in == "reward" and self.kl_corrected:
             raise ValueError("kl_corrected has no effect with kl_in = reward: the loss corrects its advantages itself")
         if self.kl_coef > 0 and self.kl_estimator == "k1" and self.kl_in == "loss" and not self.kl_corrected:
@@ -274,8 +282,8 @@ class ObjectiveConfig(Config):
 
     @property
     def reference_step(self) -> int | None:
-        """The step the KL penalty pulls towards; None without a penalty."""
-        return (self.kl_reference_step or 0) if self.kl_coef > 0 else None
+        """The run's own step that the KL penalty pulls towards; None without one."""
+        return (self.kl_reference_step or 0) if self.kl_coef > 0 and self.kl_reference_path is None else None
 
     @property
     def trains_without_signal(self) -> bool:

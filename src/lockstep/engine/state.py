@@ -185,13 +185,15 @@ def start_from(trainer: TrainerState, folder: Path) -> None:
     of another rank, scale or set of targets; nothing is changed then.
     """
     tensors, info = read_adapter(folder, trainer.sites, trainer.config, trainer.checkpoint.layout)
-    here = trainer.settings.lora
-    theirs = LoraSettings(info.rank, info.alpha, info.targets)
-    if here is None or (here.rank, here.alpha, set(here.targets)) != (info.rank, info.alpha, set(info.targets)):
-        raise ConfigError(
-            f"[model] lora: {folder} is an adapter of {theirs}, the run's is {here}: set it as the folder's"
-        )
+    _check_shape(trainer, info, f"[model] lora: {folder}")
     trainer.optimizer.assign_masters(tensors)
+
+
+def _check_shape(trainer: TrainerState, info: AdapterInfo, what: str) -> None:
+    """Raise ConfigError for an adapter of another rank, scale or set of targets than the trainer's."""
+    here, theirs = trainer.settings.lora, LoraSettings(info.rank, info.alpha, info.targets)
+    if here is None or (here.rank, here.alpha, set(here.targets)) != (info.rank, info.alpha, set(info.targets)):
+        raise ConfigError(f"{what} is an adapter of {theirs}, the run's is {here}: they must be the same")
 
 
 def save_step(trainer: TrainerState, folder: Path, on_host: OnHost | None = None) -> tuple[str, ...]:
@@ -246,11 +248,13 @@ def _write_adapter(trainer: TrainerState, folder: Path, state: Path) -> None:
 @contextmanager
 def reference_weights(trainer: TrainerState, folder: Path) -> Iterator[None]:
     """Another published step's weights in the model while the block runs; the present ones come
-    back in any case.
+    back in any case. Raises ConfigError for an adapter of another shape.
     """
     try:
         if trainer.settings.lora is not None:
-            tensors, _ = read_adapter(folder / "adapter", trainer.sites, trainer.config, trainer.checkpoint.layout)
+            adapter = folder / "adapter"
+            tensors, info = read_adapter(adapter, trainer.sites, trainer.config, trainer.checkpoint.layout)
+            _check_shape(trainer, info, f"the KL reference {adapter}")
             assign(trainer.trainables, tensors)
         else:
             file = StateFile(folder / "trainer" / FILE, private=True)

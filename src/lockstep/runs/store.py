@@ -56,6 +56,7 @@ class RunStore:
         self.path = Path(path).expanduser().resolve() / project / name
         self.steps_path = self.path / "steps"
         self._references: dict[int, RunCheckpoint] = {}
+        self._teachers: set[Path] = set()
         self._feeds: Feeds | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -205,6 +206,26 @@ class RunStore:
             self._database.add_reference(number)
             self._references[number] = known
         return known.path
+
+    def teacher(self, folder: Path, with_state: bool) -> Path:
+        """The folder of another run's published step, which a KL penalty pulls towards: checked once.
+
+        Raises StoreError for a folder that is none, for a step of another base model, and for one
+        whose full weights were removed (`with_state`).
+        """
+        folder = folder.expanduser().resolve()
+        if folder in self._teachers:
+            return folder
+        if not folder.name.isdecimal() or len(folder.parents) < 2:
+            raise StoreError(f"kl_reference_path = {folder} is no step: give PATH/PROJECT/NAME/steps/NUMBER")
+        identity, step = read_checkpoint(folder.parents[1], int(folder.name))
+        theirs, ours = (known.get("base_model") for known in (identity, self._identity))
+        if theirs != ours:
+            raise StoreError(f"kl_reference_path = {folder} is a step of {theirs}, this run trains {ours}")
+        if with_state and not step.resumable:
+            raise StoreError(f"kl_reference_path = {folder} has no optimizer state, which holds the full weights")
+        self._teachers.add(folder)
+        return folder
 
     def references(self) -> set[int]:
         """Steps that a KL penalty of this run has pulled towards."""

@@ -63,6 +63,10 @@ def refused(build, *parts: str) -> None:
         ),
         ({"loss_parameters": {"tau": 1.0}}, ["loss = cispo has no parameter 'tau': it has none"]),
         ({"kl_estimator": "k2"}, ["kl_estimator has no effect with kl_coef = 0"]),
+        (
+            {"kl_coef": 0.1, "kl_reference_step": 1, "kl_reference_path": "runs/p/m/steps/0001"},
+            ["kl_reference_step and kl_reference_path both name the reference"],
+        ),
         ({"kl_in": "reward"}, ["kl_in has no effect with kl_coef = 0"]),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, ["kl_estimator = k1 with kl_in = loss has a gradient of mean zero"]),
         (

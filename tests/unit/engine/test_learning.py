@@ -156,6 +156,42 @@ def test_a_kl_penalty_pulls_back_to_its_reference(trainer, tmp_path, settings):
     assert distance() < away / 2
 
 
+def test_a_student_learns_its_teacher_from_its_own_samples(folder, tmp_path):
+    """On-policy distillation: without any reward, KL(student || teacher) falls by 90% within 100 steps."""
+    from lockstep.engine.state import save_step
+    from packing import open_tiny
+
+    teacher, student = (open_tiny("qwen3", folder, "float32", True, Parallel()) for _ in range(2))
+    taught = {name: np_tensor(shape, number) for number, (name, shape) in enumerate(sorted(teacher.shapes.items()))}
+    teacher.optimizer.assign_masters(taught)
+    save_step(teacher, tmp_path / "teacher")
+    goal = distributions(teacher)
+    student.optimizer.assign_masters({name: tensor * ("lora_A" in name) for name, tensor in taught.items()})
+
+    def distance() -> float:
+        return float(np.mean([(p * np.log(p / q)).sum() for p, q in zip(distributions(student), goal, strict=True)]))
+
+    random, before = np.random.default_rng(1), distance()
+    config = TrainConfig(
+        learning_rate=1e-2,
+        lr_schedule="linear",
+        schedule_steps=100,
+        loss="reinforce",
+        kl_coef=1.0,
+        kl_estimator="k1",
+        kl_in="reward",
+    )
+    for number in range(1, 101):
+        step(student, random, config.at_step(number), tmp_path / "teacher", reward=0.0)
+    assert before > 0.1
+    assert distance() < 0.1 * before
+    lora = student.settings.lora
+    assert lora is not None
+    student.settings = replace(student.settings, lora=replace(lora, alpha=3.0))
+    with pytest.raises(ConfigError, match=r"the KL reference .*adapter is an adapter of .*alpha=16.0"):
+        step(student, random, config, tmp_path / "teacher", reward=0.0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_adapter_to_start_from(folder, tmp_path, dtype):
     """Step 0 computes what the adapter's run did, with its values in full precision; and only that adapter is taken."""

@@ -45,6 +45,24 @@ def test_steps_come_back_as_published(store):
     assert store.metrics() == {0: {"loss": 0.5}, 1: {"loss": 0.5}}
 
 
+def test_a_teacher_is_a_published_step_of_the_same_base_model(store, tmp_path):
+    store.claim({"base_model": "A"})
+    others = {}
+    for name, base in (("same", "A"), ("other", "B")):
+        others[name] = RunStore(tmp_path, "project", name)
+        others[name].claim({"base_model": base})
+        publish(others[name], 0)
+        others[name].close()
+    path = others["same"].steps_path / "0000"
+    assert store.teacher(path, with_state=False) == path.resolve()
+    with pytest.raises(StoreError, match="is a step of B, this run trains A"):
+        store.teacher(others["other"].steps_path / "0000", with_state=False)
+    with pytest.raises(StoreError, match="is no step: give PATH"):
+        store.teacher(path / "adapter", with_state=False)
+    with pytest.raises(StoreError, match="step 3 is not published"):
+        store.teacher(path.with_name("0003"), with_state=False)
+
+
 def test_steps_follow_each_other(store):
     with pytest.raises(StoreError, match="step 1 can't follow nothing"):
         publish(store, 1)

@@ -271,9 +271,7 @@ async def _trained(run: Run, batch: PackedFile, config: TrainConfig, made_by: st
     """The trainer's step. Whatever it raises, a colocated server serves the step of before again."""
     current = run.model.step
     try:
-        full = run.settings.lora is None
-        number = config.reference_step
-        reference = None if number is None else await asyncio.to_thread(run.store.reference, number, full)
+        reference = await asyncio.to_thread(run.reference, config)
         # Before the folder is made: a call that was given up may still be writing there until the
         # trainer answers this one.
         if run.trainer_ahead:

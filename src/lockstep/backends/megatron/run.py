@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.colocated import DedicatedGpus, Gpus, SharedGpus
 from lockstep.backends.megatron.delivery import AdapterDelivery, Delivery, MergedDelivery
@@ -18,6 +20,9 @@ from lockstep.inference.client import Server
 from lockstep.model import TrainableModel, version_name
 from lockstep.runs.store import RunStore
 from lockstep.trainer.client import Trainer
+
+if TYPE_CHECKING:
+    from lockstep.config.train import TrainConfig
 
 
 @dataclass
@@ -67,6 +72,15 @@ class Run:
         them. Step 0 of adapters is small, and a KL penalty that is set later pulls towards it.
         """
         return self.kept(current) | self.served | ({0} if self.settings.lora is not None else set())
+
+    def reference(self, config: TrainConfig) -> Path | None:
+        """The folder of the step that the KL penalty pulls towards; None without a penalty. Raises
+        StoreError for a step that is not there, or is of another base model.
+        """
+        full, number = self.settings.lora is None, config.reference_step
+        if config.kl_reference_path is not None:
+            return self.store.teacher(config.kl_reference_path, full)
+        return None if number is None else self.store.reference(number, full)
 
     @property
     def numerics(self) -> str:
