@@ -157,7 +157,9 @@ class SFTFile(Config):
     model: ModelSection
     backend: MegatronConfig = Field(default_factory=MegatronConfig)
     sft: SFTSection
-    task: TaskSection | None = Field(default=None, description="read by `lockstep train`; its seed is this command's, too")
+    task: TaskSection | None = Field(
+        default=None, description="read by `lockstep train`; its seed is this command's, too"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -52,17 +52,17 @@ def learned(tokenizer: Any, sequence: Any) -> str:
 def test_loss_lies_on_each_turn_once_behind_the_prompt_that_the_server_would_render(tokenizer, template):
     shape = form(tokenizer, template and TEMPLATES[template])
     sequences = chat_sequences(Chat("c", CHAT), shape, "all")
-    learned_turns = [text for one in sequences for text in learned(tokenizer, one).split("<|im_end|>")[:-1]]
+    learned_turns = [text for sequence in sequences for text in learned(tokenizer, sequence).split("<|im_end|>")[:-1]]
     assert len(learned_turns) == 3
-    assert sum(one.scored for one in sequences) == sum(
+    assert sum(sequence.scored for sequence in sequences) == sum(
         len(tokenizer(t + "<|im_end|>")["input_ids"]) for t in learned_turns
     )
     for turn, part in zip(learned_turns, ("yes", "look", "no"), strict=True):
         assert part in turn
     for index in (2, 4, 6):  # the turn's prompt, as the server renders it, begins a sequence
         prompt = shape.ids(shape.text(CHAT[:index], None, prompt=True))
-        assert any(one.tokens_S[: len(prompt)].tolist() == prompt.tolist() for one in sequences)
-    assert all(one.tokens_S[-1] == tokenizer.eos_token_id for one in sequences)  # not the newline after
+        assert any(sequence.tokens_S[: len(prompt)].tolist() == prompt.tolist() for sequence in sequences)
+    assert all(sequence.tokens_S[-1] == tokenizer.eos_token_id for sequence in sequences)  # not the newline after
     if template is None:
         assert len(sequences) == 1  # nothing is rewritten
     if template == "thinking_dropped":
@@ -118,11 +118,11 @@ def test_turns_that_can_not_be_masked_are_refused(tokenizer):
 def test_prompt_and_turn_are_tokenized_apart(tokenizer):
     """ "yes" is one token of the tiny tokenizer, but no server that was asked "ye" samples it."""
     glued = form(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
-    [one] = chat_sequences(
+    [sequence] = chat_sequences(
         Chat("c", [{"role": "user", "content": "ye"}, {"role": "assistant", "content": "s"}]), glued, "all"
     )
-    assert one.tokens_S.tolist() == [*glued.ids("ye"), *glued.ids("s")] != glued.ids("yes").tolist()
-    assert learned(tokenizer, one) == "s"
+    assert sequence.tokens_S.tolist() == [*glued.ids("ye"), *glued.ids("s")] != glued.ids("yes").tolist()
+    assert learned(tokenizer, sequence) == "s"
 
 
 def test_every_chat_once_per_epoch_wherever_a_run_resumes():

@@ -151,12 +151,12 @@ def test_long_trajectories_lose_reward(random):
     """Up to 6 sampled tokens nothing, at 10 all, half of it between; rewards that are equal otherwise then teach brevity."""
     config = TrainConfig(overlong_tokens=10, overlong_buffer=4, overlong_penalty=0.5, advantage="dr_grpo")
     groups = [group(random, [1.0] * 4, [2, 6, 8, 30])]
-    found = prepare(groups, model_name="m", step=0, config=config)
+    prepared = prepare(groups, model_name="m", step=0, config=config)
     by_hand = np.array([1.0, 1.0, 0.75, 0.5]) - 0.8125
-    np.testing.assert_allclose(sorted(found.batch.sequence_advantage_Q), sorted(by_hand), rtol=1e-6)
-    assert found.metrics["overlong_penalty"] == pytest.approx(0.1875)
-    assert found.metrics["reward"] == 1.0
-    assert found.metrics["groups_without_signal"] == 0
+    np.testing.assert_allclose(sorted(prepared.batch.sequence_advantage_Q), sorted(by_hand), rtol=1e-6)
+    assert prepared.metrics["overlong_penalty"] == pytest.approx(0.1875)
+    assert prepared.metrics["reward"] == 1.0
+    assert prepared.metrics["groups_without_signal"] == 0
 
 
 def test_a2_gspo_weighs_every_sequence_the_same(random):

@@ -210,20 +210,20 @@ def test_epochs_divide_by_the_policy_before_the_step(model, random):
 
     once = TrainConfig(loss="ppo", learning_rate=1e-2, minibatches=2, max_mismatch=None)
     three = once.model_copy(update={"epochs": 3})
-    whole, parts = opened(model, "float32"), opened(model, "float32")
-    batch = on_policy(whole, random, minibatches=2)
-    metrics = train_step(whole, batch, three, None, SILENT)
+    together, parts = opened(model, "float32"), opened(model, "float32")
+    batch = on_policy(together, random, minibatches=2)
+    metrics = train_step(together, batch, three, None, SILENT)
     singles = [train_step(parts, batch, once, None, SILENT) for _ in range(3)]
-    assert unchanged(whole, state(parts))
-    assert whole.optimizer.count == 6
+    assert unchanged(together, state(parts))
+    assert together.optimizer.count == 6
     assert metrics["tokens_scored"] == singles[0]["tokens_scored"]
     assert metrics["mismatch"] == singles[0]["mismatch"]  # of the weights before the first update
     own = {"old_logprobs": "trainer", "minibatches": 1}
-    single = on_policy(whole, random)
-    assert train_step(whole, single, once.model_copy(update=own), None, SILENT)["ratio_max"] == pytest.approx(
+    single = on_policy(together, random)
+    assert train_step(together, single, once.model_copy(update=own), None, SILENT)["ratio_max"] == pytest.approx(
         1, abs=1e-5
     )
-    again = train_step(whole, single, once.model_copy(update=own | {"epochs": 2}), None, SILENT)
+    again = train_step(together, single, once.model_copy(update=own | {"epochs": 2}), None, SILENT)
     assert again["ratio_max"] > 1.001
 
 

@@ -5,6 +5,7 @@ Shapes: S tokens, V vocabulary, Q sequences.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def hugging_face_loss(folder: Path, rows: list[list[Any]]) -> float:
     model = hugging_face(folder)
     total = count = 0.0
     with torch.no_grad():
-        for sequence in (one for row in rows for one in row):
+        for sequence in chain.from_iterable(rows):
             ids_1S = torch.from_numpy(sequence.tokens_S.astype(np.int64))[None]
             labels_1S = ids_1S.masked_fill(~torch.from_numpy(sequence.loss_mask_S), -100)
             loss = model(input_ids=ids_1S, labels=labels_1S, use_cache=False).loss
