@@ -67,13 +67,16 @@ async def prefix_hits(server) -> float:
 
 
 async def printable(model, messages):
-    """A turn whose text is tokenized to what was sampled: most of a random model's bytes are no text."""
-    for _ in range(20):
-        for turn in await roll_out(model, messages, n=16, tokens=2):
+    """A turn whose text is tokenized to what was sampled: most of a random model's bytes are no text.
+
+    Hot, and in more tries than are needed: a step or two at a high rate make a policy whose 320 turns had no text, now and then.
+    """
+    for _ in range(60):
+        for turn in await roll_out(model, messages, n=16, tokens=2, temperature=2.0):
             text = turn.choices[-1].message.content or ""
             if len(text) == 2 and all("!" <= letter <= "Z" for letter in text):  # small letters may become one token
                 return turn.choices[-1]
-    raise AssertionError("no printable turn in 320")
+    raise AssertionError("no printable turn in 960")
 
 
 async def multi_turn(model):

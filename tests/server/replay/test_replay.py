@@ -1,7 +1,7 @@
 """Expert replay on real parts: the experts vLLM used, choice by choice, are the ones Megatron-Core trains on.
 
 One server and one trainer for the whole file, on a Qwen3 mixture of experts in fp32, where routed experts have one right answer.
-Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
+Shape suffixes: S tokens, L mixture-of-experts layers, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,19 +56,49 @@ async def running(runtime, base_model, tmp_path_factory):
     await backend.close()
 
 
-def hugging_face(base_model, adapter, ids_S):
-    """(log-probability of each token after the first, [S, L, K] experts) from PEFT on the Hugging Face model, in fp32."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+NEAR = 1e-4
+"""Router logits that are nearer than this may come in either order in fp32: ten times what two programs differ by."""
+MOST_TIES = 4
+"""Of some 35,000 choices; a fault shows in hundreds, and by more than NEAR."""
 
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    ids = torch.tensor([ids_S])
-    with torch.no_grad():
-        out = model(ids, output_router_logits=True)
-    logprobs = out.logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-    experts_SLK = torch.stack([layer.topk(SHAPE.top_k).indices for layer in out.router_logits], 1)
-    return logprobs.numpy(), experts_SLK.numpy()
+
+class Reference:
+    """PEFT on the Hugging Face model in fp32, made to go on with the server's experts.
+
+    Without that, one choice between equal experts would change all later log-probabilities.
+    """
+
+    def __init__(self, base_model, adapter):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        self.model, self.ties = PeftModel.from_pretrained(model, adapter).eval(), 0
+        self._rows_SLK, self._way = np.zeros(0), ""
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.gate.register_forward_hook(partial(self._replay, number))
+
+    def logprobs(self, ids_S, rows_SLK, temperature, way):
+        """[S - 1] log-probability of each token after the first. Fails where the server's experts are not the router's."""
+        self._rows_SLK, self._way = rows_SLK, way
+        ids = torch.tensor([ids_S])
+        with torch.no_grad():
+            logprobs = (self.model(ids).logits / temperature).log_softmax(-1)[0, :-1]
+        return logprobs.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+    def _replay(self, layer, gate, _inputs, routed):
+        logits_SE, scores_SK, chosen_SK = routed
+        theirs_SK = torch.from_numpy(self._rows_SLK[:, layer].astype(np.int64))
+        count = len(theirs_SK)  # the last token's experts are not sent
+        own_SK, served_SK = logits_SE[:count].gather(1, chosen_SK[:count]), logits_SE[:count].gather(1, theirs_SK)
+        differs_SK = chosen_SK[:count] != theirs_SK
+        apart = float((own_SK - served_SK).abs()[differs_SK].max()) if differs_SK.any() else 0.0
+        assert apart < NEAR, f"{self._way}, layer {layer}: the server chose an expert whose logit is {apart} away"
+        self.ties += int(differs_SK.any(1).sum())
+        chosen_SK = torch.cat([theirs_SK, chosen_SK[count:]])
+        weights_SK = logits_SE.softmax(-1).gather(1, chosen_SK)
+        weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True) if gate.norm_topk_prob else weights_SK
+        return logits_SE, weights_SK.to(scores_SK.dtype), chosen_SK
 
 
 async def test_replayed_experts_are_the_servers(running, base_model):
@@ -77,21 +108,23 @@ async def test_replayed_experts_are_the_servers(running, base_model):
     model, backend = running
     served = await served_in_every_way(model, backend.run_info(model).server)
     adapter = backend.run_path(model) / "steps" / f"{model.step:04d}" / "adapter"
+    reference = Reference(base_model, adapter)
     for way, trajectories in served.items():
         for trajectory in trajectories:
             for choice in trajectory.choices:
                 rows_SLK = routed_experts_of(choice)
                 ids = choice.prompt_token_ids + choice.token_ids
-                logprobs, expected_SLK = hugging_face(base_model, adapter, ids)
                 assert len(rows_SLK) == len(ids) - 1
-                np.testing.assert_array_equal(rows_SLK, expected_SLK[: len(rows_SLK)], err_msg=way)
                 sampled = choice.sampled_logprobs
+                logprobs = reference.logprobs(ids, rows_SLK, choice.sampling["temperature"], way)
                 np.testing.assert_allclose(sampled, logprobs[-len(sampled) :], atol=1e-5)
+    assert reference.ties <= MOST_TIES
     assert prompt_tokens(served["chunked prefill"]) > 3 * 2048
     everything = [rollout for part in served.values() for rollout in part]
     result = await backend.train(model, [group(everything)], CONFIG)
     assert result.metrics["mismatch_max"] < 1e-5
-    assert result.metrics["expert_choices_differ"] == 0.0
+    picks = result.metrics["tokens_computed"] * SHAPE.layers * SHAPE.top_k
+    assert result.metrics["expert_choices_differ"] * picks <= 2 * MOST_TIES + 0.5
     assert result.metrics["routed_experts_differ_between_turns"] == 0.0
     assert result.metrics["turns_split"] == 0.0
 
