@@ -205,6 +205,7 @@ def test_h7_a_lost_identity_comes_from_the_manifests(store, lost):
     """An emptied or missing run.sqlite once let another base model train on."""
     store.claim({"base_model": "a", "rank": 8})
     publish(store, 0)
+    claimed = read_checkpoint(store.path, None)[0]
     store.close()
     for file in store.path.glob("run.sqlite*"):
         file.unlink()
@@ -215,7 +216,8 @@ def test_h7_a_lost_identity_comes_from_the_manifests(store, lost):
         again.claim({"base_model": "b", "rank": 8})
     again.claim({"base_model": "a", "rank": 8})
     again.close()
-    assert read_checkpoint(store.path, None)[0] == {"base_model": "a", "rank": 8}
+    assert claimed == {"base_model": "a", "rank": 8, "key": claimed["key"]}
+    assert read_checkpoint(store.path, None)[0] == claimed
 
 
 def test_h7_steps_of_nobody_are_refused(store):
