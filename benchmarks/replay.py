@@ -19,15 +19,16 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 from shapes import DECIDED, ROUTED, write_random
 
+from lockstep.inference.environment.locate import default_kind
 from lockstep.models.tiny.tokenizer import save_tokenizer
 from lockstep.models.tiny.write import write_tiny
-from lockstep.validate.stage import Comparison, Report, Request
-from lockstep.validate.stages.train_inf_mismatch import run
+from lockstep.validate.figures import Outcome
+from lockstep.validate.request import Request
+from lockstep.validate.stages.server.train_inf_mismatch import run
 
 GAINS = {"routed": ROUTED, "decided": DECIDED}
 SHARE, KL = 0.25, 1e-3
@@ -49,38 +50,38 @@ def weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=list(GAINS), default="routed", help=what)
 
 
-def comparisons_of(report: Report, policy: str) -> tuple[Comparison, Comparison, Comparison]:
-    """(the server again, replay on, replay off)."""
-    compared = {row.compared: row for row in report.comparisons if row.policy == policy}
-    return compared["server again"], compared["trainer, replay"], compared["trainer, own choices"]
+WAYS = ("server again", "trainer, replay", "trainer, own choices")
 
 
-def table(report: Report) -> str:
+def values_of(outcome: Outcome, policy: str, way: str) -> dict[str, float]:
+    """The figures of one comparison, by their short names."""
+    label = f"{policy}, {way}: "
+    figures = {f.name.removeprefix(label): f for f in outcome.figures if f.name.startswith(label)}
+    values = {name: figure.value for name, figure in figures.items()}
+    return values | {"mean": figures["|difference|"].mean, "largest": figures["|difference|"].largest}
+
+
+def table(outcome: Outcome) -> str:
     lines = [
         f"{'':28}{'KL':>11}{'mean |dlogp|':>14}{'largest':>10}{'top-1':>8}{'top-20':>8}{'choices diff.':>14}{'own router':>12}"
     ]
     for policy in ("base", "adapter"):
-        names = ("server again", "trainer, replay on", "trainer, replay off")
-        for name, row in zip(names, comparisons_of(report, policy), strict=True):
-            v = row.values
-            cells = f"{v['kl']:11.2e}{v['mean_abs']:14.5f}{v['largest']:10.4f}{v['top1']:8.4f}{v['top20']:8.4f}"
-            replayed = "expert_choices_differ" in v
+        for way in WAYS:
+            v = values_of(outcome, policy, way)
+            top1, top20 = (1 - v[f"most likely {n} that differ"] for n in (1, 20))
+            cells = f"{v['KL']:11.2e}{v['mean']:14.5f}{v['largest']:10.4f}{top1:8.4f}{top20:8.4f}"
+            replayed = "expert choices that differ" in v
             cells += f"{'0' if replayed else '-':>14}" + (
-                f"{v['expert_choices_differ']:12.4%}" if replayed else f"{'-':>12}"
+                f"{v['expert choices that differ']:12.4%}" if replayed else f"{'-':>12}"
             )
-            lines.append(f"{policy + ': ' + name:28}{cells}")
+            lines.append(f"{policy + ': ' + way:28}{cells}")
     return "\n".join(lines)
 
 
-def verdict(report: Report) -> dict[str, float | bool]:
-    _, on, off = comparisons_of(report, "adapter")
-    share = on.values["kl"] / off.values["kl"] if off.values["kl"] else 0.0
-    return {
-        "kl_on": on.values["kl"],
-        "kl_off": off.values["kl"],
-        "share": share,
-        "ok": share <= SHARE and on.values["kl"] <= KL,
-    }
+def verdict(outcome: Outcome) -> dict[str, float | bool]:
+    on, off = (values_of(outcome, "adapter", way)["KL"] for way in WAYS[1:])
+    share = on / off if off else 0.0
+    return {"kl_on": on, "kl_off": off, "share": share, "ok": share <= SHARE and on <= KL}
 
 
 def device() -> str:
@@ -103,26 +104,26 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         request = Request(
-            str(checkpoint(options, Path(scratch))),
+            checkpoint(options, Path(scratch)),
             Path(scratch) / "stage",
+            "qwen3_5_moe",
+            default_kind(),
             seed=options.seed,
             prompts=options.prompts or (4 if options.tiny else 32),
             tokens=options.tokens or (12 if options.tiny else 512),
             dtype="bfloat16",
             server_args=tuple(options.server_arg),
         )
-        report = asyncio.run(run(request))
-    verdicts = verdict(report)
-    print(table(report))
-    print(
-        f"KL with replay: {verdicts['kl_on']:.2e}, {verdicts['share']:.3f} of that without (limits {KL:g} and {SHARE})"
-    )
+        outcome = asyncio.run(run(request))
+    judged = verdict(outcome)
+    print(table(outcome))
+    print(f"KL with replay: {judged['kl_on']:.2e}, {judged['share']:.3f} of that without (limits {KL:g} and {SHARE})")
     if options.output:
         shape = "tiny" if options.tiny else f"qwen3.5-35b-a3b, {options.layers} layers, {options.weights}"
-        details = asdict(report) | {"base_model": "random weights"}
-        figures = {"device": device(), "shape": shape, "verdict": verdicts, "report": details}
+        details = outcome.as_json() | {"base_model": "random weights"}
+        figures = {"device": device(), "shape": shape, "verdict": judged, "report": details}
         options.output.write_text(json.dumps(figures, indent=1) + "\n")
-    sys.exit(0 if verdicts["ok"] or options.tiny else 1)
+    sys.exit(0 if judged["ok"] or options.tiny else 1)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ KEPT = {
         "src/lockstep/gateway/app.py": "starlette's argument",
         "runtime/src/lockstep_wire/routed_experts.py": "digests in trajectories of earlier versions",
     },
+    "proven": {
+        "src/lockstep/validate/figures.py": "the status of a stage that was not run",
+        "docs/how-to/add-a-model.md": "the status of a stage that was not run",
+    },
     "picks": {"src/lockstep/metrics/names.py": "a metric that runs of earlier versions recorded"},
 }
 """Old words that a file format or another library keeps, and why."""

@@ -198,29 +198,44 @@ def score(
 @app.command()
 def validate(
     model: Annotated[
-        str, typer.Argument(help="a checkpoint folder, a Hugging Face id, or a run's folder", show_default=False)
+        str,
+        typer.Argument(
+            help="a checkpoint folder, a Hugging Face id, a GGUF file, a family's key (then a tiny model is made), or a "
+            "run's folder",
+            show_default=False,
+        ),
     ],
-    stages: Annotated[str, typer.Option(help="what to check, separated by commas")] = "train_inf_mismatch",
-    output: Annotated[Path, typer.Option(help="the report as JSON")] = Path("validation.json"),
-    seed: Annotated[int, typer.Option(min=0, help="seed of the random adapter and of the sampling")] = 0,
+    stages: Annotated[str, typer.Option(help="the stages to run, separated by commas; all if not given")] = "",
+    skip: Annotated[str, typer.Option(help="stages to leave out, separated by commas")] = "",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
+    parallel: Annotated[
+        str, typer.Option(help="the layout that correctness tries, as tp=2,ep=2; its own list if not given")
+    ] = "",
+    layers: Annotated[str, typer.Option(help="all, or minimal: the fewest leading layers with every kind")] = "all",
+    report: Annotated[Path, typer.Option(help="folder for report.json")] = Path("validation"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of all random inputs and of the sampling")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's if not given")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, of the stages with a server; the checkpoint's if not given")
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="end after the first stage that fails")] = False,
 ) -> None:
-    """Check a model on this machine: the trainer against the server.
+    """Check a model on this machine, stage by stage, each in a process of its own.
 
     Of a run the last step is checked, served with the settings and in the dtype of the run.
-    Exits with 1 if a stage is outside its limits.
+    Exits with 1 unless every selected stage passed.
     """
-    from lockstep.validate.runner import validate_model
+    from lockstep.validate import command
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: it is float32 or bfloat16")
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder: give a file")
-    names = [name.strip() for name in stages.split(",") if name.strip()]
-    settings = {"seed": seed, "prompts": prompts, "tokens": tokens, "dtype": dtype}
-    raise SystemExit(asyncio.run(validate_model(model, names, output, settings, console)))
+    if report.is_file():
+        raise ConfigError(f"--report {report} is a file: give a folder")
+    chosen, skipped = ([name.strip() for name in text.split(",") if name.strip()] for text in (stages, skip))
+    sizes = command.parse_parallel(parallel)
+    options = command.Options(chosen, skipped, device, sizes, layers, report, seed, prompts, tokens, dtype, stop)
+    raise SystemExit(command.validate(model, options, console))
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""What shows that a model is supported: stages, their figures and limits, planted faults, reports."""

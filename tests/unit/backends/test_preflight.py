@@ -1,18 +1,19 @@
 """What could not run is refused in one line, within 5 s and before any process starts; what is resolved says why."""
 
-# pyright: reportArgumentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import lockstep as ls
 from lockstep.backends.megatron.plan import capacity, placement, preflight, resolve
@@ -24,7 +25,6 @@ from lockstep.models.config import parse_config
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.free_memory import DeviceMemory
-from lockstep.validate.stage import Report
 from nothing_started import refused_at_once
 
 
@@ -315,8 +315,9 @@ async def test_a3_chat_serves_with_what_the_run_was_started_with(qwen, tmp_path,
 async def test_a3_validate_takes_a_run_as_chat_does(qwen, tmp_path, monkeypatch):
     """The last step's adapter, and the parser, arguments and dtype that the run was started with."""
     from lockstep.runs.store import RunStore
-    from lockstep.validate import runner
-    from lockstep.validate.stages.train_inf_mismatch import _server_config
+    from lockstep.validate.request import Request
+    from lockstep.validate.source import find_source
+    from lockstep.validate.stages.server.train_inf_mismatch import _job, _server_config
 
     backend = ls.MegatronBackend(path=tmp_path, tool_call_parser="pythonic", server_args=("--max-num-seqs", "3"))
     plan = await backend.resolve(model_of(qwen))
@@ -326,25 +327,19 @@ async def test_a3_validate_takes_a_run_as_chat_does(qwen, tmp_path, monkeypatch)
     for number in range(2):
         store.publish(number, store.stage(number), {})
     store.close()
-    asked = []
-
-    async def run_stage(name, request):
-        asked.append(request)
-        return Report(name, request.base_model, request.dtype, {}, "")
-
-    monkeypatch.setattr(runner, "run_stage", run_stage)
     monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "no-devices")
-    settings = {"seed": 5, "prompts": 1, "tokens": 4}
-    stages, output, console = ["train_inf_mismatch"], tmp_path / "out.json", Console(file=io.StringIO())
-    assert await runner.validate_model(str(store.path), stages, output, settings | {"dtype": None}, console) == 0
-    (request,) = asked
-    assert (request.base_model, request.dtype) == (str(qwen), "float32")
-    assert request.adapter == store.path / "steps" / "0001" / "adapter"
-    served = _server_config(qwen, False, "cpu", request)
+    source = find_source(str(store.path), "all", 0, tmp_path / "scratch", print)
+    assert (source.kind, source.folder, source.run) == ("run", qwen, store.path)
+    request = Request(source.folder, tmp_path / "stage", source.family, seed=5, run=source.run)
+    with ExitStack() as kept:
+        job = _job(request, kept)
+    assert (job.base, job.dtype) == (qwen, "float32")
+    assert job.adapter == store.path / "steps" / "0001" / "adapter"
+    served = _server_config(False, job)
     assert (served.tool_call_parser, served.extra_args, served.seed) == ("pythonic", ("--max-num-seqs", "3"), 5)
     assert served.lora.max_rank == 32
     with pytest.raises(ConfigError, match="--dtype bfloat16: the run trains in float32; leave it out"):
-        await runner.validate_model(str(store.path), stages, output, settings | {"dtype": "bfloat16"}, console)
+        _job(replace(request, dtype="bfloat16"), ExitStack())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""`lockstep validate MODEL`: finds the model, runs the stages, and writes the report."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from lockstep.errors import ConfigError
+from lockstep.inference.environment.locate import default_kind
+from lockstep.models.registry import get_model_support_spec_by_key
+from lockstep.validate.figures import PASSED, Outcome
+from lockstep.validate.registry import StageSpec, selected
+from lockstep.validate.request import Device, Request
+from lockstep.validate.runner import run_stages
+from lockstep.validate.source import find_source
+from lockstep.validate.summary import report_of, table, write_report
+
+_SIZES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert_tensor", "dp": "data"}
+_OF_A_RUN = ("train_inf_mismatch",)
+"""What a run is checked for when no stage is named: its last step, as it is served."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line's options, as the user gave them."""
+
+    stages: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    device: str | None = None
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    layers: str = "all"
+    report: Path = Path("validation")
+    seed: int = 0
+    prompts: int = 16
+    tokens: int = 64
+    dtype: str | None = None
+    stop: bool = False
+
+
+def parse_parallel(text: str) -> dict[str, int]:
+    """`tp=2,ep=2` as sizes by their full names. Raises ConfigError."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.partition("=")
+        if name not in _SIZES or not number.isdigit() or int(number) < 1:
+            raise ConfigError(f"--parallel {part}: give sizes as tp=2,ep=2; the names are {', '.join(_SIZES)}")
+        sizes[_SIZES[name]] = int(number)
+    return sizes
+
+
+def validate(model: str, options: Options, console: Console) -> int:
+    """The exit code: 0 only if every selected stage passed.
+
+    Raises ConfigError for an unknown stage or option, before anything starts, and what
+    `find_source` raises.
+    """
+    stages = selected(options.stages, options.skip)
+    device = _device(options.device)
+    scratch = Path(tempfile.mkdtemp(prefix="lockstep-validate-"))
+    failed = True
+    try:
+        with console.status("looking at the model") as status:
+            source = find_source(model, options.layers, options.seed, scratch, lambda line: status.update(Text(line)))
+        if source.kind == "run" and not options.stages:
+            stages = selected(_OF_A_RUN, options.skip)
+        request = Request(
+            source.folder, scratch / "stages", source.family, device, options.seed, options.dtype,
+            dict(options.parallel), options.prompts, options.tokens, source.run,
+        )  # fmt: skip
+        moe = get_model_support_spec_by_key(source.family).is_moe
+        outcomes = _run(stages, request, moe, options.stop, console)
+        report = report_of(source, request, outcomes, [stage.name for stage in stages], _command())
+        failed = not report["passed"]
+        path = write_report(report, options.report)
+        console.print(table(report))
+        console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+        if failed:
+            console.print(f"logs: {request.folder}", markup=False, highlight=False, soft_wrap=True)
+        return 1 if failed else 0
+    finally:
+        if not failed:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(stages: Sequence[StageSpec], request: Request, moe: bool, stop: bool, console: Console) -> dict[str, Outcome]:
+    with console.status("") as status:
+        current = {"stage": ""}
+
+        def starts(name: str) -> None:
+            current["stage"] = name
+            status.update(Text(name))
+
+        def done(stage: StageSpec, outcome: Outcome) -> None:
+            reason = "" if outcome.status == PASSED else f": {outcome.reason}"
+            line = f"{stage.name}: {outcome.status}, {outcome.seconds:.0f} s{reason}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        return run_stages(
+            stages, request, moe, stop, starts, lambda line: status.update(Text(f"{current['stage']}: {line}")), done
+        )
+
+
+def _device(asked: str | None) -> Device:
+    if asked not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {asked}: it is cpu or cuda")
+    if asked == "cuda" and default_kind() != "cuda":
+        raise ConfigError("--device cuda: this machine has no NVIDIA driver; leave it out, or say cpu")
+    return "cuda" if "cuda" in (asked or default_kind()) else "cpu"
+
+
+def _command() -> str:
+    return shlex.join(["lockstep", *sys.argv[1:]])

@@ -1,0 +1,102 @@
+"""The stages of `lockstep validate`, as data: what each shows, what it needs, and its deadline.
+
+A stage's module has `run(request) -> Outcome`, awaited where it is a coroutine. It is imported in
+the stage's own process only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lockstep.config.messages import unknown
+from lockstep.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage.
+
+    module: below `lockstep.validate.stages`.
+    server: it starts vLLM.
+    deadline_s: of the stage's process on a CPU, seconds.
+    moe_only: it says nothing about a dense model.
+    """
+
+    name: str
+    module: str
+    shows: str
+    deadline_s: float
+    server: bool = False
+    moe_only: bool = False
+
+
+STAGES: tuple[StageSpec, ...] = (
+    StageSpec(
+        "dependency_resolution",
+        "files.dependency_resolution",
+        "every installed package is at least as new as the family needs",
+        60,
+    ),
+    StageSpec(
+        "architecture_discovery",
+        "files.architecture_discovery",
+        "every field of the model's config is read or known to have no effect",
+        60,
+    ),
+    StageSpec(
+        "tokenizer_and_template",
+        "files.tokenizer_and_template",
+        "tokens, end of turn and chat template of trainer and server agree",
+        120,
+    ),
+    StageSpec(
+        "hf_parity",
+        "engine.hf_parity",
+        "every module, the loss, all gradients and one update are Hugging Face's",
+        600,
+    ),
+    StageSpec(
+        "weight_round_trip",
+        "engine.weight_round_trip",
+        "a checkpoint that is read and written at any parallel sizes keeps its bytes",
+        300,
+    ),
+    StageSpec(
+        "packing_invariance",
+        "engine.packing_invariance",
+        "packed rows give the log-probabilities and gradients of single sequences",
+        300,
+    ),
+    StageSpec(
+        "train_inf_mismatch",
+        "server.train_inf_mismatch",
+        "the trainer gives tokens the log-probabilities that the server sampled them with",
+        900,
+        server=True,
+    ),
+)
+
+
+def stage_names() -> tuple[str, ...]:
+    return tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> StageSpec:
+    """Raises ConfigError for a stage that does not exist."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ConfigError(unknown(name, stage_names(), "lockstep validate"))
+
+
+def selected(stages: Sequence[str], skip: Sequence[str]) -> tuple[StageSpec, ...]:
+    """The stages to run, in the registry's order. No `stages`: all but `skip`.
+
+    Raises ConfigError for an unknown name, and when nothing is left.
+    """
+    wanted = {stage_named(name).name for name in stages} or set(stage_names())
+    wanted -= {stage_named(name).name for name in skip}
+    if not wanted:
+        raise ConfigError(f"no stage is left to run: choose from {', '.join(stage_names())}")
+    return tuple(stage for stage in STAGES if stage.name in wanted)

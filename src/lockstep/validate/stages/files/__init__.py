@@ -1,0 +1,1 @@
+"""Stages that read the model's files only."""

@@ -1,0 +1,1 @@
+"""Stages that start the server."""

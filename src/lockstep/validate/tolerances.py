@@ -1,0 +1,71 @@
+"""Every limit of `lockstep validate` in one table, each with its reason.
+
+A limit is loosened only by a measurement that shows the difference to be rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16", "any"]
+Device = Literal["cpu", "cuda", "any"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The limit of one figure, by its name in the reports. The first row that fits counts."""
+
+    figure: str
+    precision: Precision
+    device: Device
+    limit: float
+    reason: str
+
+
+_SUMS = "fp32 against fp32; sums are taken in another order"
+_GRADIENTS = "fp32 sums over tokens; relative to the tensor's largest entry, or 0.1% of the model's largest"
+_EXACT = "bytes are moved and not computed with"
+
+_SIDES = "bf16 rounds at other places in two programs; routed experts are replayed"
+_PERCENT = {"llama3": 4.0, "qwen3": 4.0, "qwen3_5": 4.0, "qwen3_moe": 7.0, "qwen3_5_moe": 5.0}
+"""By family: the mean difference may be so much of the mean |log-probability|."""
+
+TOLERANCES = (
+    Tolerance(
+        "module outputs",
+        "float32",
+        "any",
+        1e-5,
+        "fp32's rounding, which layers add up; from the module's largest value",
+    ),
+    Tolerance("logits", "float32", "any", 2e-6, _SUMS + "; from the largest logit"),
+    Tolerance("loss", "float32", "any", 1e-6, _SUMS),
+    Tolerance("gradients", "float32", "any", 2e-5, _GRADIENTS),
+    Tolerance("gradient norm", "float32", "any", 1e-5, "a sum of squares over all tensors"),
+    Tolerance(
+        "weights after a step", "float32", "any", 1e-6, "absolute; learning rate 0.01 times the gradients' rounding"
+    ),
+    Tolerance("packed log-probabilities", "float32", "any", 1e-5, "nats; the same tokens in rows of other lengths"),
+    Tolerance("packed gradients", "float32", "any", 2e-5, _GRADIENTS),
+    Tolerance("layout log-probabilities", "float32", "any", 1e-5, "nats; sums are split over ranks"),
+    Tolerance("layout gradients", "float32", "any", 2e-5, _GRADIENTS),
+    Tolerance("mismatch of a token", "float32", "any", 1e-4, "nats; two programs in fp32 agree on every token"),
+    Tolerance("mismatch of a token", "bfloat16", "any", float("inf"), "bf16's rounding of a rare token has no bound"),
+    Tolerance("mismatch KL", "float32", "any", 1e-6, "nats a token; two programs in fp32"),
+    Tolerance("mismatch KL", "bfloat16", "any", 1e-3, _SIDES),
+    *(Tolerance(f"mismatch percent of {f}", "float32", "any", 0.01, "of the mean |log-probability|") for f in _PERCENT),
+    *(Tolerance(f"mismatch percent of {f}", "bfloat16", "any", p, _SIDES) for f, p in _PERCENT.items()),
+    Tolerance("bytes that differ", "any", "any", 0, _EXACT),
+)
+"""The engine's limits are those of its own tests against Hugging Face."""
+
+
+def limit_of(figure: str, precision: str = "any", device: str = "any") -> float:
+    """The limit of a figure. Raises ConfigError where the table has no row for it."""
+    for row in TOLERANCES:
+        if row.figure == figure and row.precision in ("any", precision) and row.device in ("any", device):
+            return row.limit
+    raise ConfigError(f"validate/tolerances.py has no limit for {figure!r} in {precision} on {device}")
