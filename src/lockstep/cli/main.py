@@ -212,7 +212,7 @@ def validate(
         str, typer.Option(help="the layout that correctness tries, as tp=2,ep=2; its own list if not given")
     ] = "",
     layers: Annotated[str, typer.Option(help="all, or minimal: the fewest leading layers with every kind")] = "all",
-    report: Annotated[Path, typer.Option(help="folder for report.json")] = Path("validation"),
+    report: Annotated[Path, typer.Option(help="folder for report.json and report.html")] = Path("validation"),
     seed: Annotated[int, typer.Option(min=0, help="seed of all random inputs and of the sampling")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
@@ -220,6 +220,9 @@ def validate(
         str | None, typer.Option(help="float32 or bfloat16, of the stages with a server; the checkpoint's if not given")
     ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="end after the first stage that fails")] = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="folder in which the family's file keeps this report's short form")
+    ] = None,
 ) -> None:
     """Check a model on this machine, stage by stage, each in a process of its own.
 
@@ -234,7 +237,9 @@ def validate(
         raise ConfigError(f"--report {report} is a file: give a folder")
     chosen, skipped = ([name.strip() for name in text.split(",") if name.strip()] for text in (stages, skip))
     sizes = command.parse_parallel(parallel)
-    options = command.Options(chosen, skipped, device, sizes, layers, report, seed, prompts, tokens, dtype, stop)
+    options = command.Options(
+        chosen, skipped, device, sizes, layers, report, seed, prompts, tokens, dtype, stop, evidence
+    )
     raise SystemExit(command.validate(model, options, console))
 
 
@@ -244,11 +249,14 @@ def models() -> None:
     from rich.padding import Padding
 
     from lockstep.models.registry import list_model_support_specs
+    from lockstep.validate.evidence import summary_of, unbacked
 
     for spec in list_model_support_specs():
         kind = "mixture of experts" if spec.is_moe else "dense"
         weights = f"weights as {spec.default_rollout_weights_mode}, adapters in vLLM {spec.native_vllm_lora_status}"
-        _say(f"{spec.key}: {kind}; {weights}; evidence: {spec.evidence or 'none yet'}")
+        _say(f"{spec.key}: {kind}; {weights}; evidence: {summary_of(spec.key)} ({spec.evidence})")
+        for line in unbacked(spec):
+            _say(f"  {line}")
         console.print(Padding(escape(", ".join(spec.model_names)), (0, 0, 1, 2)), highlight=False)
 
 

@@ -214,7 +214,7 @@ def _unknown(base_model: str) -> str:
     return (
         f"{base_model}{named} is not a supported model. Known families: {known}. "
         "A fine-tune of one of them is recognised as a local folder: download it and give its path. To add a family, see "
-        "docs/adding-a-model.md; the functions of this module try the nearest one with allow_unvalidated_arch=True"
+        "docs/how-to/add-a-model.md; the functions of this module try the nearest one with allow_unvalidated_arch=True"
     )
 
 

@@ -16,7 +16,9 @@ from rich.text import Text
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.locate import default_kind
 from lockstep.models.registry import get_model_support_spec_by_key
+from lockstep.validate.evidence import add_record
 from lockstep.validate.figures import PASSED, Outcome
+from lockstep.validate.page.page import write_page
 from lockstep.validate.registry import StageSpec, selected
 from lockstep.validate.request import Device, Request
 from lockstep.validate.runner import run_stages
@@ -43,6 +45,7 @@ class Options:
     tokens: int = 64
     dtype: str | None = None
     stop: bool = False
+    evidence: Path | None = None
 
 
 def parse_parallel(text: str) -> dict[str, int]:
@@ -73,15 +76,19 @@ def validate(model: str, options: Options, console: Console) -> int:
             stages = selected(_OF_A_RUN, options.skip)
         request = Request(
             source.folder, scratch / "stages", source.family, device, options.seed, options.dtype,
-            dict(options.parallel), options.prompts, options.tokens, source.run,
+            dict(options.parallel), options.prompts, options.tokens, source.run, source.kind == "tiny",
         )  # fmt: skip
         moe = get_model_support_spec_by_key(source.family).is_moe
         outcomes = _run(stages, request, moe, options.stop, console)
         report = report_of(source, request, outcomes, [stage.name for stage in stages], _command())
         failed = not report["passed"]
         path = write_report(report, options.report)
+        page = write_page(report, options.report)
         console.print(table(report))
-        console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+        if options.evidence is not None:
+            kept = add_record(report, options.evidence)
+            console.print(f"evidence: {kept}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"report: {path}, {page}", markup=False, highlight=False, soft_wrap=True)
         if failed:
             console.print(f"logs: {request.folder}", markup=False, highlight=False, soft_wrap=True)
         return 1 if failed else 0

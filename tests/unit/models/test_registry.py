@@ -84,7 +84,7 @@ def test_unknown_models_are_refused_with_what_is_known(tmp_path: Path) -> None:
     folder = folder_with({"architectures": ["Mistral9ForCausalLM"]}, tmp_path / "m")
     for name in ("mistralai/Mistral-9", folder):
         with pytest.raises(
-            UnsupportedModelError, match=r"qwen3_5_moe: .*docs/adding-a-model.md.*allow_unvalidated_arch"
+            UnsupportedModelError, match=r"qwen3_5_moe: .*docs/how-to/add-a-model.md.*allow_unvalidated_arch"
         ):
             get_model_support_spec(name)
         assert not is_model_support_registered(name)
