@@ -24,7 +24,7 @@ class Request:
     dtype: float32 or bfloat16, of the stages with a server; None: the checkpoint's.
     parallel: sizes that `correctness` tries; none: its own list.
     prompts, tokens: sequences and tokens for each that the server samples.
-    adapter: a PEFT folder for `train_inf_mismatch`; None: a random adapter.
+    random: the model was made here, of random weights.
     run: a run's folder, whose last step is served as the run is.
     server_args: further arguments of vLLM's command line.
     say: progress, one line at a time.
@@ -40,6 +40,7 @@ class Request:
     prompts: int = 16
     tokens: int = 64
     run: Path | None = None
+    random: bool = False
     server_args: tuple[str, ...] = ()
     say: Callable[[str], None] = _silent
 

@@ -25,7 +25,7 @@ PROGRESS, OUTCOME = "progress", "outcome.json"
 
 def run_stage(name: str, request: Request) -> Outcome:
     """Run one stage in this process. Raises what the stage raises."""
-    stage = importlib.import_module(f"lockstep.validate.stages.{stage_named(name).module}")
+    stage = importlib.import_module(f"lockstep.validate.{stage_named(name).module}")
     answer = stage.run(request)
     return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lockstep.batching.pack import pack
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import TokenSequence
+from lockstep.models.config import ModelConfig
 
 VOCABULARY = 200
 """Ids below this exist in every model."""
@@ -64,3 +67,15 @@ def batch_of(
         data=data,
         multiple=8,
     )
+
+
+def with_random_experts(batch: PackedBatch, config: ModelConfig, seed: int) -> PackedBatch:
+    """The batch with random routed experts, which no router would choose. A dense model's stays as
+    it is.
+    """
+    if not config.is_moe:
+        return batch
+    shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
+    choices = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
+    kind = np.uint8 if config.experts <= 256 else np.uint16
+    return replace(batch, experts_RSLK=choices[..., : config.experts_per_token].astype(kind))

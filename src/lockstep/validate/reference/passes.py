@@ -6,6 +6,8 @@ Shapes: S row tokens, V vocabulary of this rank, P scored tokens of all sequence
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -106,14 +108,44 @@ def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor
 
 def named_gradients(trainer: TrainerState) -> dict[str, Tensor]:
     """Gradients by canonical name, after the passes on one rank that holds everything."""
-    gradients: dict[str, Tensor] = {}
+    return _named(trainer, "gradient")
+
+
+def named_masters(trainer: TrainerState) -> dict[str, Tensor]:
+    """The optimizer's masters by canonical name, on one rank that holds everything."""
+    return _named(trainer, "weight")
+
+
+def _named(trainer: TrainerState, kind: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for bucket in trainer.optimizer.buckets:
+        values = bucket.gradients[bucket.low : bucket.high] if kind == "gradient" else bucket.master
         for trainable, first, last, place in bucket.slices():
-            part = bucket.gradients[bucket.low : bucket.high][place].cpu()
+            part = values[place].cpu()
             for box in rectangles(trainable, first, last):
-                tensor = gradients.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
+                tensor = tensors.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
                 tensor = tensor if box.index is None else tensor[box.index]
                 tensor.reshape(len(tensor), -1)[box.rows, box.columns] = part[box.first : box.last].view(
                     box.rows.stop - box.rows.start, -1
                 )
-    return gradients
+    return tensors
+
+
+def moved_tensors(
+    trainer: TrainerState, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """By tensor, over this rank's masters: (sum of |difference from `after`|, sum of |`after` -
+    `before`|).
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for bucket in trainer.optimizer.buckets:
+        for trainable, first, last, place in bucket.slices():
+            part = bucket.master[place].cpu()
+            for box in rectangles(trainable, first, last):
+                start, wanted = (
+                    tensors[box.name][box.rows, box.columns].reshape(-1).float() for tensors in (before, after)
+                )
+                difference, move = sums.get(box.name, (0.0, 0.0))
+                difference += float((part[box.first : box.last] - wanted).abs().sum())
+                sums[box.name] = difference, move + float((wanted - start).abs().sum())
+    return sums

@@ -22,7 +22,7 @@ from lockstep.validate.reference.assembled import Rank, hf_tensors, same_bytes
 from lockstep.validate.request import Request
 from lockstep.validate.tolerances import limit_of
 
-_SIZES = tuple(itertools.product((1, 2), (1, 2), (1, 2), (1, 2)))
+_SIZES = (*itertools.product((1, 2), (1, 2), (1, 2), (1, 2)), (3, 1, 1, 1))
 """(tensor, expert, expert tensor, pipeline)."""
 Spoiled = Callable[[list[list[Share]], Sequence[Rank]], None]
 

@@ -30,7 +30,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}},
     },
 }
-_CALL = {"type": "function", "function": {"name": "find_town", "arguments": {"name": "Ulm"}}}
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "find_town", "arguments": {"name": "Ulm"}}}
 REASONING = "<think>\nforty and two\n</think>\n\n42"
 Messages = list[dict[str, Any]]
 SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
@@ -57,7 +57,7 @@ SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
         [
             {"role": "user", "content": "Where is Ulm?"},
             {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-            {"role": "tool", "content": "on the Danube"},
+            {"role": "tool", "tool_call_id": "call_1", "content": "on the Danube"},
         ],
         [_TOOL],
     ),

@@ -243,9 +243,10 @@ def _compare(
 
 
 def limits_for(family: str, dtype: str) -> dict[str, float]:
-    """Of the trainer against the server, by figure."""
+    """Of the trainer against the server, by figure; a token in bf16 has none."""
     percent = limit_of(f"mismatch percent of {family}", dtype)
-    return {"largest": limit_of("mismatch of a token", dtype), "percent": percent, "kl": limit_of("mismatch KL", dtype)}
+    limits = {"percent": percent, "kl": limit_of("mismatch KL", dtype)}
+    return limits | ({"largest": limit_of("mismatch of a token", dtype)} if dtype == "float32" else {})
 
 
 async def _trained(
