@@ -88,6 +88,6 @@ def with_room(figures: list[Figure], noise: list[Figure]) -> list[Figure]:
 
     The figure that rounding amplifies most counts for all: any one of them may cancel by chance.
     """
-    amplified = max(one.value / one.limit for one in noise if one.limit)
+    amplified = max(rounding.value / rounding.limit for rounding in noise if rounding.limit)
     room = min(max(1.0, _NOISE_ROOM * amplified), _MOST_ROOM)
     return [one_figure.loosened(room) for one_figure in figures]
