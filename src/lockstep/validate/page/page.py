@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lockstep.validate.figures import NOT_PROVEN
 from lockstep.validate.page.plots import curves, parity, scatter
 from lockstep.validate.page.style import STYLE
 from lockstep.validate.summary import nearest, verdict
@@ -66,7 +67,8 @@ def _overview(report: Mapping[str, Any]) -> str:
 
 
 def _badge(status: str) -> str:
-    return f"<span class='badge {escape(status.replace(' ', '-'))}'>{escape(status)}</span>"
+    kind = "open" if status == NOT_PROVEN else status.replace(" ", "-")
+    return f"<span class='badge {escape(kind)}'>{escape(status)}</span>"
 
 
 def _stage(entry: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ border-bottom:1px solid var(--line);vertical-align:top}tr:last-child td{border-b
 th{color:var(--soft);font-weight:600;background:var(--card)}.number{text-align:right;white-space:nowrap;
 font-variant-numeric:tabular-nums}
 .badge{font-size:.78rem;font-weight:600;padding:1px 8px;border-radius:99px;border:1px solid currentColor;white-space:nowrap}
-.badge.passed{color:var(--good)}.badge.failed{color:var(--bad)}.badge.not-proven{color:var(--warn)}
+.badge.passed{color:var(--good)}.badge.failed{color:var(--bad)}.badge.open{color:var(--warn)}
 .badge.not-applicable{color:var(--soft)}
 details{margin:.5em 0}summary{cursor:pointer;color:var(--soft);padding:4px 0}
 ul{padding-left:1.2em;color:var(--soft);font-size:.88rem}
