@@ -435,6 +435,7 @@ async def check_torn_sync(model, backend, groups, monkeypatch):
     """
     run, step = backend.run_info(model), model.step
     before = await run.server.score(model.inference_name(), PROBE_S)
+    run.server.closing.set()  # its watch would end it
     monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"loop@{step + 1} did not reach the server, which still serves loop@{step}"
     with stopped_at(monkeypatch, run, "sync_adapter"), pytest.raises(ServerError, match=missed):

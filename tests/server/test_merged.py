@@ -203,6 +203,7 @@ async def check_stalled_sync(model, backend, task, section, monkeypatch):
     """A server that stops in the middle: a named error within the deadline, the old version served, and the way on."""
     step = model.step
     groups = await roll_out(model, task, section, step)
+    backend.run_info(model).server.closing.set()  # its watch would end it
     monkeypatch.setattr(deadlines, "SYNC_S", 3.0)
     missed = f"merged@{step + 1} did not reach the server, which still serves merged@{step}"
     with stopped_at(monkeypatch, backend.run_info(model), "sync"), pytest.raises(ServerError, match=missed):

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frozen_processes import LOOPBACK, below, listening, shared_memory
 from lockstep.errors import ServerError
 from lockstep.inference.launch import ServerConfig, _first_token, launch, reserved_port
+from lockstep_wire import http_paths
 
 # Shapes: S tokens of a sequence, V vocabulary.
 pytestmark = pytest.mark.server
@@ -404,3 +405,23 @@ async def test_low_tools_that_are_no_list_do_not_lose_the_reply(server):
     body = {"model": "base", "prompt": [5, 6, 7, 8], "max_tokens": 2, "tools": 5}
     reply = await server.call("POST", "/v1/completions", body)
     assert len(reply.json()["choices"][0]["token_ids"]) == 2
+
+
+async def test_m5_a_silent_sender_does_not_block_the_worker(server, tmp_path):
+    """It never comes, as a trainer that is stopped at that moment."""
+    tmp_path.chmod(0o700)
+    sender = {"transport": "gloo", "folder": str(tmp_path), "world_size": 2, "deadline_s": 2.0}
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"(?i)time"):
+        await server.call("POST", http_paths.SYNC_CONNECT, {"senders": [sender]})
+    assert time.monotonic() - started < 30
+    assert await server.score("base", [5, 6, 7])
+
+
+async def test_a_store_that_others_can_enter_is_refused(server, tmp_path):
+    tmp_path.chmod(0o755)
+    for folder in (tmp_path, tmp_path / "none", "/etc", "/etc/passwd", "\0", ""):
+        sender = {"transport": "gloo", "folder": str(folder), "world_size": 2, "deadline_s": 2.0}
+        with pytest.raises(ServerError, match=r"no private folder|can't be seen here"):
+            await server.call("POST", http_paths.SYNC_CONNECT, {"senders": [sender]})
+    assert list(tmp_path.iterdir()) == []

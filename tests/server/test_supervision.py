@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import lockstep as ls
-from frozen_processes import children
+from endless import LOOP, endless_on_signal
+from frozen_processes import children, engine_core
 from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.config import deadlines
 from lockstep.errors import TrainerLostError
@@ -29,10 +31,12 @@ CONFIG = ls.TrainConfig(learning_rate=1e-2)
 
 @pytest.fixture(scope="module")
 async def running(runtime, tmp_path_factory):
-    """(model, backend) at step 0."""
-    model, backend = await registered(tmp_path_factory.mktemp("supervised"))
-    yield model, backend
-    await backend.close()
+    """(model, backend) at step 0. The signal LOOP sends the trainer's ranks into an endless loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(endless_on_signal(tmp_path_factory.mktemp("planted"))))
+        model, backend = await registered(tmp_path_factory.mktemp("supervised"))
+        yield model, backend
+        await backend.close()
 
 
 async def registered(folder, **settings):
@@ -101,6 +105,34 @@ async def test_h9_a_trainer_that_is_killed_is_started_anew(running, monkeypatch,
     assert "trainer_restarts" not in (await step(model, backend)).metrics
 
 
+@pytest.mark.parametrize("moment", ["in the step", "between requests"])
+async def test_m4_a_rank_that_loops_is_found_in_ten_seconds(running, monkeypatch, caplog, moment):
+    """In a step its heartbeats go on, and only its progress stands still; between requests it is silent."""
+    from lockstep.trainer.life import Signs
+
+    model, backend = running
+    await step(model, backend)  # the trainer's speed is known from its second step on
+    run, heard, struck_at = backend.run_info(model), Signs.heard, []
+
+    def striking(life, event):
+        if not struck_at and event.get("phase") == "forward_backward":
+            struck_at.append(time.monotonic())
+            os.kill(rank_of(run), LOOP)
+        return heard(life, event)
+
+    if moment == "in the step":
+        monkeypatch.setattr(Signs, "heard", striking)
+        why = r"stands still during train_step, busy with \w+, since [\d:]+ \((\d+) s\): rank 0 at .*endless"
+    else:
+        struck(monkeypatch, run, "train_step", LOOP)
+        why = r"is silent during train_step, since [\d:]+ \((\d+) s\)"
+    result = await step(model, backend)
+    assert result.metrics["trainer_restarts"] == 1.0
+    said = re.search(f"trainer {why}.*; last lines of", caplog.text)
+    assert said, caplog.text
+    assert int(said[1]) <= 10
+
+
 async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, caplog):
     model, backend = running
     stopped = rank_of(backend.run_info(model))
@@ -125,36 +157,30 @@ async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, 
     assert not os.path.exists(f"/proc/{stopped}")
 
 
-async def test_m4_heartbeats_alone_do_not_defeat_a_deadline(running, monkeypatch):
-    """The server is silent: the trainer lives, sends its heartbeats, and gets nowhere."""
-    model, backend = running
-    run = backend.run_info(model)
-    rank = rank_of(run)
-    monkeypatch.setattr(deadlines, "STEP_S", 8.0)
-    monkeypatch.setattr(deadlines, "TRAINER_PAUSES_S", ())
-    groups = [group(await roll_out(model, [words(20)], n=4))]
-    from frozen_processes import below
+@pytest.mark.parametrize("who", ["engine", "HTTP server"])
+async def test_m4_a_server_that_hangs_in_a_sync_is_replaced(running, monkeypatch, caplog, who):
+    """The trainer lives, sends its heartbeats, and waits; so would the user, for five minutes."""
     from lockstep.trainer.client import Trainer
 
-    call, servers = Trainer.call, below(run.server.child.pid)
+    model, backend = running
+    run = backend.run_info(model)
+    groups = [group(await roll_out(model, [words(20)], n=4))]
+    rank, lost, call, asked = rank_of(run), run.server, Trainer.call, []
 
-    async def silent(trainer, request, **options):
-        if request.verb == "sync_adapter":
-            for pid in servers:
-                os.kill(pid, signal.SIGSTOP)
+    async def hanging(trainer, request, **options):
+        if request.verb == "sync_adapter" and not asked:
+            asked.append(time.monotonic())
+            os.kill(engine_core(lost) if who == "engine" else children(lost.child.pid)[0], signal.SIGSTOP)
         return await call(trainer, request, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "call", silent)
-        try:
-            with pytest.raises(
-                TrainerLostError, match=r"without progress until its deadline .* busy with sync for the server"
-            ):
-                await backend.train(model, groups, CONFIG)
-        finally:
-            for pid in servers:
-                os.kill(pid, signal.SIGCONT)
-    assert os.path.exists(f"/proc/{rank}")
+        patch.setattr(Trainer, "call", hanging)
+        result = await backend.train(model, groups, CONFIG)
+    assert result.metrics["server_restarts"] == 1.0
+    assert f"{who}" in lost.hung
+    assert float(re.search(r"\((\d+) s\), and was ended", lost.hung)[1]) <= 12  # HUNG_S and two looks
+    assert rank_of(run) == rank  # the trainer was not taken for the one that hangs
+    assert result.metrics["mismatch_max"] < 1e-5
 
 
 async def test_h9_after_the_last_pause_the_step_fails_and_the_next_one_begins_anew(running, monkeypatch):

@@ -6,6 +6,10 @@ a long step.
 
 from __future__ import annotations
 
+TRAINER_START_S = 600.0
+"""The backend for the trainer, to start and load the model."""
+SERVER_START_S = 900.0
+"""The backend for the server, to start and make its first token."""
 STEP_S = 600.0
 """The backend for the trainer: longest time without progress while it trains, scores, saves or
 loads.
@@ -13,7 +17,15 @@ loads.
 Progress is a micro-batch, a piece of a file, or another phase.
 """
 SILENT_S = 60.0
-"""The backend for any sign of life of a trainer that works."""
+"""The backend for any sign of life of trainer or server, where nothing is known of their speed yet
+or a GPU compiles.
+"""
+HUNG_S = 8.0
+"""The same on a CPU, once the speed is known: a silence of this length, and of ten times the longest
+one before, means a hang.
+"""
+ENDED_S = 10.0
+"""The backend for the end of a trainer that closed its connection."""
 LOOK_S = 2.0
 """Between two looks at the trainer's processes; one that is stopped both times is lost."""
 TRAINER_PAUSES_S = (1.0, 5.0, 25.0)
@@ -36,10 +48,12 @@ REQUEST_S = 600.0
 """A user's client for the reply to one request."""
 CONNECT_S = 10.0
 """A user's client for a connection."""
+DATABASE_S = 30.0
+"""A transaction of the run's SQLite file for another process's."""
 CANCEL_S = 60.0
 """Gathering for the rollouts that it cancelled."""
-HEARTBEAT_S = 5.0
-"""Between two signs of life of a trainer that works."""
+HEARTBEAT_S = 1.0
+"""Between two signs of life of a trainer that works, and between two looks at a server's engine."""
 SHUTDOWN_S = 10.0
 """Rank 0 for the other ranks, when the trainer ends."""
 RANKS_S = 24 * 3600.0
@@ -52,6 +66,10 @@ SINK_CLOSE_S = 10.0
 """The end of a run for all its metrics sinks, to flush."""
 DOWNLOAD_S = 600.0
 """The download of a model from the package index."""
+INDEX_S = 5.0
+"""`lockstep runtime install` for a package index, to learn whether it is there."""
+PIP_S = 60.0
+"""`lockstep runtime install` for pip, to say its settings."""
 INSTALL_STEP_S = 3600.0
 """`lockstep runtime install` for one step of it, and for another installation of the same
 environment.

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lockstep.engine.layers.moe import MoE
 from lockstep.engine.parallel.context import share
 from lockstep.engine.parallel.device import device
+from lockstep.engine.parallel.progress import progress
 from lockstep.engine.rows.packed_row import PackedRow
 from lockstep.engine.rows.routed_experts import Replayed, recompute_pass
 from lockstep.models.config import Rope
@@ -65,6 +66,8 @@ class Layer(TransformerLayer):
             out = checkpoint(self._run, *inputs, use_reentrant=False, context_fn=_passes)
         else:
             out = self._run(hidden_states, attention_mask, rotary_pos_emb)
+        if out.requires_grad:
+            out.register_hook(progress.tick)
         return out, None
 
     def _run(self, x_S1H: Tensor, row: PackedRow, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -72,6 +75,7 @@ class Layer(TransformerLayer):
         x_S1H = x_S1H + mixed
         normed = self.pre_mlp_layernorm(x_S1H)
         out, _ = self.mlp(normed, row) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        progress.tick()
         return x_S1H + out
 
 

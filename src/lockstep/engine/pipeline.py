@@ -20,7 +20,7 @@ from torch import Tensor
 from lockstep.engine.model import Model
 from lockstep.engine.parallel import groups
 from lockstep.engine.parallel.device import device
-from lockstep.engine.progress import progress
+from lockstep.engine.parallel.progress import progress
 from lockstep.engine.rows.packed_row import PackedRow
 
 LastStage = Callable[[int, Tensor], Tensor]

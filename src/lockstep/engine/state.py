@@ -22,7 +22,7 @@ from lockstep.engine.optim.state import FILE, OnHost, read_state, write_state
 from lockstep.engine.optim.state_file import StateFile
 from lockstep.engine.optim.trainable import Trainable, assign, attach_adapters, base_trainables
 from lockstep.engine.parallel import device
-from lockstep.engine.progress import progress
+from lockstep.engine.parallel.progress import progress
 from lockstep.errors import ConfigError, StoreError, WeightsError
 from lockstep.models.checkpoint.export import export_checkpoint
 from lockstep.models.checkpoint.load import kept_dtype, load_shards

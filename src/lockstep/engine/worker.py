@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from lockstep.config import deadlines
 # Import order matters: `device` prepares torch for Megatron before anything else loads it.
 from lockstep.engine.parallel import device  # isort: skip
 from lockstep.engine.parallel.coordination import LOST, Agreement
+from lockstep.engine.parallel.heartbeat import heartbeat
 from lockstep.engine.parallel.launch import die_with_launcher
-from lockstep.engine.progress import progress
 from lockstep.engine.state import open_trainer
 from lockstep.engine.verbs import Verbs
 from lockstep.errors import ConfigError, LockstepError, TrainerError
@@ -92,7 +91,8 @@ class Worker:
                 channels.error(identity, "TrainerLostError", f"rank {self.agreement.rank} was lost: {why}")
             )
 
-        with self.agreement.watched(number, timeout_s, give_up), heartbeat(self.channel, identity) as report:
+        beats = heartbeat(self.channel, identity, self.agreement.rank, self.agreement.world)
+        with self.agreement.watched(number, timeout_s, give_up), beats as report:
             try:
                 result = self.run(request, report)
             except Exception as caught:  # noqa: BLE001 (the boundary: every failure becomes a reply)
@@ -134,34 +134,6 @@ def describe(caught: Exception, rank: int) -> dict[str, str]:
     known = isinstance(caught, LockstepError)
     text = str(caught) if known else f"rank {rank}: {type(caught).__name__}: {caught}"
     return {"type": type(caught).__name__, "message": text, "traceback": traceback.format_exc()}
-
-
-class heartbeat:
-    """Sends an event every few seconds while a verb runs, with the phase it is in and what that
-    waits for.
-    """
-
-    def __init__(self, channel: Channel | Silent, identity: int) -> None:
-        self.channel, self.identity, self.done = channel, identity, threading.Event()
-        self.state: Json = {"phase": "start"}
-
-    def report(self, value: Json) -> None:
-        self.state = {name: value[name] for name in ("phase", "waits_for") if name in value}
-        self.channel.send(channels.event(self.identity, value | {"progress": progress.count}))
-
-    def __enter__(self) -> Callable[[Json], None]:
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.thread.start()
-        return self.report
-
-    def _beat(self) -> None:
-        while not self.done.wait(deadlines.HEARTBEAT_S):
-            beat = {"kind": "heartbeat", **self.state, "progress": progress.count}
-            self.channel.send(channels.event(self.identity, beat))
-
-    def __exit__(self, *_exception: object) -> None:
-        self.done.set()
-        self.thread.join()
 
 
 def start(config: Path, channel: Channel | Silent) -> Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class Server:
         self.base_url = f"{self.root_url}/v1"
         self.api_key = api_key
         self.served_name = served_name
+        self.hung = ""
+        """Why its watch has ended it (`watch.py`)."""
+        self.closing = threading.Event()
 
     async def load_adapter(self, name: str, path: Path) -> None:
         """Serves the PEFT folder `path` as model `name`, once its slot was read back and holds what
@@ -178,8 +182,7 @@ class Server:
             try:
                 reply = await client.get(f"{self.root_url}/health", headers={"Authorization": f"Bearer {self.api_key}"})
             except httpx.TimeoutException:
-                status = self.child.poll()
-                return "" if status is None else why_it_ended(self.child, f"ended with status {status}")
+                return "" if self.child.poll() is None else self._ending()
             except httpx.TransportError as error:
                 try:
                     await self._noticed_end()
@@ -190,9 +193,11 @@ class Server:
 
     def check_alive(self) -> None:
         """Raises ServerError, with the log's last lines, if the server has ended."""
-        status = self.child.poll()
-        if status is not None:
-            raise ServerError(why_it_ended(self.child, f"ended with status {status}"))
+        if self.child.poll() is not None:
+            raise ServerError(self._ending())
+
+    def _ending(self) -> str:
+        return why_it_ended(self.child, self.hung or f"ended with status {self.child.poll()}")
 
     async def close(self) -> None:
         """Ends the server and everything it started, at once; harmless when it has ended.
@@ -200,6 +205,7 @@ class Server:
         Uses SIGKILL. On a request to end, vLLM also kills its engine, which then can't remove their
         shared memory.
         """
+        self.closing.set()
         await asyncio.to_thread(self.child.kill)
 
     async def _noticed_end(self) -> None:

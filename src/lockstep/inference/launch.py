@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lockstep.config import deadlines
 from lockstep.errors import ServerError
 from lockstep.inference.client import Server
 from lockstep.inference.environment.locate import Runtime
@@ -108,7 +109,7 @@ class ServerConfig(BaseModel):
     """Further arguments of vLLM's own command line."""
     extra_env: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of the server."""
-    start_deadline_s: float = Field(default=900.0, gt=0.0)
+    start_deadline_s: float = Field(default=deadlines.SERVER_START_S, gt=0.0)
 
 
 async def launch(

@@ -45,6 +45,8 @@ OURS = {
     ),
     "config": "a file's settings would win unseen; write them out",
     "uds": "the server listens on loopback",
+    "grpc": "the token guards HTTP only",
+    "grpc-port": "the token guards HTTP only",
     "seed": "set seed of the backend",
 }
 """Arguments of vLLM that a run decides itself, and why: changed behind its back, training would be

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lockstep.config import deadlines
 from lockstep.errors import StoreError
 from lockstep.metrics.names import EARLIER
 from lockstep.runs import jobs
@@ -28,8 +29,6 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS server_starts (number INTEGER PRIMARY KEY);"
     "CREATE TABLE IF NOT EXISTS kl_references (step INTEGER PRIMARY KEY);"
 ) + jobs.TABLE
-_WAIT_S = 30.0
-"""For another process's commit."""
 
 
 class RunDatabase:
@@ -53,7 +52,7 @@ class RunDatabase:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """One transaction."""
-        with _named(self.file), closing(sqlite3.connect(self.file, timeout=_WAIT_S)) as database, database:
+        with _named(self.file), closing(sqlite3.connect(self.file, timeout=deadlines.DATABASE_S)) as database, database:
             database.execute("PRAGMA synchronous = FULL")
             yield database
 
@@ -165,12 +164,12 @@ def _reading(run: Path) -> Iterator[sqlite3.Connection]:
 
 def _connected(file: Path) -> sqlite3.Connection:
     """Read-only, or, where a commit was cut off and has to be undone first, for writing too."""
-    database = sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=_WAIT_S)
+    database = sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=deadlines.DATABASE_S)
     try:
         database.execute("SELECT 1 FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         database.close()
-        return sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=_WAIT_S)
+        return sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=deadlines.DATABASE_S)
     return database
 
 

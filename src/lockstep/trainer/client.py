@@ -24,8 +24,10 @@ from lockstep.config import deadlines
 from lockstep.errors import TrainerError, TrainerLostError, error_of
 from lockstep.process.child import LONGEST_SOCKET, Child, child_env, spawn, visible_gpus
 from lockstep.process.guard import locked_folder
+from lockstep.process.patience import Patience
 from lockstep.process.stopped import stopped_below
 from lockstep.trainer.channel import TOKEN_VARIABLE
+from lockstep.trainer.life import Signs
 from lockstep.trainer.protocol import Answer, EngineConfig, Ready, Request, from_json, split_secrets, to_json
 
 _LINE_LIMIT = 64 * 2**20
@@ -43,8 +45,8 @@ class Trainer:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._requests = 0
-        self._busy_with = ""
         self._lock = asyncio.Lock()
+        self._patience = Patience(deadlines.SILENT_S)
         self.ready: Ready | None = None
         self.on_beat: Callable[[str, str], Awaitable[None]] | None = None
         """Called at each sign of life with the phase that the trainer is in, and what the phase
@@ -57,7 +59,7 @@ class Trainer:
         config: EngineConfig,
         processes: int,
         log_path: Path,
-        deadline_s: float = 600,
+        deadline_s: float = deadlines.TRAINER_START_S,
         gpus: tuple[int, ...] | None = None,
     ) -> Trainer:
         """Start `processes` ranks with `config` (engine.json) and wait until the model is loaded.
@@ -101,6 +103,8 @@ class Trainer:
         try:
             await trainer._connect(deadline_s)
             trainer.ready = from_json(Ready, await trainer._answer(0, "start", deadline_s), "the trainer's start")
+            if trainer.ready.device == "cpu":
+                trainer._patience = Patience(deadlines.HUNG_S)
         except BaseException:
             await trainer.close()
             raise
@@ -125,7 +129,7 @@ class Trainer:
 
     async def call(self, request: Request[Answer], *, deadline_s: float, job: str | None = None) -> Answer:
         """Ask, and wait for the answer. `deadline_s` bounds the time without progress: heartbeats
-        alone are none.
+        alone are none. Where the trainer's speed is known, ten times its longest standstill does.
 
         job: an id. A request that was answered well under that id is not run again: its answer is
             sent again.
@@ -136,7 +140,7 @@ class Trainer:
         async with self._lock:
             if self._writer is None:
                 raise TrainerError(f"trainer is closed, it can't {request.verb}")
-            self._requests, self._busy_with = self._requests + 1, ""
+            self._requests += 1
             fields, secret = split_secrets(request)
             message = {"id": self._requests, "verb": request.verb, "args": fields, "secret": secret, "job": job}
             self._writer.write(json.dumps(message).encode() + b"\n")
@@ -145,42 +149,43 @@ class Trainer:
 
     async def _answer(self, number: int, verb: str, deadline_s: float) -> dict[str, Any]:
         """The result of request `number`."""
-        end, seen = time.monotonic() + deadline_s, None
+        life = Signs(verb, deadline_s, self._patience)
         while True:
-            reply = json.loads(await self._line(verb, end, deadline_s if number == 0 else deadlines.SILENT_S))
+            reply = json.loads(await self._line(life, None if number else deadline_s))
             if reply["id"] != number:
                 continue  # a late message of a request that was given up
             if (event := reply.get("event")) is not None:
-                state = event.get("phase"), event.get("progress")
-                if state != seen:
-                    end, seen = time.monotonic() + deadline_s, state
-                self._busy_with = " for ".join(
-                    str(word) for word in (event.get("phase"), event.get("waits_for")) if word
-                )
+                if life.heard(event):
+                    raise self._lost("stands still", life)
                 if self.on_beat is not None:
-                    await self.on_beat(str(event.get("phase", "")), str(event.get("waits_for", "")))
+                    await self.on_beat(life.phase, life.waits_for)
                 continue
             if "error" not in reply:
+                life.answered()
                 return reply["result"]
             error = reply["error"]
             # An error that is the user's to fix keeps its type.
             unknown = f"{verb} failed: {error['type']}: {error['message']} (log: {self._child.log_path})"
             raise error_of(error["type"], error["message"], TrainerError(unknown))
 
-    async def _line(self, verb: str, end: float, silence_s: float) -> bytes:
-        """The next message. Raises TrainerLostError at `end`, after a silence, and for a process that is stopped."""
+    async def _line(self, life: Signs, silence_s: float | None) -> bytes:
+        """The next message. Raises TrainerLostError after a silence, and for a process that is
+        stopped.
+
+        silence_s: None for what the trainer's earlier silences allow.
+        """
         assert self._reader is not None
-        started, stopped = time.monotonic(), set()
+        silent_s, stopped = 0.0, set()
+        limit_s = self._patience.limit_s("silence", deadlines.SILENT_S) if silence_s is None else silence_s
         reading = asyncio.ensure_future(self._reader.readline())
         try:
             while not (await asyncio.wait({reading}, timeout=deadlines.LOOK_S))[0]:
-                now = time.monotonic()
-                if now > end or now > started + silence_s:
-                    why = f"silent for {now - started:.0f} s" if now <= end else "without progress until its deadline"
-                    raise self._lost(f"was {why} during {verb}")
+                silent_s += deadlines.LOOK_S  # looks are counted: this process may have been stopped itself
+                if silent_s > limit_s:
+                    raise self._lost("is silent", life, silent_s)
                 looked = set(await asyncio.to_thread(stopped_below, self._child.pid))
                 if both := looked & stopped:
-                    raise self._lost(f"is stopped (SIGSTOP, process {min(both)}) during {verb}")
+                    raise self._lost(f"is stopped (SIGSTOP, process {min(both)})", life, silent_s)
                 stopped = looked
             line = reading.result() if not isinstance(reading.exception(), ConnectionError) else b""
         finally:
@@ -189,15 +194,16 @@ class Trainer:
                 await asyncio.wait({reading})  # the next line may be asked for at once
         if not line:
             try:
-                code = await asyncio.to_thread(self._child.wait, 10.0)
+                code = await asyncio.to_thread(self._child.wait, deadlines.ENDED_S)
             except TimeoutError:
-                raise self._lost(f"closed its connection during {verb}") from None
-            raise TrainerLostError(f"trainer died (exit code {code}) during {verb}; {self._last_lines()}")
+                raise self._lost("closed its connection", life) from None
+            raise TrainerLostError(f"trainer died (exit code {code}) during {life.verb}; {self._last_lines()}")
+        if silence_s is None:
+            self._patience.took("silence", silent_s)
         return line
 
-    def _lost(self, why: str) -> TrainerLostError:
-        busy = f", busy with {self._busy_with}" if self._busy_with else ""
-        return TrainerLostError(f"trainer {why}{busy}; {self._last_lines()}")
+    def _lost(self, why: str, life: Signs, silent_s: float = 0.0) -> TrainerLostError:
+        return TrainerLostError(f"trainer {why} during {life.verb}{life.described(silent_s)}; {self._last_lines()}")
 
     async def close(self) -> None:
         """End the processes; returns when none is left."""

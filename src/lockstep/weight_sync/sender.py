@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from lockstep.config import deadlines
 from lockstep.errors import LockstepError, ServerLostError
 from lockstep.trainer.protocol import SyncReport
 from lockstep.weight_sync.buckets import BucketFiller
@@ -44,7 +45,7 @@ class _Pusher:
         plan: SyncPlan | Plan,
         *,
         device: torch.device | str = "cpu",
-        deadline_s: float = 300.0,
+        deadline_s: float = deadlines.SYNC_S,
         senders: SenderGroup | None = None,
         policy: Policy = "auto",
     ) -> None:
@@ -222,7 +223,7 @@ class AdapterPusher(_Pusher):
         adapter_config: Mapping[str, Any],
         *,
         device: torch.device | str = "cpu",
-        deadline_s: float = 300.0,
+        deadline_s: float = deadlines.SYNC_S,
         senders: SenderGroup | None = None,
     ) -> None:
         """adapter_config: the fields of PEFT's adapter_config.json."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from lockstep.errors import LockstepError, TrainerError, error_of
+from lockstep_wire.transports.rendezvous import wait_for
 
 
 class SenderGroup(Protocol):
@@ -36,20 +37,6 @@ class SingleSender:
         return [value]
 
 
-def missing_keys(store: dist.Store, keys: list[str], deadline_s: float) -> list[str]:
-    """Wait until `store` has all `keys`; those that it lacks at the deadline.
-
-    A FileStore's own `wait` looks every 10 ms only, which a sync of many exchanges would feel.
-    """
-    end, pause_s = time.monotonic() + deadline_s, 0.0002
-    while not store.check(keys):
-        if time.monotonic() > end:
-            return [key for key in keys if not store.check([key])]
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, 0.02)
-    return []
-
-
 class StoreSenderGroup:
     """A group that meets in a store; every rank exchanges in the same order."""
 
@@ -64,7 +51,7 @@ class StoreSenderGroup:
         self._store.set(keys[self.rank], json.dumps(value))
         if self._count > 2:  # everyone is past the exchange before the last
             self._store.delete_key(f"{self._name}/{self._count - 2}/{self.rank}")
-        if late := missing_keys(self._store, keys, deadline_s):
+        if late := wait_for(self._store, keys, deadline_s):
             raise TrainerError(f"sender {keys.index(late[0])} timed out after {deadline_s:g} s in a weight sync")
         return [json.loads(self._store.get(key)) for key in keys]
 

@@ -12,7 +12,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from lockstep_vllm import patches
-from lockstep_vllm.http import openai_fields, siblings_api, sleep_api, sync_api
+from lockstep_vllm.http import openai_fields, pulse, siblings_api, sleep_api, sync_api
 from lockstep_vllm.version import vllm_version
 from lockstep_wire import http_paths
 
@@ -32,6 +32,7 @@ class LockstepApi:
         siblings_api.add_endpoint(app)
         sync_api.add_endpoints(app)
         sleep_api.add_endpoints(app)
+        pulse.add_endpoints(app)
         patches.apply("api", on_cpu=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -39,6 +40,7 @@ class LockstepApi:
         under.
         """
         assert engine_client is not None
-        state.lockstep_sleep = sleep_api.SleepControl(engine_client)
+        state.lockstep_pulse = pulse.Pulse(engine_client)
+        state.lockstep_sleep = sleep_api.SleepControl(engine_client, state.lockstep_pulse)
         state.lockstep_sync = sync_api.WeightSync(engine_client, state)
         await engine_client.update_weight_version(args.served_model_name[0])

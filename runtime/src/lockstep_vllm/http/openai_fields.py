@@ -23,6 +23,7 @@ import base64
 import json
 import uuid
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep_vllm.http import sampled_tokens
@@ -52,6 +53,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {"response_format": ({"type": "text"},), 
 
 _MORE_LOGPROBS = ("top_logprobs", "prompt_logprobs", "logprob_token_ids", "echo")
 
+
+@dataclass
+class Begun:
+    """count: of the requests since the start."""
+
+    count: int = 0
+
+
+begun = Begun()
 in_flight: Counter[str] = Counter()
 """Requests being served now, by the model name they asked for."""
 
@@ -80,6 +90,7 @@ class ChoiceFields:
         headers = _with_length([*headers, (b"x-request-id", request_id.encode())], len(body))
         model = str(request.get("model"))
         in_flight[model] += 1
+        begun.count += 1
         if not request.get("stream"):
             sampled_tokens.expect(request_id, listed=listed)
             send = _ReplyEditor(send, request, request_id)

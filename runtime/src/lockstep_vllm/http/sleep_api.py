@@ -20,6 +20,7 @@ from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
 
 from lockstep_vllm.http import openai_fields
+from lockstep_vllm.http.pulse import Pulse
 from lockstep_wire import http_paths
 
 Part = Literal["weights", "kv_cache"]
@@ -33,8 +34,9 @@ class SleepRefusedError(Exception):
 class SleepControl:
     """Sleep and wake, one at a time. `engine` is vLLM's EngineClient."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, pulse: Pulse) -> None:
         self._engine = engine
+        self._pulse = pulse
         self._lock = asyncio.Lock()
         self.asleep: set[Part] = set()
 
@@ -59,7 +61,8 @@ class SleepControl:
                     f"requests are still in flight after {deadline_s:g} s ({running or 'not of ours'}): "
                     "wait for the rollouts to end, or stop them"
                 ) from None
-            await self._engine.sleep(level, mode="keep")
+            with self._pulse.busy("sleep"):
+                await self._engine.sleep(level, mode="keep")
             self.asleep = set(PARTS)
         return self.state()
 
@@ -70,9 +73,10 @@ class SleepControl:
         async with self._lock:
             waking = [part for part in PARTS if part in parts and part in self.asleep]
             if waking:
-                if "kv_cache" in waking:  # it needs the room that a sync's buffers have
-                    await self._engine.collective_rpc("lockstep_free_buffers")
-                await self._engine.wake_up(waking)
+                with self._pulse.busy("wake"):
+                    if "kv_cache" in waking:  # it needs the room that a sync's buffers have
+                        await self._engine.collective_rpc("lockstep_free_buffers")
+                    await self._engine.wake_up(waking)
                 self.asleep -= set(waking)
         return self.state()
 

@@ -65,7 +65,8 @@ class WeightSync:
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Runs a receiver method on every worker. Raises SyncRefusedError with the first refusal."""
-        answers = await self._while_engine_lives(self._engine.collective_rpc(method, args=args))
+        with self._state.lockstep_pulse.busy(method):
+            answers = await self._while_engine_lives(self._engine.collective_rpc(method, args=args))
         for answer in answers:
             if "error" in answer:
                 raise SyncRefusedError(answer["error"], answer["message"])

@@ -38,7 +38,6 @@ logger = logging.getLogger("vllm.lockstep")
 
 _MARGIN = 1 << 30
 """Bytes of a GPU's memory that staging leaves alone."""
-
 _ALIGNMENT = 512
 """Bytes; of a bucket in memory that it shares with others."""
 
@@ -62,14 +61,16 @@ class _State:
 
 
 class Receiver:
-    """A mixin of vLLM's worker. The prefix `lockstep_` hides none of the worker's names."""
+    """A mixin of vLLM's worker, whose own these attributes are. The prefix `lockstep_` hides none of its names."""
 
-    # The worker's own, which this class is mixed into.
     vllm_config: Any
     model_runner: Any
     reload_weights: Any
     rank: int
     device: torch.device
+
+    def lockstep_alive(self) -> None:
+        """An answer is all that is asked for."""
 
     def lockstep_memory(self) -> dict[str, int]:
         """Bytes: this process's host memory, adapters and device memory; the device's free and all."""

@@ -1,6 +1,6 @@
 """Broadcasts over gloo on the loopback interface: for CPU and for tests.
 
-Store and sockets listen on 127.0.0.1 only. The group is one of its own: neither the trainer's
+Its sockets listen on 127.0.0.1 only. The group is one of its own: neither the trainer's
 groups nor vLLM's are touched.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep_wire.transports.base import TransportError
-from lockstep_wire.transports.rendezvous import join, listen
+from lockstep_wire.transports.rendezvous import join, listen, within
 
 
 class GlooSender:
@@ -22,7 +22,7 @@ class GlooSender:
 
     def __init__(self, deadline_s: float = 120.0) -> None:
         self._deadline = timedelta(seconds=deadline_s)
-        self._store: dist.TCPStore | None = None
+        self._store: dist.FileStore | None = None
         self._group: Any = None
         self._world = 0
         self._pending: Any = None
@@ -64,7 +64,10 @@ class GlooReceiver:
 
     def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
         self.deadline_s = float(info["deadline_s"])
-        self._group: Any = gloo_group(join(info), rank, info["world_size"], timedelta(seconds=self.deadline_s))
+        store, deadline = join(info), timedelta(seconds=self.deadline_s)
+        self._group: Any = within(
+            self.deadline_s + 1.0, "the sender", lambda: gloo_group(store, rank, info["world_size"], deadline)
+        )
 
     def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
         return _broadcast(self._group, bytes_N).wait

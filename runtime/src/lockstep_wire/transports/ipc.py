@@ -2,7 +2,7 @@
 the same host and GPU.
 
 The handle of each buffer travels once. Then "bucket n is ready" and "worker r has taken it" travel
-as JSON through a store on loopback. No pickle: a handle is plain bytes and numbers. Evidence on a
+as JSON through a store of this user's. No pickle: a handle is plain bytes and numbers. Evidence on a
 GPU: the runs on shared GPUs in `benchmarks/README.md`.
 
 Handles are those of torch 2.11 to 2.13 (`UntypedStorage._share_cuda_`); another torch is refused
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep_wire.transports.base import TransportError, UnusableTransportError, received
-from lockstep_wire.transports.rendezvous import join, listen
+from lockstep_wire.transports.rendezvous import join, listen, wait_for
 
 HANDLE_PARTS = 8
 """Device, memory handle, bytes, offset, counter's handle and offset, event's handle, whether to
@@ -49,8 +49,8 @@ class IpcSender:
     """Sends by reference. A bucket's buffer is free again when every worker has copied it."""
 
     def __init__(self, deadline_s: float) -> None:
-        self._deadline = timedelta(seconds=deadline_s)
-        self._store: dist.TCPStore | None = None
+        self._deadline_s = deadline_s
+        self._store: dist.FileStore | None = None
         self._receivers = 0
         self._shared: dict[int, list[Any]] = {}
         self._sent = self._taken = 0
@@ -58,7 +58,7 @@ class IpcSender:
     def open(self, receivers: int) -> dict[str, Any]:
         self.close()
         self._receivers = receivers
-        self._store, address = listen(receivers + 1, self._deadline)
+        self._store, address = listen(receivers + 1, timedelta(seconds=self._deadline_s))
         return {"transport": "ipc", **address}
 
     def accept(self) -> None:
@@ -97,11 +97,9 @@ class IpcSender:
         """Until every worker has set its own `key`. Raises TransportError at the deadline."""
         assert self._store is not None
         keys = [f"{key}/{rank}" for rank in range(1, self._receivers + 1)]
-        try:
-            self._store.wait(keys, self._deadline)
-        except RuntimeError as error:
-            missing = [name for name in keys if not self._store.check([name])]
-            raise TransportError(f"the server's workers did not answer ({', '.join(missing)}): {error}") from None
+        if missing := wait_for(self._store, keys, self._deadline_s):
+            late = ", ".join(missing)
+            raise TransportError(f"the server's workers did not answer within {self._deadline_s:g} s ({late})")
         for name in keys:
             self._store.delete_key(name)
 
@@ -122,7 +120,7 @@ class IpcReceiver:
     def __init__(self, info: dict[str, Any], rank: int, device: torch.device) -> None:
         self.deadline_s = float(info["deadline_s"])
         self._rank, self._device = rank, device
-        self._store: dist.TCPStore | None = join(info)
+        self._store: dist.FileStore | None = join(info)
         self._mapped: dict[str, torch.Tensor] = {}
         self._taken = 0
         self._store.set(f"joined/{rank}", "1")
@@ -130,7 +128,8 @@ class IpcReceiver:
     def receive(self, bytes_N: torch.Tensor) -> Callable[[], None]:
         assert self._store is not None
         key = f"bucket/{self._taken}"
-        self._store.wait([key], timedelta(seconds=self.deadline_s))
+        if wait_for(self._store, [key], self.deadline_s):
+            raise TransportError(f"bucket {self._taken} was not announced within {self.deadline_s:g} s")
         place = json.loads(self._store.get(key))
         name = json.dumps(place["handle"])
         if name not in self._mapped:

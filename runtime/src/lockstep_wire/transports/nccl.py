@@ -42,7 +42,7 @@ class NcclSender:
         if not torch.cuda.is_available() or not dist.is_nccl_available():
             raise UnusableTransportError("transport 'nccl' needs a GPU and a torch with NCCL: use 'gloo' on a CPU")
         self._deadline_s = deadline_s
-        self._store: dist.TCPStore | None = None
+        self._store: dist.FileStore | None = None
         self._group: Any = None
         self._world = 0
         self._pending: Any = None

@@ -23,13 +23,13 @@ from lockstep.backends.megatron.plan.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.publish import publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
 from lockstep.backends.megatron.run import Run, all_ended
-from lockstep.backends.megatron.supervision import survived
+from lockstep.backends.megatron.supervision import registered, survived
 from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
 from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.sft import SFTConfig
 from lockstep.config.train import TrainConfig
-from lockstep.errors import ConfigError, StoreError
+from lockstep.errors import ConfigError, ServerError, ServerLostError, StoreError, TrainerError, TrainerLostError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.metrics.sinks import find_sinks
@@ -41,7 +41,9 @@ from lockstep.trainer.protocol import Load, Save, StartFrom, TrainStep
 
 if TYPE_CHECKING:
     from lockstep.backends.megatron.probe import ProbeScores
+    from lockstep.backends.megatron.plan.settings import ResolvedSettings
     from lockstep.batching.token_table import TokenTable
+    from lockstep.inference.environment.locate import Runtime
     from lockstep.model import TrainableModel
     from lockstep.rollouts.trajectory import TrajectoryGroup
     from lockstep.runs.jobs import Kind
@@ -122,7 +124,6 @@ class MegatronBackend:
         base = await asyncio.to_thread(checkpoint_folder, model.base_model)
         settings = replace(plan.resolved, base=base)
         store = RunStore(self.path, model.project, model.name)
-        run: Run | None = None
         try:
             identity = {
                 "backend": "megatron",
@@ -134,17 +135,27 @@ class MegatronBackend:
             store.claim(identity)
             store.keep_settings(plan.stored())
             store.send_metrics_to(self.config.sinks, plan.stored())
-            settings = replace(settings, server_start=store.next_server_start())
+            return await registered(lambda: self._start(model, store, settings, runtime))
+        except BaseException:
+            self._runs.pop(model, None)
+            store.close()
+            raise
+
+    async def _start(self, model: TrainableModel, store: RunStore, settings: ResolvedSettings, runtime: Runtime) -> int:
+        """Trainer and server with the last published step, which is returned. On an error both are
+        closed.
+        """
+        settings = replace(settings, server_start=store.next_server_start())
+        try:
             trainer, server = await start_both(settings, f"{model.name}@base", runtime, store.path, self._say)
-            run = Run(model, store, trainer, server, settings)
+        except TrainerLostError as error:  # it would mostly end in the same way again
+            raise TrainerError(str(error)) from error
+        run = Run(model, store, trainer, server, settings)
+        try:
             await measure_noise(run)
             step = store.latest()
             if step is not None:
-                if not step.resumable:
-                    raise StoreError(
-                        f"{step.path} has no optimizer state, retention keeps the newest step's only: start a run of another name, or "
-                        "set [backend] keep_optimizer_states = true before steps are deleted"
-                    )
+                _check_resumable(step)
                 await trainer.call(Load(step.path), deadline_s=deadlines.STEP_S)
             else:
                 step = await _publish_first(run)
@@ -152,14 +163,13 @@ class MegatronBackend:
             self._say(f"loading {run.name(step.number)}")
             async with job(run, "first_sync", step.number, f"server {settings.server_start}"):
                 await serve(run, step.number)
-            return step.number
-        except BaseException:
-            self._runs.pop(model, None)
-            if run is not None:
-                await run.close()
-            else:
-                store.close()
+        except BaseException as error:
+            lost = isinstance(error, ServerError) and await run.server.problem()
+            await run.ended()
+            if lost:
+                raise ServerLostError(f"the server was lost while {model.name} was registered: {error}") from error
             raise
+        return step.number
 
     async def resolve(self, model: TrainableModel) -> Plan:
         """Everything that registering `model` would start, with each value's reason; nothing is
@@ -253,6 +263,14 @@ class MegatronBackend:
         """End server and trainer of every model; published steps stay. Safe to call twice."""
         runs, self._runs = list(self._runs.values()), {}
         await all_ended(*(run.close() for run in runs))
+
+
+def _check_resumable(step: RunCheckpoint) -> None:
+    if not step.resumable:
+        raise StoreError(
+            f"{step.path} has no optimizer state, retention keeps the newest step's only: start a run of another name, or "
+            "set [backend] keep_optimizer_states = true before steps are deleted"
+        )
 
 
 @dataclass(frozen=True)

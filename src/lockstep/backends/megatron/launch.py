@@ -18,8 +18,10 @@ from lockstep.inference.environment.locate import Runtime
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.inference.parsers import resolve_tool_calls
 from lockstep.inference.tokenizer_files import read_tokenizer
+from lockstep.inference.watch import watch
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.registry import get_model_support_spec, load_model_config
+from lockstep.process.patience import Patience
 from lockstep.runs.checkpoint import RunCheckpoint
 from lockstep.runs.database import read_settings
 from lockstep.runs.retention import reading
@@ -41,6 +43,21 @@ def start_trainer(settings: ResolvedSettings, folder: Path) -> Awaitable[Trainer
     return Trainer.start(settings.engine_config(), processes, log, gpus=settings.devices.trainer)
 
 
+async def start_server(
+    settings: ResolvedSettings,
+    config: ServerConfig,
+    runtime: Runtime,
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> Server:
+    """A server that is watched over: one that hangs is ended."""
+    server = await launch(config, runtime, folder, say)
+    # A GPU's first kernels are compiled, and Triton's interpreter takes seconds for a step.
+    slow = settings.devices.kind != "cpu" or settings.exact or settings.routed_experts is not None
+    watch(server, Patience(deadlines.SILENT_S if slow else deadlines.HUNG_S))
+    return server
+
+
 async def start_both(
     settings: ResolvedSettings, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
 ) -> tuple[Trainer, Server]:
@@ -53,7 +70,7 @@ async def start_both(
         return await _start_in_turn(settings, served_name, runtime, folder, say)
     starting = (
         asyncio.ensure_future(start_trainer(settings, folder)),
-        asyncio.ensure_future(launch(settings.server_config(served_name), runtime, folder, say)),
+        asyncio.ensure_future(start_server(settings, settings.server_config(served_name), runtime, folder, say)),
     )
     try:
         return await asyncio.gather(*starting)
@@ -81,7 +98,8 @@ async def _start_in_turn(
             await trainer.call(Release(), deadline_s=deadlines.OFFLOAD_S)
         memory = await trainer.call(Memory(), deadline_s=deadlines.OFFLOAD_S)
         share = memory_share(memory.device_free, memory.device_total)
-        return trainer, await launch(settings.server_config(served_name, share), runtime, folder, say)
+        config = settings.server_config(served_name, share)
+        return trainer, await start_server(settings, config, runtime, folder, say)
     except BaseException:
         await trainer.close()
         raise

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lockstep.backends.megatron.launch import start_server
 from lockstep.backends.megatron.run import Run
 from lockstep.config import deadlines
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, WeightsError
 from lockstep.inference.environment.install import find_runtime
-from lockstep.inference.launch import launch
 from lockstep.trainer.protocol import Load
 
 
@@ -122,7 +122,7 @@ async def _start_server_again(run: Run, number: int) -> None:
     await run.model._disconnect()
     run.settings = replace(run.settings, server_start=run.store.next_server_start())
     config = run.settings.server_config(f"{run.model.name}@base")
-    run.server = await launch(config, find_runtime(run.settings.devices.kind), run.store.path)
+    run.server = await start_server(run.settings, config, find_runtime(run.settings.devices.kind), run.store.path)
     run.served.clear()
     for old in sorted(older):
         await run.server.load_adapter(run.name(old), run.store.step(old).adapter)

@@ -101,9 +101,13 @@ class Run:
     async def close(self) -> None:
         """End trainer and server and the model's connections; published steps stay."""
         try:
-            await all_ended(self.model._released(), self.trainer.close(), self.server.close())
+            await self.ended()
         finally:
             self.store.close()
+
+    async def ended(self) -> None:
+        """End trainer and server and the model's connections."""
+        await all_ended(self.model._released(), self.trainer.close(), self.server.close())
 
 
 async def all_ended(*closing: Awaitable[None]) -> None:

@@ -15,7 +15,7 @@ from lockstep.backends.megatron.launch import start_both, start_trainer
 from lockstep.backends.megatron.publish import serve
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.config import deadlines
-from lockstep.errors import TrainerLostError
+from lockstep.errors import ServerLostError, TrainerLostError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.trainer.protocol import Load
 
@@ -50,6 +50,23 @@ async def survived(run: Run, number: int, step: Callable[[], Awaitable[Metrics]]
                 ) from error
             said = str(error).splitlines()[0].removesuffix(":")
             _LOG.warning("%s; starting it anew in %g s", said, pauses_s[restarts])
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def registered(start: Callable[[], Awaitable[int]]) -> int:
+    """What `start` returns: the step that trainer and server hold. Where either is lost on the way,
+    `start` begins again, once.
+
+    Raises TrainerLostError or ServerLostError, which name the end, after that.
+    """
+    for pause_s in (*deadlines.TRAINER_PAUSES_S[:1], None):
+        try:
+            return await start()
+        except (TrainerLostError, ServerLostError) as error:
+            if pause_s is None:
+                raise
+            _LOG.warning("%s; beginning again in %g s", str(error).splitlines()[0].removesuffix(":"), pause_s)
+            await asyncio.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.engine.optim.trainable import Trainable
-from lockstep.engine.progress import progress
+from lockstep.engine.parallel.progress import progress
 from lockstep.errors import StoreError, WeightsError
 from lockstep.models.checkpoint.read import read_header
 from lockstep.models.contract import Piece

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lockstep.config import deadlines
 from lockstep.engine.parallel.launch import rank_store
 from lockstep.errors import ConfigError
-from lockstep.weight_sync.sender_group import missing_keys
+from lockstep_wire.transports.rendezvous import wait_for
 
 POLL_S = 0.5
 LOST = 13
@@ -63,7 +63,7 @@ class Agreement:
         self.store.set(f"outcome/{number}/{self.rank}", json.dumps(error))
         keys = [f"outcome/{number}/{rank}" for rank in range(self.world)]
         wait_s = deadlines.LOST_RANK_S if error is not None else timeout_s
-        if missing := missing_keys(self.store, keys, wait_s):
+        if missing := wait_for(self.store, keys, wait_s):
             late = [keys.index(key) for key in missing]
             message = f"ranks {late} did not finish within {wait_s:.0f} s"
             cause = f" after rank {self.rank} failed: {error['message']}" if error else ""

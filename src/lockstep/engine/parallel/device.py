@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lockstep.config import deadlines
 from lockstep.config.megatron import Parallel
 from lockstep.engine.parallel.launch import group_settings
 from lockstep.errors import ConfigError, TrainerError
@@ -69,7 +70,7 @@ def check_world(parallel: Parallel, world: int) -> None:
         )
 
 
-def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
+def start(parallel: Parallel, seed: int, timeout_s: float = deadlines.TRAINER_START_S) -> None:
     """Join the process group (gloo or NCCL) and build Megatron's groups. Reads the environment
     torch.distributed.run sets.
     """

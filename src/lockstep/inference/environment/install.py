@@ -176,7 +176,12 @@ def _uv_places(python: Path) -> tuple[list[str], dict[str, str]]:
     """
     env = child_env(installer=True)
     listed = subprocess.run(
-        [python, "-m", "pip", "config", "list"], env=env, capture_output=True, text=True, timeout=60, check=True
+        [python, "-m", "pip", "config", "list"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=deadlines.PIP_S,
+        check=True,
     )
     settings: dict[str, str] = {}
     # Lines are `:env:.name='value'`, `global.name='value'` or `install.name='value'`; pip's own
@@ -305,7 +310,7 @@ def _works(program: Path, log: Path, *arguments: str) -> bool:
 
 def _reachable(url: str) -> bool:
     try:
-        return httpx.head(url, timeout=5.0, follow_redirects=True).status_code < 400
+        return httpx.head(url, timeout=deadlines.INDEX_S, follow_redirects=True).status_code < 400
     except httpx.HTTPError:
         return False
 
