@@ -50,12 +50,17 @@ class TrajectoryFile:
             self._writer = asyncio.create_task(self._write_parts())
 
     async def finish(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """All groups, in place of the parts. Raises DataError or OSError where they can't be
+        """All groups, in place of the parts. Raises DataError or StoreError where they can't be
         written.
         """
         if self._writer is not None:
             self._writer.cancel()
-        await asyncio.to_thread(self._write_all, groups)
+        try:
+            await asyncio.to_thread(self._write_all, groups)
+        except OSError as error:
+            raise StoreError(
+                f"{self.file} could not be written: {error.strerror or error}; make room there and run again"
+            ) from error
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:

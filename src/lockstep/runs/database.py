@@ -7,6 +7,7 @@ undoes a commit that was cut off.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -21,6 +22,8 @@ from lockstep.runs import jobs
 from lockstep.runs.jobs import Job, JobTable
 
 FILE = "run.sqlite"
+_LEAST_ROOM = 256 << 10
+"""Bytes that SQLite wants for its log and shared memory."""
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
     "CREATE TABLE IF NOT EXISTS metrics (step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,"
@@ -179,11 +182,19 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if "full" in str(error):
-            raise StoreError(f"{file}: {error}: make room on that disk and run again") from None
+        # Without room for its shared memory SQLite calls a full disk an I/O error.
+        if "full" in str(error) or ("I/O" in str(error) and _is_full(file)):
+            raise StoreError(f"{file}: database or disk is full: make room on that disk and run again") from None
+        if "readonly" in str(error):
+            raise StoreError(f"{file}: {error}: make the run's folder writable and run again") from None
         raise StoreError(
             f"{file}: {error}; if it is damaged, restore it, or choose another model name or path"
         ) from None
+
+
+def _is_full(file: Path) -> bool:
+    disk = os.statvfs(file.parent)
+    return disk.f_bavail * disk.f_frsize < _LEAST_ROOM
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,12 +18,14 @@ One that loses only its optimizer state is marked before.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from lockstep.runs.checkpoint import (
 from lockstep.runs.database import RunDatabase, read_identity
 from lockstep.runs.jobs import JobTable
 
+_LOG = logging.getLogger(__name__)
 _STAGING = ".staging-"
 REMOVED = ".removed-"
 _NUMBER = re.compile(r"[0-9]{4,}")
@@ -58,6 +61,7 @@ class RunStore:
         self._references: dict[int, RunCheckpoint] = {}
         self._teachers: set[Path] = set()
         self._feeds: Feeds | None = None
+        self._unrecorded: list[tuple[int, Mapping[str, float], str | None]] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.chmod(0o700)  # a run of an earlier version
@@ -234,9 +238,10 @@ class RunStore:
     def stage(self, number: int) -> Path:
         """An empty folder to write step `number` into before `publish`."""
         folder = self.steps_path / f"{_STAGING}{folder_name(number)}-{os.getpid()}"
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
+        with _writing(f"step {number}", folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
         return folder
 
     def publish(
@@ -252,25 +257,18 @@ class RunStore:
         job: that made the step. It is done when the metrics are recorded, or, after a kill, at the
             next start.
 
-        Raises StoreError if the step exists or leaves a gap.
+        Raises StoreError if the step exists or leaves a gap, or the disk takes no more. Metrics that
+        can't be recorded are in the manifest, and are recorded later.
         """
         numbers = self.published()
         if number != (numbers[-1] + 1 if numbers else 0):
             raise StoreError(f"step {number} can't follow {numbers[-1] if numbers else 'nothing'} in {self.path}")
-        manifest = write_manifest(
-            staged,
-            {
-                "step": number,
-                "published": time.time(),
-                "identity": self._identity,
-                "metrics": dict(metrics),
-                "state": dict(state or {}),
-                "job": job,
-            },
-        )
-        final = self._folder(number)
-        staged.rename(final)
-        fsync(self.steps_path)
+        final, fields = self._folder(number), {"step": number, "published": time.time(), "identity": self._identity}
+        fields |= {"metrics": dict(metrics), "state": dict(state or {}), "job": job}
+        with _writing(f"step {number}", final):
+            manifest = write_manifest(staged, fields)
+            staged.rename(final)
+            fsync(self.steps_path)
         self._record(number, metrics, job)
         return RunCheckpoint(number, final, manifest)
 
@@ -279,16 +277,41 @@ class RunStore:
         self._record(step, metrics)
 
     def _record(self, step: int, metrics: Mapping[str, float], job: str | None = None) -> None:
-        self._database.record(step, metrics, job)
+        """Metrics that the disk does not take now are kept for the next call: a step that was
+        trained is not lost for them.
+        """
         if self._feeds is not None:
             self._feeds.write(step, metrics)
+        waiting, self._unrecorded = [*self._unrecorded, (step, metrics, job)], []
+        for position, (number, values, made_by) in enumerate(waiting):
+            try:
+                self._database.record(number, values, made_by)
+            except StoreError as error:
+                self._unrecorded = waiting[position:]
+                _LOG.warning("metrics of step %d are not recorded yet: %s", number, error)
+                return
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        """All recorded metrics by step."""
-        return self._database.metrics()
+        """All metrics by step."""
+        found = self._database.metrics()
+        for step, metrics, _ in self._unrecorded:
+            found[step] = found.get(step, {}) | dict(metrics)
+        return found
 
     def _folder(self, number: int) -> Path:
         return self.steps_path / folder_name(number)
+
+
+@contextmanager
+def _writing(what: str, path: Path) -> Iterator[None]:
+    """Errors of the disk as StoreError: a full one, one that takes no files any more."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{what} could not be written to {path}: {error.strerror or error}; older steps are as they were: make room there, or "
+            "make the folder writable, and run again"
+        ) from error
 
 
 def published_steps(run: Path) -> list[int]:

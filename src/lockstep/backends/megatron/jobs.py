@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from lockstep.backends.megatron.run import Run
 from lockstep.errors import StoreError
@@ -34,7 +34,8 @@ async def job(run: Run, kind: Kind, step: int, digest: str) -> AsyncIterator[str
         nonlocal written
         if time.monotonic() - written >= _EVERY_S:
             written = time.monotonic()
-            await asyncio.to_thread(jobs.beat, submitted.id, phase, waits_for)
+            with suppress(StoreError):  # a disk that is full for a moment must not end a step
+                await asyncio.to_thread(jobs.beat, submitted.id, phase, waits_for)
 
     run.trainer.on_beat = beat
     try:
