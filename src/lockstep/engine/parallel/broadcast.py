@@ -24,3 +24,10 @@ def broadcast_json(value: dict[str, Any], source: int, group: ProcessGroup) -> d
         data = torch.empty(int(size), dtype=torch.uint8, device=device())
     dist.broadcast(data, source, group=group)
     return json.loads(bytes(data.cpu().tolist()))
+
+
+def everyones_json(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The values of all ranks, in rank order, on every rank."""
+    world = dist.GroupMember.WORLD
+    assert world is not None
+    return [broadcast_json(value, rank, world) for rank in range(world.size())]

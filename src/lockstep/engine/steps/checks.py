@@ -4,6 +4,7 @@ and trainer in agreement.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from lockstep.engine.losses.policy import LossSums, reduce_sums
 from lockstep.engine.parallel import groups
-from lockstep.engine.parallel.broadcast import broadcast_json
+from lockstep.engine.parallel.broadcast import broadcast_json, everyones_json
 from lockstep.engine.parallel.device import device
 from lockstep.engine.rows.routed_experts import account_of_row
 from lockstep.engine.steps.token_mismatch import TokenMismatch
@@ -77,8 +78,7 @@ def check_tokens(trainer: TrainerState, rows: Sequence[TokenMismatch], limit: fl
     largest.
     """
     here = max(rows, key=lambda token: token.excess, default=TokenMismatch())
-    everywhere: list[TokenMismatch] = [here] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
+    everywhere = [TokenMismatch(**fields) for fields in everyones_json(dataclasses.asdict(here))]
     largest = max(everywhere, key=lambda token: token.excess)
     if largest.excess > 0:
         trainer.optimizer.zero()
