@@ -40,8 +40,8 @@ from lockstep.runs.store import RunCheckpoint, RunStore
 from lockstep.trainer.protocol import Load, Save, StartFrom, TrainStep
 
 if TYPE_CHECKING:
-    from lockstep.backends.megatron.probe import ProbeScores
     from lockstep.backends.megatron.plan.settings import ResolvedSettings
+    from lockstep.backends.megatron.probe import ProbeScores
     from lockstep.batching.token_table import TokenTable
     from lockstep.inference.environment.locate import Runtime
     from lockstep.model import TrainableModel
