@@ -293,10 +293,10 @@ class RunStore:
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """All metrics by step."""
-        found = self._database.metrics()
+        known = self._database.metrics()
         for step, metrics, _ in self._unrecorded:
-            found[step] = found.get(step, {}) | dict(metrics)
-        return found
+            known[step] = known.get(step, {}) | dict(metrics)
+        return known
 
     def _folder(self, number: int) -> Path:
         return self.steps_path / folder_name(number)
