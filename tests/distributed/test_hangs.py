@@ -65,9 +65,9 @@ async def test_m4_a_rank_that_loops_while_the_other_waits_is_named(tmp_path, mon
 def rank_of(pid: int) -> int | None:
     """The rank that a process is; None for a launcher, a guard or a helper."""
     words, command = (Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0") for name in ("environ", "cmdline"))
-    found = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+    own_ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
     return (
-        found[0]
-        if found and b"lockstep.engine.worker" in command and b"lockstep.engine.parallel.launch" not in command
+        own_ranks[0]
+        if own_ranks and b"lockstep.engine.worker" in command and b"lockstep.engine.parallel.launch" not in command
         else None
     )

@@ -23,14 +23,14 @@ UNPICKLES = re.compile(
 
 
 def test_nothing_unpickles():
-    found = [
+    offending = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in SOURCES
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if UNPICKLES.search(line) and ".eval()" not in line
     ]
     assert len(SOURCES) > 250
-    assert found == []
+    assert offending == []
 
 
 @pytest.mark.parametrize(
@@ -42,20 +42,22 @@ def test_what_unpickles_is_found(line):
 
 def plain_comparisons(source: str) -> list[str]:
     """`==` or `!=` between two values of which one is named as a secret; a constant on one side is a question about absence."""
-    found = []
+    offending = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
             continue
         sides = [node.left, *node.comparators]
         names = [side.attr if isinstance(side, ast.Attribute) else getattr(side, "id", "") for side in sides]
         if any(SECRET.search(name) for name in names) and not any(isinstance(side, ast.Constant) for side in sides):
-            found.append(ast.unparse(node))
-    return found
+            offending.append(ast.unparse(node))
+    return offending
 
 
 def test_secrets_are_compared_in_constant_time():
-    found = [f"{path.relative_to(ROOT)}: {text}" for path in SOURCES for text in plain_comparisons(path.read_text())]
-    assert [line for line in found if "next_token" not in line] == []
+    offending = [
+        f"{path.relative_to(ROOT)}: {text}" for path in SOURCES for text in plain_comparisons(path.read_text())
+    ]
+    assert [line for line in offending if "next_token" not in line] == []
     assert plain_comparisons("if given == self.api_key: pass") == ["given == self.api_key"]
 
 

@@ -15,7 +15,7 @@ OWN = {"trainer/protocol.py"}
 
 def numbers_in_waits(path: Path) -> list[str]:
     """Where a wait has a number of its own: as an argument or as a default; a pause below a second is none."""
-    tree, found = ast.parse(path.read_text()), []
+    tree, lines = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         pairs = []
         if isinstance(node, ast.Call):
@@ -28,14 +28,14 @@ def numbers_in_waits(path: Path) -> list[str]:
         for name, value in pairs:
             number = value.value if isinstance(value, ast.Constant) else None
             if name in WAITS and isinstance(number, int | float) and number > 1:
-                found.append(f"{path.relative_to(SOURCE)}:{value.lineno} {name}={number}")
-    return found
+                lines.append(f"{path.relative_to(SOURCE)}:{value.lineno} {name}={number}")
+    return lines
 
 
 def test_every_deadline_is_in_the_table():
     files = [path for path in SOURCE.rglob("*.py") if str(path.relative_to(SOURCE)) not in OWN]
     assert len(files) > 200
-    assert [found for path in files for found in numbers_in_waits(path)] == []
+    assert [lines for path in files for lines in numbers_in_waits(path)] == []
 
 
 def test_a_deadline_elsewhere_is_found(tmp_path, monkeypatch):

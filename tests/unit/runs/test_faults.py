@@ -139,8 +139,8 @@ def test_a_damaged_trajectory_file_is_named(run):
     from lockstep.rollouts.parquet import read_parquet
 
     file = run / "trajectories" / "train" / "0001.parquet"
-    whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]):
+    intact = file.read_bytes()
+    for content in (intact[: len(intact) // 2], b"", intact[:50] + bytes([intact[50] ^ 1]) + intact[51:]):
         file.write_bytes(content)
         with pytest.raises(StoreError, match=r"0001\.parquet"):
             read_parquet(file)
