@@ -118,7 +118,7 @@ def _longer(run: _Run) -> Advice | None:
     return Advice(
         "length-growth",
         f"Replies grew from {first:.0f} to {last:.0f} tokens, and the reward did not rise with them.",
-        'Give each token the same weight (token_normalization = "token"), set advantage_normalization = "none", or take a little '
+        'Give each token the same weight (token_normalization = "token"), set advantage = "dr_grpo", or take a little '
         "off the reward per token.",
     )
 
