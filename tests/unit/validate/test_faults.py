@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.validate.faults.registry import FAULTS
@@ -23,6 +25,7 @@ def test_every_fault_says_what_it_stands_for_and_who_must_see_it() -> None:
     assert all(len(fault.stands_for.split()) >= 4 for fault in FAULTS)
 
 
+@pytest.mark.slow
 def test_all_are_detected_on_a_hybrid_mixture(tmp_path: Path) -> None:
     folder = write_tiny("qwen3_5_moe", tmp_path / "model", seed=5, overrides=SMALL)
     assert all(fault.fits(load_model_config(str(folder))) for fault in FAULTS)

@@ -120,12 +120,12 @@ def figures_of(name: str, answers: Sequence[Mapping[str, Any]]) -> list[Figure]:
     metrics: dict[str, float] = {}
     for answer in answers:
         for tensor, off in answer["gradients"].items():
-            gradients[tensor] = max(gradients.get(tensor, 0.0), off)
+            gradients[tensor] = _larger(gradients.get(tensor, 0.0), off)
         for tensor, (difference, move) in answer["moved"].items():
             sums = moves.setdefault(tensor, [0.0, 0.0])
             sums[0], sums[1] = sums[0] + difference, sums[1] + move
         for metric, off in answer["metrics"].items():
-            metrics[metric] = max(metrics.get(metric, 0.0), off)
+            metrics[metric] = _larger(metrics.get(metric, 0.0), off)
     scores = [max(values) for values in zip(*(answer["scores"] for answer in answers), strict=True)]
     rows = [f"row {number}" for number in range(len(scores))]
     shares = {tensor: difference / max(move, 1e-12) for tensor, (difference, move) in moves.items()}
@@ -135,6 +135,11 @@ def figures_of(name: str, answers: Sequence[Mapping[str, Any]]) -> list[Figure]:
         _figure(name, "layout update", list(shares.values()), list(shares)),
         _figure(name, "layout metrics", list(metrics.values()), list(metrics)),
     ]
+
+
+def _larger(first: float, second: float) -> float:
+    """The larger of two differences; one that is not a number stays in sight."""
+    return first if second <= first else second
 
 
 def _figure(layout: str, name: str, values: Sequence[float], places: Sequence[str]) -> Figure:
