@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lockstep.errors import ConfigError
 
@@ -24,6 +24,9 @@ class Endpoint:
     max_model_len: tokens of its longest sequence; None likewise.
     seed: what the seeds of rollouts' requests follow from; None: requests get none.
     siblings: the server takes requests that differ in their seed alone as one.
+    colocated: the server sleeps while the trainer works.
+    keeps_steps: an older step answers as it was, as long as a rollout holds it. False: the newest
+        weights answer to its name.
     """
 
     base_url: str
@@ -32,6 +35,8 @@ class Endpoint:
     max_model_len: int | None = None
     seed: int | None = None
     siblings: bool = False
+    colocated: bool = False
+    keeps_steps: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,22 @@ class TrainResult:
     step: int
     metrics: dict[str, float]
     checkpoint_path: Path
+
+
+@dataclass(frozen=True)
+class ServerLoad:
+    """kv_use: share of the KV cache in use.
+    preemptions: requests that were put off in the server's life, since the cache was full.
+    """
+
+    kv_use: float
+    preemptions: float
+
+
+Attach = Callable[[Path], Awaitable[Mapping[str, Any]]]
+"""Called with a step's folder just before the step is published: it may add files, and returns the
+caller's own state of the step, which is JSON.
+"""
 
 
 class Backend(Protocol):
@@ -59,11 +80,27 @@ class Backend(Protocol):
     def endpoint(self, model: TrainableModel) -> Endpoint: ...
 
     async def train(
-        self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
+        self,
+        model: TrainableModel,
+        groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        attach: Attach | None = None,
     ) -> TrainResult: ...
 
-    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
-        """Keep metrics with those of the model's current step."""
+    def record(self, model: TrainableModel, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep metrics with those of a step, the model's current one for None."""
+        ...
+
+    def run_path(self, model: TrainableModel) -> Path:
+        """The model's folder."""
+        ...
+
+    async def problem(self, model: TrainableModel) -> str:
+        """Why the model's server can't serve any more, in one line; empty for one that lives."""
+        ...
+
+    async def load(self, model: TrainableModel) -> ServerLoad | None:
+        """How full the model's server is; None where it does not say."""
         ...
 
     async def recover(self, model: TrainableModel) -> bool:

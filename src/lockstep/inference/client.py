@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,19 @@ class Server:
     async def status(self) -> dict[str, Any]:
         """vLLM's version and what is in flight, from the plugin's own endpoint."""
         return (await self.call("GET", http_paths.STATUS)).json()
+
+    async def counters(self, *names: str) -> list[float]:
+        """The server's own counters and gauges of these names (without `vllm:`), each summed over
+        its labels.
+
+        Raises ServerError for one that it does not have.
+        """
+        text = (await self.call("GET", "/metrics")).text
+        samples = [re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in names]
+        for name, values in zip(names, samples, strict=True):
+            if not values:
+                raise ServerError(f"{self.child.name} has no counter {name}")
+        return [sum(map(float, values)) for values in samples]
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, deadline_s: float = deadlines.CALL_S

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
-
-from lockstep.errors import ServerError
 
 
 async def seen_running(server: Any, ask: Callable[[], Awaitable[Any]], *, seconds: float = 100.0) -> asyncio.Task[Any]:
@@ -24,11 +21,8 @@ async def seen_running(server: Any, ask: Callable[[], Awaitable[Any]], *, second
 
 async def counted(server: Any, name: str) -> float:
     """One of the server's own counters, over all of its labels."""
-    metrics = (await server.call("GET", "/metrics")).text
-    values = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
-    if not values:
-        raise ServerError(f"the server has no counter {name}")
-    return sum(map(float, values))
+    [value] = await server.counters(name)
+    return value
 
 
 async def sampled_tokens(server: Any) -> float:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import load_file
 
-from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
+from lockstep.backends.base import Attach, Endpoint, ServerLoad, TrainResult, check_new, train_config
 from lockstep.backends.megatron.jobs import job
 from lockstep.backends.megatron.launch import start_both
 from lockstep.backends.megatron.packed_file import PackedFile, packed_chats, packed_groups
 from lockstep.backends.megatron.plan.exact import exact_config
 from lockstep.backends.megatron.plan.resolve import Plan, make_plan, retention
-from lockstep.backends.megatron.publish import publish_and_serve, serve
+from lockstep.backends.megatron.publish import StagedStep, publish_and_serve, serve
 from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.supervision import registered, survived
@@ -78,21 +78,41 @@ class MegatronBackend:
         """The model's folder: PATH/PROJECT/NAME."""
         return self.run_info(model).store.path
 
-    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
-        """Keep metrics, such as an evaluation's, with those of the model's current step in the
-        run's SQLite file.
+    def record(self, model: TrainableModel, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep metrics, such as an evaluation's, with those of a step in the run's SQLite file.
+
+        step: None: the model's current step.
 
         Raises ConfigError if the model is not registered.
         """
-        self.run_info(model).store.record(model.step, metrics)
+        self.run_info(model).store.record(model.step if step is None else step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         run = self.run_info(model)
         server, settings = run.server, run.settings
         seed = settings.seed if self.config.seed_requests else None
         return Endpoint(
-            server.base_url, server.api_key, settings.max_num_seqs, settings.max_model_len, seed, siblings=True
+            server.base_url,
+            server.api_key,
+            settings.max_num_seqs,
+            settings.max_model_len,
+            seed,
+            siblings=True,
+            colocated=settings.colocated,
+            keeps_steps=not settings.merged,
         )
+
+    async def problem(self, model: TrainableModel) -> str:
+        """Why the model's server can't serve any more, in one line: it ended, or its engine did.
+        Empty for a server that lives.
+        """
+        return await self.run_info(model).server.problem()
+
+    async def load(self, model: TrainableModel) -> ServerLoad | None:
+        """How full the server is. Raises ServerError where it does not answer."""
+        server = self.run_info(model).server
+        kv_use, preemptions = await server.counters("kv_cache_usage_perc", "num_preemptions_total")
+        return ServerLoad(kv_use, preemptions)
 
     def run_info(self, model: TrainableModel) -> Run:
         """The live parts of a registered model: server, trainer, settings and folder, to look at.
@@ -182,10 +202,16 @@ class MegatronBackend:
         return await asyncio.to_thread(make_plan, self.config, model, base)
 
     async def train(
-        self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
+        self,
+        model: TrainableModel,
+        groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        attach: Attach | None = None,
     ) -> TrainResult:
         """One step on `groups`: pack, train, publish step N + 1, serve it, verify it. The model's
         step advances when all of it is done.
+
+        attach: adds to the step's folder and manifest before it is published.
 
         Calls for one model take turns. Raises DataError or StaleRolloutError, before anything
         changes, for groups that can't be trained on. TrainerError and MismatchError leave step N
@@ -200,7 +226,8 @@ class MegatronBackend:
             run.check_in_step()
             config = config.at_step(model.step + 1)
             batch = await packed_groups(run, groups, config)
-            return await self._train(run, batch, config, "merged_step" if run.settings.merged else "lora_step")
+            kind: Kind = "merged_step" if run.settings.merged else "lora_step"
+            return await self._train(run, batch, config, kind, attach)
 
     async def train_sft(
         self, model: TrainableModel, chats: Sequence[Mapping[str, Any]], config: SFTConfig | None = None
@@ -221,7 +248,9 @@ class MegatronBackend:
             batch = await packed_chats(run, chats, config)
             return await self._train(run, batch, config.step_config(), "sft_step")
 
-    async def _train(self, run: Run, batch: PackedFile, config: TrainConfig, kind: Kind) -> TrainResult:
+    async def _train(
+        self, run: Run, batch: PackedFile, config: TrainConfig, kind: Kind, attach: Attach | None = None
+    ) -> TrainResult:
         started, number = time.monotonic(), run.model.step + 1
         digest = await asyncio.to_thread(file_digest, batch.path)
 
@@ -232,7 +261,8 @@ class MegatronBackend:
                 metrics = batch.metrics | made.metrics | {"learning_rate": config.learning_rate}
                 metrics["seconds_train"] = time.monotonic() - started
                 self._say(f"loading {run.name(number)}")
-                return metrics | await publish_and_serve(run, number, made.staged, metrics, made.scores, made_by)
+                unpublished = StagedStep(number, made.staged, metrics, made_by, attach)
+                return metrics | await publish_and_serve(run, unpublished, made.scores)
 
         metrics = await survived(run, number, step)
         run.model._advance(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.probe import ProbeScores, check_finite
@@ -15,6 +16,8 @@ from lockstep.errors import ServerError, TrainerLostError
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from lockstep.backends.base import Attach
 
 
 async def serve(run: Run, number: int) -> dict[str, float]:
@@ -31,9 +34,23 @@ async def serve(run: Run, number: int) -> dict[str, float]:
         return figures | await _verify(run, number, trained)
 
 
-async def publish_and_serve(
-    run: Run, number: int, staged: Path, metrics: Mapping[str, float], trained: ProbeScores | None, job: str
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class StagedStep:
+    """A step that was trained and not published.
+
+    staged: its folder, under a temporary name.
+    job: that makes the step; the publication ends it.
+    attach: adds to the folder before it is published.
+    """
+
+    number: int
+    staged: Path
+    metrics: Mapping[str, float]
+    job: str
+    attach: Attach | None = None
+
+
+async def publish_and_serve(run: Run, step: StagedStep, trained: ProbeScores | None) -> dict[str, float]:
     """`serve` for a step that was just trained, and its folder; returns what `serve` returns.
 
     Merged weights replace the served ones, so the checkpoint is published first. An adapter is
@@ -42,13 +59,13 @@ async def publish_and_serve(
     was trained, and is published; but for a trainer that was lost before.
 
     trained: the trainer's scores of the run's probe.
-    job: that makes the step; the publication ends it.
     """
+    number = step.number
     async with run.gpus.never_left_asleep():
         if run.settings.routed_experts is not None:
             trained = None  # they were scored on other experts than the server will use
         if run.delivery.replaces:
-            seconds = await _publish(run, number, staged, metrics, job)
+            seconds = await _publish(run, step)
             figures = await _into_server(run, number)
             return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
@@ -56,9 +73,9 @@ async def publish_and_serve(
         except TrainerLostError:  # nobody is left to write the step
             raise
         except BaseException:
-            await _publish(run, number, staged, metrics, job)
+            await _publish(run, step)
             raise
-        publishing = asyncio.create_task(_publish(run, number, staged, metrics, job))
+        publishing = asyncio.create_task(_publish(run, step))
         try:
             figures |= await _verify(run, number, trained)
         finally:
@@ -66,11 +83,12 @@ async def publish_and_serve(
         return figures | {"seconds_publish": seconds}
 
 
-async def _publish(run: Run, number: int, staged: Path, metrics: Mapping[str, float], job: str) -> float:
+async def _publish(run: Run, step: StagedStep) -> float:
     """The seconds until the step was published."""
     started = time.monotonic()
-    await run.delivery.write(staged)
-    await asyncio.to_thread(run.store.publish, number, staged, metrics, None, job)
+    await run.delivery.write(step.staged)
+    state = await step.attach(step.staged) if step.attach else None
+    await asyncio.to_thread(run.store.publish, step.number, step.staged, step.metrics, state, step.job)
     run.trainer_ahead = False
     return time.monotonic() - started
 

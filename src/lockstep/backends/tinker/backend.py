@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.base import Endpoint, TrainResult, check_new, train_config
+from lockstep.backends.base import Attach, Endpoint, ServerLoad, TrainResult, check_new, train_config
 from lockstep.backends.tinker import chat_format
 from lockstep.backends.tinker.chat_server import ChatEndpoint, RequestError
 from lockstep.backends.tinker.datums import (
@@ -100,13 +100,14 @@ class TinkerBackend:
         """The model's folder: PATH/PROJECT/NAME."""
         return self.run_info(model).store.path
 
-    def record(self, model: TrainableModel, metrics: Mapping[str, float]) -> None:
-        """Keep metrics, such as an evaluation's, with those of the model's current step in the
-        run's SQLite file.
+    def record(self, model: TrainableModel, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep metrics, such as an evaluation's, with those of a step in the run's SQLite file.
+
+        step: None: the model's current step.
 
         Raises ConfigError if the model is not registered.
         """
-        self.run_info(model).store.record(model.step, metrics)
+        self.run_info(model).store.record(model.step if step is None else step, metrics)
 
     def endpoint(self, model: TrainableModel) -> Endpoint:
         endpoint = self.run_info(model).endpoint.endpoint
@@ -181,7 +182,7 @@ class TinkerBackend:
         return await _open("creating a sampler", self._service.create_sampling_client, model_path=path)
 
     async def _publish(
-        self, store: RunStore, trainer: Any, number: int, metrics: dict[str, float]
+        self, store: RunStore, trainer: Any, number: int, metrics: dict[str, float], attach: Attach | None = None
     ) -> tuple[Any, RunCheckpoint]:
         """Save what the trainer holds as step `number`, with a sampler of it."""
         name = f"step-{number:04d}"
@@ -194,12 +195,19 @@ class TinkerBackend:
         sampler = await self._sampler(paths["sampler"])
         staged = store.stage(number)
         (staged / _PATHS).write_text(json.dumps(paths))
-        return sampler, await asyncio.to_thread(store.publish, number, staged, metrics)
+        state = await attach(staged) if attach else None
+        return sampler, await asyncio.to_thread(store.publish, number, staged, metrics, state)
 
     async def train(
-        self, model: TrainableModel, groups: Sequence[TrajectoryGroup], config: TrainConfig | None = None
+        self,
+        model: TrainableModel,
+        groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        attach: Attach | None = None,
     ) -> TrainResult:
         """One step on `groups`: check, train, save, publish step N + 1 and serve it.
+
+        attach: adds to the step's folder and manifest before it is published.
 
         Raises ConfigError for a setting that the service can't honour. Raises DataError or
         StaleRolloutError, before anything changes, for groups that can't be trained on.
@@ -222,7 +230,7 @@ class TinkerBackend:
             metrics = prepared.metrics | {"loss": 0.0, "tokens_scored": 0.0, "no_signal": 1.0}
         metrics |= {"learning_rate": config.learning_rate, "seconds_train": time.monotonic() - started}
         started = time.monotonic()
-        run.samplers[current + 1], step = await self._publish(run.store, trainer, current + 1, metrics)
+        run.samplers[current + 1], step = await self._publish(run.store, trainer, current + 1, metrics, attach)
         synced = {"seconds_sync": time.monotonic() - started}
         run.store.record(step.number, synced)
         run.trainer = trainer
@@ -270,6 +278,14 @@ class TinkerBackend:
     async def recover(self, model: TrainableModel) -> bool:
         """The service's servers are its own to restart."""
         return False
+
+    async def problem(self, model: TrainableModel) -> str:
+        """The service says itself, in its answers, what is wrong."""
+        return ""
+
+    async def load(self, model: TrainableModel) -> ServerLoad | None:
+        """The service does not say how full it is."""
+        return None
 
     async def close(self) -> None:
         """Close endpoints and end the session with the service; published steps stay. Safe to call
