@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import deadlines
 from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
-from lockstep.rollouts.leases import Leases, current_scope
+from lockstep.rollouts.leases import Leases, RolloutScope, current_scope, rollout_scope
 from lockstep.rollouts.noise import RequestSeeds, current_place
 from lockstep_wire import http_paths, siblings
 
@@ -146,6 +147,18 @@ class TrainableModel:
         elif scope is not None and step is not None:
             scope.hold(self._leases, step)
         return version_name(self.name, current if step is None else step)
+
+    @contextmanager
+    def at_step(self, step: int) -> Iterator[None]:
+        """Rollouts that begin inside use `step`, which stays loaded until the end."""
+        with rollout_scope() as scope:
+            scope.pin(self._leases, step)
+            yield
+
+    def pinned_step(self, scope: RolloutScope) -> int | None:
+        """The step that a rollout uses; None before it asked for one."""
+        step = scope.pinned(self._leases, -1)
+        return None if step < 0 else step
 
     def leased_steps(self) -> frozenset[int]:
         """Steps that running rollouts use; the backend must keep them loaded."""

@@ -14,7 +14,7 @@ from lockstep.config import deadlines
 from lockstep.errors import ConfigError, DataError, RolloutError
 from lockstep.rollouts.failures import failure_of, one_line
 from lockstep.rollouts.leases import rollout_scope
-from lockstep.rollouts.noise import Gathered
+from lockstep.rollouts.noise import Gathered, Noise
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup
 
 GroupSource = TrajectoryGroup | Iterable[Trajectory | Awaitable[Trajectory]] | Awaitable[TrajectoryGroup]
@@ -30,7 +30,7 @@ async def gather_trajectory_groups(
     progress: bool = True,
     description: str = "rollouts",
     after_each: AfterEach | None = None,
-    noise: str | None = None,
+    noise: str | Noise | None = None,
 ) -> list[TrajectoryGroup]:
     """Run all rollouts at once and return their groups, in the order given.
 
@@ -44,7 +44,7 @@ async def gather_trajectory_groups(
         list of groups; an empty list drops the group.
     noise: a name. Rollouts at the same position of two calls of one name sample the same noise at
         one step, such as a call that is repeated after a failure. None: each call of a step has
-        noise of its own.
+        noise of its own. A `Noise` also names the step and the first group.
 
     Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and
     what finished is in its `groups`.
@@ -54,7 +54,8 @@ async def gather_trajectory_groups(
         return await gathering.run(max_exceptions, report)
 
 
-def _tolerated(max_exceptions: int | float, rollouts: int) -> int:
+def tolerated(max_exceptions: int | float, rollouts: int) -> int:
+    """How many of so many rollouts may fail. Raises ConfigError for what is neither a count nor a fraction."""
     if not math.isfinite(max_exceptions) or max_exceptions < 0:
         raise ConfigError(f"max_exceptions = {max_exceptions} must be a count, or a fraction below 1")
     if max_exceptions < 1:
@@ -94,7 +95,7 @@ class _Gathering:
         tasks: dict[asyncio.Future[Any], tuple[int, int]] = {}
         self._report = report
         try:
-            self._allowed = _tolerated(max_exceptions, self.expected)
+            self._allowed = tolerated(max_exceptions, self.expected)
             for group, slots in enumerate(self._slots):
                 for index, slot in enumerate(slots):
                     if inspect.isawaitable(slot):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 _SEED_BYTES = 6
@@ -24,13 +25,26 @@ def seed_of(words: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=_SEED_BYTES).digest())
 
 
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one group, whichever step samples it: that of group `group` of a call named
+    `name` at step `step`.
+    """
+
+    name: str
+    step: int
+    group: int
+
+
 class GatherCall:
     """One call of gather. Calls of one name at one step sample the same noise; without a name each
     call has its own.
+
+    step: in the place of the model's; None: the model's.
     """
 
-    def __init__(self, name: str | None = None):
-        self.name = name
+    def __init__(self, name: str | None = None, step: int | None = None):
+        self.name, self.step = name, step
 
 
 class RolloutPlace:
@@ -63,10 +77,12 @@ _place: ContextVar[RolloutPlace | None] = ContextVar("lockstep_rollout_place", d
 class Gathered:
     """Gives the rollouts of one call of gather their places."""
 
-    def __init__(self, name: str | None):
+    def __init__(self, noise: str | Noise | None):
         self._outer = _place.get()
         self._inner = self._outer.inner_gather() if self._outer is not None else ()
-        self._call = GatherCall(name)
+        fixed = isinstance(noise, Noise)
+        self._call = GatherCall(noise.name, noise.step) if fixed else GatherCall(noise)
+        self._first = noise.group if fixed else 0
 
     @contextmanager
     def rollout(self, group: int, rollout: int) -> Iterator[None]:
@@ -74,7 +90,7 @@ class Gathered:
         if self._outer is not None:
             place = self._outer.below(self._inner, group, rollout)
         else:
-            place = RolloutPlace(self._call, (f"{group}.{rollout}",))
+            place = RolloutPlace(self._call, (f"{self._first + group}.{rollout}",))
         token = _place.set(place)
         try:
             yield
@@ -96,6 +112,7 @@ class RequestSeeds:
 
     def draw(self, seed: int, step: int, place: RolloutPlace) -> int:
         """The seed of a rollout's next request, while the model is at `step` of a run with `seed`."""
+        step = step if place.gather.step is None else place.gather.step
         return seed_of(f"{seed}/{step}/{self._named(place.gather, step)}/{place.next_request()}")
 
     def _named(self, call: GatherCall, step: int) -> str:
