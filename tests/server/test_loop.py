@@ -39,8 +39,9 @@ from lockstep.errors import (
     StoreError,
     TrainerError,
 )
+from lockstep.loop.evaluation import evaluate, kept, mean_reward
 from lockstep.loop.run_file import TaskSection, load_run_file
-from lockstep.loop.synchronous import _kept, evaluate, mean_reward, roll_out
+from lockstep.loop.synchronous import roll_out
 from lockstep.loop.task import Task, load_task
 from lockstep.metrics.names import is_known
 from lockstep.models.tiny.write import write_tiny
@@ -501,7 +502,7 @@ async def test_h3_rollouts_of_a_lost_server_begin_again_on_a_new_one(running, ta
             os.kill(engine_core(lost) if killed == "engine" else children(lost.child.pid)[0], signal.SIGKILL)
         return await roll_out(model, task, section, model.step, finished)
 
-    groups = await _kept(gather, model, backend, tmp_path / "kept.parquet", model.step, "rollouts")
+    groups = await kept(gather, model, backend, tmp_path / "kept.parquet", model.step, "rollouts")
     assert attempts == [lost, backend.run_info(model).server]
     assert attempts[1] is not lost
     assert not any(group.exceptions for group in groups)

@@ -9,27 +9,23 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.batching.advantages import REWARD_EPS
 from lockstep.batching.tokenize import check_sampling
-from lockstep.errors import RolloutError
+from lockstep.loop.evaluation import Finished, evaluated, failures_of, gather_tries, kept, mean_reward
 from lockstep.loop.refill import LEFT_OUT, further_scenarios, refilled
-from lockstep.loop.trajectory_file import TrajectoryFile
-from lockstep.rollouts.failures import one_line
-from lockstep.rollouts.gather import gather_trajectory_groups
-from lockstep.rollouts.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from lockstep.backends.base import Backend
+    from lockstep.backends.base import Backend, TrainResult
     from lockstep.config.train import TrainConfig
     from lockstep.loop.run_file import TaskSection
     from lockstep.loop.task import Task
     from lockstep.model import TrainableModel
-    from lockstep.rollouts.trajectory import TrajectoryGroup
+    from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 
 
 _TRAINING = "training"
@@ -83,20 +79,6 @@ class Outcome:
         return self.rows[-1].greedy if self.rows else math.nan
 
 
-Finished = Callable[[int, Trajectory], None]
-"""Called with each rollout that ended well: its group, and its trajectory."""
-
-
-async def evaluate(
-    model: TrainableModel, task: Task, section: TaskSection, finished: Finished = lambda group, trajectory: None
-) -> list[TrajectoryGroup]:
-    """A group of one rollout per scenario at temperature 0: the first `evaluate_scenarios` of the
-    task's evaluation scenarios. A task without evaluation scenarios uses its scenarios.
-    """
-    scenarios = (task.evaluation_scenarios or task.scenarios)[: section.evaluate_scenarios]
-    return await _gather(model, task, section, scenarios, "evaluation", finished, tries=1, temperature=0.0)
-
-
 async def roll_out(
     model: TrainableModel,
     task: Task,
@@ -111,8 +93,12 @@ async def roll_out(
     """
     tries, temperature = section.group_size, section.temperature
 
+    def ended(group: int, trajectory: Trajectory) -> None:
+        check_sampling(trajectory)  # before all others of the step are paid for
+        finished(group, trajectory)
+
     async def gather(scenarios: Sequence[Any], noise: str) -> list[TrajectoryGroup]:
-        return await _gather(model, task, section, scenarios, noise, finished, tries=tries, temperature=temperature)
+        return await gather_tries(model, task, section, scenarios, noise, ended, tries, temperature)
 
     groups = await gather(task.draw(section.groups_per_step, section.seed, step), _TRAINING)
     if not section.refill_groups:
@@ -121,50 +107,6 @@ async def roll_out(
     return await refilled(
         groups, further, lambda some, number: gather(some, f"{_TRAINING}, refill {number}"), reward_eps
     )
-
-
-async def _gather(
-    model: TrainableModel,
-    task: Task,
-    section: TaskSection,
-    scenarios: Sequence[Any],
-    noise: str,
-    finished: Finished,
-    tries: int,
-    temperature: float,
-) -> list[TrajectoryGroup]:
-    async def attempt(group: int, scenario: Any) -> Trajectory:
-        trajectory = await _limited(lambda: task.rollout(model, scenario, temperature), section.rollout_timeout_s)
-        if isinstance(trajectory, Trajectory):  # gather refuses anything else, and names it
-            if noise.startswith(_TRAINING):
-                check_sampling(trajectory)  # before all others of the step are paid for
-            finished(group, trajectory)
-        return trajectory
-
-    return await gather_trajectory_groups(
-        [[attempt(group, scenario) for _ in range(tries)] for group, scenario in enumerate(scenarios)],
-        max_exceptions=section.max_exceptions,
-        progress=False,
-        noise=noise,
-    )
-
-
-async def _limited(rollout: Callable[[], Awaitable[Trajectory]], limit_s: float) -> Trajectory:
-    """A rollout with a time limit. Its own TimeoutErrors pass as they are."""
-    limit = asyncio.timeout(limit_s)
-    try:
-        async with limit:
-            return await rollout()
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise TimeoutError(f"it took longer than {limit_s:g} s ([task] rollout_timeout_s)") from error
-
-
-def mean_reward(groups: Sequence[TrajectoryGroup]) -> float:
-    """Mean over the trajectories of all groups; NaN if there is none."""
-    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 async def run(
@@ -191,12 +133,12 @@ async def run(
     while True:
         last = row.step >= section.steps
         if last or row.step % section.evaluate_every == 0:
-            greedy, failures = await _evaluated(model, backend, task, section, run_path)
+            greedy, failures = await evaluated(model, backend, task, section, run_path, model.step)
             row = replace(row, greedy=greedy, failures=row.failures + failures)
         outcome.step = row.step
         if math.isnan(outcome.first):
             outcome.first = row.greedy
-        outcome.reached = any(row.greedy >= target for target in _targets(section, outcome.first, rise))
+        outcome.reached = any(row.greedy >= target for target in targets(section, outcome.first, rise))
         outcome.rows.append(row)
         on_step(row)
         if outcome.reached or last:
@@ -204,72 +146,9 @@ async def run(
         row = await _one_step(model, backend, task, section, config, run_path)
 
 
-def _targets(section: TaskSection, first: float, rise: float | None) -> list[float]:
+def targets(section: TaskSection, first: float, rise: float | None) -> list[float]:
     risen = None if rise is None else first + rise - _ROUNDING
     return [target for target in (section.stop_at_reward, risen) if target is not None]
-
-
-async def _evaluated(
-    model: TrainableModel, backend: Backend, task: Task, section: TaskSection, run_path: Path
-) -> tuple[float, tuple[str, ...]]:
-    """The greedy reward of the model's step, kept with its metrics, and what failed; its rollouts
-    are on disk.
-    """
-    file, what = (
-        run_path / "trajectories" / "evaluation" / f"{model.step:04d}.parquet",
-        f"evaluation of step {model.step}",
-    )
-    groups = await _kept(
-        lambda finished: evaluate(model, task, section, finished), model, backend, file, model.step, what
-    )
-    greedy = mean_reward(groups)
-    failed = sum(len(group.exceptions) for group in groups)
-    measured = {} if math.isnan(greedy) else {"greedy_reward": greedy}
-    await asyncio.to_thread(backend.record, model, {**measured, "greedy_rollouts_failed": float(failed)})
-    return greedy, _failures(groups, what, file)
-
-
-def _failures(groups: Sequence[TrajectoryGroup], what: str, file: Path) -> tuple[str, ...]:
-    """A sentence on the rollouts that failed and were tolerated, if there are any."""
-    failed = [failure for group in groups for failure in group.exceptions]
-    if not failed:
-        return ()
-    count = len(failed) + sum(len(group.trajectories) for group in groups)
-    return (f"{what}: {len(failed)} of {count} rollouts failed; first: {one_line(failed[0])}; tracebacks: {file}",)
-
-
-async def _kept(
-    gather: Callable[[Finished], Awaitable[list[TrajectoryGroup]]],
-    model: TrainableModel,
-    backend: Backend,
-    file: Path,
-    step: int,
-    what: str,
-) -> list[TrajectoryGroup]:
-    """The groups of a gather, once they are on disk. Where rollouts failed because the server was
-    lost, they begin again on a new one, once.
-
-    What was there of an attempt before stays, under another name.
-
-    The error of a gather that failed says what failed and where its tracebacks are.
-    """
-    for attempt in range(2):
-        failure = None
-        async with TrajectoryFile(file, step) as out:
-            try:
-                groups = await gather(out.add)
-            except RolloutError as error:
-                failure, groups = error, error.groups
-            await out.finish(groups)
-        failed = failure is not None or any(group.exceptions for group in groups)
-        if attempt == 0 and failed and await backend.recover(model):
-            continue
-        if failure is None:
-            return groups
-        raise RolloutError(
-            f"{what}: {failure}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions", groups
-        ) from None
-    raise AssertionError("the second attempt returns or raises")
 
 
 async def _one_step(
@@ -278,7 +157,7 @@ async def _one_step(
     before, step = model.step, model.step + 1
     started, what = time.monotonic(), f"rollouts for step {step}"
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
-    groups = await _kept(
+    groups = await kept(
         lambda finished: roll_out(model, task, section, before, finished, config.reward_eps),
         *(model, backend, file, step, what),
     )
@@ -288,11 +167,16 @@ async def _one_step(
     if section.refill_groups:
         replaced = {"groups_left_out": float(len(every) - len(groups))}
         await asyncio.to_thread(backend.record, model, replaced)
-    metrics = result.metrics
     await asyncio.to_thread(backend.record, model, {"seconds_rollout": rollout_s})
+    return summary(result, mean_reward(groups), rollout_s, failures_of(groups, what, file))
+
+
+def summary(result: TrainResult, reward: float, rollout_s: float, failures: tuple[str, ...]) -> StepSummary:
+    """The row of a step that was just trained, not yet evaluated."""
+    metrics = result.metrics
     return StepSummary(
         step=result.step,
-        reward=mean_reward(groups),
+        reward=reward,
         greedy=math.nan,
         loss=metrics["loss"],
         kl=metrics.get("kl", math.nan),
@@ -303,5 +187,5 @@ async def _one_step(
         signal=not metrics.get("no_signal"),
         compilations=int(metrics.get("compilations", 0)),
         compile_s=metrics.get("seconds_compile", 0.0),
-        failures=_failures(groups, what, file),
+        failures=failures,
     )

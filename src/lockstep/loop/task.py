@@ -12,6 +12,8 @@ level:
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib.util
 import inspect
 import random
@@ -45,14 +47,28 @@ class Task:
         """The scenarios of one step, from epochs of a shuffled list. They depend on (seed, step)
         alone, so a resumed run keeps the order.
         """
-        drawn: list[Any] = []
-        orders: dict[int, list[int]] = {}
-        for position in range(step * count, (step + 1) * count):
-            epoch, offset = divmod(position, len(self.scenarios))
-            if epoch not in orders:
-                orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(self.scenarios)), len(self.scenarios))
-            drawn.append(self.scenarios[orders[epoch][offset]])
-        return drawn
+        return [self.scenario(position, seed) for position in range(step * count, (step + 1) * count)]
+
+    def scenario(self, position: int, seed: int) -> Any:
+        """The scenario at a position of the run's endless list, which `draw` gives in parts."""
+        epoch, offset = divmod(position, len(self.scenarios))
+        return self.scenarios[_order(seed, epoch, len(self.scenarios))[offset]]
+
+    async def attempt(self, model: TrainableModel, scenario: Any, temperature: float, limit_s: float) -> Trajectory:
+        """A rollout with a time limit. Its own TimeoutErrors pass as they are."""
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                return await self.rollout(model, scenario, temperature)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"it took longer than {limit_s:g} s ([task] rollout_timeout_s)") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, scenarios: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(scenarios), scenarios)
 
 
 def load_task(path: Path) -> Task:

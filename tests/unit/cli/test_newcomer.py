@@ -47,7 +47,7 @@ class Backend:
     def __init__(self, store):
         self.store = store
 
-    def record(self, model, metrics):
+    def record(self, model, metrics, step=None):
         self.store.record(model.step, metrics)
 
     async def recover(self, model):

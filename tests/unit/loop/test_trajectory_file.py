@@ -14,8 +14,9 @@ import pytest
 from helpers import python_path
 from lockstep.errors import RolloutError
 from lockstep.loop import trajectory_file
+from lockstep.loop.evaluation import kept
 from lockstep.loop.run_file import TaskSection
-from lockstep.loop.synchronous import _kept, roll_out
+from lockstep.loop.synchronous import roll_out
 from lockstep.loop.task import Task
 from lockstep.loop.trajectory_file import TrajectoryFile
 from lockstep.rollouts.parquet import read_parquet
@@ -85,14 +86,14 @@ async def test_m3_what_had_finished_survives_ctrl_c(tmp_path):
     section = TaskSection(file="task.py", steps=1, groups_per_step=2, group_size=2)
     task = Task(Path("task.py"), ["slow", "quick"], rollout, None)
     file = tmp_path / "0001.parquet"
-    kept = asyncio.create_task(
-        _kept(lambda on_finished: roll_out(None, task, section, 0, on_finished), None, None, file, 1, "rollouts")
+    gathering = asyncio.create_task(
+        kept(lambda on_finished: roll_out(None, task, section, 0, on_finished), None, None, file, 1, "rollouts")
     )
     await finished.wait()
     await asyncio.sleep(0)
-    kept.cancel()
+    gathering.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await kept
+        await gathering
     assert names(tmp_path) == ["0001.attempt-1.parquet"]
     assert [group for group in rewards(tmp_path / "0001.attempt-1.parquet") if group] == [[2.5, 2.5]]
 
@@ -115,6 +116,6 @@ async def test_m3_a_failed_gather_keeps_its_file_and_a_full_disk_ends_no_rollout
     monkeypatch.setattr(trajectory_file, "write_parquet", full)
     written = []
     with pytest.raises(RolloutError, match="one failed; tracebacks: "):
-        await _kept(gather, None, Backend(), tmp_path / "0001.parquet", 1, "rollouts")
+        await kept(gather, None, Backend(), tmp_path / "0001.parquet", 1, "rollouts")
     assert written == [groups(1.0)]
     assert "No space left on device" in caplog.text
