@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from lockstep.backends.tinker.backend import TinkerBackend
     from lockstep.config.lora import LoraConfig
     from lockstep.config.megatron import MegatronConfig, Parallel, Placement
+    from lockstep.config.pipeline import PipelineConfig
     from lockstep.config.sft import SFTConfig
     from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
+    from lockstep.loop.pipeline import PipelineTrainer
     from lockstep.model import TrainableModel
     from lockstep.rollouts.gather import gather_trajectory_groups
     from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
@@ -33,6 +35,8 @@ _HOME = {
     "MegatronBackend": "lockstep.backends.megatron.backend",
     "Parallel": "lockstep.config.megatron",
     "Placement": "lockstep.config.megatron",
+    "PipelineConfig": "lockstep.config.pipeline",
+    "PipelineTrainer": "lockstep.loop.pipeline",
     "SFTConfig": "lockstep.config.sft",
     "TinkerBackend": "lockstep.backends.tinker.backend",
     "TrainConfig": "lockstep.config.train",
@@ -51,6 +55,8 @@ __all__ = [
     "MegatronBackend",
     "MegatronConfig",
     "Parallel",
+    "PipelineConfig",
+    "PipelineTrainer",
     "Placement",
     "SFTConfig",
     "TinkerBackend",

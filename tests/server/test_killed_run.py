@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from frozen_processes import below
 from lockstep.models.tiny.write import write_tiny
+from lockstep.runs.checkpoint import read_manifest
 
 pytestmark = pytest.mark.server
 STEPS = 3
@@ -36,6 +39,8 @@ async def rollout(model, scenario, temperature):
     return kept
 """
 CONFIG = """
+mode = "{mode}"
+
 [model]
 name = "killed"
 project = "tests"
@@ -58,6 +63,7 @@ keep_newest = 10
 
 [train]
 learning_rate = 1e-2
+max_steps_off_policy = {bound}
 """
 
 
@@ -70,10 +76,12 @@ def base(tmp_path_factory):
 class Command:
     """`lockstep train` (or another command) on the small run, in a folder of its own."""
 
-    def __init__(self, folder: Path, base: Path):
+    def __init__(self, folder: Path, base: Path, mode: str = "synchronous", bound: int = 0):
         folder.mkdir()
         (folder / "task.py").write_text(TASK)
-        (folder / "run.toml").write_text(CONFIG.format(base=base, runs=folder / "runs", steps=STEPS))
+        (folder / "run.toml").write_text(
+            CONFIG.format(base=base, runs=folder / "runs", steps=STEPS, mode=mode, bound=bound)
+        )
         self.folder, self.run = folder, folder / "runs" / "tests" / "killed"
 
     def start(self, verb: str = "train") -> subprocess.Popen[bytes]:
@@ -135,3 +143,38 @@ def test_h1_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(undisturbed, 
 def test_h1_two_undisturbed_runs_are_equal_bit_for_bit(undisturbed, base, tmp_path):
     command = Command(tmp_path / "c", base)
     assert command.finish(command.start()) == undisturbed
+
+
+def test_a_pipeline_without_staleness_is_the_synchronous_loop_bit_for_bit(undisturbed, base, tmp_path):
+    """`max_steps_off_policy = 0`: the same draws, seeds, order and weights; killed once, too."""
+    command = Command(tmp_path / "d", base, mode="pipeline")
+    user = command.start()
+    try:
+        wait_for((command.run / "steps" / "0002").exists, user)
+        user.kill()
+        user.wait()
+        user = command.start()
+        assert command.finish(user) == undisturbed
+    finally:
+        user.kill()
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_killed_anywhere_trains_every_group_once(runtime, base, tmp_path):
+    """Killed twice, each time at a random moment after a step."""
+    command = Command(tmp_path / "e", base, mode="pipeline", bound=2)
+    user = command.start()
+    try:
+        for life in range(2):
+            wait_for((command.run / "steps" / f"{life + 1:04d}").exists, user)
+            time.sleep(random.uniform(0, 2))
+            user.kill()
+            user.wait()
+            user = command.start()
+        command.finish(user)
+    finally:
+        user.kill()
+    states = [read_manifest(command.run / "steps" / f"{n:04d}")["state"]["pipeline"] for n in range(1, STEPS + 1)]
+    counted = Counter(each["position"] for state in states for each in state["trained"])
+    assert set(counted.values()) == {1}
+    assert counted.total() == 2 * STEPS

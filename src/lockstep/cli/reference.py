@@ -11,8 +11,9 @@ from lockstep import errors
 from lockstep.config.base import Config
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig, Parallel, Placement
+from lockstep.config.pipeline import PipelineConfig
 from lockstep.config.train import TrainConfig
-from lockstep.loop.run_file import ModelSection, SFTSection, TaskSection, TinySection
+from lockstep.loop.run_file import ModelSection, RunFile, SFTSection, TaskSection, TinySection
 from lockstep.metrics.names import METRICS, SECTIONS
 
 _MADE = "Made by `make reference` from the code; a test compares the two.\n"
@@ -21,6 +22,7 @@ _MADE = "Made by `make reference` from the code; a test compares the two.\n"
 def configuration() -> str:
     """Every setting, by its table in a run's file."""
     tables: tuple[tuple[str, type[Config]], ...] = (
+        ("At the top of the file", RunFile),
         ("[model]", ModelSection),
         ("[model] lora, `LoraConfig`", LoraConfig),
         ("[backend], `MegatronConfig`", MegatronConfig),
@@ -29,12 +31,15 @@ def configuration() -> str:
         ("[task]", TaskSection),
         ("[train], `TrainConfig`", TrainConfig),
         ("[sft], `SFTConfig` from learning_rate to seed", SFTSection),
+        ("[pipeline], `PipelineConfig`", PipelineConfig),
         ("[tiny]", TinySection),
     )
     parts = ["# Settings\n", _MADE]
     for title, schema in tables:
         parts.append(f"\n## {title}\n\n| setting | default | meaning |\n|---|---|---|")
         for name, field in schema.model_fields.items():
+            if schema is RunFile and name != "mode":  # the others are tables
+                continue
             default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
             parts.append(f"| `{name}` | {default} | {_cell(field.description or 'a table of its own')} |")
     return "\n".join(parts) + "\n"

@@ -12,8 +12,10 @@ from rich.console import Console
 from lockstep.cli.base_models.tiny_model import check_tiny, make_tiny
 from lockstep.cli.progress import progress
 from lockstep.cli.tables.live_table import LiveTable
+from lockstep.config.base import Config
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
+from lockstep.loop.pipeline import PipelineTrainer, refuse_colocated
 from lockstep.loop.run_file import RunFile, load_run_file
 from lockstep.loop.synchronous import Outcome, run
 from lockstep.loop.task import Task, load_task
@@ -55,7 +57,12 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
             base_model, file = str(folder), _as_tiny(file)
         model, backend = _made(file, base_model)
         _check_steps(file, settings)
-        show_all(console, await backend.resolve(model), {"task": file.task, "train": settings})
+        plan = await backend.resolve(model)
+        refuse_colocated(file.mode == "pipeline" and plan.resolved.colocated)
+        sections: dict[str, Config] = {"task": file.task, "train": settings}
+        if file.mode == "pipeline":
+            sections["pipeline"] = file.pipeline.resolved(settings.max_steps_off_policy, file.task.groups_per_step)
+        show_all(console, plan, sections)
     return 0
 
 
@@ -110,19 +117,50 @@ async def _train(
 
     model, backend = _made(file, base_model)
     _check_steps(file, settings)
-    show_short(console, await backend.resolve(model))
+    plan = await backend.resolve(model)
+    refuse_colocated(file.mode == "pipeline" and plan.resolved.colocated)
+    show_short(console, plan)
     backend.on_note = lambda note: None  # said already
     try:
         with progress(console, "starting trainer and server") as backend.on_progress:
             await model.register(backend)
             backend.on_progress = None
-        run_path = backend.run_path(model)
+        run_path, said = backend.run_path(model), ""
         console.print(f"run         {run_path}", markup=False, highlight=False, soft_wrap=True)
         with LiveTable(console, f"{file.model.name} on {base_model}") as table:
-            outcome = await run(model, backend, task, file.task, settings, run_path, table, rise)
+            if file.mode == "pipeline":
+                outcome, said = await _pipelined(model, backend, file, settings, task, table, rise)
+            else:
+                outcome = await run(model, backend, task, file.task, settings, run_path, table, rise)
+        console.print(said, markup=False, highlight=False, soft_wrap=True, end="")
         return outcome, run_path / "steps" / f"{outcome.step:04d}"
     finally:
         await backend.close()
+
+
+async def _pipelined(
+    model: TrainableModel,
+    backend: MegatronBackend,
+    file: RunFile,
+    settings: TrainConfig,
+    task: Task,
+    table: LiveTable,
+    rise: float | None,
+) -> tuple[Outcome, str]:
+    """The end of an asynchronous run, and a line about who waited for whom."""
+    trainer = PipelineTrainer(
+        model,
+        backend,
+        rollout=task.rollout,
+        scenarios=task.scenarios,
+        evaluation_scenarios=task.evaluation_scenarios,
+        config=settings,
+        pipeline=file.pipeline,
+        on_step=table,
+        rise=rise,
+        **file.task.model_dump(exclude_unset=True),
+    )
+    return await trainer.run(), f"{trainer.advice}\n"
 
 
 def _made(file: RunFile, base_model: str) -> tuple[TrainableModel, MegatronBackend]:

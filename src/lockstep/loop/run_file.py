@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -11,6 +11,7 @@ from lockstep.config.base import Config, load_toml
 from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.messages import describe
+from lockstep.config.pipeline import PipelineConfig
 from lockstep.config.sft import SFTConfig
 from lockstep.config.train import TrainConfig
 from lockstep_wire.sampling import LEAST_TEMPERATURE
@@ -61,10 +62,25 @@ class TaskSection(Config):
     rollout_timeout_s: float = Field(default=1800.0, gt=0, description="seconds after which a rollout counts as failed")
     evaluate_every: int = Field(default=1, gt=0, description="measure the greedy reward every so many steps")
     evaluate_scenarios: int = Field(default=64, gt=0, description="scenarios of an evaluation, at most")
+    evaluate_samples: int = Field(
+        default=0,
+        ge=0,
+        description="sampled tries per scenario of an evaluation, beside the greedy one, for pass@k; 0: none",
+    )
+    pass_reward: float = Field(
+        default=1.0, description="reward from which a sampled try of an evaluation counts as passed"
+    )
+    evaluate_concurrent: int = Field(default=64, gt=0, description="rollouts of an evaluation at once")
     stop_at_reward: float | None = Field(default=None, description="end early when the greedy reward reaches this")
     seed: int = Field(
         default=0, ge=0, description="of the scenarios' order, the adapter's initial values and the sampling"
     )
+
+    @model_validator(mode="after")
+    def _samples_that_pass(self) -> TaskSection:
+        if "pass_reward" in self.model_fields_set and not self.evaluate_samples:
+            raise ValueError("pass_reward has no effect without evaluate_samples: set it, or leave pass_reward out")
+        return self
 
     @field_validator("max_exceptions")
     @classmethod
@@ -108,10 +124,16 @@ class SFTSection(SFTConfig):
 class RunFile(Config):
     """A whole run."""
 
+    mode: Literal["synchronous", "pipeline"] = Field(
+        default="synchronous",
+        description="synchronous: rollouts and training take turns; pipeline: rollouts go on while the trainer works, as far as "
+        "[train] max_steps_off_policy allows",
+    )
     model: ModelSection
     backend: MegatronConfig = Field(default_factory=MegatronConfig)
     task: TaskSection
     train: TrainConfig = Field(default_factory=TrainConfig)
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     tiny: TinySection = Field(default_factory=TinySection)
     sft: SFTSection | None = Field(default=None, description="read by `lockstep sft` alone")
 
@@ -119,6 +141,20 @@ class RunFile(Config):
     def _one_seed(self) -> RunFile:
         if "seed" in self.backend.model_fields_set:
             raise ValueError("[backend] seed: set seed in [task], which is that of the backend, too")
+        return self
+
+    @model_validator(mode="after")
+    def _pipeline_that_works(self) -> RunFile:
+        if self.mode == "synchronous":
+            if self.pipeline.model_fields_set:
+                raise ValueError("[pipeline] has no effect without mode = pipeline: set mode at the file's top")
+            return self
+        if self.task.refill_groups:
+            raise ValueError(
+                "[task] refill_groups has no effect in mode = pipeline: leave it out, or set mode = synchronous"
+            )
+        for train in (self.train, self.tiny_train_config()):
+            self.pipeline.limits(train.max_steps_off_policy, self.task.groups_per_step)
         return self
 
     @model_validator(mode="after")

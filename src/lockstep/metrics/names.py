@@ -16,6 +16,7 @@ SECTIONS = {
     "loss": "The step",
     "mismatch": "Server against trainer, over what the trained step sampled",
     "verification": "The new version in the server",
+    "pipeline": "The asynchronous loop (mode = pipeline)",
     "time": "Where the seconds went",
     "memory": "Memory",
 }
@@ -49,6 +50,15 @@ METRICS: dict[str, Metric] = {
     **_of(
         "evaluation",
         greedy_reward=("reward", "Mean over the evaluation's scenarios."),
+        greedy_reward_low=("reward", "Lower end of its 95% interval, by bootstrap over the scenarios."),
+        greedy_reward_high=("reward", "The upper end."),
+        sampled_reward=("reward", "Mean over scenarios and sampled tries, with evaluate_samples."),
+        sampled_reward_low=("reward", "Lower end of its 95% interval."),
+        sampled_reward_high=("reward", "The upper end."),
+        pass_at_K=(
+            "share",
+            "Chance that one of K sampled tries reaches pass_reward, for K = 1, 2, 4, ...; with `_low` and `_high` as above.",
+        ),
         greedy_rollouts_failed=(
             "count",
             "Rollouts of the evaluation that raised, as far as max_exceptions tolerates them.",
@@ -182,6 +192,27 @@ METRICS: dict[str, Metric] = {
         server_restarts=("count", "Servers that were lost in this step and started again."),
     ),
     **_of(
+        "pipeline",
+        wait_for_rollouts=("s", "The trainer waited for the step's groups. High: the server is too slow."),
+        wait_for_slow_groups=(
+            "s",
+            "Places for rollouts were free, and the queue was full of groups under way. High: raise max_steps_off_policy.",
+        ),
+        wait_for_trainer=("s", "Places for rollouts were free, and the queue was full of groups that are ready."),
+        groups_ready=("count", "Groups that wait in the queue when the step's groups are taken."),
+        groups_overtaken=("count", "Mean number of groups drawn later, and trained before; by group of the step."),
+        groups_stale=("count", "Groups dropped since the step before, too old to train on; drawn again."),
+        groups_failed=("count", "Groups left with fewer than two trajectories by failed rollouts; drawn again."),
+        duration_bias=(
+            "ratio",
+            "Mean duration of the groups trained so far, over that of all that left the queue. Below 1: slow ones are dropped.",
+        ),
+        rollouts_under_way=("count", "Rollouts that run, or wait for a place, when the step's groups are taken."),
+        rollouts_at_once=("count", "Places for rollouts, at the step's end."),
+        kv_use=("share", "The largest use of the server's KV cache that was seen during the step."),
+        preemptions=("count", "Requests that the server put off during the step, since its KV cache was full."),
+    ),
+    **_of(
         "time",
         seconds_rollout=("s", "The rollouts of the step, from the first request to the last reward."),
         seconds_train=("s", "`train` from its call until the weights leave: packing, scoring the probe, the updates."),
@@ -208,6 +239,8 @@ METRICS: dict[str, Metric] = {
 
 USERS = "rollout/"
 """The prefix of a user's own metrics."""
+PASS_AT = "pass_at_"
+"""The prefix of pass@k, by k, and of the ends of its interval (`pass_at_4_low`)."""
 
 
 def tag(name: str) -> str:
@@ -217,4 +250,4 @@ def tag(name: str) -> str:
 
 
 def is_known(name: str) -> bool:
-    return name in METRICS or name.startswith(USERS)
+    return name in METRICS or name.startswith((USERS, PASS_AT))

@@ -41,12 +41,12 @@ def test_sampled_figures():
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     """Fresh scenarios of known mean 0.3: about 95 of 100 intervals of 40 hold it (binomial: 87 of 100 in 1 of 1,500)."""
     draws = random.Random()
-    held = 0
+    covered = 0
     for _ in range(100):
-        found = greedy_metrics([rewarded(float(draws.random() < 0.3)) for _ in range(40)])
-        held += found["greedy_reward_low"] <= 0.3 <= found["greedy_reward_high"]
-        assert found["greedy_reward_low"] <= found["greedy_reward"] <= found["greedy_reward_high"]
-    assert held >= 85
+        interval = greedy_metrics([rewarded(float(draws.random() < 0.3)) for _ in range(40)])
+        covered += interval["greedy_reward_low"] <= 0.3 <= interval["greedy_reward_high"]
+        assert interval["greedy_reward_low"] <= interval["greedy_reward"] <= interval["greedy_reward_high"]
+    assert covered >= 85
 
 
 async def test_an_evaluation_has_its_own_limit_and_asks_held_out_scenarios():

@@ -14,8 +14,9 @@ from rich.console import Console
 import lockstep as ls
 from lockstep.cli.tables.live_table import LiveTable
 from lockstep.errors import RolloutError
+from lockstep.loop.evaluation import evaluate
 from lockstep.loop.run_file import TaskSection
-from lockstep.loop.synchronous import evaluate, roll_out, run
+from lockstep.loop.synchronous import roll_out, run
 from lockstep.loop.task import Task
 from random_batches import choice, trajectory
 
@@ -29,7 +30,7 @@ class Backend:
     async def recover(self, model: Any) -> bool:
         return False
 
-    def record(self, model: Any, metrics: dict[str, float]) -> None:
+    def record(self, model: Any, metrics: dict[str, float], step: int | None = None) -> None:
         self.recorded = metrics
 
     async def train(self, model: Any, groups: Any, config: Any) -> Any:
