@@ -135,6 +135,20 @@ def steps(
 
 
 @app.command()
+def fork(
+    run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)],
+    step: Annotated[int, typer.Argument(help="a published step", show_default=False)],
+    name: Annotated[str, typer.Argument(help="of the new run, beside the other", show_default=False)],
+) -> None:
+    """Begin a new run at a published step of another, with its optimizer's state; set its name in the
+    run's file to go on.
+    """
+    from lockstep.runs.fork import fork as forked
+
+    _say(f"{forked(run, step, name)} goes on from step {step}: set [model] name = {name!r}")
+
+
+@app.command()
 def jobs(run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)]) -> None:
     """List what a run asked of its trainer and server: steps and syncs, under way, done or failed."""
     from lockstep.cli.steps import show_jobs

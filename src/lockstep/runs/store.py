@@ -263,6 +263,26 @@ class RunStore:
         numbers = self.published()
         if number != (numbers[-1] + 1 if numbers else 0):
             raise StoreError(f"step {number} can't follow {numbers[-1] if numbers else 'nothing'} in {self.path}")
+        return self._published(number, staged, metrics, state, job)
+
+    def publish_first(
+        self, number: int, staged: Path, metrics: Mapping[str, float], state: Mapping[str, Any]
+    ) -> RunCheckpoint:
+        """`publish` for the first step of a run that goes on from another run's. Raises StoreError
+        for a run that has steps.
+        """
+        if numbers := self.published():
+            raise StoreError(f"{self.path} has steps already, the last is {numbers[-1]}")
+        return self._published(number, staged, metrics, state, None)
+
+    def _published(
+        self,
+        number: int,
+        staged: Path,
+        metrics: Mapping[str, float],
+        state: Mapping[str, Any] | None,
+        job: str | None,
+    ) -> RunCheckpoint:
         final, fields = self._folder(number), {"step": number, "published": time.time(), "identity": self._identity}
         fields |= {"metrics": dict(metrics), "state": dict(state or {}), "job": job}
         with _writing(f"step {number}", final):
