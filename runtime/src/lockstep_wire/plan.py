@@ -19,6 +19,10 @@ Box = tuple[tuple[int, int], ...]
 """A half-open range for every dimension of a tensor."""
 
 
+_MOST = 1 << 48
+"""Bytes of a bucket, and elements of a weight: more than any machine holds."""
+
+
 class PlanError(ValueError):
     """A plan that can't be followed; the message names the weight."""
 
@@ -124,8 +128,10 @@ def parse(raw: Mapping[str, Any]) -> WirePlan:
     """Raises PlanError for what is no plan, and when the boxes of a weight don't make it whole."""
     try:
         return _parsed(raw)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise PlanError(f"the plan is none: {type(error).__name__}: {error}") from error
+    except PlanError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"the plan is none: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _parsed(raw: Mapping[str, Any]) -> WirePlan:
@@ -138,13 +144,34 @@ def _parsed(raw: Mapping[str, Any]) -> WirePlan:
 
 
 def _bucket(sender: int, index: int, raw: Mapping[str, Any]) -> WireBucket:
-    return WireBucket(sender, index, raw["nbytes"], tuple(_slot(slot) for slot in raw["slots"]))
+    bucket = WireBucket(sender, index, _count(raw["nbytes"]), tuple(_slot(slot) for slot in raw["slots"]))
+    for slot in bucket.slots:
+        if slot.offset % slot.meta.dtype.itemsize or slot.offset + slot.nbytes > bucket.nbytes:
+            raise PlanError(f"{slot.name!r} lies at byte {slot.offset}, outside of its bucket of {bucket.nbytes} bytes")
+    if not bucket.slots:
+        raise PlanError(f"bucket {index} of sender {sender} is empty")
+    return bucket
 
 
 def _slot(raw: Sequence[Any]) -> Slot:
     name, dtype, shape, offset, box = raw
-    meta = TensorMeta(name, getattr(torch, dtype), tuple(shape))
-    return Slot(meta, meta.full_box if box is None else tuple((low, high) for low, high in box), offset)
+    kind = getattr(torch, dtype)
+    if not isinstance(name, str) or not isinstance(kind, torch.dtype):
+        raise PlanError(f"{name!r} of dtype {dtype!r} is no weight")
+    meta = TensorMeta(name, kind, tuple(_count(size) for size in shape))
+    cut = meta.full_box if box is None else tuple((_count(low), _count(high)) for low, high in box)
+    if len(cut) != len(meta.shape) or any(
+        low > high or high > size for (low, high), size in zip(cut, meta.shape, strict=True)
+    ):
+        raise PlanError(f"{name!r} of shape {meta.shape} has no part {cut}")
+    return Slot(meta, cut, _count(offset))
+
+
+def _count(value: Any) -> int:
+    """A size or a place. Raises PlanError for what is no number of bytes or elements that a machine holds."""
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise PlanError(f"{str(value)[:100]} is no size")
+    return value
 
 
 def _check_whole(buckets: Sequence[WireBucket], metas: Mapping[str, TensorMeta]) -> None:

@@ -329,6 +329,7 @@ def load_batch(path: str | Path) -> PackedBatch:
             if lost := set(_ARRAYS) - names - _OPTIONAL:
                 raise DataError(f"{path} lacks {sorted(lost)[0]}: the file is damaged, pack the batch again")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in names}
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a packed batch: {error}") from None
-    return PackedBatch(**arrays, sequence_ids=tuple(header["sequence_ids"]))
+            identities = tuple(header["sequence_ids"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a packed batch: {type(error).__name__}: {error}") from None
+    return PackedBatch(**arrays, sequence_ids=identities)

@@ -16,7 +16,6 @@ Shape suffixes: S tokens, L mixture-of-experts layers, K experts per token.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def decode_routed_experts(
         )
     try:
         npy = base64.b64decode(routed_experts, validate=True)
-    except binascii.Error:
+    except (ValueError, TypeError):
         raise DataError(f"{name}: its routed experts are not base64") from None
     rows_SLK = _load(npy, name)
     if rows_SLK.ndim != 3 or rows_SLK.shape[1:] != (shape.layers, shape.top_k):

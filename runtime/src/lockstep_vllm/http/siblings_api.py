@@ -22,7 +22,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
 from lockstep_vllm.http import sampled_tokens, tools_off
-from lockstep_vllm.http.openai_fields import add_choice_fields, add_request_defaults, asks_for_logprobs, in_flight
+from lockstep_vllm.http.openai_fields import (
+    add_choice_fields,
+    add_request_defaults,
+    asks_for_logprobs,
+    begun,
+    in_flight,
+)
 from lockstep_wire import http_paths, siblings
 
 logger = logging.getLogger("vllm.lockstep")
@@ -64,6 +70,7 @@ class _Rendered:
 async def _lines(rendered: _Rendered, seeds: list[int | None], model: str) -> AsyncIterator[bytes]:
     """The lines of replies as they end. A client that leaves ends the rest."""
     in_flight[model] += len(seeds)
+    begun.count += len(seeds)
     tasks = {asyncio.create_task(rendered.sample(seed)): position for position, seed in enumerate(seeds)}
     waiting = set(tasks)
     try:

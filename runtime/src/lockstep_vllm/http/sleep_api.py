@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from lockstep_vllm.http import openai_fields
 from lockstep_vllm.http.pulse import Pulse
 from lockstep_wire import http_paths
+from lockstep_wire.transports import MOST_S
 
 Part = Literal["weights", "kv_cache"]
 PARTS: tuple[Part, ...] = ("weights", "kv_cache")
@@ -93,7 +94,9 @@ def add_endpoints(app: FastAPI) -> None:
         return app.state.lockstep_sleep
 
     @app.post(http_paths.SLEEP)
-    async def sleep(level: Annotated[Literal[1, 2], Body()], deadline_s: Annotated[float, Body(gt=0)]) -> Any:
+    async def sleep(
+        level: Annotated[Literal[1, 2], Body()], deadline_s: Annotated[float, Body(gt=0, le=MOST_S)]
+    ) -> Any:
         try:
             return await sleep_control().sleep(level, deadline_s)
         except SleepRefusedError as error:

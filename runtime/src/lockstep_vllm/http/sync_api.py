@@ -24,6 +24,7 @@ from lockstep_vllm.adapters.from_memory import SCHEME
 from lockstep_vllm.http.openai_fields import in_flight
 from lockstep_vllm.http.served_names import keep_names, rename_base
 from lockstep_wire import error_kinds, http_paths
+from lockstep_wire.transports import MOST_S
 
 logger = logging.getLogger("vllm.lockstep")
 
@@ -317,7 +318,7 @@ def add_endpoints(app: FastAPI) -> None:
         version: Annotated[Name, Body()],
         digests: Annotated[list[list[str]], Body()],
         served_name: Annotated[Name | None, Body()] = None,
-        deadline_s: Annotated[float, Body()] = 300.0,
+        deadline_s: Annotated[float, Body(gt=0, le=MOST_S)] = 300.0,
     ) -> Any:
         return await _answer(sync().commit(version, digests, served_name, deadline_s))
 
@@ -326,16 +327,16 @@ def add_endpoints(app: FastAPI) -> None:
         version: Annotated[Name, Body()],
         digests: Annotated[list[list[str]], Body()],
         stacked_experts: Annotated[bool, Body()] = False,
-        deadline_s: Annotated[float, Body()] = 300.0,
+        deadline_s: Annotated[float, Body(gt=0, le=MOST_S)] = 300.0,
     ) -> Any:
         return await _answer(sync().commit_adapter(version, digests, stacked_experts, deadline_s))
 
     @app.post(http_paths.SYNC_FORGET_ADAPTER)
-    async def forget_adapter(name: Annotated[str, Body(embed=True)]) -> Any:
+    async def forget_adapter(name: Annotated[Name, Body(embed=True)]) -> Any:
         return await _answer(sync().forget_adapter(name))
 
     @app.post(http_paths.SYNC_VERIFY_FOLDER)
-    async def verify_folder(name: Annotated[str, Body()], path: Annotated[str, Body()]) -> Any:
+    async def verify_folder(name: Annotated[Name, Body()], path: Annotated[str, Body()]) -> Any:
         return await _answer(sync().verify_folder(name, path))
 
     @app.post(http_paths.SYNC_ABORT)

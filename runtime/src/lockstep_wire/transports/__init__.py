@@ -19,6 +19,8 @@ from lockstep_wire.transports.nccl import NcclReceiver, NcclSender
 
 __all__ = ["RECEIVERS", "SENDERS", "Receiver", "Sender", "TransportError", "UnusableTransportError", "connect"]
 
+MOST_S = 86400.0
+"""The longest deadline of a connection's waits."""
 SENDERS: dict[str, Callable[[float], Sender]] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
 """By name; each is made with the deadline (seconds) of its waits. "disk" needs a folder as well:
 DiskSender.
@@ -36,11 +38,14 @@ def connect(info: dict[str, Any], rank: int, device: torch.device) -> Receiver:
     """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at
     the deadline.
     """
-    if info.get("transport") not in RECEIVERS:
+    if not isinstance(info.get("transport"), str) or info["transport"] not in RECEIVERS:
         raise UnusableTransportError(
             f"unknown transport {info.get('transport')!r}: expected one of {', '.join(sorted(RECEIVERS))}"
         )
+    deadline_s = info.get("deadline_s")
+    if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MOST_S:
+        raise UnusableTransportError(f"deadline_s = {str(deadline_s)[:100]}: give seconds, at most {MOST_S:g}")
     try:
         return RECEIVERS[info["transport"]](info, rank, device)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise UnusableTransportError(f"{info['transport']}: {type(error).__name__}: {error}") from error

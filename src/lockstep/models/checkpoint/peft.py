@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,8 +80,11 @@ def read_adapter(
     """
     folder = Path(folder)
     info = _read_info(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{folder / WEIGHTS} is damaged ({error}); write the adapter again") from None
     tensors = from_peft(stored, config, layout)
     targets = tuple(dict.fromkeys(s.target for s in sites if f"{s.module}.lora_A" in tensors))
     _check(folder, tensors, [s for s in sites if s.target in targets], info.rank)
