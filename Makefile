@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart real test test-all test-oldest checked check reference setup-train setup-real setup-dev runtime clean
+.PHONY: quickstart real test test-all test-oldest checked check reference dist docs setup-train setup-real setup-dev runtime clean
 
 quickstart: setup-train runtime
 	@$(BIN)/lockstep quickstart
@@ -88,6 +88,19 @@ runtime: setup-train
 # The pages of docs/reference, from the code.
 reference: setup-dev
 	@$(BIN)/python -m lockstep.cli.reference docs/reference
+
+# Wheel and sdist, the same bytes from the same commit: timestamps inside are the commit's.
+dist: setup-dev
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --quiet --python $(BIN)/python --out-dir dist
+	@ls -l dist
+	@sha256sum dist/*.whl dist/*.tar.gz
+
+# The site, into build/site, from docs/ alone. No page needs the network.
+docs: setup-dev
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet "mkdocs-material>=9.6,<10"
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv .oldest .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lockstep import __version__
+from lockstep.cli.commands import COMMANDS
 from lockstep.errors import ERROR, ConfigError, LockstepError
 from lockstep.models.tiny.write import parse_override, tiny_models
 
@@ -22,11 +25,14 @@ app = typer.Typer(
     help="Reinforcement-learning post-training of LLM agents: the policy that is trained is the policy that was sampled.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
 runtime_app = typer.Typer(help="The isolated vLLM environment that serves models.", no_args_is_help=True)
 app.add_typer(runtime_app, name="runtime")
+
+for command in COMMANDS:
+    app.command()(command)
 
 console = Console()
 
@@ -42,6 +48,23 @@ _USERS = {
 }
 """Errors of the file system that are no fault of the program."""
 _TRAIN_EXTRA = ("torch", "transformers", "megatron", "einops", "jinja2", "huggingface_hub")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _say(f"lockstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Reinforcement-learning post-training of LLM agents: the policy that is trained is the policy
+    that was sampled.
+    """
 
 
 @app.command()
@@ -154,21 +177,6 @@ def jobs(run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT
     from lockstep.cli.steps import show_jobs
 
     show_jobs(run, console)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="the page; RUN/report.html if not given", show_default=False)
-    ] = None,
-) -> None:
-    """Write one HTML page about a run that opens anywhere: curves, groups, transcripts with every
-    token's log-probabilities, and advice where the run is ill.
-    """
-    from lockstep.cli.report import write_report
-
-    write_report(run, output, console)
 
 
 @app.command()
@@ -312,6 +320,10 @@ def import_gguf_command(
 @runtime_app.command("install")
 def runtime_install(
     kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
+    wheels: Annotated[
+        Path | None,
+        typer.Option(help="take all packages from this folder of wheels, and ask no index", show_default=False),
+    ] = None,
 ) -> None:
     """Build the server's environment from its lock file. Continues where an interrupted install
     stopped.
@@ -320,6 +332,10 @@ def runtime_install(
 
     if kind not in (None, "cpu", "cuda"):
         raise ConfigError(f"--kind {kind}: it is cpu or cuda")
+    if wheels is not None:
+        if not any(wheels.glob("*.whl")):
+            raise ConfigError(f"--wheels {wheels}: no wheel is in there")
+        os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels.resolve())}
     runtime = install(kind, progress=_say)
     _say(f"runtime {runtime.kind} is ready: {runtime.python}")
 

@@ -5,7 +5,9 @@ docs/reference`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lockstep import errors
 from lockstep.config.base import Config
@@ -73,7 +75,44 @@ def errors_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metrics, "errors.md": errors_page}
+def command_line() -> str:
+    """Every command with its arguments and options."""
+    from typer.main import get_command
+
+    from lockstep.cli.main import app
+
+    parts = ["# Command line\n", _MADE]
+    parts.append(
+        "Exit codes: 0; 1 for an error; 2 for a wrong setting; 3 where a run ends below its `stop_at_reward`; 130 after Ctrl-C."
+    )
+    for name, command in _commands(get_command(app), ()):
+        parts.append(f"\n## lockstep {name}\n\n{' '.join((command.help or '').split())}\n")
+        rows = [_parameter(parameter) for parameter in command.params if parameter.name != "help"]
+        if rows:
+            parts += ["| argument or option | default | meaning |\n|---|---|---|", *rows]
+    return "\n".join(parts) + "\n"
+
+
+def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(name, command) of each that does something, groups left out."""
+    for name, inner in getattr(command, "commands", {}).items():
+        if hasattr(inner, "commands"):
+            yield from _commands(inner, (*path, name))
+        else:
+            yield " ".join((*path, name)), inner
+
+
+def _parameter(parameter: Any) -> str:
+    names = (
+        ", ".join(f"`{name}`" for name in parameter.opts)
+        if parameter.param_type_name == "option"
+        else f"`{parameter.name.upper()}`"
+    )
+    default = "required" if parameter.required else _shown(parameter.default)
+    return f"| {names} | {default} | {_cell(getattr(parameter, 'help', None) or '')} |"
+
+
+PAGES = {"configuration.md": configuration, "metrics.md": metrics, "errors.md": errors_page, "cli.md": command_line}
 
 
 def _shown(value: object) -> str:

@@ -195,5 +195,5 @@ def _experts(made: Transcripts, encoded: str | None, start: int, size: int) -> d
 
 
 def _rounded(value: float) -> float | None:
-    """Five significant digits, which a page shows; None for no number, which JSON does not have."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+    """Seven significant digits, as fp32 has; None for no number, which JSON does not have."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None

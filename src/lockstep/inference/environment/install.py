@@ -32,6 +32,7 @@ from lockstep.inference.environment.locate import (
     Kind,
     Runtime,
     Source,
+    check_source,
     checked_kind,
     environment_folder,
     environment_python,
@@ -57,6 +58,7 @@ def install(kind: str | None = None, progress: Progress = lambda line: None, sou
     Raises RuntimeNotInstalledError, with the installer's last lines, when a step fails.
     """
     source = source or runtime_source()
+    check_source(source)
     checked = checked_kind(kind)
     folder = environment_folder(source, checked)
     with _exclusive(folder, progress):

@@ -100,6 +100,23 @@ def runtime_source() -> Source:
     raise RuntimeNotInstalledError(f"the lockstep-vllm sources are missing beside {package}: reinstall lockstep-rl")
 
 
+MANIFEST = "manifest.json"
+
+
+def check_source(source: Source) -> None:
+    """Raise RuntimeNotInstalledError where a file of an installed wheel's runtime is missing or
+    changed. A source checkout has no manifest.
+    """
+    manifest = source.folder / MANIFEST
+    if not manifest.is_file():
+        return
+    for name, digest in json.loads(manifest.read_text()).items():
+        file = source.folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            state = "changed" if file.is_file() else "missing"
+            raise RuntimeNotInstalledError(f"{file} is {state} since {name} was packed: reinstall lockstep-rl")
+
+
 def default_kind() -> Kind:
     """`cuda` where an NVIDIA driver is loaded, else `cpu`."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"

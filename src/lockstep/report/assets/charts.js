@@ -49,6 +49,7 @@ function scaleY(values, log) {
     for (let p = from; p <= to; p += every) marks.push(10 ** p);
     return { place: (v) => (Math.log10(v) - from) / (to - from), marks };
   }
+  if (low === 0 && high === 0) high = 1;
   if (low === high) { const pad = Math.abs(low) * 0.1 || 1; low -= low > 0 && low - pad < 0 ? low : pad; high += pad; }
   const pad = (high - low) * 0.06;
   low = low >= 0 && low - pad < 0 ? 0 : low - pad;

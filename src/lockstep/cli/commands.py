@@ -1,0 +1,102 @@
+"""The commands about a run that exists, and about the machine: plain functions that `main` makes
+commands of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run: PATH/PROJECT/NAME", show_default=False)]
+Step = Annotated[
+    str | None, typer.Option("--step", help="a published step, or best; the last one if not given", show_default=False)
+]
+
+
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the page; RUN/report.html if not given", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page about a run that opens anywhere: curves, groups, transcripts with every
+    token's log-probabilities, and advice where the run is ill.
+    """
+    from lockstep.report.terminal import write_report
+
+    write_report(run, output, Console())
+
+
+def view(
+    run: RunFolder, port: Annotated[int, typer.Option(min=0, max=65535, help="on loopback; 0: any free one")] = 0
+) -> None:
+    """Serve the report of a run on loopback behind a token, and keep it up to date."""
+    from lockstep.report.live import serve_page
+
+    asyncio.run(serve_page(run, port, lambda url: Console().print(url, markup=False, highlight=False, soft_wrap=True)))
+
+
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option("--once", help="print the table and leave")] = False,
+) -> None:
+    """Follow a run in the terminal: its newest steps, and advice where it is ill."""
+    from lockstep.report.terminal import watch_run
+
+    watch_run(run, once, Console())
+
+
+def export(
+    run: RunFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="a new folder; below RUN/exports if not given", show_default=False),
+    ] = None,
+    step: Step = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="the whole model, the adapter merged into its weights")
+    ] = False,
+) -> None:
+    """Write a step as a folder for transformers and vLLM: a PEFT adapter, or the whole model. The
+    folder is loaded again and compared with the step before it appears.
+    """
+    from lockstep.cli.export import export_run
+
+    export_run(run, output, step, merged, Console())
+
+
+def serve(run: RunFolder, step: Step = None) -> None:
+    """Serve a step as an OpenAI endpoint on loopback until Ctrl-C."""
+    from lockstep.export.serve import serve_run
+
+    asyncio.run(serve_run(run, step, Console()))
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object: findings, and facts about the machine")
+    ] = False,
+) -> None:
+    """Look at this machine: what is here, what would stop a run, and the remedy for each.
+
+    Exits with 1 if something would stop every run.
+    """
+    from lockstep.doctor.show import show
+
+    raise SystemExit(show(as_json, Console()))
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="a new folder for the task", show_default=False)],
+) -> None:
+    """Write a task of your own to start from: a task file, a run's file and an AGENTS.md."""
+    from lockstep.cli.init import write_task
+
+    write_task(folder, Console())
+
+
+COMMANDS = (report, view, watch, export, serve, doctor, init)

@@ -1,0 +1,1 @@
+"""A run's step as a folder that other programs load: `lockstep export`."""
