@@ -50,7 +50,10 @@ class Fault:
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`owner.name` is `value` while the block runs; an instance that had none of its own loses it
     again.
+
+    Raises AttributeError where nothing has that name: such a fault would change nothing.
     """
+    getattr(owner, name)
     own = vars(owner)
     had, before = name in own, own.get(name)
     setattr(owner, name, value)

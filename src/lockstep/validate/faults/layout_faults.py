@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lockstep.batching.packed_batch import PackedBatch, total_weight
+from lockstep.batching.packed_batch import PackedBatch, loss_divisor
 from lockstep.engine.optim.optimizer import OptimizerStep
 from lockstep.engine.parallel import groups
 from lockstep.engine.state import TrainerState
@@ -50,11 +50,11 @@ def mean_over_ranks(trainer: TrainerState) -> Iterator[None]:
 def local_normalisation(_trainer: TrainerState) -> Iterator[None]:
     """Each rank divides its loss by the weight of its own rows."""
 
-    def own_weight(batch: PackedBatch, rows: Iterable[int] | None = None) -> float:
-        own_rows = list(range(batch.rows) if rows is None else rows)[groups.data().rank() :: groups.data().size()]
-        return total_weight(batch, own_rows)
+    def own_divisor(batch: PackedBatch, rows: Iterable[int], minibatches: int) -> float:
+        own_rows = list(rows)[groups.data().rank() :: groups.data().size()]
+        return loss_divisor(batch, own_rows, minibatches)
 
-    with replaced(step_module, "total_weight", own_weight):
+    with replaced(step_module, "loss_divisor", own_divisor):
         yield
 
 
