@@ -125,7 +125,7 @@ class Worker:
 
 
 def share(number: int, request: Json, agreement: Agreement) -> None:
-    """Publish a request to the other ranks, without what is for rank 0 alone."""
+    """Publish a request to the other ranks, without the secret that rank 0 alone may know."""
     agreement.publish(number, {name: value for name, value in request.items() if name != "secret"})
 
 

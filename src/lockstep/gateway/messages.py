@@ -95,7 +95,9 @@ def _arguments(arguments: Any) -> str:
 
 
 def setting_of(request: Mapping[str, Any]) -> str:
-    """What else of a request the chat template sees: the tools, and the template's own arguments."""
+    """The rest of a request that the chat template sees, as JSON: the tools, and the template's own
+    arguments.
+    """
     seen = (request.get("tools") or None, request.get("chat_template_kwargs") or None)
     return json.dumps(seen, sort_keys=True)
 

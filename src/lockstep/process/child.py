@@ -57,9 +57,10 @@ def lockstep_home() -> Path:
 def child_env(extra: Mapping[str, str] | None = None, *, installer: bool = False) -> dict[str, str]:
     """Environment of a child: an allow-list of ours, then `extra`.
 
-    Compilers keep their results below `lockstep_home()`: a child's own TMPDIR goes with it, and a
-    second run starts warm. `installer=True` also passes pip's and uv's settings, passwords
-    included. Other tokens and passwords stay here.
+    Compilers keep their results below `lockstep_home()`, so that a second run starts warm; a
+    child's own TMPDIR is deleted with the child. Tokens and passwords stay here.
+
+    installer: also pass pip's and uv's settings, passwords included.
     """
     kept = {
         name: value

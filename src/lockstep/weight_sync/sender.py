@@ -49,8 +49,8 @@ class _Pusher:
         senders: SenderGroup | None = None,
         policy: Policy = "auto",
     ) -> None:
-        """plan: of all senders, the same on each; a single sender's may come bare.
-        policy: "auto" stages where there is memory for it.
+        """plan: of all senders, equal on each. A single sender may give its own plan alone.
+        policy: "auto" stages where there is memory for a second copy.
         """
         self._plan = SyncPlan((plan,)) if isinstance(plan, Plan) else plan
         self._senders = senders or SingleSender()

@@ -1,8 +1,8 @@
-"""Adapters on routed experts on a CPU, which vLLM 0.32 accepts at start and then dies of at the
-first request.
+"""Adapters on routed experts on a CPU. vLLM 0.32 accepts them at start, and dies at the first
+request.
 
-With LoRA enabled vLLM takes its Triton experts whatever the device. Here a class in plain torch
-takes their place. It loops over the experts: meant for tests and small models.
+With LoRA enabled vLLM takes its Triton experts on every device. On a CPU a class in plain torch
+replaces them. The class loops over the experts, so it suits tests and small models.
 
 `tests/server/kernels/test_served_adapters.py` shows the effect, and that a server without this
 class still dies.

@@ -176,7 +176,9 @@ class PendingExperts:
 
 
 class WorkerExperts:
-    """In each worker; the methods are those that vLLM's model runner calls on its own connector."""
+    """Captures routed experts in each worker. vLLM's model runner calls its methods as those of
+    vLLM's own connector.
+    """
 
     def __init__(self, *, vllm_config: Any, model: Any, kv_cache_config: Any) -> None:
         from vllm.distributed.parallel_state import get_tp_group
@@ -226,7 +228,9 @@ class WorkerExperts:
 
 
 def cache_of(vllm_config: Any, kv_cache_config: Any) -> Cache:
-    """Raises ValueError where a token's keys have no place of their own in this server's cache."""
+    """The layout of the server's KV cache. Raises ValueError where a token's keys have no place of
+    their own in the cache.
+    """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     parallel = vllm_config.parallel_config

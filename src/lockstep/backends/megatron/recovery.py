@@ -69,11 +69,11 @@ async def sync(run: Run, number: int) -> dict[str, float]:
 
 
 async def replace_lost_server(run: Run, number: int) -> dict[str, float] | None:
-    """A new server with step `number`, which the trainer holds, where the server was lost; None
-    where it lives.
+    """Start a new server with step `number`, which the trainer holds, if the server was lost.
+    Returns what the sync took; None if the server lives.
 
-    Raises ServerError, colocated: the trainer has the device then, and the run has to be registered
-    again.
+    Raises ServerError in colocated mode: the trainer has the device then, so the run has to be
+    registered again.
     """
     problem = await run.server.problem()
     if not problem:

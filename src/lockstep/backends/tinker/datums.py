@@ -1,11 +1,12 @@
-"""Training data for the Tinker service: sequences with their targets; and metrics from the
+"""Training data for the Tinker service (sequences with their targets), and metrics from the
 service's answer.
 
 The service's losses are sums over tokens. Each term is linear in the advantage (for a positive
 factor) and divides by the sampling log-probability. So a token's weight over the batch's total
 weight goes into its advantage, and the sum is Lockstep's loss.
 
-Shape suffix: T tokens of a sequence after its first; position t of the inputs predicts target t.
+Shape suffix: T tokens of a sequence without its first token. Position t of the inputs predicts
+target t.
 """
 
 from __future__ import annotations

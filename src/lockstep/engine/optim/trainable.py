@@ -111,8 +111,8 @@ def _last(site: LoraSite) -> str:
 
 
 def _of_module(sites: Sequence[LoraSite], name: str) -> list[LoraSite]:
-    """Those of one Hugging Face module; of a stack's experts all, in the order that this rank holds
-    them in.
+    """The sites of one Hugging Face module. For a stack of experts: the sites of all experts, in
+    the order in which this rank holds them.
     """
     return sorted((s for s in sites if _last(s) == name), key=lambda s: s.local_expert or 0)
 

@@ -24,11 +24,11 @@ from lockstep.engine.timing import Clock, Report
 
 
 def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarray:
-    """float32 `[R, S]`: log-probability of every token given the ones before it in its sequence,
-    NaN where there is none.
+    """Score a packed batch, at the batch's temperatures. Every token with a predecessor is scored,
+    whether it carries loss or not.
 
-    Temperatures as in the batch. Every token with a predecessor is scored, whether it carries loss
-    or not. On every rank.
+    Returns float32 `[R, S]` on every rank: the log-probability of each token given the tokens
+    before it in its sequence, in nats; NaN for a first token.
     """
     return score_and_rank(trainer, batch, report, 0)[0]
 

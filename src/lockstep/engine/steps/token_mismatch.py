@@ -20,8 +20,11 @@ are.
 
 @dataclass(frozen=True)
 class TokenMismatch:
-    """A token: what it exceeds the limit by (nats, negative if within), the difference, and the
-    server's log-probability.
+    """A token on which trainer and server disagree, in nats.
+
+    excess: the difference beyond the limit; negative within the limit.
+    difference: |trainer's log-probability - server's|.
+    logprob: the server's log-probability.
     """
 
     excess: float = float("-inf")

@@ -52,8 +52,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def install(kind: str | None = None, progress: Progress = lambda line: None, source: Source | None = None) -> Runtime:
-    """Installs what is missing of this version's environment and plugin, and returns it; quick when
-    all is there.
+    """Install what is missing of this version's environment and plugin. Returns the environment.
+    Quick when nothing is missing.
 
     Raises RuntimeNotInstalledError, with the installer's last lines, when a step fails.
     """

@@ -1,5 +1,5 @@
-"""The files of a base model: a local folder as it is, or a Hugging Face id in the local cache or
-downloaded.
+"""The folder of a base model: a local folder as it is, or a Hugging Face id's folder in the local
+cache, downloaded if it is not there.
 """
 
 from __future__ import annotations

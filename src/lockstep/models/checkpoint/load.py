@@ -1,5 +1,5 @@
-"""Megatron shards read from a Hugging Face checkpoint, from the contract's pieces. (The way back:
-`shares.py`.)
+"""Reads a rank's Megatron shards from a Hugging Face checkpoint, by the contract's pieces.
+`shares.py` is the way back.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def kept_dtype(checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype) -> torc
     """The dtype of a parameter in a model that computes in `dtype`. A vector that a narrower
     checkpoint stores in fp32 keeps fp32.
 
-    Released Qwen3.5 keep `A_log` and the gated norm's weight so, beside bf16 matrices. Vectors are
-    computed with in fp32 anyway; a matrix takes the dtype of its products.
+    Released Qwen3.5 store `A_log` and the gated norm's weight in fp32, beside bf16 matrices.
+    Computations with vectors are in fp32 anyway; a matrix takes the dtype of its products.
     """
     names = [piece.name for piece in shard.pieces if piece.name is not None]
     if dtype != torch.bfloat16 or len(shard.shape) != 1 or not names or not checkpoint.mixed:

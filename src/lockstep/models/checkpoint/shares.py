@@ -26,12 +26,12 @@ class Share:
 
 
 def share_out(ranks: Sequence[Sequence[Shard]], shapes: Mapping[str, tuple[int, ...]]) -> list[list[Share]]:
-    """Each rank's shares, in model order. Every process computes the same without talking to the
-    others.
+    """Each rank's shares, in model order. Every process computes the same shares without talking to
+    the others. A parameter that several ranks hold (replicas, norms) goes to the rank with the
+    fewest bytes so far.
 
     ranks: every rank's shards, in rank order.
-    shapes: full shapes of the Hugging Face tensors (`expected_tensors`). A parameter that several
-        ranks hold (replicas; norms) goes to the one with the fewest bytes so far.
+    shapes: full shapes of the Hugging Face tensors (`expected_tensors`).
 
     Raises WeightsError when a part is on no rank.
     """
