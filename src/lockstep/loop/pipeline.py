@@ -112,18 +112,20 @@ class PipelineTrainer:
         step, asked = self.model.step + 1, time.monotonic()
         before = self._queue.counts.copy()
         file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
+        taken, failure = Taken([], []), None
         async with TrajectoryFile(file, step) as out:
             try:
                 taken = await workers.take()
             except RolloutError as error:
-                await out.finish(error.groups)
-                raise RolloutError(
-                    f"rollouts for step {step}: {error}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions",
-                    error.groups,
-                ) from None
+                failure = error
+            groups = failure.groups if failure else [ready.group for ready in taken.ready]
             waited_s = time.monotonic() - asked
-            groups = [ready.group for ready in taken.ready]
             await out.finish(groups)
+        if failure is not None:
+            raise RolloutError(
+                f"rollouts for step {step}: {failure}; tracebacks: {file}; to tolerate more, raise [task] max_exceptions",
+                groups,
+            ) from None
         figures = self._figures(workers, taken)
         draws = [ready.draw for ready in taken.ready]
         if not self.backend.endpoint(self.model).keeps_steps:
