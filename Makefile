@@ -75,6 +75,8 @@ check: setup-dev
 .venv/made-dev: .venv/made-train
 	@echo "== installing the development tools (about 100 MB)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[train,dev]"
+	@# The chat templates of real families, as files. What trl itself needs to run is left out.
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps "trl==1.16.0"
 	@touch $@
 
 setup-train: .venv/made-train

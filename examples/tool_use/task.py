@@ -34,13 +34,19 @@ def scenarios() -> list[Scenario]:
     return [Scenario(item, count) for item, count in STOCK.items()]
 
 
-def call_tool(scenario: Scenario, arguments: str) -> str | None:
-    """What the tool answers; None for a call that asks for something else than the question does."""
+def asked_item(arguments: str) -> str | None:
+    """Which item a call asks for; None for a call that asks otherwise."""
     try:
         asked = json.loads(arguments)
     except json.JSONDecodeError:
         return None
-    return str(scenario.count) if asked == {"item": scenario.item} else None
+    item = asked["item"] if isinstance(asked, dict) and list(asked) == ["item"] else None
+    return item if isinstance(item, str) else None
+
+
+def call_tool(scenario: Scenario, arguments: str) -> str | None:
+    """What the tool answers; None for a call that asks for something else than the question does."""
+    return str(scenario.count) if asked_item(arguments) == scenario.item else None
 
 
 async def rollout(model: ls.TrainableModel, scenario: Scenario, temperature: float) -> ls.Trajectory:

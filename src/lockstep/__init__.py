@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lockstep.loop.pipeline import PipelineTrainer
     from lockstep.model import TrainableModel
     from lockstep.rollouts.gather import gather_trajectory_groups
+    from lockstep.rollouts.judge import Judge
     from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Backend": "lockstep.backends.base",
     "Endpoint": "lockstep.backends.base",
+    "Judge": "lockstep.rollouts.judge",
     "LockstepError": "lockstep.errors",
     "LoraConfig": "lockstep.config.lora",
     "MegatronConfig": "lockstep.config.megatron",
@@ -50,6 +52,7 @@ _HOME = {
 __all__ = [
     "Backend",
     "Endpoint",
+    "Judge",
     "LockstepError",
     "LoraConfig",
     "MegatronBackend",

@@ -1,5 +1,7 @@
 """Episodes on a real server: official clients in front, training sequences behind."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -13,13 +15,15 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 
-from chat_templates import TEMPLATES
 from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
+from lockstep.cli.examples import examples_folder
 from lockstep.errors import DataError
 from lockstep.gateway import app
 from lockstep.gateway.calls import Terms
 from lockstep.gateway.server import Gateway
+from lockstep.loop.task import load_task
+from rendering import template_of
 
 pytestmark = pytest.mark.server
 ALL_TOKENS = {"ignore_eos": True}
@@ -35,16 +39,16 @@ def _no_proxy(monkeypatch):
 
 @pytest.fixture(scope="module")
 async def agent_server(runtime, tiny_qwen3, tmp_path_factory):
-    """The tiny Qwen3 with a template that drops thinking, as `agent@0`."""
+    """The tiny Qwen3 with Qwen3's own template, which drops thinking, as `agent@0`."""
     from lockstep.inference.launch import ServerConfig, launch
 
     template = tmp_path_factory.mktemp("template") / "thinking.jinja"
-    template.write_text(TEMPLATES["thinking_dropped"])
+    template.write_text(template_of("qwen3"))
     config = ServerConfig(
         model=tiny_qwen3,
         served_name="agent@0",
         dtype="float32",
-        max_model_len=512,
+        max_model_len=2048,
         max_num_seqs=16,
         threads=1,
         tool_call_parser="hermes",
@@ -68,9 +72,9 @@ def episode(gateway, agent_server):
         yield episode
 
 
-def new_episode(gateway, server):
-    endpoint = Endpoint(server.base_url, server.api_key, slots=16, max_model_len=512)
-    return gateway.episode(Terms("agent@0", lambda: endpoint), lambda: None)
+def new_episode(gateway, server, seed=None):
+    endpoint = Endpoint(server.base_url, server.api_key, slots=16, max_model_len=2048)
+    return gateway.episode(Terms("agent@0", lambda: endpoint, seed=seed), lambda: None)
 
 
 def openai_client(episode, **options) -> AsyncOpenAI:
@@ -111,38 +115,75 @@ async def test_a_tool_agent_that_drops_thinking_gives_one_sequence(gateway, agen
     assert trajectory.metadata["episode"] == {"calls": 10, "unanswered": 0, "forks": {}, "model_names": {"gpt-9": 10}}
 
 
-async def test_streamed_ids_equal_unstreamed_ids(gateway, agent_server):
+async def chat_text(episode, stream) -> str:
+    options = {"model": "any", "messages": [QUESTION], "max_tokens": 12, "n": 2, "extra_body": ALL_TOKENS}
+    async with openai_client(episode) as client:
+        if not stream:
+            reply = await client.chat.completions.create(**options)
+            return "".join(choice.message.content for choice in reply.choices)
+        parts, usage, pieces = {0: "", 1: ""}, None, 0
+        chunks = await client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        async for chunk in chunks:
+            usage = chunk.usage
+            assert not {"prompt_token_ids", "lockstep_reply"} & set(chunk.model_extra or {})
+            for choice in chunk.choices:
+                assert "token_ids" not in (choice.model_extra or {})
+                parts[choice.index] += choice.delta.content or ""
+                pieces += bool(choice.delta.content)
+        assert usage.completion_tokens == 24
+        assert pieces > 4  # as they come, not at the end
+        return "".join(parts.values())
+
+
+async def messages_text(episode, stream) -> str:
+    options = {"model": "any", "messages": [QUESTION], "max_tokens": 12, "extra_body": ALL_TOKENS}
+    async with anthropic_client(episode) as client:
+        if not stream:
+            reply = await client.messages.create(**options)
+            return "".join(block.text for block in reply.content if block.type == "text")
+        async with client.messages.stream(**options) as events:
+            parts = [part async for part in events.text_stream]
+            reply = await events.get_final_message()
+        assert (reply.usage.output_tokens, reply.stop_reason) == (12, "max_tokens")
+        assert len(parts) > 2
+        return "".join(parts)
+
+
+async def responses_text(episode, stream) -> str:
+    options = {"model": "any", "input": [QUESTION], "max_output_tokens": 12, "extra_body": ALL_TOKENS}
+    async with openai_client(episode) as client:
+        if not stream:
+            return (await client.responses.create(**options)).output_text
+        async with client.responses.stream(**options) as events:
+            seen = [event async for event in events]
+        parts = [event.delta for event in seen if event.type == "response.output_text.delta"]
+        reply = seen[-1].response
+        assert seen[-1].type == "response.incomplete"
+        assert reply.output_text == "".join(parts)
+        assert len(parts) > 2
+        return reply.output_text
+
+
+@pytest.mark.parametrize("text", [chat_text, messages_text, responses_text])
+async def test_streamed_ids_equal_unstreamed_ids(gateway, agent_server, text):
     sampled, texts = [], []
     for stream in (False, True):
-        episode = new_episode(gateway, agent_server)
-        options = {
-            "model": "any",
-            "messages": [QUESTION],
-            "max_tokens": 12,
-            "seed": 5,
-            "n": 2,
-            "extra_body": ALL_TOKENS,
-        }
-        async with openai_client(episode) as client:
-            if stream:
-                parts, usage = {0: "", 1: ""}, None
-                chunks = await client.chat.completions.create(
-                    **options, stream=True, stream_options={"include_usage": True}
-                )
-                async for chunk in chunks:
-                    usage = chunk.usage
-                    for choice in chunk.choices:
-                        parts[choice.index] += choice.delta.content or ""
-                assert usage is not None
-                assert usage.completion_tokens == 24
-            else:
-                reply = await client.chat.completions.create(**options)
-                parts = {choice.index: choice.message.content for choice in reply.choices}
-        texts.append(parts)
-        sampled.append([choice.model_extra["token_ids"] for choice in episode.trajectory(reward=0.0).choices])
+        episode = new_episode(gateway, agent_server, seed=5)
+        texts.append(await text(episode, stream))
+        choices = episode.trajectory(reward=0.0).choices
+        sampled.append([(choice.model_extra["token_ids"], choice.model_extra["sampling"]) for choice in choices])
+        assert {len(choice.model_extra["sampled_logprobs"]) for choice in choices} == {12}
+        tokenize(episode.trajectory(reward=0.0), "agent", 0, 0)
     assert sampled[0] == sampled[1]
-    assert [len(ids) for ids in sampled[0]] == [12, 12]
+    assert [len(ids) for ids, _ in sampled[0]] == [12] * len(sampled[0])
     assert texts[0] == texts[1]
+
+
+async def test_a_refused_stream_has_its_status(gateway, agent_server):
+    episode = new_episode(gateway, agent_server)
+    async with openai_client(episode, max_retries=0) as client:
+        with pytest.raises(BadRequestError, match="maximum context length"):
+            await client.chat.completions.create(model="m", messages=[{**QUESTION, "content": "x" * 4000}], stream=True)
 
 
 async def test_anthropic_messages_streamed_and_not_continue_one_conversation(gateway, agent_server):
@@ -296,3 +337,24 @@ async def test_an_agent_in_another_process_needs_its_environment_alone(gateway, 
     assert trajectory.metadata["episode"]["model_names"] == {"gpt": 1, "claude": 1}
     kept = json.loads(trajectory.model_dump_json())
     assert np.isfinite(kept["reward"])
+
+
+class Served:
+    """As much of a model as the example's rollout asks: episodes on the shared server."""
+
+    def __init__(self, gateway, server):
+        self._gateway = gateway
+        self._endpoint = Endpoint(server.base_url, server.api_key, slots=16, max_model_len=2048)
+
+    def episode(self, *, sampling):
+        return self._gateway.episode(Terms("agent@0", lambda: self._endpoint, sampling, seed=3), lambda: None)
+
+
+async def test_the_examples_agents_run_in_processes_of_their_own(gateway, agent_server):
+    task = load_task(examples_folder() / "tool_use" / "agent_task.py")
+    for scenario in task.scenarios[:2]:
+        trajectory = await task.rollout(Served(gateway, agent_server), scenario, 1.0)
+        made = tokenize(trajectory, "agent", 0, 0)
+        assert (made.splits, len(made.replies) >= 1) == (0, True)
+        assert trajectory.choices[0].model_extra["sampling"]["temperature"] == 1.0
+        assert trajectory.reward in (0.0, 0.5, 1.0)

@@ -29,7 +29,8 @@ class MisalignedError(ValueError):
 class History:
     """messages: how many of the request's messages `ids` stand for; the last of them is a sampled reply.
 
-    context: spans `(start, end)` of `ids` that the template made, generation prompts included; the rest was sampled.
+    context: spans `(start, end)` of `ids` that the template made of messages that are no replies, generation prompts
+        included. The rest was sampled, or is a reply that the agent brought, and is not compared.
     """
 
     messages: int
@@ -51,8 +52,8 @@ def decode(field: Mapping[str, Any]) -> History:
     ids.frombytes(base64.b64decode(field["ids"], validate=True))
     context = [(int(start), int(end)) for start, end in field["context"]]
     edges = [edge for span in context for edge in span]
-    if edges != sorted(edges) or not edges or edges[0] != 0 or edges[-1] > len(ids) or int(field["messages"]) < 1:
-        raise ValueError(f"{FIELD} is malformed: its context must be spans of its ids, in order, from the first")
+    if edges != sorted(edges) or any(not 0 <= edge <= len(ids) for edge in edges) or int(field["messages"]) < 1:
+        raise ValueError(f"{FIELD} is malformed: its context must be spans of its ids, in order")
     return History(int(field["messages"]), ids.tolist(), context)
 
 
@@ -96,12 +97,12 @@ def continued(history: History, full: Sequence[int], new: Sequence[int], prompt:
                 f"{has} in the whole conversation: the chat template renders a message differently by what stands before it"
             )
     position = 0
-    for number, (first, last) in enumerate(history.context):
+    for first, last in history.context:
         body = history.ids[first:last]
         if prompt and body[-len(prompt) :] == list(prompt):
             body = body[: -len(prompt)]
         place = _position(full, body, position)
-        if place is None or place + len(body) > start or (number == 0 and place != 0):
+        if place is None or place + len(body) > start or (first == 0 and place != 0):
             raise MisalignedError(_first_difference(full, body, position, first))
         position = place + len(body)
     joined = new[1:] if new and history.ids[-1] == new[0] else new

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.base_models.real_model import smollm2
+from lockstep.environments.find import task_of
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.locate import default_kind
 from lockstep.loop.run_file import RunFile, load_run_file
-from lockstep.loop.task import Task, load_task
+from lockstep.loop.task import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,7 @@ async def train_real(path: Path, seed: int, console: Console) -> int:
 
     config = examples_folder() / "arithmetic" / "config.toml"
     file = placed(load_run_file(config), path, seed)
-    task = load_task(config.parent / file.task.file)  # before the download: it may lack a package
+    task = task_of(file.task, config.parent)  # before the download: it may lack a package
     _check_packages()
     base = await asyncio.to_thread(smollm2, say)
     replies = Replies()

@@ -15,6 +15,9 @@ from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig, Parallel, Placement
 from lockstep.config.pipeline import PipelineConfig
 from lockstep.config.train import TrainConfig
+from lockstep.environments.jsonl import JsonlOptions
+from lockstep.environments.reasoning_gym import ReasoningGymOptions
+from lockstep.environments.verifiers import VerifiersOptions
 from lockstep.loop.run_file import ModelSection, RunFile, SFTSection, TaskSection, TinySection
 from lockstep.metrics.names import METRICS, SECTIONS
 
@@ -31,6 +34,9 @@ def configuration() -> str:
         ("[backend] placement, `Placement`", Placement),
         ("[backend] parallel, `Parallel`", Parallel),
         ("[task]", TaskSection),
+        ("[task.options] of `reasoning_gym:`", ReasoningGymOptions),
+        ("[task.options] of `jsonl:`", JsonlOptions),
+        ("[task.options] of `verifiers:`", VerifiersOptions),
         ("[train], `TrainConfig`", TrainConfig),
         ("[sft], `SFTConfig` from learning_rate to seed", SFTSection),
         ("[pipeline], `PipelineConfig`", PipelineConfig),

@@ -14,11 +14,12 @@ from lockstep.cli.progress import progress
 from lockstep.cli.tables.live_table import LiveTable
 from lockstep.config.base import Config
 from lockstep.config.train import TrainConfig
+from lockstep.environments.find import task_of
 from lockstep.errors import ConfigError
 from lockstep.loop.pipeline import PipelineTrainer, refuse_colocated
 from lockstep.loop.run_file import RunFile, load_run_file
 from lockstep.loop.synchronous import Outcome, run
-from lockstep.loop.task import Task, load_task
+from lockstep.loop.task import Task
 from lockstep.runs.store import published_steps
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ async def show_settings(file: RunFile, config: Path, tiny: bool, console: Consol
     """
     from lockstep.cli.tables.settings_table import show_all
 
-    task = load_task(config.parent / file.task.file)
+    task = task_of(file.task, config.parent)
     with tempfile.TemporaryDirectory(prefix="lockstep-dry-run-") as scratch:
         base_model, settings = file.model.base_model, file.train_config(tiny)
         if tiny:
@@ -87,7 +88,7 @@ async def execute(
     rise: see `loop.run`.
     """
     started = time.monotonic()
-    task = task or load_task(config.parent / file.task.file)
+    task = task or task_of(file.task, config.parent)
     base_model, settings = file.model.base_model, file.train_config(tiny)
     if tiny:
         base_model = str(await make_tiny(_tiny_folder(file), file, task, console))

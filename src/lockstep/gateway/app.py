@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lockstep.gateway.calls import OpenEpisode
+from lockstep.gateway.calls import Attempt, OpenEpisode
 from lockstep.gateway.dialects import chat, messages, responses
 from lockstep.gateway.messages import plain
 from lockstep.gateway.refusal import Refusal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LARGEST_BODY = 32 << 20
 """Bytes of a request."""
 PING_S = 10.0
-"""Between two signs of life in a stream whose reply is not there yet."""
+"""Between two signs of life in a stream in which nothing comes."""
 
 Find = Callable[[str], OpenEpisode | None]
 
@@ -32,29 +32,21 @@ class _Dialect:
 
     request: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     reply: Callable[[Mapping[str, Any], str], dict[str, Any]]
-    events: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[bytes]]
+    stream: Callable[[str, Mapping[str, Any]], _Stream]
     error: Callable[[int, str], dict[str, Any]]
     ping: bytes
 
 
-def _wants_usage(body: Mapping[str, Any]) -> bool:
-    return bool((body.get("stream_options") or {}).get("include_usage"))
+class _Stream(Protocol):
+    """Writes the events of one reply."""
+
+    def chunk(self, chunk: Mapping[str, Any]) -> bytes: ...
+    def end(self, plain: Mapping[str, Any]) -> bytes: ...
 
 
-CHAT = _Dialect(
-    lambda body: body,
-    chat.reply,
-    lambda plain_reply, body: chat.events(plain_reply, usage=_wants_usage(body)),
-    chat.error,
-    b": waiting\n\n",
-)
-MESSAGES = _Dialect(
-    messages.request, messages.reply, lambda plain_reply, _: messages.events(plain_reply), messages.error, messages.PING
-)
-
-RESPONSES = _Dialect(
-    responses.request, responses.reply, lambda plain_reply, _: responses.events(plain_reply), chat.error, CHAT.ping
-)
+CHAT = _Dialect(lambda body: body, chat.reply, chat.Stream, chat.error, b": waiting\n\n")
+MESSAGES = _Dialect(messages.request, messages.reply, messages.Stream, messages.error, messages.PING)
+RESPONSES = _Dialect(responses.request, responses.reply, responses.Stream, chat.error, CHAT.ping)
 
 
 def application(find: Find, upstream: Upstream) -> Any:
@@ -95,36 +87,43 @@ async def _sampled(dialect: _Dialect, request: Request, find: Find, upstream: Up
         episode = _episode(request, find)
         body = await _body(request)
         asked = _translated(dialect, body)
-    except Refusal as refusal:
-        return JSONResponse(dialect.error(refusal.status, str(refusal)), refusal.status)
-    gone = asyncio.Event()
-    watching = asyncio.ensure_future(_watch(request, gone))
-    again = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
-    answering = asyncio.ensure_future(episode.answer(upstream, asked, gone, again=again))
-    answering.add_done_callback(lambda _: watching.cancel())
-    model = str(body.get("model") or episode.terms.name)
-    if body.get("stream"):
-        return StreamingResponse(_stream(dialect, answering, body, model), media_type="text/event-stream")
-    try:
-        return JSONResponse(dialect.reply(await answering, model))
+        gone = asyncio.Event()
+        watching = asyncio.ensure_future(_watch(request, gone))
+        again = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+        stream = bool(body.get("stream"))
+        attempt = episode.attempt(upstream, asked, again=again, stream=stream)
+        attempt.task.add_done_callback(lambda _: watching.cancel())
+        model = str(body.get("model") or episode.terms.name)
+        if not stream:
+            return JSONResponse(dialect.reply(await episode.answer(attempt, gone), model))
+        await attempt.chunks(0, PING_S)
+        if attempt.failed:  # before anything was sent: an error as without a stream
+            attempt.task.result()
+        events = _events(dialect, episode, attempt, gone, dialect.stream(model, body), model)
+        return StreamingResponse(events, media_type="text/event-stream")
     except Refusal as refusal:
         return JSONResponse(dialect.error(refusal.status, str(refusal)), refusal.status)
 
 
-async def _stream(
-    dialect: _Dialect, answering: asyncio.Future[dict[str, Any]], body: Mapping[str, Any], model: str
+async def _events(
+    dialect: _Dialect, episode: OpenEpisode, attempt: Attempt, gone: asyncio.Event, stream: _Stream, model: str
 ) -> AsyncIterator[bytes]:
-    """Signs of life until the reply is there, then the reply. A reply is whole before its ids are known, and only then sent."""
-    while not (await asyncio.wait({answering}, timeout=PING_S))[0]:
-        yield dialect.ping
-    try:
-        full = answering.result()
-    except Refusal as refusal:
-        error = json.dumps(dialect.error(refusal.status, str(refusal)))
-        yield f"event: error\ndata: {error}\n\n".encode()
-        return
-    for part in dialect.events(dialect.reply(full, model), body):
-        yield part
+    """The reply as it comes, with signs of life where nothing does."""
+    taken = 0
+    with episode.waits_for(attempt, gone):
+        while True:
+            chunks = await attempt.chunks(taken, PING_S)
+            taken += len(chunks)
+            if events := b"".join(map(stream.chunk, chunks)):
+                yield events
+            elif not chunks and attempt.task.done():
+                break
+            elif not chunks:
+                yield dialect.ping
+        try:
+            yield stream.end(dialect.reply(attempt.task.result(), model))
+        except Refusal as refusal:
+            yield f"event: error\ndata: {json.dumps(dialect.error(refusal.status, str(refusal)))}\n\n".encode()
 
 
 def _translated(dialect: _Dialect, body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +28,33 @@ _FORWARDED = (
 """Fields of a request that reach the server. OpenAI's others are for its own books."""
 
 
-@dataclass
-class _Attempt:
-    """One request as it came, and everybody who waits for its reply."""
+class Attempt:
+    """One request as it came, the chunks of its reply so far, and everybody who waits for it."""
 
-    task: asyncio.Task[dict[str, Any]]
-    waiting: int = 0
-    delivered: bool = False
+    def __init__(self) -> None:
+        self.task: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.waiting = 0
+        self.delivered = False
+        self._chunks: list[dict[str, Any]] = []
+        self._came = asyncio.Event()
+
+    def take(self, chunk: dict[str, Any]) -> None:
+        """The next chunk of the reply."""
+        self._chunks.append(chunk)
+        self._came.set()
+
+    async def chunks(self, number: int, limit_s: float) -> list[dict[str, Any]]:
+        """The chunks from `number` on, once there is one, the reply has ended, or `limit_s` have passed."""
+        if number == len(self._chunks) and not self.task.done():
+            self._came.clear()
+            came = asyncio.ensure_future(self._came.wait())
+            await asyncio.wait({came, self.task}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            came.cancel()
+        return self._chunks[number:]
+
+    @property
+    def failed(self) -> bool:
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
 
 @dataclass(frozen=True)
@@ -58,35 +79,49 @@ class OpenEpisode:
     terms: Terms
     captured: Captured
     ended: bool = False
-    _attempts: dict[str, _Attempt] = field(default_factory=dict)
+    _attempts: dict[str, Attempt] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
 
-    async def answer(
-        self, upstream: Upstream, chat: Mapping[str, Any], gone: asyncio.Event, *, again: bool
-    ) -> dict[str, Any]:
-        """The server's whole reply to a chat request.
+    def attempt(self, upstream: Upstream, chat: Mapping[str, Any], *, again: bool, stream: bool) -> Attempt:
+        """The request's attempt, which goes on whoever leaves.
 
-        gone: set when the client has left. again: the client says that it repeats a request. A repeated request, and one whose
-        first client left before the reply, gets the reply of the first: it was sampled once.
+        again: the client says that it repeats a request. A repeated request, and one whose first client left before the reply,
+        gets the reply of the first: it was sampled once.
         """
-        asked = json.dumps(chat, sort_keys=True)
+        asked = json.dumps([stream, chat], sort_keys=True)
         digest = hashlib.sha256(asked.encode()).hexdigest()
         attempt = self._attempts.get(digest)
-        if attempt is None or _failed(attempt) or not (again or (attempt.waiting == 0 and not attempt.delivered)):
-            attempt = self._attempts[digest] = _Attempt(asyncio.ensure_future(self._call(upstream, chat)))
-        attempt.waiting += 1
+        if attempt is None or attempt.failed or not (again or (attempt.waiting == 0 and not attempt.delivered)):
+            attempt = self._attempts[digest] = Attempt()
+            taken = attempt.take if stream else None
+            attempt.task = asyncio.ensure_future(self._call(upstream, chat, taken))
+        return attempt
+
+    async def answer(self, attempt: Attempt, gone: asyncio.Event) -> dict[str, Any]:
+        """The server's whole reply. gone: set when the client has left."""
         leaving = asyncio.ensure_future(gone.wait())
         try:
-            await asyncio.wait({attempt.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not attempt.task.done():
-                raise Refusal(499, "the client has left")
-            attempt.delivered |= not gone.is_set()
-            return attempt.task.result()
+            with self.waits_for(attempt, gone):
+                await asyncio.wait({attempt.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not attempt.task.done():
+                    raise Refusal(499, "the client has left")
+                return attempt.task.result()
         finally:
             leaving.cancel()
-            attempt.waiting -= 1
 
-    async def _call(self, upstream: Upstream, chat: Mapping[str, Any]) -> dict[str, Any]:
+    @contextmanager
+    def waits_for(self, attempt: Attempt, gone: asyncio.Event) -> Iterator[None]:
+        """Around a client's wait. A reply is delivered where the client is still there at its end."""
+        attempt.waiting += 1
+        try:
+            yield
+        finally:
+            attempt.waiting -= 1
+            attempt.delivered |= attempt.task.done() and not gone.is_set()
+
+    async def _call(
+        self, upstream: Upstream, chat: Mapping[str, Any], taken: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
         messages = chat.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, "messages must be a list of at least one message")
@@ -105,7 +140,10 @@ class OpenEpisode:
         if history is not None:
             body[FIELD] = history.encode()
         try:
-            reply = await upstream.complete(self.terms.address(), body, under_way=begun)
+            if taken is None:
+                reply = await upstream.complete(self.terms.address(), body, under_way=begun)
+            else:
+                reply = await upstream.stream(self.terms.address(), body, taken, under_way=begun)
         finally:
             with captured.lock:
                 captured.under_way -= 1
@@ -140,8 +178,3 @@ class OpenEpisode:
             captured.tree.add(setting, place, prompt[len(known) :], call, replies)
             choices = [Choice.model_validate(choice) for choice in reply["choices"]]
             captured.calls.append(Call(str(chat.get("model")), chat.get("tools"), place.new, choices))
-
-
-def _failed(attempt: _Attempt) -> bool:
-    task = attempt.task
-    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -77,7 +77,8 @@ class Place:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for node in [*self.parent.context.path(), self.parent]:
-            if isinstance(node, Context):
+            # A reply that the agent brought was rendered as the template then wrote replies. Later it may write them otherwise.
+            if isinstance(node, Context) and all(message["role"] != "assistant" for message in node.messages):
                 spans.append((len(ids), len(ids) + len(node.ids)))
             ids += node.ids
         return History(self.known, ids, spans)

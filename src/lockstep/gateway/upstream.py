@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +14,10 @@ from lockstep.gateway.refusal import Refusal
 from lockstep.rollouts.connections import connections_for
 from lockstep.rollouts.slots import Slots, choices_of, token_limit
 from lockstep_wire.http_paths import CHAT_COMPLETIONS
+from lockstep_wire.whole_replies import EVENT, FIELD
+
+_TRIES = 4
+"""Of a request whose connection breaks before the server answers."""
 
 
 class Address(Protocol):
@@ -39,6 +47,7 @@ class Upstream:
 
         self._client = httpx.AsyncClient(trust_env=False, transport=connections_for(httpx.AsyncClient))
         self._errors = httpx.HTTPError
+        self._broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
         self._timeout = httpx.Timeout
         self._known: _Known | None = None
 
@@ -52,6 +61,76 @@ class Upstream:
         """
         return await self._post(address, CHAT_COMPLETIONS, body, places=choices_of(body), under_way=under_way)
 
+    async def stream(
+        self, address: Address, body: dict[str, Any], taken: Callable[[dict[str, Any]], None], *, under_way: bool
+    ) -> dict[str, Any]:
+        """The whole reply to a chat request. taken: called with each chunk of it, as soon as the server sends it.
+
+        Raises Refusal as `complete` does, and with 502 if the stream ends before the reply does.
+        """
+        body, reply = {**body, "stream": True, FIELD: True}, None
+        places = choices_of(body)
+        async with (
+            self._place(address, places, under_way=under_way),
+            self._answer(address, CHAT_COMPLETIONS, body) as sent,
+        ):
+            async for line in sent.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise Refusal(int(event["error"].get("code") or 500), str(event["error"].get("message")))
+                if EVENT in event:
+                    reply = event[EVENT]
+                else:
+                    taken(event)
+        if reply is None:
+            raise Refusal(502, "the run's server ended a stream before the reply's end")
+        return reply
+
+    @asynccontextmanager
+    async def _answer(self, address: Address, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:
+        """The server's answer with status 200, its body unread. Raises Refusal for any other, and where there is none."""
+        try:
+            response = await self._sent(address, path, body)
+            try:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise Refusal(response.status_code, _message(response))
+                yield response
+            finally:
+                await response.aclose()
+        except self._errors as error:
+            raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
+
+    async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Any:
+        """The beginning of the answer. A server may close an idle connection just as it is used: then another is opened."""
+        seconds = deadlines.REQUEST_S + token_limit(body, address.max_model_len or 0)
+        request = self._client.build_request(
+            "POST",
+            address.base_url.removesuffix("/v1") + path,
+            json=body,
+            headers={"Authorization": f"Bearer {address.api_key}"},
+            timeout=self._timeout(seconds, connect=deadlines.CONNECT_S),
+        )
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(*self._broken):
+                return await self._client.send(request, stream=True)
+        return await self._client.send(request, stream=True)
+
+    @asynccontextmanager
+    async def _place(self, address: Address, places: int, *, under_way: bool) -> AsyncIterator[None]:
+        """As many of the server's places as a request has choices, once they are free."""
+        if self._known is None or self._known.address != address:
+            self._known = _Known(address, None if address.slots is None else Slots(address.slots))
+        slots = self._known.slots if places else None
+        taken = 0 if slots is None else await slots.take(places, under_way=under_way)
+        try:
+            yield
+        finally:
+            if slots is not None:
+                slots.give_back(taken)
+
     async def count(self, address: Address, body: dict[str, Any]) -> int:
         """How many tokens a conversation has as a prompt."""
         return (await self._post(address, "/tokenize", body, places=0, under_way=True))["count"]
@@ -59,27 +138,9 @@ class Upstream:
     async def _post(
         self, address: Address, path: str, body: dict[str, Any], *, places: int, under_way: bool
     ) -> dict[str, Any]:
-        if self._known is None or self._known.address != address:
-            self._known = _Known(address, None if address.slots is None else Slots(address.slots))
-        slots = self._known.slots if places else None
-        taken = 0 if slots is None else await slots.take(places, under_way=under_way)
-        try:
-            response = await self._client.post(
-                address.base_url.removesuffix("/v1") + path,
-                json=body,
-                headers={"Authorization": f"Bearer {address.api_key}"},
-                timeout=self._timeout(
-                    deadlines.REQUEST_S + token_limit(body, address.max_model_len or 0), connect=deadlines.CONNECT_S
-                ),
-            )
-        except self._errors as error:
-            raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
-        finally:
-            if slots is not None:
-                slots.give_back(taken)
-        if response.status_code != 200:
-            raise Refusal(response.status_code, _message(response))
-        return response.json()
+        async with self._place(address, places, under_way=under_way), self._answer(address, path, body) as sent:
+            await sent.aread()
+            return sent.json()
 
 
 def _message(response: Any) -> str:

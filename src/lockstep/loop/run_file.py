@@ -39,7 +39,14 @@ class ModelSection(Config):
 class TaskSection(Config):
     """[task]: what is rolled out."""
 
-    file: str = Field(description="Python file with scenarios() and rollout(), relative to this config")
+    file: str | None = Field(
+        default=None, description="Python file with scenarios() and rollout(), relative to this config"
+    )
+    environment: str | None = Field(
+        default=None,
+        description="in place of a file: reasoning_gym:DATA_SET, jsonl:FILE or verifiers:TASKSET (how-to/environments.md)",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="what the environment takes, a table of its own")
     steps: int = Field(gt=0, description="the run ends when the model has this many steps")
     groups_per_step: int = Field(default=8, gt=0, description="scenarios per training step")
     group_size: int = Field(default=8, ge=2, description="tries per scenario; their mean reward is the baseline")
@@ -80,6 +87,14 @@ class TaskSection(Config):
     def _samples_that_pass(self) -> TaskSection:
         if "pass_reward" in self.model_fields_set and not self.evaluate_samples:
             raise ValueError("pass_reward has no effect without evaluate_samples: set it, or leave pass_reward out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskSection:
+        if (self.file is None) == (self.environment is None):
+            raise ValueError("set file (Python with scenarios() and rollout()) or environment, and not both")
+        if self.options and self.environment is None:
+            raise ValueError("options are an environment's: set environment, or leave them out")
         return self
 
     @field_validator("max_exceptions")

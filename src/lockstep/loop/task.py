@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ConfigError, LockstepError
@@ -76,18 +77,8 @@ def load_task(path: Path) -> Task:
 
     Raises ConfigError naming what is missing, or the line of the file that raised.
     """
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"task file {path} does not exist: set [task] file to a Python file beside the config")
-    spec = importlib.util.spec_from_file_location(f"lockstep_task_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"task file {path} is not a Python file: its name must end in .py")
-    if str(path.parent) not in sys.path:  # modules beside it, as when Python runs the file itself
-        sys.path.insert(0, str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    with blamed(path, "can't be imported"):
-        spec.loader.exec_module(module)
+    module = load_module(path, "task file")
+    path = Path(str(module.__file__))
     rollout = getattr(module, "rollout", None)
     if not inspect.iscoroutinefunction(rollout) or not _takes(rollout, 3):
         raise ConfigError(f"{path} must define `async def rollout(model, scenario, temperature) -> Trajectory`")
@@ -95,6 +86,28 @@ def load_task(path: Path) -> Task:
     held_out: Any = getattr(module, "evaluation_scenarios", None)
     evaluated = [] if held_out is None else _listed(path, "evaluation_scenarios", held_out)
     return Task(path, scenarios, rollout, getattr(module, "demonstrations", None), evaluated)
+
+
+def load_module(path: Path, what: str) -> ModuleType:
+    """Import a Python file of the user's, which may import modules beside it.
+
+    what: the file's kind, for messages.
+
+    Raises ConfigError where it is missing, or with the line that raised.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"{what} {path} does not exist: name a Python file, relative to the config")
+    spec = importlib.util.spec_from_file_location(f"lockstep_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{what} {path} is not a Python file: its name must end in .py")
+    if str(path.parent) not in sys.path:  # modules beside it, as when Python runs the file itself
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with blamed(path, "can't be imported"):
+        spec.loader.exec_module(module)
+    return module
 
 
 def _listed(path: Path, name: str, make: Any) -> list[Any]:

@@ -1,12 +1,19 @@
 """`model.episode()`: which version answers, what keeps it loaded, and when the key is dead."""
 
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
+
+import asyncio
+import json
+import re
 
 import httpx
 import pytest
 
 import lockstep as ls
 from lockstep.errors import DataError
+from lockstep.gateway.upstream import Upstream
 from lockstep.rollouts.leases import rollout_scope
 
 
@@ -68,3 +75,27 @@ async def test_a_server_that_is_gone_is_named_and_nothing_is_captured(model):
             episode.trajectory()
         with pytest.raises(DataError, match="the agent called nothing"):
             episode.trajectory(reward=1.0)
+
+
+async def test_a_connection_that_the_server_closed_meanwhile_is_opened_anew():
+    """A server closes idle connections, also in the moment in which a request is sent."""
+    seen = []
+
+    async def answered(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", head.lower()).group(1))
+        await reader.readexactly(length)
+        seen.append(length)
+        if len(seen) > 1:
+            body = json.dumps({"count": len(seen)}).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answered, "127.0.0.1", 0)
+    async with server:
+        upstream = Upstream()
+        port = server.sockets[0].getsockname()[1]
+        address = ls.Endpoint(f"http://127.0.0.1:{port}/v1", "k")
+        assert await upstream.count(address, {"messages": []}) == 2
+        await upstream.close()

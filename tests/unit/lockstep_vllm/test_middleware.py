@@ -15,6 +15,8 @@ from lockstep_vllm.http.auth import BearerAuth
 from lockstep_vllm.http.openai_fields import ChoiceFields, in_flight, sampling_of
 from lockstep_vllm.http.short_prompts import TwoTokenPrompts
 from lockstep_vllm.http.tools_off import ToolsOff
+from lockstep_wire import whole_replies
+from lockstep_wire.reply_digest import reply_digest
 from lockstep_wire.sampling import SAMPLING_DEFAULTS
 
 
@@ -210,6 +212,80 @@ async def test_errors_streams_and_other_paths_are_untouched():
     sent = await call(ChoiceFields(app), chunks=(b'{"stream": true, "temperature": 0, "logprobs": 3}',))
     assert b"".join(message.get("body", b"") for message in sent) == b"data: {}\n\n"
     assert json.loads(app.body) == {"stream": True, "temperature": 0, "logprobs": 3, "return_token_ids": True}
+
+
+class Streaming(Echo):
+    """An app that answers with a stream, cut anywhere."""
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.body = (await receive())["body"]
+        request_id = dict(scope["headers"])[b"x-request-id"].decode()
+        for index, sequence_spans in enumerate(self.spans):
+            sampled = sampled_tokens.Sampled(sequence_spans, [-0.5, -0.25], "ZXhwZXJ0cw==")
+            sampled_tokens.record(f"chatcmpl-{request_id}", index, sampled)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for start in range(0, len(self.reply), 37):
+            body, more = self.reply[start : start + 37], start + 37 < len(self.reply)
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _chunk(**fields) -> dict:
+    return {"id": "c", "created": 1, "model": "m@2", "choices": [], **fields}
+
+
+def _part(index=0, finish=None, ids=(), **delta) -> dict:
+    return {"index": index, "delta": delta, "finish_reason": finish, "token_ids": list(ids)}
+
+
+STREAM = [
+    _chunk(choices=[_part(role="assistant", content="")], prompt_token_ids=[1, 2]),
+    _chunk(choices=[_part(ids=[4], reasoning="hm", content="a\n\nü")]),
+    _chunk(
+        choices=[_part(ids=[], tool_calls=[{"index": 0, "id": "t", "function": {"name": "look", "arguments": ""}}])]
+    ),
+    _chunk(choices=[_part(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}])]),
+    _chunk(choices=[_part(finish="tool_calls", ids=[5], tool_calls=[{"index": 0, "function": {"arguments": "1}"}}])]),
+    _chunk(usage={"prompt_tokens": 2, "completion_tokens": 2}),
+]
+
+
+def _events(chunks) -> bytes:
+    return b"".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode() for chunk in chunks)
+
+
+async def streamed(chunks, ended=True) -> tuple[bytes, Streaming]:
+    app = Streaming(_events(chunks) + b"data: [DONE]\n\n" * ended)
+    app.spans = [[{"version": "m@2", "start": 0, "end": 2}]]
+    body = json.dumps({"model": "m@2", "stream": True, whole_replies.FIELD: True}).encode()
+    sent = await call(ChoiceFields(app), path="/v1/chat/completions", chunks=(body,))
+    assert not sampled_tokens._announced
+    return b"".join(message.get("body", b"") for message in sent), app
+
+
+async def test_a_stream_ends_with_its_whole_reply_where_that_is_asked_for():
+    sent, app = await streamed(STREAM)
+    assert json.loads(app.body)["stream_options"] == {"include_usage": True}
+    assert whole_replies.FIELD not in json.loads(app.body)
+    assert sent.startswith(_events(STREAM))
+    assert sent.endswith(b"\n\ndata: [DONE]\n\n")
+    reply = json.loads(sent[len(_events(STREAM)) :].split(b"\n\n")[0].removeprefix(b"data: "))[whole_replies.EVENT]
+    (choice,) = reply["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([4, 5], [1, 2])
+    assert (choice["sampled_logprobs"], choice["finish_reason"]) == ([-0.5, -0.25], "tool_calls")
+    assert choice["weight_versions"] == [{"version": "m@2", "start": 0, "end": 2}]
+    assert choice["message"]["reasoning"] == "hm"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"a":1}'}
+    assert choice["reply_digest"] == reply_digest([4, 5], choice["message"])
+    assert choice["routed_experts"] == "ZXhwZXJ0cw=="
+    assert choice["routed_experts_digest"]
+
+
+async def test_a_stream_that_breaks_off_has_no_whole_reply():
+    for chunks in (STREAM[:3], [{"error": {"message": "lost"}}]):
+        sent, _ = await streamed(chunks)
+        assert sent == _events(chunks) + b"data: [DONE]\n\n"
+    sent, _ = await streamed(STREAM, ended=False)
+    assert whole_replies.EVENT.encode() not in sent
 
 
 class Counting(Echo):

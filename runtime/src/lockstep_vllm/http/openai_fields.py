@@ -14,7 +14,9 @@ reply that is not a stream gets
     reply_digest      str         of a chat: binds the message's text and tool calls to token_ids (see lockstep_wire/reply_digest.py)
     routed_experts_digest  str    where vLLM sent routed experts: binds them to the choice's ids (lockstep_wire/routed_experts.py)
 
-A stream passes through untouched apart from the request's defaults.
+A chat stream that asks for its whole reply (`lockstep_wire/whole_replies.py`) gets the choices with
+these fields in an event before the last. Any other stream passes through untouched apart from the
+request's defaults.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import Any
 
 from lockstep_vllm.http import sampled_tokens
 from lockstep_vllm.http.auth import App, Message, Receive, Scope, Send
+from lockstep_vllm.http.streams import StreamEditor
+from lockstep_wire import whole_replies
 from lockstep_wire.http_paths import CHAT_COMPLETIONS as CHAT
 from lockstep_wire.http_paths import COMPLETIONS
 from lockstep_wire.reply_digest import reply_digest
@@ -82,8 +86,12 @@ class ChoiceFields:
         if request is None:  # vLLM answers a malformed body with its own error
             await self._app(scope, _replay(body, receive), send)
             return
-        listed = not request.get("stream") and not asks_for_logprobs(request)
+        streamed = bool(request.get("stream"))
+        completed = streamed and path == CHAT and bool(request.pop(whole_replies.FIELD, False))
+        listed = (completed or not streamed) and not asks_for_logprobs(request)
         add_request_defaults(request, chat=path == CHAT)
+        if completed:
+            request["stream_options"] = {**(request.get("stream_options") or {}), "include_usage": True}
         body = json.dumps(request).encode()
         request_id = uuid.uuid4().hex
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
@@ -91,7 +99,10 @@ class ChoiceFields:
         model = str(request.get("model"))
         in_flight[model] += 1
         begun.count += 1
-        if not request.get("stream"):
+        if completed:
+            sampled_tokens.expect(request_id, listed=listed)
+            send = StreamEditor(send, lambda reply: add_choice_fields(reply, request, sampled_tokens.take(request_id)))
+        elif not streamed:
             sampled_tokens.expect(request_id, listed=listed)
             send = _ReplyEditor(send, request, request_id)
         try:
@@ -140,6 +151,8 @@ def add_choice_fields(reply: dict[str, Any], request: dict[str, Any], sampled: l
         choice["weight_versions"] = sampled[position].spans if tracked else None
         if tracked and sampled[position].logprobs is not None:
             choice["sampled_logprobs"] = sampled[position].logprobs
+        if tracked and choice.get("routed_experts") is None and sampled[position].routed_experts is not None:
+            choice["routed_experts"] = sampled[position].routed_experts  # a stream's chunks have none
         choice["sampling"] = sampling
         if "message" in choice:
             choice["reply_digest"] = reply_digest(token_ids, choice["message"])

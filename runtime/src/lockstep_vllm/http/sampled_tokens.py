@@ -30,10 +30,12 @@ class Sampled:
 
     spans: which version sampled which tokens.
     logprobs: one a token, nats; None where the client asked for OpenAI's.
+    routed_experts: of a stream, as vLLM writes them into other replies; None where it records none.
     """
 
     spans: list[Span]
     logprobs: list[float] | None
+    routed_experts: str | None = None
 
 
 @dataclass
@@ -47,7 +49,11 @@ _announced: dict[str, _Announced] = {}
 
 
 class LogprobList(list[float]):
-    """A choice's log-probabilities, in place of vLLM's containers."""
+    """A choice's log-probabilities, in place of vLLM's containers. A stream takes slices of them."""
+
+    def __getitem__(self, place: Any) -> Any:
+        values = super().__getitem__(place)
+        return LogprobList(values) if isinstance(place, slice) else values
 
 
 def expect(request_id: str, *, listed: bool) -> None:
@@ -98,6 +104,8 @@ def apply() -> None:
 
 
 def _record_choices() -> None:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.utils.serial_utils import numpy2base64
     from vllm.v1.engine.output_processor import RequestState
 
     original = RequestState._new_completion_output
@@ -111,8 +119,11 @@ def _record_choices() -> None:
                 {"version": self.lora_name or span.version, "start": span.start, "end": span.end}
                 for span in output.weight_versions
             ]
-            logprobs = output.logprobs if isinstance(output.logprobs, LogprobList) else None
-            record(owner.external_req_id, self.request_index, Sampled(_merged(spans), logprobs))
+            kept = self.logprobs_processor.logprobs  # of all tokens, where a stream's output has the newest
+            logprobs = list(kept) if isinstance(kept, LogprobList) else None
+            streamed = self.output_kind == RequestOutputKind.DELTA  # vLLM writes them into replies that are no stream
+            experts = numpy2base64(output.routed_experts) if streamed and output.routed_experts is not None else None
+            record(owner.external_req_id, self.request_index, Sampled(_merged(spans), logprobs, experts))
         return output
 
     RequestState._new_completion_output = new_completion_output

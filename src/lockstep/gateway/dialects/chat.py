@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+_DELTA = ("role", "content", "reasoning", "tool_calls")
 _CHOICE = ("index", "message", "logprobs", "finish_reason")
 _MESSAGE = ("role", "content", "reasoning", "reasoning_content", "tool_calls", "refusal")
 
@@ -23,29 +24,36 @@ def reply(full: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {**head, "object": "chat.completion", "model": model, "choices": choices}
 
 
-def events(plain: Mapping[str, Any], *, usage: bool) -> Iterator[bytes]:
-    """The reply as server-sent events. usage: the client asked for a last chunk that counts tokens."""
-    head = {name: plain[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    for choice in plain["choices"]:
-        for delta in _deltas(choice["message"]):
-            part = {"index": choice["index"], "delta": delta, "finish_reason": None}
-            if choice["logprobs"] is not None and "content" in delta and delta["content"]:
-                part["logprobs"] = choice["logprobs"]
-            yield event({**head, "choices": [part]})
-        end = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
-        yield event({**head, "choices": [end]})
-    if usage:
-        yield event({**head, "choices": [], "usage": plain["usage"]})
-    yield b"data: [DONE]\n\n"
+class Stream:
+    """The reply as server-sent events, chunk by chunk. model: the name that the client asked for."""
 
+    def __init__(self, model: str, body: Mapping[str, Any]):
+        self._model = model
+        self._usage = bool((body.get("stream_options") or {}).get("include_usage"))
 
-def _deltas(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    yield {"role": "assistant", "content": ""}
-    for name in ("reasoning", "reasoning_content", "content"):
-        if message.get(name):
-            yield {name: message[name]}
-    for index, call in enumerate(message.get("tool_calls") or []):
-        yield {"tool_calls": [{"index": index, **call}]}
+    def chunk(self, chunk: Mapping[str, Any]) -> bytes:
+        """The events of one of the server's chunks, which has more fields than a client knows."""
+        parts = []
+        for choice in chunk["choices"]:
+            delta = {name: choice["delta"][name] for name in _DELTA if choice["delta"].get(name) is not None}
+            if delta or choice.get("finish_reason"):
+                part = {"index": choice["index"], "delta": delta, "finish_reason": choice.get("finish_reason")}
+                logprobs = choice.get("logprobs")
+                parts.append(part if logprobs is None else {**part, "logprobs": logprobs})
+        return event({**self._head(chunk), "choices": parts}) if parts else b""
+
+    def end(self, plain: Mapping[str, Any]) -> bytes:
+        """The last events. A client may have asked for a chunk that counts tokens."""
+        usage = event({**self._head(plain), "choices": [], "usage": plain["usage"]}) if self._usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+    def _head(self, chunk: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "id": chunk["id"],
+            "created": chunk["created"],
+            "model": self._model,
+            "object": "chat.completion.chunk",
+        }
 
 
 def event(value: Mapping[str, Any]) -> bytes:

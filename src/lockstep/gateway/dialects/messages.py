@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lockstep.gateway.messages import text_of
@@ -108,30 +108,62 @@ def _input(function: Mapping[str, Any]) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {"malformed_arguments": function["arguments"]}
 
 
-def events(plain: Mapping[str, Any]) -> Iterator[bytes]:
-    """The message as Anthropic's events."""
-    usage = plain["usage"]
-    start = {**plain, "content": [], "stop_reason": None, "stop_sequence": None, "usage": {**usage, "output_tokens": 0}}
-    yield _event({"type": "message_start", "message": start})
-    for index, block in enumerate(plain["content"]):
-        empty, deltas = _opened(block)
-        yield _event({"type": "content_block_start", "index": index, "content_block": empty})
-        for delta in deltas:
-            yield _event({"type": "content_block_delta", "index": index, "delta": delta})
-        yield _event({"type": "content_block_stop", "index": index})
-    stop = {"stop_reason": plain["stop_reason"], "stop_sequence": plain["stop_sequence"]}
-    yield _event({"type": "message_delta", "delta": stop, "usage": {"output_tokens": usage["output_tokens"]}})
-    yield _event({"type": "message_stop"})
+class Stream:
+    """The message as Anthropic's events: thinking and text as they come, a call once its arguments are whole."""
 
+    def __init__(self, model: str, body: Mapping[str, Any]):
+        del body
+        self._model = model
+        self._open: str | None = None
+        self._blocks = 0
 
-def _opened(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    if block["type"] == "text":
-        return {"type": "text", "text": ""}, [{"type": "text_delta", "text": block["text"]}]
-    if block["type"] == "thinking":
-        return {"type": "thinking", "thinking": "", "signature": ""}, [
-            {"type": "thinking_delta", "thinking": block["thinking"]}
-        ]
-    return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+    def chunk(self, chunk: Mapping[str, Any]) -> bytes:
+        """The events of one of the server's chunks; those of further choices are not shown."""
+        events = b""
+        if chunk.get("prompt_token_ids") is not None:
+            events += _event({"type": "message_start", "message": self._begun(chunk)})
+        for choice in chunk["choices"]:
+            for name, kind in (("reasoning", "thinking"), ("content", "text")):
+                if choice["index"] == 0 and choice["delta"].get(name):
+                    events += self._opened(kind)
+                    delta = {"type": f"{kind}_delta", kind: choice["delta"][name]}
+                    events += _event({"type": "content_block_delta", "index": self._blocks - 1, "delta": delta})
+        return events
+
+    def end(self, plain: Mapping[str, Any]) -> bytes:
+        """The calls, and how the message ended."""
+        events = self._closed()
+        for block in plain["content"]:
+            if block["type"] == "tool_use":
+                events += self._opened("tool_use", {**block, "input": {}})
+                delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+                events += _event({"type": "content_block_delta", "index": self._blocks - 1, "delta": delta})
+                events += self._closed()
+        stop = {"stop_reason": plain["stop_reason"], "stop_sequence": plain["stop_sequence"]}
+        usage = {"output_tokens": plain["usage"]["output_tokens"]}
+        return (
+            events + _event({"type": "message_delta", "delta": stop, "usage": usage}) + _event({"type": "message_stop"})
+        )
+
+    def _begun(self, chunk: Mapping[str, Any]) -> dict[str, Any]:
+        usage = {"input_tokens": len(chunk["prompt_token_ids"]), "output_tokens": 0}
+        head = {"id": f"msg_{chunk['id']}", "type": "message", "role": "assistant", "model": self._model}
+        return {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+
+    def _opened(self, kind: str, block: dict[str, Any] | None = None) -> bytes:
+        """A block of this kind is open afterwards."""
+        if self._open == kind:
+            return b""
+        closed = self._closed()
+        block = block or {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+        self._open, index, self._blocks = kind, self._blocks, self._blocks + 1
+        return closed + _event({"type": "content_block_start", "index": index, "content_block": block})
+
+    def _closed(self) -> bytes:
+        if self._open is None:
+            return b""
+        self._open = None
+        return _event({"type": "content_block_stop", "index": self._blocks - 1})
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

@@ -97,20 +97,10 @@ def reply(full: Mapping[str, Any], model: str) -> dict[str, Any]:
     """A response of the first choice. model: the name that the client asked for."""
     choice, usage = full["choices"][0], full["usage"]
     cut = choice["finish_reason"] == "length"
-    return {
-        "id": f"resp_{full['id']}",
-        "object": "response",
-        "created_at": full["created"],
+    return _response(full, model) | {
         "status": "incomplete" if cut else "completed",
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "error": None,
-        "instructions": None,
-        "metadata": {},
-        "model": model,
         "output": list(_items(full["id"], choice["message"])),
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
-        "tools": [],
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -121,13 +111,30 @@ def reply(full: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
+def _response(full: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """What a response has from its beginning."""
+    return {
+        "id": f"resp_{full['id']}",
+        "object": "response",
+        "created_at": full["created"],
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": {},
+        "model": model,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+    }
+
+
 def _items(name: str, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     thought = message.get("reasoning") or message.get("reasoning_content")
     if thought:
         content = [{"type": "reasoning_text", "text": thought}]
         yield {"type": "reasoning", "id": f"rs_{name}", "summary": [], "content": content}
     if message.get("content") or not message.get("tool_calls"):
-        text = {"type": "output_text", "text": message.get("content") or "", "annotations": [], "logprobs": []}
+        text = _part("output_text", message.get("content") or "")
         done = {"status": "completed", "role": "assistant", "content": [text]}
         yield {"type": "message", "id": f"msg_{name}", **done}
     for number, call in enumerate(message.get("tool_calls") or []):
@@ -141,23 +148,64 @@ def _items(name: str, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def events(plain: Mapping[str, Any]) -> Iterator[bytes]:
-    """The response as OpenAI's events."""
-    number = itertools.count()
+_LIVE = {"reasoning": ("reasoning", "reasoning_text", "rs"), "content": ("message", "output_text", "msg")}
+"""Of a chunk's field: the item that it belongs to, its part, and the prefix of its name."""
 
-    def event(kind: str, **fields: Any) -> bytes:
-        value = {"type": kind, "sequence_number": next(number), **fields}
+
+class Stream:
+    """The response as OpenAI's events: thinking and text as they come, a call once its arguments are whole."""
+
+    def __init__(self, model: str, body: Mapping[str, Any]):
+        del body
+        self._model = model
+        self._numbers = itertools.count()
+        self._items: list[str] = []  # names of the items that were opened, in their order
+
+    def chunk(self, chunk: Mapping[str, Any]) -> bytes:
+        """The events of one of the server's chunks; those of further choices are not shown."""
+        events = b""
+        if chunk.get("prompt_token_ids") is not None:
+            begun = _response(chunk, self._model) | {"status": "in_progress", "output": [], "usage": None}
+            events += self._event("response.created", response=begun)
+            events += self._event("response.in_progress", response=begun)
+        for choice in chunk["choices"]:
+            for name, (item, part, prefix) in _LIVE.items():
+                delta = choice["delta"].get(name) if choice["index"] == 0 else None
+                if delta:
+                    events += self._delta(item, part, f"{prefix}_{chunk['id']}", delta)
+        return events
+
+    def end(self, plain: Mapping[str, Any]) -> bytes:
+        """What is left of each item, and the whole response with its items in the order of the stream."""
+        place = {name: index for index, name in enumerate(self._items)}
+        items = sorted(plain["output"], key=lambda item: place.get(item["id"], len(place)))
+        events = b""
+        for index, item in enumerate(items):
+            where = {"item_id": item["id"], "output_index": index}
+            if item["id"] not in place:
+                events += self._event("response.output_item.added", output_index=index, item=_opened(item))
+                events += b"".join(self._event(kind, **where, **fields) for kind, fields in _begun_parts(item))
+            events += b"".join(self._event(kind, **where, **fields) for kind, fields in _ended_parts(item))
+            events += self._event("response.output_item.done", output_index=index, item=item)
+        response = {**plain, "output": items}
+        return events + self._event(f"response.{plain['status']}", response=response)
+
+    def _delta(self, item: str, part: str, name: str, delta: str) -> bytes:
+        events = b""
+        if name not in self._items:
+            self._items.append(name)
+            empty: dict[str, Any] = {"type": item, "id": name, "content": []}
+            empty |= {"summary": []} if item == "reasoning" else {"role": "assistant", "status": "in_progress"}
+            index = len(self._items) - 1
+            events += self._event("response.output_item.added", output_index=index, item=empty)
+            where = {"item_id": name, "output_index": index, "content_index": 0}
+            events += self._event("response.content_part.added", **where, part=_part(part, ""))
+        where = {"item_id": name, "output_index": self._items.index(name), "content_index": 0}
+        return events + self._event(f"response.{part}.delta", **where, delta=delta, **_no_logprobs(part))
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        value = {"type": kind, "sequence_number": next(self._numbers), **fields}
         return f"event: {kind}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
-
-    begun = {**plain, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
-    yield event("response.created", response=begun)
-    yield event("response.in_progress", response=begun)
-    for index, item in enumerate(plain["output"]):
-        yield event("response.output_item.added", output_index=index, item=_opened(item))
-        for kind, fields in _parts(item):
-            yield event(kind, item_id=item["id"], output_index=index, **fields)
-        yield event("response.output_item.done", output_index=index, item=item)
-    yield event(f"response.{plain['status']}", response=plain)
 
 
 def _opened(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,15 +214,28 @@ def _opened(item: Mapping[str, Any]) -> dict[str, Any]:
     return {**item, "content": []} | ({"status": "in_progress"} if "status" in item else {})
 
 
-def _parts(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _begun_parts(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The beginning of an item of which nothing was streamed."""
     if item["type"] == "function_call":
         yield "response.function_call_arguments.delta", {"delta": item["arguments"]}
+        return
+    (part,) = item["content"]
+    yield "response.content_part.added", {"content_index": 0, "part": {**part, "text": ""}}
+
+
+def _ended_parts(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if item["type"] == "function_call":
         yield "response.function_call_arguments.done", {"arguments": item["arguments"], "name": item["name"]}
         return
     (part,) = item["content"]
-    kind, place = part["type"], {"content_index": 0}
-    more = {"logprobs": []} if kind == "output_text" else {}
-    yield "response.content_part.added", {**place, "part": {**part, "text": ""}}
-    yield f"response.{kind}.delta", {**place, "delta": part["text"], **more}
-    yield f"response.{kind}.done", {**place, "text": part["text"], **more}
-    yield "response.content_part.done", {**place, "part": part}
+    done = {"content_index": 0, "text": part["text"], **_no_logprobs(part["type"])}
+    yield f"response.{part['type']}.done", done
+    yield "response.content_part.done", {"content_index": 0, "part": part}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    return {"type": kind, "text": text} | ({"annotations": []} if kind == "output_text" else {}) | _no_logprobs(kind)
+
+
+def _no_logprobs(kind: str) -> dict[str, Any]:
+    return {"logprobs": []} if kind == "output_text" else {}
