@@ -46,8 +46,8 @@ async def talk(client: Any, session: dict[str, Any], plan: dict[str, Any]) -> No
         if plan["stream"]:
             async with client.stream("POST", session["url"], json={**body, "stream": True}, headers=headers) as reply:
                 assert reply.status_code == 200, await reply.aread()
-                async for line in reply.aiter_lines():
-                    if line.startswith("data: {"):
+                for line in (await reply.aread()).split(b"\n"):
+                    if line.startswith(b"data: {"):
                         for choice in json.loads(line[6:])["choices"]:
                             text += choice["delta"].get("content") or ""
         else:

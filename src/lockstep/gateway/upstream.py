@@ -74,10 +74,10 @@ class Upstream:
             self._place(address, places, under_way=under_way),
             self._answer(address, CHAT_COMPLETIONS, body) as sent,
         ):
-            async for line in sent.aiter_lines():
-                if not line.startswith("data: {"):
+            async for line in _lines(sent):
+                if not line.startswith(b"data: {"):
                     continue
-                event = json.loads(line.removeprefix("data: "))
+                event = json.loads(line.removeprefix(b"data: "))
                 if "error" in event:
                     raise Refusal(int(event["error"].get("code") or 500), str(event["error"].get("message")))
                 if EVENT in event:
@@ -141,6 +141,16 @@ class Upstream:
         async with self._place(address, places, under_way=under_way), self._answer(address, path, body) as sent:
             await sent.aread()
             return sent.json()
+
+
+async def _lines(response: Any) -> AsyncIterator[bytes]:
+    """The lines of an answer. httpx's own also end at signs such as U+2028, which a reply's text may have."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def _message(response: Any) -> str:

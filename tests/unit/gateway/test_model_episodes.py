@@ -99,3 +99,24 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_opened_anew():
         address = ls.Endpoint(f"http://127.0.0.1:{port}/v1", "k")
         assert await upstream.count(address, {"messages": []}) == 2
         await upstream.close()
+
+
+async def test_a_streamed_text_may_have_any_sign_that_ends_a_line_elsewhere():
+    said = "a\u2028b\x85c\x1cd\re"
+    chunk = json.dumps({"choices": [{"delta": {"content": said}}]}, ensure_ascii=False)
+    reply = json.dumps({"lockstep_reply": {"text": said}}, ensure_ascii=False)
+
+    async def answered(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        body = f"data: {chunk}\n\ndata: {reply}\n\ndata: [DONE]\n\n".encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answered, "127.0.0.1", 0)
+    async with server:
+        upstream, taken = Upstream(), []
+        address = ls.Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", "k")
+        assert await upstream.stream(address, {"messages": []}, taken.append, under_way=True) == {"text": said}
+        assert taken[0]["choices"][0]["delta"]["content"] == said
+        await upstream.close()
