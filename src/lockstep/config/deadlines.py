@@ -66,6 +66,8 @@ SINK_CLOSE_S = 10.0
 """The end of a run for all its metrics sinks, to flush."""
 DOWNLOAD_S = 600.0
 """The download of a model from the package index."""
+NVIDIA_SMI_S = 20.0
+"""The driver's answer to `lockstep doctor`."""
 INDEX_S = 5.0
 """`lockstep runtime install` for a package index, to learn whether it is there."""
 PIP_S = 60.0

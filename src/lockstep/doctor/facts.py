@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lockstep.config import deadlines
 from lockstep.doctor.leftovers import Leftover, leftovers
 from lockstep.errors import LockstepError
 from lockstep.inference.environment.locate import (
@@ -179,9 +180,9 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         return (), "nvidia-smi is missing" if Path("/dev/nvidiactl").exists() else ""
     query = [program, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        result = subprocess.run(query, capture_output=True, text=True, timeout=deadlines.NVIDIA_SMI_S, check=False)
     except subprocess.TimeoutExpired:
-        return (), "nvidia-smi does not answer within 20 s"
+        return (), f"nvidia-smi does not answer within {deadlines.NVIDIA_SMI_S:g} s"
     if result.returncode != 0:
         return (), " ".join((result.stdout + result.stderr).split())
     rows = [line.split(", ") for line in result.stdout.splitlines() if line.count(", ") == 2]

@@ -289,7 +289,7 @@ def test_newcomer_c4_a_folder_that_cannot_be_made_is_one_line():
         (
             TrainConfig,
             {"loss": "grpo"},
-            "loss = 'grpo': must be one of cispo, gspo, ppo (GRPO's clipped ratio is that of ppo), or",
+            "loss = 'grpo': must be one of cispo, gmpo, gspo, ppo, reinforce, sapo (GRPO's clipped ratio is that of ppo), or",
         ),
         (
             TaskSection,

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from lockstep.batching.tokenize import tokenize
+from lockstep.config import deadlines
 from lockstep.validate.figures import Outcome, count, judged
 from lockstep.validate.request import Request
 from lockstep.validate.stages.files.tokenizer_and_template import SCENES, load_tokenizer, render
@@ -57,7 +58,7 @@ async def _conversation(model: Any) -> tuple[int, int, dict[str, int]]:
     messages: list[dict[str, Any]] = []
     headers = {"Authorization": f"Bearer {episode.api_key}"}
     async with httpx.AsyncClient(
-        base_url=f"{episode.base_url}/", headers=headers, timeout=300, trust_env=False
+        base_url=f"{episode.base_url}/", headers=headers, timeout=deadlines.REQUEST_S, trust_env=False
     ) as client:
         for text in _TURNS:
             messages.append({"role": "user", "content": text})
