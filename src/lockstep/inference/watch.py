@@ -49,6 +49,8 @@ class _Watch:
     def _note(self, seen: dict[str, Any], took_s: float) -> None:
         """took_s: of the look; a longer one says more about this process than about the server."""
         work = str(seen["work"])
+        for kind, seconds in seen.get("longest_s", {}).items():
+            self._patience.took(kind, seconds)
         self._silent_s += took_s
         if seen["answered"]:
             if self._busy_with or work:  # the speed of idle workers says nothing
@@ -58,6 +60,7 @@ class _Watch:
             return
         self._busy_with = work
         unknown_s = deadlines.SYNC_S if work not in ("", "requests", _API) else deadlines.SILENT_S
+        unknown_s = max(unknown_s, self._patience.floor_s)
         if self._silent_s > self._patience.limit_s(work or "requests", unknown_s):
             self._end()
 

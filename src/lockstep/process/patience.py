@@ -15,7 +15,7 @@ class Patience:
     """
 
     def __init__(self, floor_s: float) -> None:
-        self._floor_s = floor_s
+        self.floor_s = floor_s
         self._longest: dict[str, float] = {}
 
     def took(self, work: str, silent_s: float) -> None:
@@ -28,4 +28,4 @@ class Patience:
         """
         if work not in self._longest:
             return unknown_s
-        return min(unknown_s, max(self._floor_s, FACTOR * self._longest[work]))
+        return min(unknown_s, max(self.floor_s, FACTOR * self._longest[work]))

@@ -8,6 +8,7 @@ vLLM's own `/health` knows that a process has ended, not that one hangs.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,19 +30,23 @@ class Pulse:
         self._asked: asyncio.Future[Any] | None = None
         self._busy_with: list[str] = []
         self._begun = 0
+        self._longest_s: dict[str, float] = {}
 
     @contextmanager
     def busy(self, work: str) -> Iterator[None]:
         """Inside, the workers are expected to do `work` and to answer afterwards."""
+        started = time.monotonic()
         self._busy_with.append(work)
         try:
             yield
         finally:
             self._busy_with.remove(work)
+            self._longest_s[work] = max(time.monotonic() - started, self._longest_s.get(work, 0.0))
 
     async def look(self) -> dict[str, Any]:
         """`answered`: the engine and all workers have answered the question that is open, within a
-        second. `work`: what they are busy with, or were since the last look.
+        second. `work`: what they are busy with, or were since the last look. `longest_s`: of each
+        kind of work that has ended, also between two looks.
         """
         asked = self._asked
         if asked is None or asked.done():
@@ -51,8 +56,8 @@ class Pulse:
         work = self._busy_with[0] if self._busy_with else requests
         answered, _ = await asyncio.wait({asked}, timeout=_WAIT_S)
         if answered and asked.exception() is not None:  # an engine that has ended is no hang
-            return {"answered": True, "work": ""}
-        return {"answered": bool(answered), "work": work}
+            return {"answered": True, "work": "", "longest_s": {}}
+        return {"answered": bool(answered), "work": work, "longest_s": self._longest_s}
 
 
 def add_endpoints(app: FastAPI) -> None:

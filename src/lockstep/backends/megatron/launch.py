@@ -36,6 +36,11 @@ _LEAST_SHARE = 0.1
 _SERVED_LENGTH = 2048
 """Tokens of the longest conversation with a step of a run that did not store its own length."""
 
+_STEP_TOKENS = 2048
+"""Tokens that vLLM computes in one step on a CPU, at most."""
+_CPU_OPERATIONS = 1e10
+"""Floating-point operations a second of a slow, busy CPU."""
+
 
 def start_trainer(settings: ResolvedSettings, folder: Path) -> Awaitable[Trainer]:
     """folder: of the run, for the log."""
@@ -54,8 +59,19 @@ async def start_server(
     server = await launch(config, runtime, folder, say)
     # A GPU's first kernels are compiled, and Triton's interpreter takes seconds for a step.
     slow = settings.devices.kind != "cpu" or settings.exact or settings.routed_experts is not None
-    watch(server, Patience(deadlines.SILENT_S if slow else deadlines.HUNG_S))
+    floor_s = deadlines.SILENT_S if slow else deadlines.HUNG_S
+    watch(server, Patience(max(floor_s, longest_step_s(settings.base)) if settings.devices.kind == "cpu" else floor_s))
     return server
+
+
+def longest_step_s(base: Path) -> float:
+    """Seconds that a server on a CPU may need for one step of its engine: two operations for each
+    parameter and token.
+
+    base: the model's folder; its files' sizes say how many parameters there are, 2 bytes each.
+    """
+    parameters = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2
+    return 2 * parameters * _STEP_TOKENS / _CPU_OPERATIONS
 
 
 async def start_both(
