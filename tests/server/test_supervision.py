@@ -158,7 +158,7 @@ async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, 
     assert not os.path.exists(f"/proc/{stopped}")
 
 
-@pytest.mark.parametrize("who", ["engine", "HTTP server"])
+@pytest.mark.parametrize("who", ["engine", pytest.param("HTTP server", marks=pytest.mark.slow)])
 async def test_m4_a_server_that_hangs_in_a_sync_is_replaced(running, monkeypatch, caplog, who):
     """The trainer lives, sends its heartbeats, and waits; so would the user, for five minutes."""
     from lockstep.trainer.client import Trainer
