@@ -55,7 +55,8 @@ async def test_m4_a_rank_that_loops_while_the_other_waits_is_named(tmp_path, mon
             r"stands still during train_step, busy with \w+, since .* rank 0 at (.*), rank 1 at (.*);", str(lost.value)
         )
         assert said, lost.value
-        assert "endless" in said[2]
+        # The signal may find rank 1 as it ends its own signs of life, where no handler runs.
+        assert "endless" in said[2] or "heartbeat.py" in said[2]
         assert "endless" not in said[1]
         assert took_s < 20  # HUNG_S, and what a busy machine adds
     finally:

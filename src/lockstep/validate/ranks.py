@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lockstep.config.megatron import Parallel
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
+from lockstep.engine.parallel.broadcast import everyones_json
 from lockstep.engine.state import TrainerState
 from lockstep.engine.steps.score import score
 from lockstep.validate.reference.layout_problem import problem, silent, stepped
@@ -81,9 +82,7 @@ def main(asked: Path, answered: Path) -> None:
             if question["fault"] is None:
                 raise
             own = {"refused": f"{type(error).__name__}: {error}"}
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        answers[question["name"]] = everyone
+        answers[question["name"]] = everyones_json(own)
     if dist.get_rank() == 0:
         answered.write_text(json.dumps(answers), encoding="utf-8")
     dist.destroy_process_group()

@@ -147,7 +147,7 @@ def test_every_sink_is_read_back_here_and_named_in_the_setting():
 def test_a_sink_holds_every_value_once(name, tmp_path, offline, monkeypatch, caplog):
     needs_package(name)
     written(named_sinks()[name], sink_run(tmp_path))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert sorted(READ[name](tmp_path, monkeypatch)) == RECORDED
 
 

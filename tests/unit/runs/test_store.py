@@ -252,7 +252,7 @@ def test_h8_a_commit_that_was_cut_off_is_no_hindrance_to_readers(store, tmp_path
         time.sleep(0.4 + delay)
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-        assert read_checkpoint(store.path, None)[0] == {"base_model": "a"}
+        assert read_checkpoint(store.path, None)[0]["base_model"] == "a"
     again = reopened(store)
     assert again.metrics()[0]["more"] > 0
     again.close()
@@ -275,7 +275,7 @@ def test_h8_a_hot_journal_is_undone_by_a_reader(store):
     )
     subprocess.run([sys.executable, "-c", program, str(store.path / "run.sqlite")], check=False)
     assert (store.path / "run.sqlite-journal").exists()
-    assert read_checkpoint(store.path, None)[0] == {"base_model": "a"}
+    assert read_checkpoint(store.path, None)[0]["base_model"] == "a"
 
 
 def test_m2_metrics_that_were_not_recorded_come_from_the_manifest(store, monkeypatch):
@@ -314,7 +314,7 @@ def test_m8_a_damaged_identity_is_named(store):
     publish(store, 0)
     store.close()
     with sqlite3.connect(store.path / "run.sqlite") as database:
-        database.execute("UPDATE identity SET value = 'a\"'")
+        database.execute("UPDATE identity SET value = 'a\"' WHERE key = 'base_model'")
     database.close()
     for read in (lambda: reopened(store), lambda: read_checkpoint(store.path, None)):
         with pytest.raises(StoreError, match=r"run\.sqlite is damaged: identity has base_model"):
