@@ -39,7 +39,9 @@ def test_a_stage_that_dies_or_hangs_fails_and_the_others_go_on(tmp_path: Path) -
     assert outcomes["weight_round_trip"].status == FAILED
     assert "model.safetensors is no complete safetensors file" in outcomes["weight_round_trip"].reason
     assert outcomes["architecture_discovery"].status == NOT_APPLICABLE
-    hasty = replace(stage_named("architecture_discovery"), deadline_s=0.01)
+    hasty = replace(
+        stage_named("architecture_discovery"), deadline_s=0.0
+    )  # over at the first look, while Python still starts
     outcome = run_one(hasty, replace(request, folder=tmp_path / "hasty"), said.append)
     assert outcome.status == FAILED
-    assert "still running after 0.01 s" in outcome.reason
+    assert "still running after 0 s" in outcome.reason
