@@ -105,7 +105,6 @@ async def test_h9_a_trainer_that_is_killed_is_started_anew(running, monkeypatch,
     assert "trainer_restarts" not in (await step(model, backend)).metrics
 
 
-@pytest.mark.slow  # likewise
 @pytest.mark.parametrize("moment", ["in the step", "between requests"])
 async def test_m4_a_rank_that_loops_is_found_in_ten_seconds(running, monkeypatch, caplog, moment):
     """In a step its heartbeats go on as a rule, and only its progress stands still; between requests it is silent."""
@@ -159,8 +158,7 @@ async def test_m4_a_rank_that_is_stopped_is_found_at_once(running, monkeypatch, 
     assert not os.path.exists(f"/proc/{stopped}")
 
 
-@pytest.mark.slow  # what counts as a hang depends on how busy the machine is
-@pytest.mark.parametrize("who", ["engine", "HTTP server"])
+@pytest.mark.parametrize("who", ["engine", pytest.param("HTTP server", marks=pytest.mark.slow)])
 async def test_m4_a_server_that_hangs_in_a_sync_is_replaced(running, monkeypatch, caplog, who):
     """The trainer lives, sends its heartbeats, and waits; so would the user, for five minutes."""
     from lockstep.trainer.client import Trainer
