@@ -112,13 +112,14 @@ def test_a_target_that_exists_is_kept(run, tmp_path):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from lockstep.export.write import export_step
 from lockstep.runs.store import read_checkpoint
 def check(folder):
     print("checking", flush=True)
     time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would this
 identity, checkpoint = read_checkpoint(Path(sys.argv[1]), 2)
 export_step(checkpoint, identity, False, Path(sys.argv[2]), check, lambda *_: "")
 """
