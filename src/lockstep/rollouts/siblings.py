@@ -38,7 +38,7 @@ class _Family:
     def join(self, seed: int | None) -> asyncio.Future[dict[str, Any] | None]:
         """The reply to come; None says that the request must be sent alone."""
         reply: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
-        reply.add_done_callback(lambda _: self._end_if_alone())
+        reply.add_done_callback(lambda _: self._end_if_unwanted())
         self.seeds.append(seed)
         self._replies.append(reply)
         self._scopes.append(current_scope())
@@ -57,9 +57,10 @@ class _Family:
             if not reply.done():
                 reply.set_result(None)
 
-    def _end_if_alone(self) -> None:
-        """Ends the sending when every rollout has its reply or was cancelled."""
-        if self.sending is not None and all(reply.cancelled() for reply in self._replies):
+    def _end_if_unwanted(self) -> None:
+        """Ends the sending when nobody waits for what is still to come."""
+        unwanted = all(reply.done() for reply in self._replies)
+        if self.sending is not None and unwanted and any(reply.cancelled() for reply in self._replies):
             self.sending.cancel()
 
 

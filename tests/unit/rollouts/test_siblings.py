@@ -52,7 +52,7 @@ class Answering:
                 path, body = head.split()[1], json.loads(await reader.readexactly(length))
                 self.requests.append((path, body))
                 if path == SIBLINGS and self.status == 200:
-                    await self._lines(writer, body["seeds"])
+                    await self._lines(reader, writer, body["seeds"])
                 else:
                     status = self.status if path == SIBLINGS else 200
                     reply = json.dumps(completion(body.get("seed"))).encode()
@@ -65,21 +65,27 @@ class Answering:
             writer.close()
             self.left.set()
 
-    async def _lines(self, writer, seeds):
+    async def _lines(self, reader, writer, seeds):
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n")
         order = [position for position in range(len(seeds)) if position not in self.waiting] + list(self.waiting)
         for number, position in enumerate(order):
             if number == self.cut:
                 raise ConnectionError
             if position in self.waiting:
-                while not self.release.is_set():
-                    writer.write(b"1\r\n\n\r\n")  # finds out whether the client is there
-                    await writer.drain()
-                    await asyncio.sleep(0.01)
+                await self._released(reader)
             line = siblings.line(position, completion(seeds[position]))
             writer.write(b"%x\r\n%s\r\n" % (len(line), line))
             await writer.drain()
         writer.write(b"0\r\n\r\n")
+
+    async def _released(self, reader):
+        """Until `release` is set. Raises ConnectionError for a client that leaves before."""
+        leaves, released = asyncio.create_task(reader.read(1)), asyncio.create_task(self.release.wait())
+        await asyncio.wait({leaves, released}, return_when=asyncio.FIRST_COMPLETED)
+        if not released.done():
+            released.cancel()
+            raise ConnectionError
+        leaves.cancel()
 
 
 def client_of(server: Answering, seeds, slots: int = 8):
@@ -142,6 +148,7 @@ async def test_a_reply_is_there_before_its_siblings_and_frees_its_place():
         server.release.set()
         await running
     assert sorted(said) == [f"seed {seed}" for seed in range(6)]
+    assert server.paths() == [SIBLINGS] * 2
 
 
 async def test_more_siblings_than_places_leave_in_several():
@@ -154,6 +161,18 @@ async def test_cancelled_siblings_end_their_request():
     async with Answering(waiting=(0, 1)) as server, client_of(server, range(2)) as client:
         running = asyncio.create_task(gathered([[rollout(client) for _ in range(2)]]))  # noqa: RUF006 (held below)
         while not server.requests:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await asyncio.wait_for(server.left.wait(), 5.0)
+
+
+async def test_a_request_ends_when_the_rest_of_its_siblings_are_cancelled():
+    said: list[str] = []
+    async with Answering(waiting=(1,)) as server, client_of(server, range(2)) as client:
+        running = asyncio.create_task(gathered([[rollout(client, said=said) for _ in range(2)]]))  # noqa: RUF006 (held below)
+        while not said:
             await asyncio.sleep(0.01)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
