@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.plan.placement import resolve_placement
 from lockstep.backends.megatron.plan.settings import ResolvedSettings, lora_serving
@@ -28,9 +27,6 @@ from lockstep.runs.retention import reading
 from lockstep.runs.store import read_checkpoint
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import Memory, Offload, Release
-
-if TYPE_CHECKING:
-    pass
 
 _LEAST_SHARE = 0.1
 _SERVED_LENGTH = 2048
@@ -60,7 +56,9 @@ async def start_server(
     # A GPU's first kernels are compiled, and Triton's interpreter takes seconds for a step.
     slow = settings.devices.kind != "cpu" or settings.exact or settings.routed_experts is not None
     floor_s = deadlines.SILENT_S if slow else deadlines.HUNG_S
-    watch(server, Patience(max(floor_s, longest_step_s(settings.base)) if settings.devices.kind == "cpu" else floor_s))
+    if settings.devices.kind == "cpu":
+        floor_s = max(floor_s, longest_step_s(settings.base))
+    watch(server, Patience(floor_s))
     return server
 
 
