@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases import batch_of, tiny, tree_sequences
+from cases import tiny
 from endless import LOOP, endless_on_signal
 from frozen_processes import below
 from lockstep.batching.pack import save_batch
@@ -20,6 +20,7 @@ from lockstep.errors import TrainerLostError
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.life import Signs
 from lockstep.trainer.protocol import EngineConfig, LoraSettings, TrainStep
+from lockstep.validate.reference.batches import batch_of, tree_sequences
 
 pytestmark = pytest.mark.distributed
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import packing
 from lockstep.config.megatron import Parallel
 from lockstep.engine.state import TrainerState
+from lockstep.validate.reference.passes import named_gradients
 from packing import Drawn
 from pool import Pool
 from random_batches import seeds
@@ -66,7 +67,7 @@ def expect(problem: Drawn, folder: Path) -> Path:
     trainer = opened(problem.family, "float64", problem.lora, folder)
     loss, _ = packing.loss_and_gradients(trainer, packing.batches(problem)[1], packing.CONFIGS[problem.loss])
     place = folder / "expected.safetensors"
-    save_file({"loss": torch.tensor(loss, dtype=torch.float64), **packing.named_gradients(trainer)}, place)
+    save_file({"loss": torch.tensor(loss, dtype=torch.float64), **named_gradients(trainer)}, place)
     return place
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cases import batch_of, hugging_face, reference_logprobs, sequence, tiny, tree_sequences
+from cases import reference_logprobs, tiny
 from lockstep.batching.pack import save_batch
 from lockstep.batching.packed_batch import PackedBatch, scored_row
 from lockstep.config.train import TrainConfig
+from lockstep.validate.reference.batches import batch_of, sequence, tree_sequences
+from lockstep.validate.reference.hugging_face import hugging_face
 from parent import Parent
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,7 +15,7 @@ from lockstep.models.checkpoint.read import expected_tensors, open_checkpoint
 from lockstep.models.contract import Shard
 from lockstep.models.registry import get_model_support_handler, load_model_config
 from lockstep.models.targets import available_targets, lora_sites
-from whole_tensors import hf_tensors
+from lockstep.validate.reference.assembled import hf_tensors
 
 RANK, ALPHA = 3, 7.0
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters import Model, random_adapter
-from cases import batch_of, tiny, tree_sequences
+from cases import tiny
 from lockstep.batching.pack import load_batch, save_batch
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
@@ -29,6 +29,7 @@ from lockstep.loop.run_file import load_run_file
 from lockstep.models.checkpoint.peft import read_adapter
 from lockstep.runs.database import read_jobs
 from lockstep.runs.store import RunStore
+from lockstep.validate.reference.batches import batch_of, tree_sequences
 from lockstep_wire.plan import PlanError, parse
 from lockstep_wire.routed_experts import routed_experts_digest
 from lockstep_wire.transports import connect

@@ -26,7 +26,6 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import policy_loss, scored_tensors
-from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
 from lockstep.engine.pipeline import forward_backward
@@ -38,7 +37,9 @@ from lockstep.models.tiny.write import write_tiny
 from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
 from random_batches import random_sequences  # isort: skip
-from parity import FLOOR, compare_tensors  # isort: skip
+from lockstep.validate.reference.passes import FLOOR
+
+from parity import largest_difference  # isort: skip
 
 LAYERS, TOP_K, EXPERTS = 2, 2, 8
 SIZES: dict[str, Any] = {"num_hidden_layers": LAYERS, "hidden_size": 64, "dtype": "float32"}
@@ -108,21 +109,6 @@ def draw(seed: int, leaves: int, moe: bool) -> tuple[list[TokenSequence], np.nda
     return sequences, random.normal(size=leaves), random.uniform(0.1, 2, size=leaves)
 
 
-def named_gradients(trainer: TrainerState) -> dict[str, Tensor]:
-    """Gradients by canonical name, after `loss_and_gradients` on one rank that holds everything."""
-    gradients: dict[str, Tensor] = {}
-    for bucket in trainer.optimizer.buckets:
-        for trainable, first, last, place in bucket.slices():
-            part = bucket.gradients[bucket.low : bucket.high][place]
-            for box in rectangles(trainable, first, last):
-                tensor = gradients.setdefault(box.name, part.new_zeros(trainer.shapes[box.name]))
-                tensor = tensor if box.index is None else tensor[box.index]
-                tensor.reshape(len(tensor), -1)[box.rows, box.columns] = part[box.first : box.last].view(
-                    box.rows.stop - box.rows.start, -1
-                )
-    return gradients
-
-
 @dataclass(frozen=True)
 class Drawn:
     """One random problem. tight: rows so short that a tree has to be cut and its prefix computed again."""
@@ -152,7 +138,7 @@ def distance(trainer: TrainerState, drawn: Drawn, expected: Path, packed: bool =
     loss, _ = loss_and_gradients(trainer, batches(drawn)[0 if packed else 1], CONFIGS[drawn.loss])
     largest = max(float(values.abs().max()) for values in gradients.values())
     floor = largest * (FLOOR if trainer.settings.dtype == "float64" else 1.0)
-    gradient, where = compare_tensors(trainer, "gradient", gradients, max(floor, 1e-9))
+    gradient, where = largest_difference(trainer, "gradient", gradients, max(floor, 1e-9))
     return {"loss": abs(loss - wanted) / max(1.0, abs(wanted)), "gradient": gradient, "at": where, "size": largest}
 
 

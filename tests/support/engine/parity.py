@@ -7,6 +7,7 @@ Shapes: S row tokens, V vocabulary, N scored tokens.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -25,26 +26,21 @@ from lockstep.batching.top_logprobs import TOP
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.engine.optim.optimizer import OptimizerStep
-from lockstep.engine.optim.state_file import rectangles
 from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device  # first: prepares torch for Megatron
-from lockstep.engine.pipeline import forward_backward
 from lockstep.engine.state import TrainerState, load_step, open_trainer, save_step
 from lockstep.engine.steps.microbatch import prepare
 from lockstep.engine.steps.score import score, score_and_rank
-from lockstep.engine.steps.scored_tokens import head_outputs, row_shards
 from lockstep.engine.steps.train_step import check_records, expert_choices_that_differ, train_step
 from lockstep.errors import DataError, TrainerError
-from lockstep.models.config import ModelConfig
 from lockstep.models.registry import get_model_support_handler
 from lockstep.trainer.protocol import EngineConfig, LoraSettings
-
-from cases import batch_of, hugging_face, hugging_face_fp64, tree_sequences  # isort: skip
+from lockstep.validate.reference.batches import batch_of, tree_sequences, with_random_experts
+from lockstep.validate.reference.hugging_face import hugging_face, hugging_face_fp64
+from lockstep.validate.reference.parity import adapter_reference, weight_reference
+from lockstep.validate.reference.passes import FLOOR, compare_tensors, run_passes
 
 Dtype = Literal["float32", "float64"]
-FLOOR = 1e-3
-"""Gradients smaller than this share of the model's largest are compared with that instead of with themselves: fp32 cannot do better."""
-
 
 LIMITS = {"logits": 2e-6, "loss": 1e-6, "gradient": 2e-5, "weights": 1e-6, "norm": 1e-5}
 """Relative, but for `weights`: fp32 against fp32. Logits count from the largest logit, gradients from each tensor's largest entry."""
@@ -57,99 +53,21 @@ def beyond(result: dict[str, Any]) -> bool:
     return bool(flag)
 
 
-def disk_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the one-by-one names of experts that transformers keeps stacked in memory."""
-    names = dict(named)
-    for name, tensor in named.items():
-        if name.endswith("experts.gate_up_proj"):
-            gate, up = tensor.chunk(2, 1)
-            for expert in range(len(tensor)):
-                base = name.removesuffix("gate_up_proj") + f"{expert}."
-                names[f"{base}gate_proj.weight"], names[f"{base}up_proj.weight"] = gate[expert], up[expert]
-        elif name.endswith("experts.down_proj"):
-            for expert in range(len(tensor)):
-                names[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = tensor[expert]
-    return names
-
-
 def reference(
-    folder: Path, batch: PackedBatch, rng_slope: np.ndarray, load: Callable[[Path], Any] = hugging_face
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor], float]:
+    folder: Path, batch: PackedBatch, slope_P: np.ndarray, load: Callable[[Path], Any] = hugging_face
+) -> tuple[Any, ...]:
     """(weights, gradients, logits per sequence, loss) of `sum over pairs slope * logprob` on the unpacked sequences, by disk name."""
-    model = load(folder)
-    loss, logits, place = torch.zeros(()), [], 0
-    for q in range(len(batch.leaf_Q)):
-        row, path = int(batch.row_Q[q]), batch.path_index(q)
-        ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
-        z = model(ids[None]).logits[0]
-        logits.append(z.detach())
-        scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
-        position = np.searchsorted(path, scored)
-        temperature = torch.from_numpy(batch.temperatures_RS[row, scored])
-        log_p = (z[position - 1] / temperature[:, None]).log_softmax(-1)
-        chosen = log_p[torch.arange(len(position)), ids[position]]
-        loss = loss + (chosen * torch.from_numpy(rng_slope[place : place + len(position)])).sum()
-        place += len(position)
-    loss.backward()
-    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    return disk_names(weights), disk_names(gradients), logits, float(loss)
+    theirs = weight_reference(folder, batch, slope_P, load)
+    return theirs.weights, theirs.gradients, theirs.logits, theirs.loss
 
 
-def run(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray) -> tuple[float, dict[int, Tensor]]:
-    """Our loss of the same kind, gradients left in the optimizer; and this rank's logits `[S, V of this rank]` per row it ran."""
-    work = prepare(trainer, batch, list(range(batch.rows)))
-    from megatron.core import parallel_state as ps
-
-    rows = list(range(batch.rows))[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
-    logits: dict[int, Tensor] = {}
-    total = torch.zeros((), dtype=torch.float64)
-
-    def last(number: int, hidden: Tensor) -> Tensor:
-        scored = work[number].scored
-        if number >= len(rows):  # padding: nothing is scored, but the backward pass must run
-            return head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)[0].sum()
-        hidden_SH = hidden.detach()[:, 0]
-        if trainer.parallel.sequence_parallel:
-            parts = [torch.empty_like(hidden_SH) for _ in range(trainer.parallel.tensor)]
-            dist.all_gather(parts, hidden_SH.contiguous(), group=ps.get_tensor_model_parallel_group())
-            hidden_SH = torch.cat(parts)
-        if trainer.parallel.context > 1:
-            parts = [torch.empty_like(hidden_SH) for _ in range(trainer.parallel.context)]
-            dist.all_gather(parts, hidden_SH.contiguous(), group=ps.get_context_parallel_group())
-            hidden_SH = torch.stack(parts, 1).flatten(0, 1)  # token i lives on rank i mod C
-        row = rows[number]
-        logits[row] = hidden_SH @ trainer.model.head_weight().detach().T
-        new_N, _ = head_outputs(trainer, hidden, scored.predictor_N, scored.target_N, scored.temperature_N)
-        pairs = np.flatnonzero(np.repeat(batch.row_Q, np.diff(batch.scored_offsets_Q)) == row)
-        loss = (new_N[torch.from_numpy(scored.token_P)] * torch.from_numpy(slope_P[pairs])).sum()
-        total.add_(loss.detach().double())
-        return loss
-
-    trainer.optimizer.zero()
-    forward_backward(trainer.model, [w.row for w in work], last, row_shards(trainer))
-    if trainer.model.post_process:
-        dist.all_reduce(total, group=ps.get_data_parallel_group())
-    pipeline: Any = ps.get_pipeline_model_parallel_group()
-    dist.broadcast(total, ps.get_pipeline_model_parallel_last_rank(), group=pipeline)
-    return float(total), logits
-
-
-def compare_tensors(trainer: TrainerState, kind: str, expected: dict[str, Tensor], floor: float) -> tuple[float, str]:
-    """Largest relative difference of this rank's slices of gradients or masters, and where."""
-    largest, where = 0.0, ""
-    for bucket in trainer.optimizer.buckets:
-        values = bucket.gradients[bucket.low : bucket.high] if kind == "gradient" else bucket.master
-        for trainable, first, last, place in bucket.slices():
-            part = values[place]
-            for box in rectangles(trainable, first, last):
-                reference = expected[box.name] if box.index is None else expected[box.name][box.index]
-                wanted = reference.reshape(len(reference), -1)[box.rows, box.columns].reshape(-1)
-                scale = max(float(reference.abs().max()), floor) if kind == "gradient" else 1.0
-                off = float((part[box.first : box.last] - wanted).abs().max()) / scale
-                if not off <= largest:
-                    largest, where = off, f"{trainable.name} <- {box.name}"
-    return largest, where
+def largest_difference(
+    trainer: TrainerState, kind: str, expected: dict[str, Tensor], floor: float
+) -> tuple[float, str]:
+    """Largest difference of this rank's slices of gradients or masters, and where."""
+    differences = compare_tensors(trainer, kind, expected, floor)
+    where = max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]), default="")
+    return differences.get(where, 0.0), where
 
 
 def problem(
@@ -180,11 +98,16 @@ def known_reference(folder: Path, seed: int, data: int, spread: int, load: Calla
 
 @lru_cache(maxsize=4)
 def known_merged_reference(folder: Path, seed: int, data: int, shapes: tuple[Any, ...], scale: float) -> Any:
-    """`merged_reference` of the problem with these numbers, and the adapters in it."""
+    """The adapters, their gradients and the loss of the problem with these numbers."""
     _, batch, slope_P = problem({"data": data}, seed, 1.0)
     generator = torch.Generator().manual_seed(seed)
     adapters = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes}
-    return adapters, *computed_once(lambda: merged_reference(folder, batch, slope_P, adapters, scale))
+
+    def merged() -> tuple[Any, float]:
+        theirs = adapter_reference(folder, batch, slope_P, adapters, scale)
+        return theirs.gradients, theirs.loss
+
+    return adapters, *computed_once(merged)
 
 
 def check(
@@ -206,11 +129,11 @@ def check(
     )
     trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
     updated = {name: weights[name] - rate * gradients[name] for name in trainer.shapes}
-    result["weights"], result["weights_at"] = compare_tensors(trainer, "weight", updated, 0.0)
+    result["weights"], result["weights_at"] = largest_difference(trainer, "weight", updated, 0.0)
     if beyond(result):
         noise, trainer, norm = measure(folder, sizes, batch, slope_P, (gradients, logits, loss), "float64")
         trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
-        noise["weights"], _ = compare_tensors(trainer, "weight", updated, 0.0)
+        noise["weights"], _ = largest_difference(trainer, "weight", updated, 0.0)
         result["noise"] = {name: value for name, value in noise.items() if isinstance(value, float)}
     return result
 
@@ -235,7 +158,7 @@ def measure(
     """Distances of loss, logits, gradients and their norm from the expected ones, computed in `dtype`."""
     gradients, logits, loss = expected
     trainer = open_trainer(EngineConfig(str(folder), sizes, dtype=dtype, **settings))
-    found_loss, found_logits = run(trainer, batch, slope_P)
+    found_loss, found_logits = run_passes(trainer, batch, slope_P)
     result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss)), "logits": 0.0}
     if trainer.model.post_process:
         width = trainer.model.head_weight().shape[0]
@@ -251,7 +174,7 @@ def measure(
     largest = max(float(gradients[name].abs().max()) for name in trainer.shapes)
     total = sum(float(gradients[name].double().square().sum()) for name in trainer.shapes)
     result["norm"] = abs(norm - total**0.5) / total**0.5
-    result["gradient"], result["gradient_at"] = compare_tensors(trainer, "gradient", gradients, FLOOR * largest)
+    result["gradient"], result["gradient_at"] = largest_difference(trainer, "gradient", gradients, FLOOR * largest)
     return result, trainer, norm
 
 
@@ -324,39 +247,15 @@ def measure_lora(
     assign(trainer.trainables, adapters)
     for bucket in trainer.optimizer.buckets:
         bucket.master.copy_(bucket.weights[bucket.low : bucket.high].detach())
-    found_loss, _ = run(trainer, batch, slope_P)
+    found_loss, _ = run_passes(trainer, batch, slope_P)
     norm = trainer.optimizer.reduce()
     largest = max(float(g.abs().max()) for g in expected.values())
     result: dict[str, Any] = {"loss": abs(found_loss - loss) / max(1.0, abs(loss))}
-    result["gradient"], result["gradient_at"] = compare_tensors(trainer, "gradient", expected, FLOOR * largest)
+    result["gradient"], result["gradient_at"] = largest_difference(trainer, "gradient", expected, FLOOR * largest)
     trainer.optimizer.step(OptimizerStep(rate, max_norm=None, kind="sgd"), norm)
     updated = {n: adapters[n] - rate * expected[n] for n in adapters}
-    result["weights"], result["weights_at"] = compare_tensors(trainer, "weight", updated, 0.0)
+    result["weights"], result["weights_at"] = largest_difference(trainer, "weight", updated, 0.0)
     return result
-
-
-def merged_reference(
-    folder: Path, batch: PackedBatch, slope_P: np.ndarray, adapters: dict[str, Tensor], scale: float
-) -> tuple[dict[str, Tensor], float]:
-    model = hugging_face(folder)
-    memory = dict(model.named_parameters())
-    with torch.no_grad():
-        for module, view in adapted_weights(memory, adapters):
-            view.add_(adapters[f"{module}.lora_B"] @ adapters[f"{module}.lora_A"], alpha=scale)
-    loss = loss_of(model, batch, slope_P)
-    loss.backward()
-    expected = {}
-    for module, dense in adapted_weights({name: p.grad for name, p in memory.items()}, adapters):
-        expected[f"{module}.lora_A"] = scale * adapters[f"{module}.lora_B"].T @ dense
-        expected[f"{module}.lora_B"] = scale * dense @ adapters[f"{module}.lora_A"].T
-    return expected, float(loss)
-
-
-def replayed(batch: PackedBatch, config: ModelConfig, seed: int) -> PackedBatch:
-    """The batch with random routed experts, which no router would choose."""
-    shape = (*batch.tokens_RS.shape, sum(config.moe_layers))
-    routed_experts = np.argsort(np.random.default_rng(seed).random((*shape, config.experts)), axis=-1)
-    return replace(batch, experts_RSLK=routed_experts[..., : config.experts_per_token].astype(np.uint8))
 
 
 def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -373,7 +272,7 @@ def check_step(folder: Path, parallel: dict[str, Any], seed: int) -> dict[str, A
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes, lora=LoraSettings(3, 5.0, targets)))
-        given = replayed(batch, trainer.config, seed) if trainer.config.is_moe else batch
+        given = with_random_experts(batch, trainer.config, seed)
         results.append(train_step(trainer, given, config, None, lambda _event: None))
     first, theirs = results
     assert set(first) == set(theirs), set(first) ^ set(theirs)
@@ -395,7 +294,7 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes))
-        replay = replayed(batch, trainer.config, seed)
+        replay = with_random_experts(batch, trainer.config, seed)
         logprobs, top = score_and_rank(trainer, replay, lambda _event: None, 20)
         scores.append(logprobs)
         tops.append(top)
@@ -425,7 +324,7 @@ def check_records_once(trainer: Any, replayed: Any) -> dict[str, float]:
     for layer in trainer.model.decoder.layers:
         layer.recompute = True
     trainer.model.replayed.clear()
-    run(trainer, replayed, slope_P)
+    run_passes(trainer, replayed, slope_P)
     check_records(trainer, work)
     differences["recomputed"] = expert_choices_that_differ(trainer)["expert_choices_differ"]
     total = trainer.model.replayed.choices[1].clone()
@@ -505,7 +404,7 @@ def check_resume(folder: Path, parallel: dict[str, Any], seed: int, lora: bool, 
 def steps(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray, count: int) -> float:
     norm = 0.0
     for _ in range(count):
-        run(trainer, batch, slope_P)
+        run_passes(trainer, batch, slope_P)
         norm = trainer.optimizer.reduce()
         trainer.optimizer.step(OptimizerStep(1e-3), norm)
     return norm
@@ -513,39 +412,6 @@ def steps(trainer: TrainerState, batch: PackedBatch, slope_P: np.ndarray, count:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def loss_of(model: Any, batch: PackedBatch, slope_P: np.ndarray) -> Tensor:
-    loss, place = torch.zeros(()), 0
-    for q in range(len(batch.leaf_Q)):
-        row, path = int(batch.row_Q[q]), batch.path_index(q)
-        ids = torch.from_numpy(batch.tokens_RS[row, path].astype(np.int64))
-        scored = batch.scored_index_P[batch.scored_offsets_Q[q] : batch.scored_offsets_Q[q + 1]]
-        position = np.searchsorted(path, scored)
-        log_p = model(ids[None]).logits[0][position - 1].log_softmax(-1)
-        chosen = log_p[torch.arange(len(position)), ids[position]]
-        loss = loss + (chosen * torch.from_numpy(slope_P[place : place + len(position)])).sum()
-        place += len(position)
-    return loss
-
-
-def adapted_weights(memory: dict[str, Any], adapters: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """(canonical module, the matrix it adapts: a view of transformers' tensor, stacked experts included)."""
-    weights = []
-    for name in adapters:
-        if not name.endswith(".lora_A"):
-            continue
-        module = name.removesuffix(".lora_A")
-        if f"{module}.weight" in memory:
-            weights.append((module, memory[f"{module}.weight"]))
-            continue
-        base, expert, kind = module.rsplit(".", 2)
-        if kind == "down_proj" or kind == "gate_up_proj":
-            weights.append((module, memory[f"{base}.{kind}"][int(expert)]))
-        else:
-            gate, up = memory[f"{base}.gate_up_proj"][int(expert)].chunk(2)
-            weights.append((module, gate if kind == "gate_proj" else up))
-    return weights
 
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {

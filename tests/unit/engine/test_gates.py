@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cases import VOCABULARY, sequence
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row
 from lockstep.config.megatron import Parallel
 from lockstep.config.train import TrainConfig
 from lockstep.errors import MismatchError
+from lockstep.validate.reference.batches import VOCABULARY, sequence
 
 pytestmark = pytest.mark.usefixtures("groups")
 

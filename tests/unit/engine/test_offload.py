@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cases import batch_of, tiny, tree_sequences
+from cases import tiny
+from lockstep.validate.reference.batches import batch_of, tree_sequences
 
 pytestmark = pytest.mark.usefixtures("groups")
 CYCLES = 50

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cases import batch_of, tiny, tree_sequences
+from cases import tiny
+from lockstep.validate.reference.batches import batch_of, tree_sequences
 
 pytestmark = pytest.mark.usefixtures("groups")
 KEPT = ("linear_attn.A_log", "linear_attn.norm.weight")

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import batch_of, tiny, tree_sequences
+from cases import tiny
 from lockstep.engine.parallel import device  # noqa: F401 (first: prepares torch for Megatron)
 from lockstep.engine.rows.packed_row import packed_row
 from lockstep.engine.rows.routed_experts import account_of_row, check_routed_experts, first_invalid
 from lockstep.errors import DataError
 from lockstep.models.registry import load_model_config
+from lockstep.validate.reference.batches import batch_of, tree_sequences
 
 
 def test_routed_experts_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from cases import hugging_face, tiny
+from cases import tiny
 from lockstep.batching.chats import tokenize_chats
 from lockstep.batching.supervised import drawn_rows, prepare_supervised, steps_of
 from lockstep.config.megatron import Parallel
 from lockstep.config.sft import SFTConfig
+from lockstep.validate.reference.hugging_face import hugging_face
 
 pytestmark = pytest.mark.usefixtures("groups")
 

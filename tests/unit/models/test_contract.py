@@ -28,11 +28,11 @@ from lockstep.models.handler import ModelSupportHandler
 from lockstep.models.layout_rules import padded_vocab
 from lockstep.models.parallel_sizes import stage_layers
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
+from lockstep.validate.reference.assembled import hf_tensors
 from lockstep.weight_sync.buckets import BucketFiller
 from lockstep.weight_sync.plan import SyncPlan, plan_sources
 from lockstep.weight_sync.sources import share_sources
 from lockstep_wire import plan as wire
-from whole_tensors import hf_tensors
 
 Ranks = list[tuple[list[Shard], dict[str, torch.Tensor]]]
 KEYS = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")

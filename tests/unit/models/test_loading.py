@@ -18,7 +18,7 @@ from lockstep.models.checkpoint.export import export_checkpoint
 from lockstep.models.checkpoint.load import load_shards
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.contract import Sizes
-from whole_tensors import hf_tensors
+from lockstep.validate.reference.assembled import hf_tensors
 
 FIELDS = {
     "vocab_size": 11,

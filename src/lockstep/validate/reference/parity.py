@@ -10,7 +10,7 @@ Shapes: S tokens, H width of a module, V vocabulary, P scored tokens of all sequ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,11 @@ def slopes(batch: PackedBatch, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).normal(size=pairs) / pairs).astype(np.float32)
 
 
-def weight_reference(folder: Path, batch: PackedBatch, slope_P: np.ndarray) -> Reference:
-    """All weights and their gradients, in fp32 on the CPU."""
-    model = hugging_face(folder)
+def weight_reference(
+    folder: Path, batch: PackedBatch, slope_P: np.ndarray, load: Callable[[Path], Any] = hugging_face
+) -> Reference:
+    """All weights and their gradients on the CPU, in the precision of what `load` gives."""
+    model = load(folder)
     with recorded(hugging_face_modules(model)) as modules:
         loss, logits = _loss_of(model, batch, slope_P)
     loss.backward()
