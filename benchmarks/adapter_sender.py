@@ -26,13 +26,13 @@ import torch
 from lockstep.engine.export.adapters import BUCKET_BYTES, adapter_source
 from lockstep.engine.layers.lora import ExpertAdapter, LocalAdapter
 from lockstep.engine.optim.trainable import Trainable, adapter_parts, describe_adapter
+from lockstep.engine.weight_sync.plan import plan_sources
+from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.inference.vllm_args import adapter_fields
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, write_adapter
 from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config
-from lockstep.weight_sync.plan import plan_sources
-from lockstep.weight_sync.sender import AdapterPusher, Endpoint
-from lockstep.weight_sync.transports import make_transport
 
 
 class Adapter:

@@ -21,15 +21,15 @@ import torch.distributed as dist
 
 from lockstep.engine.export.merge import merge
 from lockstep.engine.parallel.launch import group_settings
+from lockstep.engine.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.engine.weight_sync.sender_group import StoreSenderGroup
+from lockstep.engine.weight_sync.sources import share_sources
+from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Layout, Sizes
 from lockstep.models.registry import get_model_support_handler, load_model_config
-from lockstep.weight_sync.plan import SyncPlan, plan_sources
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.sender_group import StoreSenderGroup
-from lockstep.weight_sync.sources import share_sources
-from lockstep.weight_sync.transports import make_transport
 
 
 class Weights:

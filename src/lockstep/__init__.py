@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lockstep.config.sft import SFTConfig
     from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
-    from lockstep.loop.pipeline import PipelineTrainer
+    from lockstep.loop.pipeline.trainer import PipelineTrainer
     from lockstep.model import TrainableModel
     from lockstep.rollouts.gather import gather_trajectory_groups
     from lockstep.rollouts.judge import Judge
@@ -38,7 +38,7 @@ _HOME = {
     "Parallel": "lockstep.config.megatron",
     "Placement": "lockstep.config.megatron",
     "PipelineConfig": "lockstep.config.pipeline",
-    "PipelineTrainer": "lockstep.loop.pipeline",
+    "PipelineTrainer": "lockstep.loop.pipeline.trainer",
     "SFTConfig": "lockstep.config.sft",
     "TinkerBackend": "lockstep.backends.tinker.backend",
     "TrainConfig": "lockstep.config.train",

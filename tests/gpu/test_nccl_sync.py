@@ -8,14 +8,14 @@ import threading
 import pytest
 import torch
 
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.errors import ServerError
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.transports import make_transport
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load
 
 pytestmark = [

@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 
 from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
-from lockstep.cli.examples import examples_folder
+from lockstep.cli.quickstart.examples import examples_folder
 from lockstep.errors import DataError
 from lockstep.gateway import app
 from lockstep.gateway.calls import Terms

@@ -18,7 +18,7 @@ from lockstep.backends.megatron.backend import MegatronBackend
 from lockstep.backends.megatron.launch import serve_step
 from lockstep.backends.megatron.publish import serve
 from lockstep.cli.base_models.tiny_sft import teach
-from lockstep.cli.examples import examples_folder
+from lockstep.cli.quickstart.examples import examples_folder
 from lockstep.config import deadlines
 from lockstep.errors import ConfigError, MismatchError, ServerError, StaleRolloutError, StoreError, TrainerError
 from lockstep.loop.run_file import load_run_file

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import lockstep as ls
 from lockstep.backends.megatron.backend import MegatronBackend
-from lockstep.cli.examples import examples_folder
+from lockstep.cli.quickstart.examples import examples_folder
 from lockstep.loop.run_file import load_run_file
 from lockstep.loop.task import load_task
 from lockstep.models.tiny.write import write_tiny

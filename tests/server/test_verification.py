@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint, WeightPusher
 from lockstep.errors import MismatchError, ServerLostError
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
 from lockstep.testing.faults import EXTENSION, Plot
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import AdapterPusher, Endpoint, WeightPusher
 from lockstep_wire.transports.gloo import GlooSender
 
 pytestmark = pytest.mark.server

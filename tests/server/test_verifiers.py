@@ -13,11 +13,11 @@ import pytest
 
 from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
-from lockstep.cli.examples import examples_folder
-from lockstep.environments.find import task_of
+from lockstep.cli.quickstart.examples import examples_folder
 from lockstep.errors import ConfigError
 from lockstep.gateway.calls import Terms
 from lockstep.gateway.server import Gateway
+from lockstep.loop.environments.find import task_of
 from lockstep.loop.run_file import TaskSection
 from lockstep.rollouts.gather import gather_trajectory_groups
 

@@ -67,8 +67,8 @@ def test_it_carries_the_servers_project_and_asks_for_no_server(artifacts):
     for needed in (
         "lockstep/py.typed",
         "lockstep/_examples/yes_no_maybe/task.py",
-        "lockstep/cli/template/task.py",
-        "lockstep/report/assets/page.html",
+        "lockstep/cli/init/template/task.py",
+        "lockstep/cli/report/assets/page.html",
         "lockstep_wire/plan.py",
     ):
         assert needed in names

@@ -1,4 +1,4 @@
-"""The sizes that keep the code readable: modules of a folder, lines of a file, lines of a function."""
+"""The sizes that keep the code readable: boxes at the top, modules of a folder, lines of a file and of a function."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+BOXES_AT_THE_TOP = 20
 MODULES_OF_A_FOLDER = 15
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
@@ -31,6 +32,12 @@ def long_functions(source: str) -> Iterator[tuple[str, int]]:
             lines = node.end_lineno - node.lineno + 1
             if lines > LINES_OF_A_FUNCTION:
                 yield node.name, lines
+
+
+def test_the_top_level_shows_the_architecture():
+    """A box is a folder or a module beside `__init__.py`."""
+    boxes = {path.relative_to(ROOT / "src/lockstep").parts[0] for path in ROOT.glob("src/lockstep/**/*.py")}
+    assert len(boxes - {"__init__.py"}) <= BOXES_AT_THE_TOP, f"group by noun: {sorted(boxes)}"
 
 
 def test_a_folder_is_read_at_a_glance():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.engine.weight_sync.control import Endpoint
 from lockstep.inference.client import Server
 from lockstep.trainer.protocol import SyncAdapter, SyncWeights
-from lockstep.weight_sync.control import Endpoint
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("runtime/**/*.py")])

@@ -41,7 +41,7 @@ KEPT = {
         "src/lockstep/metrics/names.py": "metrics that runs of earlier versions recorded",
         "src/lockstep/backends/tinker/chat_server.py": "starlette's argument",
         "src/lockstep/gateway/app.py": "starlette's argument",
-        "src/lockstep/report/live.py": "starlette's argument",
+        "src/lockstep/cli/report/live.py": "starlette's argument",
         "runtime/src/lockstep_wire/routed_experts.py": "digests in trajectories of earlier versions",
     },
     "proven": {

@@ -1,7 +1,7 @@
 """A sync's plan on the wire: which box of which weight lies where in which bucket of which sender.
 
 The senders write it (`plan_json`), the receivers read it (`parse`). Which rows a sender copies into
-a bucket is its own affair (`lockstep.weight_sync.plan`).
+a bucket is its own affair (`lockstep.engine.weight_sync.plan`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewards of a step to advantages, in float64. `lockstep.advantages` has the estimators.
+"""Rewards of a step to advantages, in float64. `lockstep.algorithms.advantages` has the estimators.
 
 Shape suffixes: G trajectories of a group, T trajectories of all groups.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lockstep.advantages.base import PolicyAdvantage, Rewards
+from lockstep.algorithms.advantages.base import PolicyAdvantage, Rewards
 from lockstep.errors import DataError
 
 REWARD_EPS = 1e-5

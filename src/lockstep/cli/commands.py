@@ -26,7 +26,7 @@ def report(
     """Write one HTML page about a run that opens anywhere: curves, groups, transcripts with every
     token's log-probabilities, and advice where the run is ill.
     """
-    from lockstep.report.terminal import write_report
+    from lockstep.cli.report.terminal import write_report
 
     write_report(run, output, Console())
 
@@ -35,7 +35,7 @@ def view(
     run: RunFolder, port: Annotated[int, typer.Option(min=0, max=65535, help="on loopback; 0: any free one")] = 0
 ) -> None:
     """Serve the report of a run on loopback behind a token, and keep it up to date."""
-    from lockstep.report.live import serve_page
+    from lockstep.cli.report.live import serve_page
 
     asyncio.run(serve_page(run, port, lambda url: Console().print(url, markup=False, highlight=False, soft_wrap=True)))
 
@@ -45,7 +45,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="print the table and leave")] = False,
 ) -> None:
     """Follow a run in the terminal: its newest steps, and advice where it is ill."""
-    from lockstep.report.terminal import watch_run
+    from lockstep.cli.report.terminal import watch_run
 
     watch_run(run, once, Console())
 
@@ -64,14 +64,14 @@ def export(
     """Write a step as a folder for transformers and vLLM: a PEFT adapter, or the whole model. The
     folder is loaded again and compared with the step before it appears.
     """
-    from lockstep.cli.export import export_run
+    from lockstep.cli.export.command import export_run
 
     export_run(run, output, step, merged, Console())
 
 
 def serve(run: RunFolder, step: Step = None) -> None:
     """Serve a step as an OpenAI endpoint on loopback until Ctrl-C."""
-    from lockstep.export.serve import serve_run
+    from lockstep.cli.export.serve import serve_run
 
     asyncio.run(serve_run(run, step, Console()))
 
@@ -85,7 +85,7 @@ def doctor(
 
     Exits with 1 if something would stop every run.
     """
-    from lockstep.doctor.show import show
+    from lockstep.cli.doctor.show import show
 
     raise SystemExit(show(as_json, Console()))
 
@@ -94,7 +94,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="a new folder for the task", show_default=False)],
 ) -> None:
     """Write a task of your own to start from: a task file, a run's file and an AGENTS.md."""
-    from lockstep.cli.init import write_task
+    from lockstep.cli.init.write import write_task
 
     write_task(folder, Console())
 

@@ -82,7 +82,7 @@ def quickstart(
     With --real: a real model, until its greedy reward on 64 held-out questions has risen by 0.15;
     some minutes.
     """
-    from lockstep.cli.quickstart import run_quickstart
+    from lockstep.cli.quickstart.tiny import run_quickstart
 
     raise SystemExit(asyncio.run(run_quickstart(path, seed, fresh, console, real)))
 

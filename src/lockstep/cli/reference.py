@@ -15,9 +15,9 @@ from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig, Parallel, Placement
 from lockstep.config.pipeline import PipelineConfig
 from lockstep.config.train import TrainConfig
-from lockstep.environments.jsonl import JsonlOptions
-from lockstep.environments.reasoning_gym import ReasoningGymOptions
-from lockstep.environments.verifiers import VerifiersOptions
+from lockstep.loop.environments.jsonl import JsonlOptions
+from lockstep.loop.environments.reasoning_gym import ReasoningGymOptions
+from lockstep.loop.environments.verifiers import VerifiersOptions
 from lockstep.loop.run_file import ModelSection, RunFile, SFTSection, TaskSection, TinySection
 from lockstep.metrics.names import METRICS, SECTIONS
 

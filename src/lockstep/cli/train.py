@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lockstep.cli.base_models.tiny_model import check_tiny, make_tiny
-from lockstep.cli.progress import progress
 from lockstep.cli.tables.live_table import LiveTable
+from lockstep.cli.tables.progress import progress
 from lockstep.config.base import Config
 from lockstep.config.train import TrainConfig
-from lockstep.environments.find import task_of
 from lockstep.errors import ConfigError
-from lockstep.loop.pipeline import PipelineTrainer, refuse_colocated
+from lockstep.loop.environments.find import task_of
+from lockstep.loop.pipeline.trainer import PipelineTrainer, refuse_colocated
 from lockstep.loop.run_file import RunFile, load_run_file
 from lockstep.loop.synchronous import Outcome, run
 from lockstep.loop.task import Task

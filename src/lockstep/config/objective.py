@@ -10,12 +10,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lockstep.advantages import find_advantage
-from lockstep.advantages.base import PolicyAdvantage
+from lockstep.algorithms.advantages import find_advantage
+from lockstep.algorithms.advantages.base import PolicyAdvantage
+from lockstep.algorithms.losses import find_loss
+from lockstep.algorithms.losses.base import PolicyLoss
 from lockstep.config.base import Config
 from lockstep.errors import ConfigError
-from lockstep.losses import find_loss
-from lockstep.losses.base import PolicyLoss
 
 _CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
     "truncated": (0.0, 2.0),
@@ -35,7 +35,7 @@ class ObjectiveConfig(Config):
         default="grpo",
         description="from rewards to advantages; grpo: reward minus the group's mean, over the group's standard deviation; dr_grpo: "
         "no division; rloo: minus the mean of the others; batch_std, reinforce_pp, reinforce_pp_baseline, maxrl: "
-        "docs/algorithms.md; or your own, as module:function (lockstep.advantages.base)",
+        "docs/algorithms.md; or your own, as module:function (lockstep.algorithms.advantages.base)",
     )
     reward_eps: float = Field(
         default=1e-5,
@@ -46,7 +46,7 @@ class ObjectiveConfig(Config):
     loss: str = Field(
         default="cispo",
         description="cispo: clipped importance weight times log-probability; ppo: clipped surrogate per token; gspo: "
-        "per sequence; gmpo, reinforce, sapo: docs/algorithms.md; or your own, as module:function (lockstep.losses.base)",
+        "per sequence; gmpo, reinforce, sapo: docs/algorithms.md; or your own, as module:function (lockstep.algorithms.losses.base)",
     )
     loss_parameters: dict[str, float] = Field(
         default_factory=dict,

@@ -22,11 +22,11 @@ from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.state import TrainerState, load_step, save_step, start_from
 from lockstep.engine.steps.score import score_and_rank
 from lockstep.engine.steps.train_step import expert_choices_that_differ, train_step
+from lockstep.engine.weight_sync.control import Endpoint
+from lockstep.engine.weight_sync.sender_group import StoreSenderGroup
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.trainer import protocol
 from lockstep.trainer.protocol import SCORING, Request
-from lockstep.weight_sync.control import Endpoint
-from lockstep.weight_sync.sender_group import StoreSenderGroup
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
+from lockstep.engine.weight_sync.plan import Part, Source, SyncPlan, full_source, plan_sources
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.errors import LockstepError, MismatchError, ServerError, ServerLostError, TrainerError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
-from lockstep.weight_sync.plan import Part, Source, SyncPlan, full_source, plan_sources
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep_wire.plan import TensorMeta
 from lockstep_wire.transports.gloo import GlooSender
 from sync_driver import change, checkpoint_weights, hf_logprobs, load

@@ -13,15 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import sender_ranks
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 from lockstep.testing.in_flight import seen_running
 from lockstep.testing.programs import torchrun
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import AdapterPusher, Endpoint
 from lockstep_wire.transports.gloo import GlooSender
 from sync_driver import flip_one_bit, hf_logprobs, load
 

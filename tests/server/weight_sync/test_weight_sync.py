@@ -15,15 +15,15 @@ from openai import AsyncOpenAI, NotFoundError
 from safetensors.torch import load_file, save_file
 
 import sender_ranks
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.errors import MismatchError, ServerError, WeightsError
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env, spawn
 from lockstep.testing.in_flight import sampled_tokens, seen_sampling
 from lockstep.testing.programs import torchrun
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep_wire.transports.gloo import GlooSender
 from sync_driver import change, checkpoint_weights, flip_one_bit, hf_logprobs, load, settled
 

@@ -18,12 +18,12 @@ import torch
 
 from lockstep.backends.megatron.plan.settings import routed_experts_shape
 from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_experts
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.registry import load_model_config
 from lockstep.models.tiny.write import write_tiny
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep_wire.transports.gloo import GlooSender
 from sync_driver import apart, change, checkpoint_weights, hf_logprobs, load, on_experts
 

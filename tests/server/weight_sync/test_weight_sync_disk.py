@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lockstep.engine.weight_sync.buckets import describe
+from lockstep.engine.weight_sync.plan import make_plan
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
 from lockstep.errors import MismatchError, ServerError
 from lockstep.inference.launch import ServerConfig, launch
-from lockstep.weight_sync.buckets import describe
-from lockstep.weight_sync.plan import make_plan
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
 from lockstep_wire.transports.disk import DiskSender
 from sync_driver import change, checkpoint_weights, hf_logprobs, load
 

@@ -19,10 +19,10 @@ from lockstep.engine.optim.trainable import assign
 from lockstep.engine.parallel import device
 from lockstep.engine.parallel.coordination import Agreement
 from lockstep.engine.state import open_trainer
+from lockstep.engine.weight_sync.sender import Endpoint
+from lockstep.engine.weight_sync.sender_group import StoreSenderGroup
 from lockstep.inference.client import Server
 from lockstep.trainer.protocol import EngineConfig, from_json, to_json
-from lockstep.weight_sync.sender import Endpoint
-from lockstep.weight_sync.sender_group import StoreSenderGroup
 
 SCALE = 2.0
 RANK = 4

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.advantages import find_advantage, named_advantages
-from lockstep.advantages.base import PolicyAdvantage, Rewards
+from lockstep.algorithms.advantages import find_advantage, named_advantages
+from lockstep.algorithms.advantages.base import PolicyAdvantage, Rewards
 from lockstep.batching.advantages import advantages
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.advantages import find_advantage
+from lockstep.algorithms.advantages import find_advantage
 from lockstep.batching.advantages import REWARD_EPS, advantages
 from lockstep.batching.pack import load_batch, minibatch_rows, save_batch
 from lockstep.batching.packed_batch import (

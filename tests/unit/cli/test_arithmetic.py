@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from lockstep.cli.examples import examples_folder
-from lockstep.cli.real_quickstart import Replies
+from lockstep.cli.quickstart.examples import examples_folder
+from lockstep.cli.quickstart.real import Replies
 from lockstep.errors import ConfigError
 from lockstep.loop.run_file import load_run_file
 from lockstep.loop.task import load_task

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from lockstep.backends.megatron import launch
 from lockstep.cli.chat import chat_with
 from lockstep.cli.main import main
-from lockstep.cli.quickstart import _say_what_is_deleted
+from lockstep.cli.quickstart.tiny import _say_what_is_deleted
 from lockstep.cli.score import _sequences, read_lines
 from lockstep.cli.tables.live_table import LiveTable
 from lockstep.config.megatron import MegatronConfig

@@ -16,7 +16,7 @@ import lockstep as ls
 from lockstep.backends.base import TrainResult
 from lockstep.batching.tokenize import tokenize
 from lockstep.cli.base_models.tiny_model import check_tiny, make_tiny
-from lockstep.cli.quickstart import run_quickstart
+from lockstep.cli.quickstart.tiny import run_quickstart
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError, DataError, RolloutError, UnsupportedModelError
 from lockstep.loop.run_file import RunFile, TaskSection

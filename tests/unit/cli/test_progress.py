@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from lockstep.cli import progress as module
-from lockstep.cli.progress import progress
+from lockstep.cli.tables.progress import progress
 
 
 def test_newcomer_c2_piped_output_says_what_is_under_way(monkeypatch):

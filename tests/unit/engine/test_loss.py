@@ -14,6 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lockstep.algorithms.losses import find_loss, named_losses
+from lockstep.algorithms.losses.base import Clips, LossInputs
+from lockstep.algorithms.losses.cispo import cispo
+from lockstep.algorithms.losses.gspo import gspo
+from lockstep.algorithms.losses.ppo import ppo_clip
 from lockstep.batching.pack import minibatch_rows, pack
 from lockstep.batching.packed_batch import PackedBatch, scored_row, total_weight
 from lockstep.config.train import TrainConfig
@@ -29,11 +34,6 @@ from lockstep.engine.losses.policy import (
     truncated,
 )
 from lockstep.errors import ConfigError
-from lockstep.losses import find_loss, named_losses
-from lockstep.losses.base import Clips, LossInputs
-from lockstep.losses.cispo import cispo
-from lockstep.losses.gspo import gspo
-from lockstep.losses.ppo import ppo_clip
 from random_batches import random_sequences, seeds
 
 

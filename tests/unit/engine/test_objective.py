@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from lockstep.algorithms.losses.base import rest_of_sequence
+from lockstep.algorithms.losses.gmpo import gmpo
+from lockstep.algorithms.losses.reinforce import reinforce
+from lockstep.algorithms.losses.sapo import sapo
 from lockstep.config.train import TrainConfig
 from lockstep.engine.losses.policy import Scored, kl_k1, kl_k2, kl_k3, policy_loss
-from lockstep.losses.base import rest_of_sequence
-from lockstep.losses.gmpo import gmpo
-from lockstep.losses.reinforce import reinforce
-from lockstep.losses.sapo import sapo
 
 OLD = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64)
 ADVANTAGE_P = torch.tensor([1.0, -2.0, 0.5, -1.0], dtype=torch.float64)

@@ -25,8 +25,8 @@ def test_a9_fp32_tensors_keep_their_precision(family: str, tmp_path: Path) -> No
     from lockstep.engine.export.merged_weights import WeightsOut
     from lockstep.engine.state import open_trainer, save_step
     from lockstep.engine.steps.train_step import train_step
+    from lockstep.engine.weight_sync.sender_group import SingleSender
     from lockstep.trainer.protocol import EngineConfig
-    from lockstep.weight_sync.sender_group import SingleSender
 
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     model = tiny(family, tmp_path / "model", seed=int(rng.integers(1000)), num_hidden_layers=4)

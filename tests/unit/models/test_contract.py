@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import Recipe, write_checkpoint
+from lockstep.engine.weight_sync.buckets import BucketFiller
+from lockstep.engine.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.engine.weight_sync.sources import share_sources
 from lockstep.errors import ConfigError
 from lockstep.models.checkpoint.export import export_checkpoint
 from lockstep.models.checkpoint.load import load_shards
@@ -29,9 +32,6 @@ from lockstep.models.layout_rules import padded_vocab
 from lockstep.models.parallel_sizes import stage_layers
 from lockstep.models.registry import get_model_support_handler_for_spec, get_model_support_spec
 from lockstep.validate.reference.assembled import hf_tensors
-from lockstep.weight_sync.buckets import BucketFiller
-from lockstep.weight_sync.plan import SyncPlan, plan_sources
-from lockstep.weight_sync.sources import share_sources
 from lockstep_wire import plan as wire
 
 Ranks = list[tuple[list[Shard], dict[str, torch.Tensor]]]
@@ -147,7 +147,7 @@ def test_round_trip_is_exact_in_bytes(key: str, data: st.DataObject) -> None:
         assert filecmp.cmpfiles(source, target, names, shallow=False) == (names, [], [])
         replicas = data.draw(st.integers(1, 2), label="replicas") * ranks
         at_once = data.draw(st.sampled_from((1, 200, 1 << 26)), label="elements of a stack merged at once")
-        with mock.patch("lockstep.weight_sync.sources.MERGED_ELEMENTS", at_once):
+        with mock.patch("lockstep.engine.weight_sync.sources.MERGED_ELEMENTS", at_once):
             check_sync(replicas, shapes, recipe.dtype, data.draw(st.integers(100, 3000), label="bytes of a bucket"))
 
 

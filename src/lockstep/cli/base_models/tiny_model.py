@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from lockstep.cli.base_models.exclusive import alone
-from lockstep.cli.progress import progress
+from lockstep.cli.tables.progress import progress
 from lockstep.errors import ERROR, ConfigError, LockstepError
 from lockstep.loop.run_file import RunFile
 from lockstep.loop.task import Task, blamed

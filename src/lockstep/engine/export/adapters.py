@@ -21,16 +21,16 @@ from torch import Tensor
 from lockstep.engine.optim.trainable import Trainable
 from lockstep.engine.parallel import device
 from lockstep.engine.state import TrainerState
+from lockstep.engine.weight_sync.plan import Part, Source, SyncPlan, plan_sources
+from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.engine.weight_sync.sender_group import SenderGroup
+from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.errors import ConfigError
 from lockstep.models.checkpoint.peft import AdapterInfo, adapter_config, peft_name
 from lockstep.models.checkpoint.shares import box
 from lockstep.models.config import ModelConfig
 from lockstep.models.contract import Layout, Piece
 from lockstep.trainer.protocol import SyncReport
-from lockstep.weight_sync.plan import Part, Source, SyncPlan, plan_sources
-from lockstep.weight_sync.sender import AdapterPusher, Endpoint
-from lockstep.weight_sync.sender_group import SenderGroup
-from lockstep.weight_sync.transports import make_transport
 from lockstep_wire.plan import TensorMeta
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+\.lora_[AB])")

@@ -23,17 +23,17 @@ from lockstep.engine.build import sizes_here
 from lockstep.engine.export.merge import merge
 from lockstep.engine.parallel import device
 from lockstep.engine.state import TrainerState
+from lockstep.engine.weight_sync.plan import SyncPlan, plan_sources
+from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.engine.weight_sync.sender_group import SenderGroup
+from lockstep.engine.weight_sync.sources import Supply, share_sources
+from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.models.checkpoint.load import kept_dtype
 from lockstep.models.checkpoint.read import expected_tensors
 from lockstep.models.checkpoint.shares import share_out
 from lockstep.models.contract import Shard, Sizes
 from lockstep.models.parallel_sizes import stage_layers
 from lockstep.trainer.protocol import SyncReport
-from lockstep.weight_sync.plan import SyncPlan, plan_sources
-from lockstep.weight_sync.sender import Endpoint, WeightPusher
-from lockstep.weight_sync.sender_group import SenderGroup
-from lockstep.weight_sync.sources import Supply, share_sources
-from lockstep.weight_sync.transports import make_transport
 
 BUCKET_BYTES = {True: 128 << 20, False: 16 << 20}
 """On a GPU, else: large enough for the link, and small enough that the first and the last bucket

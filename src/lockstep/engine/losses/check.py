@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
+from lockstep.algorithms.losses.base import Clips, LossInputs, PolicyLoss
 from lockstep.errors import ConfigError
-from lockstep.losses.base import Clips, LossInputs, PolicyLoss
 
 _PAIRS, _SEQUENCES = 24, 4
 

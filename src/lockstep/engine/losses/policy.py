@@ -1,4 +1,4 @@
-"""A row's loss: the policy loss of `lockstep.losses`, importance correction and KL penalty, with
+"""A row's loss: the policy loss of `lockstep.algorithms.losses`, importance correction and KL penalty, with
 metrics, all as sums over pairs.
 
 The caller divides by the global weight.
@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lockstep.algorithms.losses.base import Clips, LossInputs, mean_by_sequence, rest_of_sequence, sum_by_sequence
 from lockstep.batching.packed_batch import ScoredRow
 from lockstep.config.train import TrainConfig
 from lockstep.errors import ConfigError
-from lockstep.losses.base import Clips, LossInputs, mean_by_sequence, rest_of_sequence, sum_by_sequence
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""`lockstep init`: a task of the user's own, from a template."""

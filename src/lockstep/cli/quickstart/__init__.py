@@ -1,0 +1,1 @@
+"""`lockstep quickstart`: the examples that come with the package."""

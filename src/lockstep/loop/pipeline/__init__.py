@@ -1,0 +1,1 @@
+"""The asynchronous loop: rollouts go on while the trainer works."""
