@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -84,6 +85,29 @@ async def test_a_seeded_prompt_in_pieces_samples_as_a_whole_one(server):
 
     together = await asyncio.gather(*map(sampled, range(16)))
     assert together == [await sampled(number) for number in range(16)]
+
+
+async def test_a_whole_reply_is_its_stream(server):
+    """The engine sends whole replies in parts of many tokens, and streams token by token."""
+    messages = [{"role": "user", "content": "Say yes."}]
+    async with open_client(Endpoint(server.base_url, server.api_key, 8, 512)) as client:
+
+        async def both(tokens: int) -> None:
+            ask = functools.partial(
+                client.chat.completions.create, model="base", messages=messages, max_tokens=tokens, seed=tokens,
+                logprobs=True, top_logprobs=tokens % 3, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            reply, stream = await ask(), await ask(stream=True)
+            chunks = [choice async for chunk in stream for choice in chunk.choices]
+            choice = reply.choices[0]
+            streamed = [token for chunk in chunks for token in chunk.model_extra.get("token_ids") or []]
+            assert streamed == choice.model_extra["token_ids"]
+            assert "".join(chunk.delta.content or "" for chunk in chunks) == choice.message.content
+            contents = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content]
+            assert contents == choice.logprobs.content
+            assert len(contents) == tokens
+
+        await asyncio.gather(*map(both, (1, 2, 31, 33, 34, 100)))
 
 
 async def test_siblings_get_the_replies_they_would_get_alone(server, monkeypatch):

@@ -76,6 +76,7 @@ PATCHES = (
     Patch("patches.cpu_plain_weights", "every", "cpu", "packed weights can't be read back or written in place", ""),
     Patch("patches.exact_fp64", "every", "cpu", "numerics = exact computes in fp64", "tests/server/test_exact.py"),
     Patch("patches.cpu_fork", "every", "cpu", "spawning engine core and workers imports torch and vLLM again", ""),
+    Patch("patches.held_outputs", "every", "any", "the engine sends each token of each request by itself", ""),
     Patch(
         "http.sampled_tokens",
         "api",
