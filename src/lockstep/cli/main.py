@@ -245,6 +245,10 @@ def validate(
     evidence: Annotated[
         Path | None, typer.Option(help="folder in which the family's file keeps this report's short form")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="stages that run at a time")] = 1,
+    server_arg: Annotated[
+        list[str] | None, typer.Option(help="a further argument for vLLM, as --server-arg=--enforce-eager; repeatable")
+    ] = None,
 ) -> None:
     """Check a model on this machine, stage by stage, each in a process of its own.
 
@@ -260,8 +264,9 @@ def validate(
     chosen, skipped = ([name.strip() for name in text.split(",") if name.strip()] for text in (stages, skip))
     sizes = command.parse_parallel(parallel)
     options = command.Options(
-        chosen, skipped, device, sizes, layers, report, seed, prompts, tokens, dtype, stop, evidence
-    )
+        chosen, skipped, device, sizes, layers, report, seed, prompts, tokens, dtype, stop, evidence, jobs,
+        server_arg or (),
+    )  # fmt: skip
     raise SystemExit(command.validate(model, options, console))
 
 

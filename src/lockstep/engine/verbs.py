@@ -77,12 +77,11 @@ class Verbs:
         return protocol.Trained(metrics, self.save(protocol.Save(request.out), report).files)
 
     def score(self, request: protocol.Score, report: Report) -> protocol.Scored:
-        values_RS, top_RSC = score_and_rank(self.trainer, load_batch(request.batch), report, request.top)
+        scores = score_and_rank(self.trainer, load_batch(request.batch), report, request.top)
         choices = expert_choices_that_differ(self.trainer)
         if self.agreement.rank == 0:
-            tops = {} if top_RSC is None else {"top_RSC": top_RSC}
-            save_file({"logprobs_RS": values_RS} | tops, request.out)
-        return protocol.Scored(len(values_RS), **choices)
+            save_file(scores, request.out)
+        return protocol.Scored(len(scores["logprobs_RS"]), **choices)
 
     def load(self, request: protocol.Load, report: Report) -> protocol.Loaded:
         return protocol.Loaded(load_step(self.trainer, request.step_dir))

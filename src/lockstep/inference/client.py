@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +239,22 @@ def logprobs_of(choice: dict[str, Any], tokens: list[int]) -> list[float]:
 
 
 def most_likely(choice: dict[str, Any], count: int) -> list[list[int]]:
-    """The `count` most likely ids, best first, at each token after the first of a prompt that was
-    scored with `top=count`.
+    """The ids of `most_likely_logprobs`, best first."""
+    return [list(entry) for entry in most_likely_logprobs(choice, count)]
+
+
+def most_likely_logprobs(choice: dict[str, Any], count: int) -> list[dict[int, float]]:
+    """Log-probabilities of the `count` most likely ids, best first, at each token after the first
+    of a prompt that was scored with `top=count`.
     """
     entries: list[dict[str, dict[str, Any]]] = choice["prompt_logprobs"][1:]
     # The token that stands there comes too, whatever its rank.
-    return [sorted(map(int, entry), key=lambda token: -entry[str(token)]["logprob"])[:count] for entry in entries]
+    return [best({int(token): value["logprob"] for token, value in entry.items()}, count) for entry in entries]
+
+
+def best(logprobs: Mapping[int, float], count: int) -> dict[int, float]:
+    """The `count` most likely of some tokens, best first."""
+    return dict(sorted(logprobs.items(), key=lambda entry: -entry[1])[:count])
 
 
 def _message(response: httpx.Response) -> str:

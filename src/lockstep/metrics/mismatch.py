@@ -10,6 +10,7 @@ experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -73,6 +74,25 @@ def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> f
     if first.shape != second.shape or first.shape[1] != count or not len(first):
         raise DataError(f"can't compare the top {count} of {reference_TV.shape} with those of {other_TV.shape}")
     return float((first[:, :, None] == second[:, None, :]).any(axis=2).mean())
+
+
+def top_kl(first: Sequence[Mapping[int, float]], second: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """float `[T]`: KL(first || second) in nats, over the most likely tokens that both list. The rest
+    of the vocabulary counts as one token, so that the result is a lower bound.
+
+    first, second: by place, log-probabilities by token id.
+    """
+    if len(first) != len(second) or not len(first):
+        raise DataError(f"can't compare the most likely tokens of {len(first)} places with those of {len(second)}")
+    return np.array([_top_kl(one, other) for one, other in zip(first, second, strict=True)])
+
+
+def _top_kl(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+    shared = sorted(first.keys() & second.keys())
+    p_V, q_V = (np.exp([entries[token] for token in shared]) for entries in (first, second))
+    p_V, q_V = (np.maximum([*values, 1 - sum(values)], 1e-9) for values in (p_V, q_V))
+    # Both sums are 1 but for rounding; p log(p / q) - p + q has no first-order error from that.
+    return float((p_V * np.log(p_V / q_V) - p_V + q_V).sum())
 
 
 def expert_choices_that_differ(reference_TLK: np.ndarray, other_TLK: np.ndarray) -> float:

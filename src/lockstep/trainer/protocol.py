@@ -157,7 +157,7 @@ class Scored:
 @dataclass(frozen=True, config=STRICT)
 class Score(Request[Scored]):
     """Write `out`: logprobs_RS, float32, NaN where nothing is predicted. With top = C also top_RSC,
-    int32, the C most likely ids there.
+    int32, the C most likely ids there, and top_logprobs_RSC, float32, at temperature 1.
     """
 
     verb: ClassVar[str] = "score"

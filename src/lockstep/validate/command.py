@@ -15,13 +15,14 @@ from rich.text import Text
 
 from lockstep.errors import ConfigError
 from lockstep.inference.environment.locate import default_kind
+from lockstep.inference.tokenizer_files import argument, check_server_args
 from lockstep.models.registry import get_model_support_spec_by_key
 from lockstep.validate.evidence import add_record
 from lockstep.validate.figures import PASSED, Outcome
 from lockstep.validate.page.page import write_page
 from lockstep.validate.registry import StageSpec, selected
 from lockstep.validate.request import Device, Request
-from lockstep.validate.runner import run_stages
+from lockstep.validate.runner import Hooks, run_stages
 from lockstep.validate.source import find_source
 from lockstep.validate.summary import report_of, table, write_report
 
@@ -46,6 +47,8 @@ class Options:
     dtype: str | None = None
     stop: bool = False
     evidence: Path | None = None
+    jobs: int = 1
+    server_args: Sequence[str] = ()
 
 
 def parse_parallel(text: str) -> dict[str, int]:
@@ -66,20 +69,23 @@ def validate(model: str, options: Options, console: Console) -> int:
     `find_source` raises.
     """
     stages = selected(options.stages, options.skip)
+    check_server_args(options.server_args)
     device = _device(options.device)
     scratch = Path(tempfile.mkdtemp(prefix="lockstep-validate-"))
     failed = True
     try:
         with console.status("looking at the model") as status:
-            source = find_source(model, options.layers, options.seed, scratch, lambda line: status.update(Text(line)))
+            say = lambda line: status.update(Text(line))  # noqa: E731
+            source = find_source(model, options.layers, device, options.seed, scratch, say)
         if source.kind == "run" and not options.stages:
             stages = selected(_OF_A_RUN, options.skip)
         request = Request(
             source.folder, scratch / "stages", source.family, device, options.seed, options.dtype,
             dict(options.parallel), options.prompts, options.tokens, source.run, source.kind == "tiny",
+            (*options.server_args, *_shared_gpu(device, options)),
         )  # fmt: skip
         moe = get_model_support_spec_by_key(source.family).is_moe
-        outcomes = _run(stages, request, moe, options.stop, console)
+        outcomes = _run(stages, request, moe, options, console)
         report = report_of(source, request, outcomes, [stage.name for stage in stages], _command())
         failed = not report["passed"]
         path = write_report(report, options.report)
@@ -97,22 +103,27 @@ def validate(model: str, options: Options, console: Console) -> int:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run(stages: Sequence[StageSpec], request: Request, moe: bool, stop: bool, console: Console) -> dict[str, Outcome]:
-    with console.status("") as status:
-        current = {"stage": ""}
+def _shared_gpu(device: Device, options: Options) -> list[str]:
+    """Arguments by which the servers of several stages fit on one GPU."""
+    if device == "cpu" or options.jobs == 1 or argument(options.server_args, "gpu-memory-utilization") is not None:
+        return []
+    return ["--gpu-memory-utilization", f"{0.8 / options.jobs:.2f}", "--kv-cache-memory-bytes", str(2 * 2**30)]
 
-        def starts(name: str) -> None:
-            current["stage"] = name
-            status.update(Text(name))
+
+def _run(
+    stages: Sequence[StageSpec], request: Request, moe: bool, options: Options, console: Console
+) -> dict[str, Outcome]:
+    with console.status("") as status:
+
+        def say(line: str) -> None:
+            status.update(Text(line))
 
         def done(stage: StageSpec, outcome: Outcome) -> None:
             reason = "" if outcome.status == PASSED else f": {outcome.reason}"
             line = f"{stage.name}: {outcome.status}, {outcome.seconds:.0f} s{reason}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        return run_stages(
-            stages, request, moe, stop, starts, lambda line: status.update(Text(f"{current['stage']}: {line}")), done
-        )
+        return run_stages(stages, request, moe, Hooks(say, say, done), options.stop, options.jobs)
 
 
 def _device(asked: str | None) -> Device:

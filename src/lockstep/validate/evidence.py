@@ -63,10 +63,11 @@ def _silent(node: ast.AST) -> bool:
 
 
 def record_of(report: Mapping[str, Any]) -> Record:
-    """The short form of a report: for each stage its status and its limited figures."""
+    """The short form of a report: for each stage its status, its limited figures and its speeds."""
     stages = {}
     for entry in report["stages"]:
-        figures = {f["name"]: [_value(f), f["limit"]] for f in entry["figures"] if f["limit"] is not None}
+        kept_figures = [f for f in entry["figures"] if f["limit"] is not None or f["unit"] == "tokens/s"]
+        figures = {f["name"]: [_value(f), f["limit"]] for f in kept_figures}
         stages[entry["name"]] = {"status": entry["status"], "seconds": entry["seconds"], "figures": figures}
     kept = ("model", "kind", "layers", "device", "seed", "date", "versions", "machine", "complete")
     return {name: report[name] for name in kept} | {"sources": digest_of(report["family"]), "stages": stages}

@@ -141,6 +141,13 @@ STAGES: tuple[StageSpec, ...] = (
         900,
         server=True,
     ),
+    StageSpec(
+        "throughput",
+        "stages.server.throughput",
+        "tokens a second of trainer, server and loop, with every token trained and nothing compiled anew",
+        900,
+        server=True,
+    ),
 )
 
 

@@ -21,6 +21,7 @@ from lockstep.models.discovery import inspect_architecture
 from lockstep.models.registry import get_model_support_spec
 from lockstep.models.tiny.write import tiny_models, write_tiny
 from lockstep.runs.database import FILE as RUN_FILE
+from lockstep.validate.request import Device
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -42,16 +43,19 @@ class Source:
     run: Path | None = None
 
 
-def find_source(model: str, layers: str, seed: int, scratch: Path, say: Callable[[str], None]) -> Source:
+def find_source(
+    model: str, layers: str, device: Device, seed: int, scratch: Path, say: Callable[[str], None]
+) -> Source:
     """The checkpoint of `model`, made below `scratch` where there is none yet.
 
     layers: "all", or "minimal": the fewest leading layers that contain every kind, at least two.
+    device: a model that is made for a GPU has the head sizes of its family's releases.
 
     Raises ConfigError, UnsupportedModelError or WeightsError.
     """
     if layers not in ("all", "minimal"):
         raise ConfigError(f"--layers {layers}: it is all or minimal")
-    kind, folder, run = _folder(model, seed, scratch, say)
+    kind, folder, run = _folder(model, device, seed, scratch, say)
     spec = get_model_support_spec(str(folder))
     total = _text_config(read_json(folder))["num_hidden_layers"]
     kept = total
@@ -63,7 +67,9 @@ def find_source(model: str, layers: str, seed: int, scratch: Path, say: Callable
     return Source(model, kind, folder, spec.key, f"{kept} of {total}", run)
 
 
-def _folder(model: str, seed: int, scratch: Path, say: Callable[[str], None]) -> tuple[str, Path, Path | None]:
+def _folder(
+    model: str, device: Device, seed: int, scratch: Path, say: Callable[[str], None]
+) -> tuple[str, Path, Path | None]:
     path = Path(model).expanduser()
     if path.is_file():
         from lockstep.models.gguf.convert import import_gguf
@@ -76,7 +82,8 @@ def _folder(model: str, seed: int, scratch: Path, say: Callable[[str], None]) ->
         return "run", Path(server.model), path.resolve()
     if not path.is_dir() and model in tiny_models():
         say(f"making a tiny {model}")
-        return "tiny", write_tiny(model, scratch / "tiny", seed=seed), None
+        sizes = tiny_models()[model].on_gpu if device == "cuda" else {}
+        return "tiny", write_tiny(model, scratch / "tiny", seed=seed, overrides=sizes), None
     return "checkpoint", checkpoint_folder(model), None
 
 

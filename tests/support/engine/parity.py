@@ -290,14 +290,15 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
     """
     rng = np.random.default_rng(seed)
     batch = batch_of(tree_sequences(rng), rng, data=2, row_length=40)
-    scores, tops, records = [], [], {}
+    scores, tops, chances, records = [], [], [], {}
     for sizes in (Parallel(**parallel), Parallel(data=dist.get_world_size())):
         device.rebuild_groups(sizes, seed=0)
         trainer = open_trainer(EngineConfig(str(folder), sizes))
         replay = with_random_experts(batch, trainer.config, seed)
-        logprobs, top = score_and_rank(trainer, replay, lambda _event: None, 20)
-        scores.append(logprobs)
-        tops.append(top)
+        scored = score_and_rank(trainer, replay, lambda _event: None, 20)
+        scores.append(scored["logprobs_RS"])
+        tops.append(scored["top_RSC"])
+        chances.append(scored["top_logprobs_RSC"])
         if len(scores) == 1:
             records = check_records_once(trainer, replay)
         else:
@@ -306,7 +307,7 @@ def check_routed_experts(folder: Path, parallel: dict[str, Any], seed: int) -> d
             )
     live = score(trainer, batch, lambda _event: None)
     return {
-        "difference": float(np.nanmax(np.abs(scores[0] - scores[1]))),
+        "difference": float(max(np.nanmax(np.abs(a - b)) for a, b in (scores, chances))),
         "effect": float(np.nanmax(np.abs(scores[1] - live))),
         "same_top": float(np.mean(tops[0] == tops[1])),
         **records,

@@ -328,7 +328,7 @@ async def test_a3_validate_takes_a_run_as_chat_does(qwen, tmp_path, monkeypatch)
         store.publish(number, store.stage(number), {})
     store.close()
     monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "no-devices")
-    source = find_source(str(store.path), "all", 0, tmp_path / "scratch", print)
+    source = find_source(str(store.path), "all", "cpu", 0, tmp_path / "scratch", print)
     assert (source.kind, source.folder, source.run) == ("run", qwen, store.path)
     request = Request(source.folder, tmp_path / "stage", source.family, seed=5, run=source.run)
     with ExitStack() as kept:

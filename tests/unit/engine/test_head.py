@@ -95,13 +95,14 @@ def test_most_likely_tokens_match_dense(seed: int, tokens: int, vocab: int, coun
     before, lm_head.CHUNK_BYTES = lm_head.CHUNK_BYTES, chunk * vocab * 8
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        ids = lm_head.most_likely(hidden, weight, predictor, count, vocab, group, False)
+        ids, logprobs = lm_head.most_likely(hidden, weight, predictor, count, vocab, group, False)
     finally:
         lm_head.CHUNK_BYTES = before
     assert ids.shape == (tokens, count)
-    expected = (hidden[predictor, 0] @ weight[:vocab].T).topk(min(count, vocab), dim=1).indices
+    dense, expected = (hidden[predictor, 0] @ weight[:vocab].T).log_softmax(1).topk(min(count, vocab), dim=1)
     assert torch.equal(ids[:, : expected.shape[1]], expected)
     assert (ids[:, expected.shape[1] :] == -1).all()
+    torch.testing.assert_close(logprobs[:, : expected.shape[1]], dense)
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,7 +115,7 @@ def test_the_best_of_shards_are_the_best_of_all(seed: int, widths: list[int], co
     logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     starts = [sum(widths[:number]) for number in range(len(widths))]
     parts = [lm_head.best_of_shard(z, start, count) for z, start in zip(logits.split(widths, 1), starts, strict=True)]
-    best = lm_head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
+    _, best = lm_head.best_of_all(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)), count)
     ranked = logits.argsort(1, descending=True)[:, :count]
     assert torch.equal(best[:, : ranked.shape[1]], ranked)
     assert (best[:, ranked.shape[1] :] == -1).all()

@@ -13,7 +13,7 @@ from lockstep.validate.command import Options, validate
 from lockstep.validate.figures import FAILED, NOT_APPLICABLE
 from lockstep.validate.registry import stage_named
 from lockstep.validate.request import Request
-from lockstep.validate.runner import run_one, run_stages
+from lockstep.validate.runner import Hooks, run_one, run_stages
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "dtype": "float32"}
 
@@ -33,9 +33,8 @@ def test_a_stage_that_dies_or_hangs_fails_and_the_others_go_on(tmp_path: Path) -
     request = Request(folder, tmp_path / "stages", "qwen3")
     stages = [stage_named("weight_round_trip"), replace(stage_named("architecture_discovery"), moe_only=True)]
     said: list[str] = []
-    outcomes = run_stages(
-        stages, request, moe=False, stop=False, starts=said.append, say=said.append, done=lambda *_: None
-    )
+    hooks = Hooks(said.append, said.append, lambda *_: None)
+    outcomes = run_stages(stages, request, moe=False, hooks=hooks, jobs=2)
     assert outcomes["weight_round_trip"].status == FAILED
     assert "model.safetensors is no complete safetensors file" in outcomes["weight_round_trip"].reason
     assert outcomes["architecture_discovery"].status == NOT_APPLICABLE

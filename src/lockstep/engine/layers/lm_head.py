@@ -146,12 +146,12 @@ def most_likely(
     vocab_size: int,
     group: ProcessGroup,
     sequence_parallel: bool,
-) -> Tensor:
-    """int64 `[N, count]`: ids of the most likely tokens after the hidden states at `predictor_N`,
-    most likely first, on every TP rank.
+) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities at temperature 1), each `[N, count]`, of the most likely tokens after
+    the hidden states at `predictor_N`, most likely first, on every TP rank.
 
     Arguments as for `linear_logprob`; logits exist a chunk at a time here, too. No temperature
-    changes the order.
+    changes the order. Beyond the vocabulary the id is -1.
     """
     hidden_SH = hidden_S1H[:, 0]
     if sequence_parallel:
@@ -160,14 +160,16 @@ def most_likely(
     rows = max(0, min(weight_VH.shape[0], vocab_size - start))
     wide = torch.promote_types(hidden_SH.dtype, torch.float32)
     step = _chunk(max(1, rows), wide.itemsize)
-    chunks = [predictor_N.new_empty((0, count))]
+    chunks = [(predictor_N.new_empty((0, count)), torch.empty(0, count, dtype=wide, device=predictor_N.device))]
     for part_N in predictor_N.split(step) if len(predictor_N) else ():
         z_NV = _logits(hidden_SH[part_N], weight_VH[:rows], torch.ones(len(part_N), dtype=wide, device=part_N.device))
-        best, ids = best_of_shard(z_NV, start, count)
+        (best, ids), total_N1 = best_of_shard(z_NV, start, count), z_NV.logsumexp(1, keepdim=True)
         if group.size() > 1:
-            best, ids = (_gathered(part, group) for part in (best, ids))
-        chunks.append(best_of_all(best, ids, count))
-    return torch.cat(chunks)
+            best, ids, total_N1 = (_gathered(part, group) for part in (best, ids, total_N1))
+        best, ids = best_of_all(best, ids, count)
+        chunks.append((ids, best - total_N1.logsumexp(1, keepdim=True)))
+    ids, logprobs = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return ids, logprobs
 
 
 def best_of_shard(z_NV: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -183,11 +185,12 @@ def best_of_shard(z_NV: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]
     return values, ids
 
 
-def best_of_all(best: Tensor, ids: Tensor, count: int) -> Tensor:
-    """`[N, count]` ids, best first, from the shards' results side by side. The best of all is the
-    best of its own shard.
+def best_of_all(best: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(logits, ids), each `[N, count]`, best first, from the shards' results side by side. The best
+    of all is the best of its own shard.
     """
-    return ids.gather(1, best.topk(count, dim=1).indices)
+    values, at = best.topk(count, dim=1)
+    return values, ids.gather(1, at)
 
 
 def _gathered(part: Tensor, group: ProcessGroup) -> Tensor:

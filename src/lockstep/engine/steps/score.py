@@ -19,7 +19,7 @@ from lockstep.engine.rows.routed_experts import check_routed_experts
 from lockstep.engine.state import TrainerState
 from lockstep.engine.steps.checks import check_records
 from lockstep.engine.steps.microbatch import PADDING, MicroBatch, prepare
-from lockstep.engine.steps.scored_tokens import head_outputs, most_likely_ids, row_shards
+from lockstep.engine.steps.scored_tokens import head_outputs, most_likely_tokens, row_shards
 from lockstep.engine.timing import Clock, Report
 
 
@@ -30,18 +30,18 @@ def score(trainer: TrainerState, batch: PackedBatch, report: Report) -> np.ndarr
     Returns float32 `[R, S]` on every rank: the log-probability of each token given the tokens
     before it in its sequence, in nats; NaN for a first token.
     """
-    return score_and_rank(trainer, batch, report, 0)[0]
+    return score_and_rank(trainer, batch, report, 0)["logprobs_RS"]
 
 
-def score_and_rank(
-    trainer: TrainerState, batch: PackedBatch, report: Report, count: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`score` and, where `count` is not 0, int32 `[R, S, count]`: the most likely ids at each
-    token, best first; -1 where there is no prediction.
+def score_and_rank(trainer: TrainerState, batch: PackedBatch, report: Report, count: int) -> dict[str, np.ndarray]:
+    """`logprobs_RS` as `score` gives them and, where `count` is not 0, of the `count` most likely
+    tokens in each place, best first: `top_RSC`, int32 ids, -1 where there is no prediction; and
+    `top_logprobs_RSC`, float32, at temperature 1.
     """
     clock = Clock(report)
     values_RS = torch.zeros(batch.tokens_RS.shape, dtype=torch.float64)
     top_RSC = torch.zeros((*batch.tokens_RS.shape, count), dtype=torch.int32)
+    chances_RSC = torch.zeros(top_RSC.shape, dtype=torch.float32)
     replicas, rank = groups.data().size(), groups.data().rank()
     own_rows = list(range(batch.rows))[rank::replicas]
     trainer.model.replayed.clear()
@@ -59,15 +59,20 @@ def score_and_rank(
             logprob_N, _ = head_outputs(trainer, hidden, predictor_N, target_N, batch.temperatures_RS[row, index_N])
             values_RS[row, torch.from_numpy(index_N)] = logprob_N.double().cpu()
             if count:
-                top_RSC[row, torch.from_numpy(index_N)] = most_likely_ids(trainer, hidden, predictor_N, count)
+                place = row, torch.from_numpy(index_N)
+                top_RSC[place], chances_RSC[place] = most_likely_tokens(trainer, hidden, predictor_N, count)
 
         forward_only(trainer.model, [w.row for w in work], last, row_shards(trainer))
         check_records(trainer, work)
         values_RS = _sum_over_ranks(trainer, values_RS)
-        top_RSC = _sum_over_ranks(trainer, top_RSC) if count else top_RSC
+        if count:
+            top_RSC, chances_RSC = (_sum_over_ranks(trainer, part) for part in (top_RSC, chances_RSC))
     predicted_RS = batch.previous_RS >= 0
-    scores_RS = np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)
-    return scores_RS, np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1)) if count else None
+    scores = {"logprobs_RS": np.where(predicted_RS, values_RS.numpy(), np.nan).astype(np.float32)}
+    if count:
+        scores["top_RSC"] = np.where(predicted_RS[..., None], top_RSC.numpy(), np.int32(-1))
+        scores["top_logprobs_RSC"] = chances_RSC.numpy()
+    return scores
 
 
 def trained_logprobs(

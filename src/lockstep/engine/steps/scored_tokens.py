@@ -46,10 +46,14 @@ def head_outputs(
     return logprob_N, entropy_N
 
 
-def most_likely_ids(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, count: int) -> Tensor:
-    """int32 `[N, count]` on the CPU of every rank; each computes those whose predictor is its own."""
+def most_likely_tokens(
+    trainer: TrainerState, hidden: Tensor, predictor: np.ndarray, count: int
+) -> tuple[Tensor, Tensor]:
+    """(ids in int32, log-probabilities in fp32), each `[N, count]`, on the CPU of every rank; each
+    computes those whose predictor is its own.
+    """
     own = context.owned(predictor)
-    ids = most_likely(
+    found = most_likely(
         hidden,
         trainer.model.head_weight(),
         torch.from_numpy(predictor[own] // trainer.parallel.context).to(hidden.device),
@@ -58,7 +62,8 @@ def most_likely_ids(trainer: TrainerState, hidden: Tensor, predictor: np.ndarray
         groups.tensor(),
         trainer.parallel.sequence_parallel,
     )
-    return context.collect(ids, own, len(predictor)).to(torch.int32).cpu()
+    ids, logprobs = (context.collect(part, own, len(predictor)) for part in found)
+    return ids.to(torch.int32).cpu(), logprobs.float().cpu()
 
 
 def top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[str, Tensor]:
@@ -71,7 +76,7 @@ def top_sums(trainer: TrainerState, hidden: Tensor, scored: ScoredRow) -> dict[s
         known_P &= scored.current_N[scored.token_P]
     # Sequences that share a token have the same ids for it.
     token_T, first_T = np.unique(scored.token_P[known_P], return_index=True)
-    trainer_TC = most_likely_ids(trainer, hidden, scored.predictor_N[token_T], TOP).numpy()
+    trainer_TC = most_likely_tokens(trainer, hidden, scored.predictor_N[token_T], TOP)[0].numpy()
     top1, top20 = hits(scored.top_PC[known_P][first_T], trainer_TC)
     sums = {"top_tokens": float(len(token_T)), "top1": top1, "top20": top20}
     return {name: hidden.new_tensor(value, dtype=torch.float32) for name, value in sums.items()}

@@ -4,7 +4,7 @@ of 128 only.
 
 from __future__ import annotations
 
-from lockstep.models.tiny.fields import COMMON, EXPERTS, TinyModel
+from lockstep.models.tiny.fields import COMMON, EXPERTS, GPU, TinyModel
 
 _LINEAR = {
     "linear_num_key_heads": 2,
@@ -16,11 +16,12 @@ _LINEAR = {
     "dtype": "bfloat16",
 }
 
+_GPU = {**GPU, "head_dim": 256}
 _FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")
 
 TINY = {
-    "qwen3_5": TinyModel("Qwen3_5ForCausalLM", {**COMMON, **_LINEAR}, _FLOAT32),
+    "qwen3_5": TinyModel("Qwen3_5ForCausalLM", {**COMMON, **_LINEAR}, _FLOAT32, _GPU),
     "qwen3_5_moe": TinyModel(
-        "Qwen3_5MoeForCausalLM", {**COMMON, **_LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}, _FLOAT32
+        "Qwen3_5MoeForCausalLM", {**COMMON, **_LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}, _FLOAT32, _GPU
     ),
 }

@@ -5,7 +5,7 @@ its config.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,11 +15,14 @@ class TinyModel:
 
     float32: ends of the names of tensors that the family's releases store in fp32, whatever the
         others' dtype.
+    on_gpu: fields that replace those where GPU kernels are checked: the releases' head sizes and
+        dtype, since kernels are made for each.
     """
 
     architecture: str
     fields: Mapping[str, Any]
     float32: tuple[str, ...] = ()
+    on_gpu: Mapping[str, Any] = field(default_factory=lambda: {**GPU, "head_dim": 128})
 
 
 COMMON: Mapping[str, Any] = {
@@ -39,4 +42,5 @@ COMMON: Mapping[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
+GPU: Mapping[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "dtype": "bfloat16"}
 EXPERTS: Mapping[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

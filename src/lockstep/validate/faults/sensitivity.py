@@ -12,7 +12,7 @@ from lockstep.validate.faults.benches import BENCHES
 from lockstep.validate.faults.fault import Fault
 from lockstep.validate.faults.registry import FAULTS
 from lockstep.validate.figures import Figure, Outcome, count, judged
-from lockstep.validate.reference.layouts import Question, answers_of, figures_of, write_oracle
+from lockstep.validate.reference.layouts import Question, answers_of, figures_of, too_few_gpus, write_oracle
 from lockstep.validate.reference.trainers import start_rank
 from lockstep.validate.registry import stage_named
 from lockstep.validate.request import Request
@@ -31,10 +31,14 @@ def run(request: Request) -> Outcome:
         planted = [fault for fault in fitting if fault.bench == bench]
         if planted:
             figures += _in_process(request, bench, planted)
-    figures += _between_ranks(request, [fault for fault in fitting if fault.bench == _DATA_PARALLEL])
-    others = [fault.name for fault in FAULTS if fault not in fitting]
+    missing = too_few_gpus(2)
+    if missing is None:
+        figures += _between_ranks(request, [fault for fault in fitting if fault.bench == _DATA_PARALLEL])
+    else:
+        fitting = [fault for fault in fitting if fault.bench != _DATA_PARALLEL]
     notes = [f"{len(fitting)} faults planted, {sum(entry.ok for entry in figures)} detections and clean benches"]
-    notes += [f"{name}: cannot be planted in this model" for name in others]
+    notes += [f"{fault.name}: cannot be planted in this model" for fault in FAULTS if not fault.fits(config)]
+    notes += [f"{fault.name}: {missing}" for fault in FAULTS if missing and fault.bench == _DATA_PARALLEL]
     notes += [f"{fault.name}: {fault.stands_for}; {fault.stage}" for fault in fitting]
     return judged(figures, notes)
 

@@ -1,10 +1,12 @@
-"""Hugging Face's models as the reference: fp32, fp64, their names on disk, and every module's output.
+"""Hugging Face's models as the reference, on the CPU: fp32, fp64, their names on disk, and every
+module's output.
 
 Shapes: S tokens of a sequence, H hidden or the module's own width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_KERNELS = "fla"
+
+
+@contextmanager
+def _without_gpu_kernels() -> Iterator[None]:
+    """transformers, which imports a model's module here, finds no flash-linear-attention: its
+    kernels can't run on a CPU, and are no reference.
+    """
+    found = sys.modules.pop(_KERNELS, None)
+    sys.modules[_KERNELS] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[_KERNELS]
+        if found is not None:
+            sys.modules[_KERNELS] = found
+
 
 def hugging_face(folder: Path) -> Any:
     """The model in fp32, from transformers."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    with _without_gpu_kernels():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
 class _InDouble(TorchFunctionMode):
@@ -40,7 +60,8 @@ def hugging_face_fp64(folder: Path) -> Any:
     options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "sdpa"}
     if "num_experts" in (folder / "config.json").read_text():
         options["experts_implementation"] = "eager"  # grouped_mm has no fp64
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with _without_gpu_kernels():
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     rotary, honest = model.model.rotary_emb.forward, model.forward
 
     def angles(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lockstep.config.megatron import Parallel
+from lockstep.engine.parallel.device import CUDA
 from lockstep.engine.steps.score import score
 from lockstep.errors import ConfigError, TrainerError
 from lockstep.models.config import ModelConfig
@@ -65,6 +66,13 @@ def layouts_for(config: ModelConfig, asked: Mapping[str, Any]) -> dict[str, dict
             continue
         fitting[name] = sizes
     return fitting
+
+
+def too_few_gpus(processes: int) -> str | None:
+    """Why so many ranks can't run here; None: they can."""
+    if not CUDA or (has := torch.cuda.device_count()) >= processes:
+        return None
+    return f"a layout of {processes} ranks needs as many GPUs, and this machine has {has}"
 
 
 def write_oracle(request: Request) -> tuple[Path, dict[str, float]]:

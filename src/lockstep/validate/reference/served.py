@@ -38,12 +38,16 @@ def adapted_logprobs(
     base: Path, steps: Sequence[tuple[Mapping[str, Tensor], float]], ids: list[int]
 ) -> list[np.ndarray]:
     """float `[T]` for each step, in fp32."""
-    logprobs = []
+    model, logprobs = hugging_face(base), []
+    named = dict(model.named_parameters())
     for adapters, scale in steps:
-        model = hugging_face(base)
-        for module, view in adapted_weights(dict(model.named_parameters()), adapters):
+        views = list(adapted_weights(named, adapters))
+        before = [view.clone() for _, view in views]
+        for module, view in views:
             view.add_(adapters[f"{module}.lora_B"] @ adapters[f"{module}.lora_A"], alpha=scale)
         logprobs.append(logprobs_of(model, ids))
+        for (_, view), weight in zip(views, before, strict=True):
+            view.copy_(weight)
     return logprobs
 
 

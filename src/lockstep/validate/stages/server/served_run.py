@@ -43,6 +43,7 @@ async def opened(request: Request, mode: str) -> AsyncIterator[tuple[Any, Any]]:
         rollout_weights_mode=mode,
         max_model_len=_LENGTH,
         seed=request.seed,
+        server_args=request.server_args,
         **settings,
     )
     backend.on_progress = request.say

@@ -26,10 +26,10 @@ from lockstep.batching.routed_experts import RoutedExpertsShape, decode_routed_e
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import deadlines
 from lockstep.errors import ConfigError
-from lockstep.inference.client import Server, most_likely
+from lockstep.inference.client import Server, best, most_likely_logprobs
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.launch import LoraServing, ServerConfig, launch
-from lockstep.metrics.mismatch import logprob_mismatch, top_overlap
+from lockstep.metrics.mismatch import logprob_mismatch, top_kl, top_overlap
 from lockstep.models.config import checkpoint_dtype
 from lockstep.models.registry import get_model_support_spec, load_model_config
 from lockstep.trainer.client import Trainer
@@ -41,6 +41,9 @@ from lockstep_wire import http_paths
 
 _PROMPT_ROOM = 128
 _BASE, _ADAPTER = "validate@base", "validate@adapter"
+_AGAIN = "server again"
+Scored = tuple[list[float], list[dict[int, float]]]
+"""Of a sequence's sampled tokens: log-probabilities, and those of the most likely ids in their places."""
 ADVICE = {
     "float32": "outside: trainer and server compute different policies, and in float32 rounding is no "
     "reason; don't train this model here",
@@ -56,14 +59,14 @@ _ASKS = ("Describe {} in a few words:", "Write down what you know about {}.", "O
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token its most likely
-    ids, and its routed experts.
+    """One sampled sequence: ids, the sampled tokens' log-probabilities, per token the most likely
+    ids with theirs, and its routed experts.
     """
 
     prompt: list[int]
     sampled: list[int]
     logprobs: list[float]
-    top: list[list[int]]
+    top: list[dict[int, float]]
     experts_SLK: np.ndarray | None
 
     @property
@@ -94,7 +97,8 @@ async def run(request: Request) -> Outcome:
         points = {}
         for name, folder in ((_BASE, None), (_ADAPTER, adapter)):
             request.say(f"scoring with the trainer: {_policy(name)}")
-            measured, points[_policy(name)] = await _trained(folder, name, samples[name], job)
+            again = next(f.mean for f in figures if f.name == f"{_policy(name)}, {_AGAIN}: KL")
+            measured, points[_policy(name)] = await _trained(folder, name, samples[name], job, again)
             figures += measured
     outcome = judged(figures, [f"dtype {job.dtype}"], {"logprob scatter": points})
     advice = "" if outcome.status == "passed" else f"; {ADVICE[job.dtype]}"
@@ -147,7 +151,7 @@ async def _served(
                 *(_sample(server, name, number, shape, request) for number in range(request.prompts))
             )
             again = await asyncio.gather(*(_score_again(server, name, sample) for sample in samples[name]))
-            figures += _compare(f"{_policy(name)}, server again", samples[name], again)
+            figures += _compare(f"{_policy(name)}, {_AGAIN}", samples[name], again)
     finally:
         await server.close()
     return samples, figures
@@ -202,55 +206,58 @@ async def _sample(server: Server, name: str, number: int, shape: RoutedExpertsSh
     return Sample(ids, sampled, logprobs["token_logprobs"], top, experts_SLK)
 
 
-def _most_likely(entry: dict[str, float]) -> list[int]:
-    """Ids of the TOP most likely tokens, from {"token_id:5": log-probability}."""
-    ordered = sorted(entry, key=lambda token: -entry[token])[:TOP]
-    return [int(token.removeprefix("token_id:")) for token in ordered]
+def _most_likely(entry: dict[str, float]) -> dict[int, float]:
+    """The TOP most likely tokens, from {"token_id:5": log-probability}."""
+    return best({int(token.removeprefix("token_id:")): logprob for token, logprob in entry.items()}, TOP)
 
 
-async def _score_again(server: Server, name: str, sample: Sample) -> tuple[list[float], list[list[int]]]:
-    """(log-probability of each sampled token, the most likely ids there), the whole sequence
-    computed afresh.
-    """
+async def _score_again(server: Server, name: str, sample: Sample) -> Scored:
+    """The whole sequence computed afresh."""
     logprobs, choice = await server.score_choice(name, sample.ids, TOP)
     count = len(sample.sampled)
-    return logprobs[-count:], most_likely(choice, TOP)[-count:]
+    return logprobs[-count:], most_likely_logprobs(choice, TOP)[-count:]
 
 
 def _compare(
     label: str,
     samples: list[Sample],
-    again: list[tuple[list[float], list[list[int]]]],
+    again: list[Scored],
     limits: dict[str, float] | None = None,
 ) -> list[Figure]:
-    """Figures of log-probabilities and most likely ids against the samples'. limits: by figure;
+    """Figures of log-probabilities and most likely tokens against the samples'. limits: by figure;
     None: shown only.
     """
     sampled_T = np.concatenate([sample.logprobs for sample in samples])
     values = logprob_mismatch(sampled_T, np.concatenate([logprobs for logprobs, _ in again])).as_metrics()
     differences_T = np.abs(np.concatenate([logprobs for logprobs, _ in again]) - sampled_T)
     places = [f"sequence {n}, token {t}" for n, sample in enumerate(samples) for t in range(len(sample.sampled))]
-    sampled_TV = np.array([top for sample in samples for top in sample.top])
-    other_TV = np.array([top for _, tops in again for top in tops])
+    sampled = [top for sample in samples for top in sample.top]
+    other = [top for _, tops in again for top in tops]
+    sampled_TV, other_TV = (np.array([list(top) for top in tops]) for tops in (sampled, other))
     limits = limits or {}
     shares = {f"most likely {n}": 1 - top_overlap(sampled_TV, other_TV, n) for n in (1, TOP)}
     return [
         figure(f"{label}: |difference|", differences_T.tolist(), places, limits.get("largest"), unit="nats"),
         count(f"{label}: mean |difference|", values["mean_abs_pct"], limits.get("percent"), unit="%"),
         count(f"{label}: KL", values["kl"], limits.get("kl"), unit="nats"),
+        figure(f"{label}: top-{TOP} KL", top_kl(other, sampled).tolist(), places, limits.get("top"), "mean", "nats"),
         *(count(f"{label}: {name} that differ", share, None, unit="share") for name, share in shares.items()),
     ]
 
 
-def limits_for(family: str, dtype: str) -> dict[str, float]:
-    """Of the trainer against the server, by figure; a token in bf16 has none."""
+def limits_for(family: str, dtype: str, again: float) -> dict[str, float]:
+    """Of the trainer against the server, by figure; a token in bf16 has none.
+
+    again: the server's KL from itself, on the same sequences.
+    """
     percent = limit_of(f"mismatch percent of {family}", dtype)
-    limits = {"percent": percent, "kl": limit_of("mismatch KL", dtype)}
+    kl = max(limit_of("mismatch KL", dtype), again * limit_of("mismatch KL over the server's own", dtype))
+    limits = {"percent": percent, "kl": kl, "top": limit_of("mismatch top-20 KL", dtype)}
     return limits | ({"largest": limit_of("mismatch of a token", dtype)} if dtype == "float32" else {})
 
 
 async def _trained(
-    adapter: Path | None, name: str, samples: list[Sample], job: Job
+    adapter: Path | None, name: str, samples: list[Sample], job: Job, again: float
 ) -> tuple[list[Figure], list[list[float]]]:
     """(figures, points of server and trainer) of a policy. Replayed experts have limits, the
     trainer's own choices have none.
@@ -271,7 +278,7 @@ async def _trained(
         for way, replay in ways.items():
             label = f"{_policy(name)}, {way}"
             scored, differ = await _scores(trainer, samples, replay, request.folder)
-            limits = limits_for(request.family, job.dtype) if replay or not moe else None
+            limits = limits_for(request.family, job.dtype, again) if replay or not moe else None
             figures += _compare(label, samples, scored, limits)
             if differ is not None:
                 figures.append(count(f"{label}: expert choices that differ", differ, None, unit="share"))
@@ -281,7 +288,7 @@ async def _trained(
     return figures, points
 
 
-def _points(samples: list[Sample], scored: list[tuple[list[float], list[list[int]]]]) -> list[list[float]]:
+def _points(samples: list[Sample], scored: list[Scored]) -> list[list[float]]:
     """[server, trainer] log-probabilities of some tokens, for the plot."""
     pairs = [
         [round(float(server), 4), round(float(trainer), 4)]
@@ -293,10 +300,8 @@ def _points(samples: list[Sample], scored: list[tuple[list[float], list[list[int
 
 async def _scores(
     trainer: Trainer, samples: list[Sample], replay: bool, folder: Path
-) -> tuple[list[tuple[list[float], list[list[int]]]], float | None]:
-    """((log-probabilities, most likely ids) of each sequence's sampled tokens, share of replayed
-    choices that differ).
-    """
+) -> tuple[list[Scored], float | None]:
+    """(each sequence's scores, share of replayed choices that differ)."""
     sequences = [
         scoring_sequence(f"sequence {number}", sample.ids, sample.experts_SLK if replay else None)
         for number, sample in enumerate(samples)
@@ -306,9 +311,12 @@ async def _scores(
     await asyncio.to_thread(save_batch, batch, path)
     reply = await trainer.call(Score(path, out, TOP), deadline_s=deadlines.SCORING_S)
     scores = load_file(out)
-    logprobs = _of_sampled(samples, batch, scores["logprobs_RS"])
-    tops = _of_sampled(samples, batch, scores["top_RSC"])
-    scored = [(values.tolist(), ids.tolist()) for values, ids in zip(logprobs, tops, strict=True)]
+    names = ("logprobs_RS", "top_RSC", "top_logprobs_RSC")
+    logprobs, ids, chances = (_of_sampled(samples, batch, scores[name]) for name in names)
+    scored = [
+        (values.tolist(), [dict(zip(*top, strict=True)) for top in zip(rows.tolist(), likely.tolist(), strict=True)])
+        for values, rows, likely in zip(logprobs, ids, chances, strict=True)
+    ]
     return scored, reply.expert_choices_differ
 
 
