@@ -17,7 +17,7 @@ from typing import Any
 from lockstep.errors import ConfigError
 from lockstep.models.registry import get_model_support_spec_by_key
 from lockstep.models.spec import ModelSupportSpec
-from lockstep.validate.figures import NOT_APPLICABLE, PASSED
+from lockstep.validate.figures import NOT_APPLICABLE, NOT_PROVEN, PASSED
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHARED = ("models/contract.py", "models/layout_rules.py", "models/config.py", "engine/model.py", "engine/build.py")
@@ -70,7 +70,13 @@ def record_of(report: Mapping[str, Any]) -> Record:
         figures = {f["name"]: [_value(f), f["limit"]] for f in kept_figures}
         stages[entry["name"]] = {"status": entry["status"], "seconds": entry["seconds"], "figures": figures}
     kept = ("model", "kind", "layers", "device", "seed", "date", "versions", "machine", "complete")
-    return {name: report[name] for name in kept} | {"sources": digest_of(report["family"]), "stages": stages}
+    named = {"model": _name(report["model"]), "sources": digest_of(report["family"])}
+    return {name: report[name] for name in kept} | named | {"stages": stages}
+
+
+def _name(model: str) -> str:
+    """A folder or file of one machine by its last name."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def _value(entry: Mapping[str, Any]) -> float:
@@ -93,14 +99,20 @@ def read_evidence(family: str) -> list[Record]:
 
 def add_record(report: Mapping[str, Any], folder: Path) -> Path:
     """Put the report into the family's file, in the place of an earlier one of the same model and
-    device.
+    device. Of the same sources and versions, that one's stages stay where this report has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report['family']}.json"
     records: list[Record] = json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
     new = record_of(report)
     same = ("model", "kind", "device", "layers")
-    records = [old for old in records if any(old[name] != new[name] for name in same)] + [new]
+    for old in [old for old in records if all(old[name] == new[name] for name in same)]:
+        records.remove(old)
+        if (old["sources"], old["versions"]) == (new["sources"], new["versions"]):
+            unproven = [name for name, stage in new["stages"].items() if stage["status"] == NOT_PROVEN]
+            new["stages"] |= {name: old["stages"][name] for name in unproven if name in old["stages"]}
+    new["complete"] = all(stage["status"] in (PASSED, NOT_APPLICABLE) for stage in new["stages"].values())
+    records.append(new)
     staged = path.with_name(f".{path.name}.staging")
     staged.write_text(json.dumps({"family": report["family"], "records": records}, indent=1) + "\n", encoding="utf-8")
     return staged.replace(path)
