@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3.6 as the engine sees them."""
+"""Qwen3.5, Qwen3.6 and Qwen3.8 as the engine sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3.6 as the registry sees them."""
+"""Qwen3.5, Qwen3.6 and Qwen3.8 as the registry sees them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ DENSE = ModelSupportSpec(
         *(f"Qwen/Qwen3.5-{size}{kind}" for size in ("0.8B", "2B", "4B", "9B") for kind in ("", "-Base")),
         "Qwen/Qwen3.5-27B",
         "Qwen/Qwen3.6-27B",
+        "Qwen/Qwen3.8-27B",
     ),
     architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
     model_types=("qwen3_5", "qwen3_5_text"),

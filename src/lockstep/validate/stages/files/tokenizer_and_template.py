@@ -7,6 +7,7 @@ files name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,6 @@ _TOOL = {
     },
 }
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "find_town", "arguments": {"name": "Ulm"}}}
-REASONING = "<think>\nforty and two\n</think>\n\n42"
 Messages = list[dict[str, Any]]
 SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
     "plain": ([{"role": "user", "content": "Hello."}], None),
@@ -47,7 +47,7 @@ SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
     "reasoning": (
         [
             {"role": "user", "content": "40 + 2?"},
-            {"role": "assistant", "content": REASONING},
+            {"role": "assistant", "content": "<think>\nforty and two\n</think>\n\n42"},
             {"role": "user", "content": "Sure?"},
         ],
         None,
@@ -56,13 +56,19 @@ SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
     "tool result": (
         [
             {"role": "user", "content": "Where is Ulm?"},
-            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "assistant", "content": "<think>\nan old town\n</think>\n\n", "tool_calls": [_CALL]},
             {"role": "tool", "tool_call_id": "call_1", "content": "on the Danube"},
         ],
         [_TOOL],
     ),
 }
 """Conversations that a rollout may have: (messages, tools)."""
+
+
+def scenes(tokenizer: Any) -> dict[str, tuple[Messages, list[dict[str, Any]] | None]]:
+    """Those that the chat template knows: one that never names tools is of a model without them."""
+    tools = re.search(r"\btools\b", tokenizer.chat_template or "")
+    return {name: scene for name, scene in SCENES.items() if tools or scene[1] is None}
 
 
 def run(request: Request) -> Outcome:
@@ -72,6 +78,7 @@ def run(request: Request) -> Outcome:
     server = read_tokenizer(request.base_model, request.server_args)
     figures = measure(tokenizer, (server.template, server.tool_template), config.vocab_size, config.eos_token_ids)
     notes = [f"{len(tokenizer)} tokens, {config.vocab_size} rows; a turn ends with {tokenizer.eos_token!r}"]
+    notes += [f"{name}: the template knows no tools" for name in SCENES if name not in scenes(tokenizer)]
     notes.append(f"reasoning of earlier turns is {'kept' if keeps_reasoning(tokenizer) else 'dropped'} by the template")
     return judged(figures, notes)
 
@@ -133,20 +140,21 @@ def _wrong_ends(tokenizer: Any, ends: Sequence[int]) -> list[str]:
 
 
 def _unstable(tokenizer: Any) -> list[str]:
-    """A prompt must be the beginning of the same conversation with its reply."""
+    """A prompt must be the beginning of the same conversation with its reply. As text: sampled ids
+    are kept as they are, so that no token spans both.
+    """
     wrong = []
-    for name, (messages, tools) in SCENES.items():
-        prompt = _ids(tokenizer, render(tokenizer, messages, tools))
+    for name, (messages, tools) in scenes(tokenizer).items():
         reply = [*messages, {"role": "assistant", "content": "Good day."}]
-        longer = _ids(tokenizer, render(tokenizer, reply, tools, add_generation_prompt=False))
-        if longer[: len(prompt)] != prompt:
+        longer = render(tokenizer, reply, tools, add_generation_prompt=False)
+        if not longer.startswith(render(tokenizer, messages, tools)):
             wrong.append(name)
     return wrong
 
 
 def _differing(tokenizer: Any, server: tuple[str | None, str | None]) -> list[str]:
     wrong = []
-    for name, (messages, tools) in SCENES.items():
+    for name, (messages, tools) in scenes(tokenizer).items():
         template = server[1] if tools else server[0]
         if template is None or render(tokenizer, messages, tools) != render(tokenizer, messages, tools, template):
             wrong.append(name)
@@ -154,4 +162,5 @@ def _differing(tokenizer: Any, server: tuple[str | None, str | None]) -> list[st
 
 
 def _hidden_tools(tokenizer: Any) -> list[str]:
-    return [] if "find_town" in render(tokenizer, *SCENES["tools"]) else ["find_town"]
+    shown = [render(tokenizer, *scene) for name, scene in scenes(tokenizer).items() if name == "tools"]
+    return ["find_town" for text in shown if "find_town" not in text]

@@ -15,7 +15,7 @@ from lockstep.batching.tokenize import tokenize
 from lockstep.config import deadlines
 from lockstep.validate.figures import Outcome, count, judged
 from lockstep.validate.request import Request
-from lockstep.validate.stages.files.tokenizer_and_template import SCENES, load_tokenizer, render
+from lockstep.validate.stages.files.tokenizer_and_template import load_tokenizer, render, scenes
 from lockstep.validate.stages.server.served_run import opened
 
 _TURNS = ("Hello, who are you?", "And what is rain?", "Say it again.")
@@ -27,7 +27,7 @@ async def run(request: Request) -> Outcome:
     tokenizer = load_tokenizer(request)
     wrong, refused = [], []
     async with opened(request, "lora") as (_, model):
-        for name, (messages, tools) in SCENES.items():
+        for name, (messages, tools) in scenes(tokenizer).items():
             request.say(f"scene: {name}")
             body: dict[str, Any] = {"tools": tools} if tools else {}
             try:
@@ -49,7 +49,7 @@ async def run(request: Request) -> Outcome:
         count("turns that do not continue the ids before them", drifted, where=str(forks or "")),
         count("calls of the conversation", calls, None),
     ]
-    return judged(figures, [f"scenes: {', '.join(SCENES)}"])
+    return judged(figures, [f"scenes: {', '.join(scenes(tokenizer))}"])
 
 
 async def _conversation(model: Any) -> tuple[int, int, dict[str, int]]:
