@@ -4,6 +4,7 @@ thread or a worker.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +21,13 @@ tenths of a nat.
 """
 
 
-def write_random_adapter(base: Path, folder: Path, seed: int, dtype: str) -> Path:
+def write_random_adapter(
+    base: Path, folder: Path, seed: int, dtype: str, only: Sequence[str] | None = None, strength: float = _STRENGTH
+) -> Path:
     """Write a PEFT folder on the family's default targets, A as PEFT starts it and B random, in the
     model's dtype.
+
+    only: targets whose B is not 0; None: all.
     """
     handler, config = get_model_support_handler(str(base)), load_model_config(str(base))
     checkpoint = open_checkpoint(base, handler, config)
@@ -32,8 +37,8 @@ def write_random_adapter(base: Path, folder: Path, seed: int, dtype: str) -> Pat
     kind: torch.dtype = getattr(torch, dtype)
     tensors = identity_adapter(sites, RANK, seed, kind)
     generator = torch.Generator().manual_seed(seed)
-    for site in sites:
+    for site in (site for site in sites if only is None or site.target in only):
         name = f"{site.module}.lora_B"
-        scale = _STRENGTH * (3 / RANK) ** 0.5 * RANK / ALPHA  # A's entries have variance 1 / (3 fan-in)
+        scale = strength * (3 / RANK) ** 0.5 * RANK / ALPHA  # A's entries have variance 1 / (3 fan-in)
         tensors[name] = (torch.randn(tensors[name].shape, generator=generator) * scale).to(kind)
     return write_adapter(folder, tensors, AdapterInfo(str(base), RANK, ALPHA, targets), config, checkpoint.layout)

@@ -71,8 +71,9 @@ STAGES: tuple[StageSpec, ...] = (
     StageSpec(
         "lora_coverage",
         "stages.engine.lora_coverage",
-        "every LoRA target is wrapped, trained, exported and has an effect",
-        300,
+        "every LoRA target is wrapped, trained, exported, and has its effect in trainer and server",
+        900,
+        server=True,
     ),
     StageSpec(
         "correctness",

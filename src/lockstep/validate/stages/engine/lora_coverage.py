@@ -1,4 +1,5 @@
-"""Stage lora_coverage: every target is wrapped, trained, exported and has an effect.
+"""Stage lora_coverage: every target is wrapped, trained, exported, and has its effect in trainer and
+server.
 
 The batch replays random experts, so that each expert gets tokens.
 """
@@ -19,13 +20,15 @@ from lockstep.models.checkpoint.peft import read_adapter
 from lockstep.models.registry import default_target_modules_for_model
 from lockstep.validate.figures import Figure, Outcome, count, judged
 from lockstep.validate.reference.batches import batch_of, tree_sequences, with_random_experts
-from lockstep.validate.reference.parity import slopes
+from lockstep.validate.reference.parity import ADAPTER_ALPHA, ADAPTER_RANK, slopes
 from lockstep.validate.reference.passes import run_passes
 from lockstep.validate.reference.trainers import adapter_trainer, set_adapters, start_rank
 from lockstep.validate.request import Request
+from lockstep.validate.stages.server.adapted_targets import served_targets
 
 _TOKENS_OF_AN_EXPERT = 20
 _LEAF_TOKENS = 4
+_SCALE = ADAPTER_ALPHA / ADAPTER_RANK
 _EFFECT = 1e-5
 """Nats: below, an adapter counts as one without effect."""
 
@@ -37,6 +40,7 @@ class Coverage:
         self.trainer, self.adapters = adapter_trainer(folder, seed)
         self.targets = tuple(default_target_modules_for_model(str(folder)))
         self._scratch = scratch / "exported"
+        self.exported_scale = 0.0
         config = self.trainer.config
         tokens = _TOKENS_OF_AN_EXPERT * config.experts / max(1, config.experts_per_token)
         rng = np.random.default_rng(seed)
@@ -49,7 +53,9 @@ class Coverage:
         shutil.rmtree(self._scratch, ignore_errors=True)
         save_step(self.trainer, self._scratch)
         trainer = self.trainer
-        tensors, _ = read_adapter(self._scratch / "adapter", trainer.sites, trainer.config, trainer.checkpoint.layout)
+        path, layout = self._scratch / "adapter", trainer.checkpoint.layout
+        tensors, info = read_adapter(path, trainer.sites, trainer.config, layout)
+        self.exported_scale = info.scale
         return tensors
 
     def measure(self) -> list[Figure]:
@@ -75,6 +81,7 @@ class Coverage:
             _named("adapter matrices missing in the export", lost),
             _named("exported matrices that differ from the trainer's", wrong),
             _named("trained parameters outside of the adapters", others),
+            count("exported alpha / rank against the trainer's", abs(self.exported_scale / _SCALE - 1), 1e-6),
             _named("targets without effect", idle),
         ]
 
@@ -102,10 +109,11 @@ def _named(name: str, wrong: list[str]) -> Figure:
     return count(name, len(wrong), where=", ".join(wrong[:3]))
 
 
-def run(request: Request) -> Outcome:
+async def run(request: Request) -> Outcome:
     """See the module."""
+    served = await served_targets(request)  # first: on a GPU the server needs what a trainer would hold
     start_rank(request.seed)
     coverage = Coverage(request.base_model, request.seed, request.folder)
-    figures = coverage.measure()
+    figures = [*coverage.measure(), *served]
     notes = [f"targets: {', '.join(coverage.targets)}", f"{len(coverage.trainer.shapes)} matrices"]
     return judged(figures, notes)

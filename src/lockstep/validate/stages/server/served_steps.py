@@ -25,7 +25,7 @@ async def serve_steps(request: Request, mode: str) -> Outcome:
     served, notes = [], []
     verified: list[dict[str, float]] = []
     async with opened(request, mode) as (backend, model):
-        ids = _probe(request)
+        ids = probe(request)
         for number in range(_STEPS + 1):
             if number:
                 groups = await rollouts(model, 4, _reward, 8)
@@ -50,7 +50,7 @@ def _named(names: list[str]) -> Figure:
     return count("newest step without a name", int(wanted not in names), where="" if wanted in names else wanted)
 
 
-def _probe(request: Request) -> list[int]:
+def probe(request: Request) -> list[int]:
     """Token ids of a fixed text."""
     from lockstep.validate.stages.files.tokenizer_and_template import load_tokenizer
 

@@ -43,7 +43,8 @@ async def run(request: Request) -> Outcome:
             own = {"sampled_s": sampled_s, "sampled": sampled, "whole_s": whole_s}
             steps.append({**result.metrics, **own})
         request.say("the server by itself")
-        served = []
+        served: list[float] = []
+        groups: list[Any] = []
         for _ in range(_REPEATS):
             started = time.monotonic()
             groups = await rollouts(model, _TRIES, _reward, request.tokens)
