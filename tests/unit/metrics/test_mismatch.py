@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import DataError
-from lockstep.metrics.mismatch import expert_choices_that_differ, logprob_mismatch, top_overlap
+from lockstep.metrics.mismatch import expert_choices_that_differ, logprob_mismatch, top_kl, top_overlap
 
 
 def test_logprobs_closed_form():
@@ -53,3 +53,19 @@ def test_what_cannot_be_compared_is_refused():
         top_overlap(np.zeros((1, 2)), np.zeros((1, 3)), 3)
     with pytest.raises(DataError, match="routed experts of shape"):
         expert_choices_that_differ(np.zeros((1, 1, 2)), np.zeros((1, 2, 2)))
+
+
+def test_the_kl_of_the_top_is_a_lower_bound_that_is_zero_for_equal_policies():
+    rng = np.random.default_rng()
+    first_TV, second_TV = (rng.normal(size=(40, 300)) * 2 for _ in range(2))
+    second_TV = first_TV + 0.05 * second_TV
+    first_TV, second_TV = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (first_TV, second_TV))
+    exact_T = (np.exp(first_TV) * (first_TV - second_TV)).sum(1)
+    first, second = ([{int(v): row[v] for v in np.argsort(-row)[:20]} for row in z] for z in (first_TV, second_TV))
+    measured_T = top_kl(first, second)
+    assert (measured_T >= 0).all()
+    assert (measured_T <= exact_T + 1e-12).all()
+    assert measured_T.mean() > 0.2 * exact_T.mean()
+    assert np.abs(top_kl(first, first)).max() < 1e-12
+    with pytest.raises(DataError, match="can't compare"):
+        top_kl(first, second[:-1])

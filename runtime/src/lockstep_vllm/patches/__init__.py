@@ -65,6 +65,13 @@ PATCHES = (
         "a seeded prompt that is computed in pieces ends the server",
         "tests/server/test_turns.py",
     ),
+    Patch(
+        "patches.cpu_zero_blocks",
+        "every",
+        "cpu",
+        "an interpreted kernel clears new blocks of the KV cache, a fifth of a hybrid server's time",
+        "",
+    ),
     Patch("patches.cpu_waiting", "every", "cpu", "processes spin while they wait for each other", ""),
     Patch(
         "patches.cpu_moe_lora",

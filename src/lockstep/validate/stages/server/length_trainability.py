@@ -13,7 +13,7 @@ import lockstep as ls
 from lockstep.models.registry import load_model_config
 from lockstep.validate.figures import Outcome, count, judged
 from lockstep.validate.request import Request
-from lockstep.validate.stages.server.served_run import Steps, learn, opened
+from lockstep.validate.stages.server.served_run import PROMPTS, Steps, learn, opened
 
 _STEPS = 20
 _CLOSE = 0.35
@@ -23,7 +23,7 @@ _CLASS = 8
 
 async def run(request: Request) -> Outcome:
     """See the module."""
-    target, most = (2, 16) if request.random else (10, 48)
+    target, most = (2, 8) if request.random else (10, 48)
 
     def reward(choice: Any) -> float:
         return -abs(len(choice.token_ids) - target) / target
@@ -39,7 +39,17 @@ async def run(request: Request) -> Outcome:
 
     async with opened(request, "lora") as (backend, model):
         course = await learn(
-            backend, model, config, reward, steps=_STEPS, tries=8, tokens=most, enough=close, say=request.say, **extra
+            backend,
+            model,
+            config,
+            reward,
+            steps=_STEPS,
+            tries=8,
+            tokens=most,
+            enough=close,
+            say=request.say,
+            prompts=PROMPTS[:4] if request.random else PROMPTS,
+            **extra,
         )
     first, last = -course.sampled[0], -max(course.sampled)
     figures = [

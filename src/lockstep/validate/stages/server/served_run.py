@@ -7,7 +7,7 @@ ids. Shapes: T tokens of a probe.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,13 @@ async def opened(request: Request, mode: str) -> AsyncIterator[tuple[Any, Any]]:
 
 
 async def rollouts(
-    model: Any, tries: int, reward: Reward, tokens: int, temperature: float = 1.0, **extra: Any
+    model: Any,
+    tries: int,
+    reward: Reward,
+    tokens: int,
+    prompts: Sequence[str] = PROMPTS,
+    temperature: float = 1.0,
+    **extra: Any,
 ) -> list[Any]:
     """A group for each prompt. extra: further fields of the request's body."""
 
@@ -77,7 +83,7 @@ async def rollouts(
     async def group(text: str) -> Any:
         return ls.TrajectoryGroup(trajectories=await asyncio.gather(*(attempt(text) for _ in range(tries))))
 
-    return await asyncio.gather(*(group(text) for text in PROMPTS))
+    return await asyncio.gather(*(group(text) for text in prompts))
 
 
 def rewards_of(groups: list[Any]) -> np.ndarray:
@@ -96,17 +102,18 @@ async def learn(
     tokens: int,
     enough: Callable[[Steps], bool],
     say: Callable[[str], None],
+    prompts: Sequence[str] = PROMPTS,
     **extra: Any,
 ) -> Steps:
     """Train until `enough`, or for `steps` steps."""
     course = Steps()
     for number in range(steps + 1):
-        greedy = rewards_of(await rollouts(model, 1, reward, tokens, 0.0, **extra))
+        greedy = rewards_of(await rollouts(model, 1, reward, tokens, prompts, 0.0, **extra))
         course.greedy.append(float(greedy.mean()))
         say(f"step {number}: greedy reward {course.greedy[-1]:.3f}")
         if number == steps or enough(course):
             return course
-        groups = await rollouts(model, tries, reward, tokens, **extra)
+        groups = await rollouts(model, tries, reward, tokens, prompts, **extra)
         rewards = rewards_of(groups)
         course.sampled.append(float(rewards.mean()))
         course.spread.append(float(rewards.std(axis=1).max()))

@@ -12,9 +12,10 @@ from lockstep.runs.store import published_steps
 from lockstep.validate.figures import Figure, Outcome, count, judged
 from lockstep.validate.reference.served import adapted_logprobs, read_step, step_figures
 from lockstep.validate.request import Request
-from lockstep.validate.stages.server.served_run import opened, rollouts
+from lockstep.validate.stages.server.served_run import PROMPTS, opened, rollouts
 
 _STEPS = 2
+_TRIES, _TOKENS = 3, 4
 _PROBE = 64
 _CONFIG = {"learning_rate": 1e-2, "max_mismatch": None, "max_grad_norm": None}
 """A rate at which one step moves the policy far beyond the noise between two programs."""
@@ -28,7 +29,7 @@ async def serve_steps(request: Request, mode: str) -> Outcome:
         ids = probe(request)
         for number in range(_STEPS + 1):
             if number:
-                groups = await rollouts(model, 4, _reward, 8)
+                groups = await rollouts(model, _TRIES, _reward, _TOKENS, PROMPTS[:4])
                 result = await backend.train(model, groups, ls.TrainConfig(**_CONFIG))
                 verified.append(result.metrics)
             server = backend.run_info(model).server
