@@ -7,6 +7,7 @@ files name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}},
     },
 }
-_CALL = {"id": "call_1", "type": "function", "function": {"name": "find_town", "arguments": {"name": "Ulm"}}}
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "find_town", "arguments": '{"name": "Ulm"}'}}
 Messages = list[dict[str, Any]]
 SCENES: Mapping[str, tuple[Messages, list[dict[str, Any]] | None]] = {
     "plain": ([{"role": "user", "content": "Hello."}], None),
@@ -95,9 +96,21 @@ def keeps_reasoning(tokenizer: Any) -> bool:
 
 
 def render(tokenizer: Any, messages: Messages, tools: Any = None, template: str | None = None, **options: Any) -> str:
-    """The prompt's text. template: another than the tokenizer's."""
+    """The prompt's text, with a call's arguments as an object, as the server gives them to a template.
+
+    template: another than the tokenizer's.
+    """
+    messages = [_with_objects(message) for message in messages]
     options = {"add_generation_prompt": True} | options
     return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False, **options)
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = [{"function": {**function, "arguments": json.loads(function["arguments"])}} for function in functions]
+    return message | {"tool_calls": calls}
 
 
 def measure(tokenizer: Any, server: tuple[str | None, str | None], rows: int, ends: Sequence[int]) -> list[Figure]:
