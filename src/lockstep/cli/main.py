@@ -237,7 +237,9 @@ def validate(
     report: Annotated[Path, typer.Option(help="folder for report.json and report.html")] = Path("validation"),
     seed: Annotated[int, typer.Option(min=0, help="seed of all random inputs and of the sampling")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to sample per sequence")] = 64,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="tokens to sample per sequence; 64, or 32 on a CPU, if not given")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16, of the stages with a server; the checkpoint's if not given")
     ] = None,

@@ -27,6 +27,7 @@ from lockstep.validate.source import find_source
 from lockstep.validate.summary import report_of, table, write_report
 
 _SIZES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert_tensor", "dp": "data"}
+_TOKENS: dict[Device, int] = {"cpu": 32, "cuda": 64}
 _OF_A_RUN = ("train_inf_mismatch",)
 """What a run is checked for when no stage is named: its last step, as it is served."""
 
@@ -43,7 +44,7 @@ class Options:
     report: Path = Path("validation")
     seed: int = 0
     prompts: int = 16
-    tokens: int = 64
+    tokens: int | None = None
     dtype: str | None = None
     stop: bool = False
     evidence: Path | None = None
@@ -81,7 +82,7 @@ def validate(model: str, options: Options, console: Console) -> int:
             stages = selected(_OF_A_RUN, options.skip)
         request = Request(
             source.folder, scratch / "stages", source.family, device, options.seed, options.dtype,
-            dict(options.parallel), options.prompts, options.tokens, source.run, source.kind == "tiny",
+            dict(options.parallel), options.prompts, options.tokens or _TOKENS[device], source.run, source.kind == "tiny",
             (*options.server_args, *_shared_gpu(device, options)),
         )  # fmt: skip
         moe = get_model_support_spec_by_key(source.family).is_moe

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import lockstep as ls
+from lockstep.models.registry import load_model_config
 from lockstep.validate.request import Request
 
 PROMPTS = tuple(
@@ -35,15 +36,21 @@ class Steps:
 
 
 @asynccontextmanager
-async def opened(request: Request, mode: str) -> AsyncIterator[tuple[Any, Any]]:
-    """(backend, model registered with it); both end with the block. mode: "lora" or "merged"."""
+async def opened(request: Request, mode: str, long: bool = False) -> AsyncIterator[tuple[Any, Any]]:
+    """(backend, model registered with it); both end with the block.
+
+    mode: "lora" or "merged".
+    long: it samples much. Then a hybrid model's server on a CPU reuses no prefixes: vLLM keeps its
+        recurrent states for that by kernels that are interpreted there, 40% of the time.
+    """
+    reuses = request.device == "cuda" or not long or not _hybrid(request)
     settings: dict[str, Any] = {"dtype": request.dtype} if request.dtype else {}
     backend = ls.MegatronBackend(
         request.folder / "runs",
         rollout_weights_mode=mode,
         max_model_len=_LENGTH,
         seed=request.seed,
-        server_args=request.server_args,
+        server_args=(*request.server_args, *([] if reuses else ["--no-enable-prefix-caching"])),
         **settings,
     )
     backend.on_progress = request.say
@@ -55,6 +62,10 @@ async def opened(request: Request, mode: str) -> AsyncIterator[tuple[Any, Any]]:
         yield backend, model
     finally:
         await backend.close()
+
+
+def _hybrid(request: Request) -> bool:
+    return "linear_attention" in load_model_config(str(request.base_model)).layer_types
 
 
 async def rollouts(

@@ -20,8 +20,9 @@ from lockstep.validate.figures import Figure, Outcome, count, judged
 from lockstep.validate.request import Request
 from lockstep.validate.stages.server.served_run import opened, rollouts
 
-_WARM, _STEPS, _REPEATS = 1, 3, 3
-_TRIES = 8
+_WARM = 1
+_SIZES = {"cpu": (2, 2, 16), "cuda": (8, 3, 64)}
+"""By device: replies to a prompt, measured steps and repeats, tokens of a reply."""
 RATE = "tokens/s"
 _PARTS = ("seconds_train", "seconds_sync", "seconds_verify", "seconds_publish")
 
@@ -30,13 +31,14 @@ async def run(request: Request) -> Outcome:
     """See the module."""
     config = ls.TrainConfig(learning_rate=1e-4, max_mismatch=None)
     kept = request.folder / "batch.safetensors"
+    tries, repeats, tokens = _SIZES[request.device]
     steps: list[dict[str, float]] = []
-    async with opened(request, "lora") as (backend, model):
+    async with opened(request, "lora", long=True) as (backend, model):
         live = backend.run_info(model)
-        for number in range(_WARM + _STEPS):
-            request.say(f"step {number + 1} of {_WARM + _STEPS}")
+        for number in range(_WARM + repeats):
+            request.say(f"step {number + 1} of {_WARM + repeats}")
             started = time.monotonic()
-            groups = await rollouts(model, _TRIES, _reward, request.tokens)
+            groups = await rollouts(model, tries, _reward, tokens)
             sampled_s, sampled = time.monotonic() - started, _sampled(groups)
             result = await backend.train(model, groups, config)
             whole_s = time.monotonic() - started
@@ -45,16 +47,16 @@ async def run(request: Request) -> Outcome:
         request.say("the server by itself")
         served: list[float] = []
         groups: list[Any] = []
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             started = time.monotonic()
-            groups = await rollouts(model, _TRIES, _reward, request.tokens)
+            groups = await rollouts(model, tries, _reward, tokens)
             served.append(_sampled(groups) / (time.monotonic() - started))
         request.say("the trainer by itself")
         batch = await packed_groups(live, groups, config)
         shutil.copyfile(batch.path, kept)
         await live.gpus.give_to_trainer(forget_weights=live.delivery.replaces)
         trained = []
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             answer = await live.trainer.call(TrainStep(kept, config, out=None), deadline_s=deadlines.STEP_S)
             trained.append(answer.metrics["tokens_per_second"])
     return judged([*_loop(steps[_WARM:]), *_isolated(served, trained)], _notes(steps))
