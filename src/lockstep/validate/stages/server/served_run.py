@@ -41,16 +41,18 @@ async def opened(request: Request, mode: str, long: bool = False) -> AsyncIterat
 
     mode: "lora" or "merged".
     long: it samples much. Then a hybrid model's server on a CPU reuses no prefixes: vLLM keeps its
-        recurrent states for that by kernels that are interpreted there, 40% of the time.
+        recurrent states for that by kernels that are interpreted there, 40% of the time. Records of
+        experts need the reuse, so that none are replayed then; other stages replay them.
     """
-    reuses = request.device == "cuda" or not long or not _hybrid(request)
+    plain = long and request.device == "cpu" and _hybrid(request)
     settings: dict[str, Any] = {"dtype": request.dtype} if request.dtype else {}
     backend = ls.MegatronBackend(
         request.folder / "runs",
         rollout_weights_mode=mode,
         max_model_len=_LENGTH,
         seed=request.seed,
-        server_args=(*request.server_args, *([] if reuses else ["--no-enable-prefix-caching"])),
+        server_args=(*request.server_args, *(["--no-enable-prefix-caching"] if plain else [])),
+        enable_expert_replay=not plain,
         **settings,
     )
     backend.on_progress = request.say
