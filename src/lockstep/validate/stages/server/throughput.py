@@ -7,7 +7,6 @@ do: leave out tokens, or compile kernels in steps after the first.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +29,6 @@ _PARTS = ("seconds_train", "seconds_sync", "seconds_verify", "seconds_publish")
 async def run(request: Request) -> Outcome:
     """See the module."""
     config = ls.TrainConfig(learning_rate=1e-4, max_mismatch=None)
-    kept = request.folder / "batch.safetensors"
     tries, repeats, tokens = _SIZES[request.device]
     steps: list[dict[str, float]] = []
     async with opened(request, "lora", long=True) as (backend, model):
@@ -52,12 +50,12 @@ async def run(request: Request) -> Outcome:
             groups = await rollouts(model, tries, _reward, tokens)
             served.append(_sampled(groups) / (time.monotonic() - started))
         request.say("the trainer by itself")
+        config = config.at_step(model.step + 1)
         batch = await packed_groups(live, groups, config)
-        shutil.copyfile(batch.path, kept)
         await live.gpus.give_to_trainer(forget_weights=live.delivery.replaces)
         trained = []
         for _ in range(repeats):
-            answer = await live.trainer.call(TrainStep(kept, config, out=None), deadline_s=deadlines.STEP_S)
+            answer = await live.trainer.call(TrainStep(batch.path, config, out=None), deadline_s=deadlines.STEP_S)
             trained.append(answer.metrics["tokens_per_second"])
     return judged([*_loop(steps[_WARM:]), *_isolated(served, trained)], _notes(steps))
 
