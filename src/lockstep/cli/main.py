@@ -236,7 +236,9 @@ def validate(
     layers: Annotated[str, typer.Option(help="all, or minimal: the fewest leading layers with every kind")] = "all",
     report: Annotated[Path, typer.Option(help="folder for report.json and report.html")] = Path("validation"),
     seed: Annotated[int, typer.Option(min=0, help="seed of all random inputs and of the sampling")] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="sequences to sample, per policy")] = 16,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="sequences to sample, per policy; 16, or 8 on a CPU, if not given")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="tokens to sample per sequence; 64, or 32 on a CPU, if not given")
     ] = None,

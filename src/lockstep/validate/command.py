@@ -27,7 +27,8 @@ from lockstep.validate.source import find_source
 from lockstep.validate.summary import report_of, table, write_report
 
 _SIZES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert_tensor", "dp": "data"}
-_TOKENS: dict[Device, int] = {"cpu": 32, "cuda": 64}
+_SAMPLED: dict[Device, tuple[int, int]] = {"cpu": (8, 32), "cuda": (16, 64)}
+"""Sequences for each policy, and tokens of each."""
 _OF_A_RUN = ("train_inf_mismatch",)
 """What a run is checked for when no stage is named: its last step, as it is served."""
 
@@ -43,7 +44,7 @@ class Options:
     layers: str = "all"
     report: Path = Path("validation")
     seed: int = 0
-    prompts: int = 16
+    prompts: int | None = None
     tokens: int | None = None
     dtype: str | None = None
     stop: bool = False
@@ -80,9 +81,10 @@ def validate(model: str, options: Options, console: Console) -> int:
             source = find_source(model, options.layers, device, options.seed, scratch, say)
         if source.kind == "run" and not options.stages:
             stages = selected(_OF_A_RUN, options.skip)
+        prompts, tokens = _SAMPLED[device]
         request = Request(
             source.folder, scratch / "stages", source.family, device, options.seed, options.dtype,
-            dict(options.parallel), options.prompts, options.tokens or _TOKENS[device], source.run, source.kind == "tiny",
+            dict(options.parallel), options.prompts or prompts, options.tokens or tokens, source.run, source.kind == "tiny",
             (*options.server_args, *_shared_gpu(device, options)),
         )  # fmt: skip
         moe = get_model_support_spec_by_key(source.family).is_moe

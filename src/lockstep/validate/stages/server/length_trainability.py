@@ -37,7 +37,7 @@ async def run(request: Request) -> Outcome:
     def close(course: Steps) -> bool:
         return bool(course.sampled) and course.sampled[-1] >= -_CLOSE
 
-    async with opened(request, "lora", long=True) as (backend, model):
+    async with opened(request, "lora") as (backend, model):
         course = await learn(
             backend,
             model,

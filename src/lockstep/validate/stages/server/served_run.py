@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 import lockstep as ls
-from lockstep.models.registry import load_model_config
 from lockstep.validate.request import Request
 
 PROMPTS = tuple(
@@ -36,23 +35,15 @@ class Steps:
 
 
 @asynccontextmanager
-async def opened(request: Request, mode: str, long: bool = False) -> AsyncIterator[tuple[Any, Any]]:
-    """(backend, model registered with it); both end with the block.
-
-    mode: "lora" or "merged".
-    long: it samples much. Then a hybrid model's server on a CPU reuses no prefixes: vLLM keeps its
-        recurrent states for that by kernels that are interpreted there, 40% of the time. Records of
-        experts need the reuse, so that none are replayed then; other stages replay them.
-    """
-    plain = long and request.device == "cpu" and _hybrid(request)
+async def opened(request: Request, mode: str) -> AsyncIterator[tuple[Any, Any]]:
+    """(backend, model registered with it); both end with the block. mode: "lora" or "merged"."""
     settings: dict[str, Any] = {"dtype": request.dtype} if request.dtype else {}
     backend = ls.MegatronBackend(
         request.folder / "runs",
         rollout_weights_mode=mode,
         max_model_len=_LENGTH,
         seed=request.seed,
-        server_args=(*request.server_args, *(["--no-enable-prefix-caching"] if plain else [])),
-        enable_expert_replay=not plain,
+        server_args=request.server_args,
         **settings,
     )
     backend.on_progress = request.say
@@ -64,10 +55,6 @@ async def opened(request: Request, mode: str, long: bool = False) -> AsyncIterat
         yield backend, model
     finally:
         await backend.close()
-
-
-def _hybrid(request: Request) -> bool:
-    return "linear_attention" in load_model_config(str(request.base_model)).layer_types
 
 
 async def rollouts(

@@ -31,7 +31,7 @@ async def run(request: Request) -> Outcome:
     config = ls.TrainConfig(learning_rate=1e-4, max_mismatch=None)
     tries, repeats, tokens = _SIZES[request.device]
     steps: list[dict[str, float]] = []
-    async with opened(request, "lora", long=True) as (backend, model):
+    async with opened(request, "lora") as (backend, model):
         live = backend.run_info(model)
         for number in range(_WARM + repeats):
             request.say(f"step {number + 1} of {_WARM + repeats}")

@@ -35,7 +35,7 @@ async def run(request: Request) -> Outcome:
     """See the module."""
     rate = 5e-3 if request.random else 1e-4
     config = ls.TrainConfig(learning_rate=rate, max_mismatch=None)
-    async with opened(request, "lora", long=True) as (backend, model):
+    async with opened(request, "lora") as (backend, model):
         course = await learn(
             backend, model, config, class_reward if request.random else word_reward,
             steps=_STEPS, tries=8, tokens=1 if request.random else 4, enough=_reached, say=request.say,
