@@ -84,7 +84,7 @@ def top_kl(first: Sequence[Mapping[int, float]], second: Sequence[Mapping[int, f
     """
     if len(first) != len(second) or not len(first):
         raise DataError(f"can't compare the most likely tokens of {len(first)} places with those of {len(second)}")
-    return np.array([_top_kl(one, other) for one, other in zip(first, second, strict=True)])
+    return np.array([_top_kl(p, q) for p, q in zip(first, second, strict=True)])
 
 
 def _top_kl(first: Mapping[int, float], second: Mapping[int, float]) -> float:

@@ -109,8 +109,8 @@ def add_record(report: Mapping[str, Any], folder: Path) -> Path:
     for old in [old for old in records if all(old[name] == new[name] for name in same)]:
         records.remove(old)
         if (old["sources"], old["versions"]) == (new["sources"], new["versions"]):
-            unproven = [name for name, stage in new["stages"].items() if stage["status"] == NOT_PROVEN]
-            new["stages"] |= {name: old["stages"][name] for name in unproven if name in old["stages"]}
+            missing = [name for name, stage in new["stages"].items() if stage["status"] == NOT_PROVEN]
+            new["stages"] |= {name: old["stages"][name] for name in missing if name in old["stages"]}
     new["complete"] = all(stage["status"] in (PASSED, NOT_APPLICABLE) for stage in new["stages"].values())
     records.append(new)
     staged = path.with_name(f".{path.name}.staging")

@@ -62,14 +62,14 @@ def run_stages(
                     ended(stage, Outcome(status=NOT_APPLICABLE, reason="the model has no experts"))
                 else:
                     running.append(_Running(stage, replace(request, folder=request.folder / stage.name), jobs))
-            for one in list(running):
-                if (outcome := one.look(hooks.say)) is not None:
-                    running.remove(one)
-                    ended(one.stage, outcome)
+            for process in list(running):
+                if (outcome := process.look(hooks.say)) is not None:
+                    running.remove(process)
+                    ended(process.stage, outcome)
             time.sleep(_POLL_S if running else 0.0)
     finally:
-        for one in running:
-            one.child.kill()
+        for process in running:
+            process.child.kill()
     return outcomes
 
 

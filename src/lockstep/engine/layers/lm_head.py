@@ -189,8 +189,8 @@ def best_of_all(best: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(logits, ids), each `[N, count]`, best first, from the shards' results side by side. The best
     of all is the best of its own shard.
     """
-    values, at = best.topk(count, dim=1)
-    return values, ids.gather(1, at)
+    values, columns = best.topk(count, dim=1)
+    return values, ids.gather(1, columns)
 
 
 def _gathered(part: Tensor, group: ProcessGroup) -> Tensor:

@@ -53,7 +53,7 @@ def most_likely_tokens(
     computes those whose predictor is its own.
     """
     own = context.owned(predictor)
-    found = most_likely(
+    own_tokens = most_likely(
         hidden,
         trainer.model.head_weight(),
         torch.from_numpy(predictor[own] // trainer.parallel.context).to(hidden.device),
@@ -62,7 +62,7 @@ def most_likely_tokens(
         groups.tensor(),
         trainer.parallel.sequence_parallel,
     )
-    ids, logprobs = (context.collect(part, own, len(predictor)) for part in found)
+    ids, logprobs = (context.collect(part, own, len(predictor)) for part in own_tokens)
     return ids.to(torch.int32).cpu(), logprobs.float().cpu()
 
 

@@ -24,14 +24,14 @@ def _without_gpu_kernels() -> Iterator[None]:
     """transformers, which imports a model's module here, finds no flash-linear-attention: its
     kernels can't run on a CPU, and are no reference.
     """
-    found = sys.modules.pop(_KERNELS, None)
+    imported = sys.modules.pop(_KERNELS, None)
     sys.modules[_KERNELS] = None  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
         del sys.modules[_KERNELS]
-        if found is not None:
-            sys.modules[_KERNELS] = found
+        if imported is not None:
+            sys.modules[_KERNELS] = imported
 
 
 def hugging_face(folder: Path) -> Any:
