@@ -8,7 +8,6 @@ its loss), X tokens of all sequences end to end.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from lockstep.batching.bin_packing import Layout, computed_tokens, lay_out, part
 from lockstep.batching.packed_batch import PackedBatch
 from lockstep.batching.prefix_tree import Flat, TokenSequence, Tree, build, end_to_end, spread
 from lockstep.errors import DataError
+from lockstep.process.durable import replacing
 
 SCHEMA = "lockstep.packed/2"
 AUTO_ROW_LENGTH = 4096
@@ -300,16 +300,11 @@ def save_batch(batch: PackedBatch, path: str | Path) -> None:
     arrays = {name: np.ascontiguousarray(value) for name in _ARRAYS if (value := getattr(batch, name)) is not None}
     # One metadata key: the order of several is not fixed, and equal batches shall be equal bytes.
     header = {"lockstep": json.dumps({"schema": SCHEMA, "sequence_ids": batch.sequence_ids})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, temporary, metadata=header)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_batch(path: str | Path) -> PackedBatch:

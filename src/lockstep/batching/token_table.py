@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lockstep.errors import StoreError
+from lockstep.process.durable import replacing
 
 if TYPE_CHECKING:
     from lockstep.batching.packed_batch import PackedBatch
@@ -79,9 +80,8 @@ class TokenTable:
             }
         )
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = file.with_name(f".{file.name}.tmp")
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from lockstep.errors import ConfigError, DataError, TrainerError
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.config import ModelConfig, checkpoint_dtype
 from lockstep.models.registry import load_model_config
+from lockstep.process.durable import write_whole
 from lockstep.trainer.client import Trainer
 from lockstep.trainer.protocol import EngineConfig, Score, from_json
 
@@ -184,6 +185,4 @@ async def score(
 def write_lines(path: Path, scored: Sequence[Scored]) -> None:
     """Write the results as JSON lines, all or nothing."""
     text = "".join(json.dumps({"id": scores.id, "logprobs": scores.logprobs}) + "\n" for scores in scored)
-    staged = path.with_name(f".{path.name}.staging")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    write_whole(path, text)

@@ -14,7 +14,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from lockstep.errors import DataError, StoreError
+from lockstep.process.durable import replacing
 from lockstep.rollouts.trajectory import RolloutFailure, Trajectory, TrajectoryGroup, is_choice
 
 if TYPE_CHECKING:
@@ -172,14 +172,8 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
     }
     said = _json(about, "what is said of the groups")
     table = pa.Table.from_pylist(rows, schema=_columns().with_metadata({_KEY: said, _DIGEST: _sha256(said)}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk leaves half of it
 
 
 def read_parquet(path: str | Path) -> list[TrajectoryGroup]:

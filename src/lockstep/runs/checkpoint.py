@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import StoreError
+from lockstep.process.durable import fsync
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -101,15 +101,6 @@ def read_checked(number: int, folder: Path) -> RunCheckpoint:
     if extra := present - set(manifest["files"]):
         raise StoreError(f"{folder}: {sorted(extra)[0]} is not in the manifest; steps are immutable, remove the file")
     return RunCheckpoint(number, folder, manifest)
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:

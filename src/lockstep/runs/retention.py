@@ -20,7 +20,8 @@ from typing import Any
 
 from lockstep.errors import StoreError
 from lockstep.metrics.names import EARLIER
-from lockstep.runs.checkpoint import MANIFEST, STATELESS, RunCheckpoint, fsync
+from lockstep.process.durable import fsync, replacing
+from lockstep.runs.checkpoint import MANIFEST, STATELESS, RunCheckpoint
 from lockstep.runs.store import REMOVED, RunStore, folder_name, published_steps
 
 
@@ -158,8 +159,6 @@ def _unread(run: Path, number: int) -> Iterator[bool]:
 def _keep_manifest(run: Path, number: int) -> None:
     folder, name = run / "removed", folder_name(number)
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}"
-    shutil.copyfile(run / "steps" / name / MANIFEST, temporary)
-    fsync(temporary)
-    temporary.replace(folder / f"{name}.json")
+    with replacing(folder / f"{name}.json") as temporary:
+        shutil.copyfile(run / "steps" / name / MANIFEST, temporary)
     fsync(folder)

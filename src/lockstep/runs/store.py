@@ -33,12 +33,12 @@ from lockstep.errors import StoreError
 from lockstep.metrics.feed import Feeds
 from lockstep.metrics.sinks import find_sinks
 from lockstep.metrics.sinks.base import SinkRun
+from lockstep.process.durable import fsync
 from lockstep.process.owned_lock import LockHeldError, take
 from lockstep.runs.checkpoint import (
     MANIFEST,
     STATELESS,
     RunCheckpoint,
-    fsync,
     read_checked,
     read_manifest,
     write_manifest,

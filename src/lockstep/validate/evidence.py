@@ -17,6 +17,7 @@ from typing import Any
 from lockstep.errors import ConfigError
 from lockstep.models.registry import get_model_support_spec_by_key
 from lockstep.models.spec import ModelSupportSpec
+from lockstep.process.durable import write_whole
 from lockstep.validate.figures import NOT_APPLICABLE, NOT_PROVEN, PASSED
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -113,9 +114,7 @@ def add_record(report: Mapping[str, Any], folder: Path) -> Path:
             new["stages"] |= {name: old["stages"][name] for name in missing if name in old["stages"]}
     new["complete"] = all(stage["status"] in (PASSED, NOT_APPLICABLE) for stage in new["stages"].values())
     records.append(new)
-    staged = path.with_name(f".{path.name}.staging")
-    staged.write_text(json.dumps({"family": report["family"], "records": records}, indent=1) + "\n", encoding="utf-8")
-    return staged.replace(path)
+    return write_whole(path, json.dumps({"family": report["family"], "records": records}, indent=1) + "\n")
 
 
 def passed_stages(records: list[Record]) -> set[str]:

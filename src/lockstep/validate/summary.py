@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from lockstep.process.durable import write_whole
 from lockstep.validate.figures import FAILED, NOT_APPLICABLE, NOT_PROVEN, PASSED, Figure, Outcome
 from lockstep.validate.registry import STAGES
 from lockstep.validate.request import Request
@@ -76,9 +77,7 @@ def _machine(device: str) -> dict[str, Any]:
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     """Write report.json, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".{REPORT}.staging"
-    staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return staged.replace(folder / REPORT)
+    return write_whole(folder / REPORT, json.dumps(report, indent=1) + "\n")
 
 
 _STYLES = {PASSED: "green", FAILED: "bold red", NOT_PROVEN: "yellow", NOT_APPLICABLE: "dim"}

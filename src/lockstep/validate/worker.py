@@ -16,6 +16,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from lockstep.process.durable import write_whole
 from lockstep.validate.figures import FAILED, Outcome
 from lockstep.validate.registry import stage_named
 from lockstep.validate.request import Request, request_from_json
@@ -44,9 +45,7 @@ def main(name: str, path: Path) -> None:
         traceback.print_exc()
         outcome = Outcome(status=FAILED, reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:600])
     outcome = replace(outcome, seconds=round(time.monotonic() - started, 2))
-    partial = folder / f".{OUTCOME}"
-    partial.write_text(json.dumps(outcome.as_json()), encoding="utf-8")
-    partial.replace(folder / OUTCOME)
+    write_whole(folder / OUTCOME, json.dumps(outcome.as_json()))
 
 
 if __name__ == "__main__":

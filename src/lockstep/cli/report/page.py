@@ -6,7 +6,6 @@ import base64
 import gzip
 import json
 import math
-import os
 import time
 from dataclasses import asdict
 from importlib.resources import files
@@ -18,6 +17,7 @@ from lockstep.cli.report.record import RunRecord, read_run
 from lockstep.cli.report.token_text import TokenText
 from lockstep.cli.report.transcripts import INDEX, KINDS, Transcripts, read_transcripts
 from lockstep.metrics.names import METRICS, SECTIONS
+from lockstep.process.durable import write_whole
 
 
 def build_page(run: Path, live: bool = False) -> str:
@@ -46,13 +46,7 @@ def build_page(run: Path, live: bool = False) -> str:
 
 def write_page(run: Path, file: Path) -> RunRecord:
     """Write the page, all of it or nothing. Returns what it shows."""
-    page = build_page(run)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(file, build_page(run))
     return read_run(run)
 
 

@@ -42,6 +42,7 @@ from lockstep.inference.environment.locate import (
     runtime_source,
 )
 from lockstep.process.child import child_env, spawn
+from lockstep.process.durable import write_whole
 
 Progress = Callable[[str], None]
 
@@ -362,9 +363,4 @@ def _write_marker(folder: Path, kind: Kind, source: Source) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    temporary = folder / f"{MARKER}.tmp"
-    with temporary.open("w") as file:
-        json.dump(marker, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MARKER)
+    write_whole(folder / MARKER, json.dumps(marker))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lockstep.errors import WeightsError
 from lockstep.models.checkpoint.read import Checkpoint
+from lockstep.process.durable import fsync_all
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".py")
@@ -38,7 +39,7 @@ def export_checkpoint(source: Checkpoint, tensors: Iterable[tuple[str, Tensor]],
     try:
         _copy_files(source, partial)
         _write_tensors(source, tensors, partial)
-        _sync(partial)
+        fsync_all(partial)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,12 +86,3 @@ def _write_one(source: Checkpoint, name: str, tensor: Tensor, partial: Path) -> 
         file.write(
             data.view(torch.uint8).numpy().data if data.dim() else data.reshape(1).view(torch.uint8).numpy().data
         )
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

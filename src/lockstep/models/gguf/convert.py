@@ -14,6 +14,7 @@ from lockstep.models.gguf.file import read_gguf
 from lockstep.models.gguf.tokenizer import tokenizer_of
 from lockstep.models.gguf.weights import model_config, tensors
 from lockstep.models.registry import get_model_support_handler, load_model_config
+from lockstep.process.durable import fsync_all
 
 _SHARD_BYTES = 4 << 30
 
@@ -52,7 +53,7 @@ def import_gguf(
         _generation_config(config).save_pretrained(partial)
         say("checking what was written")
         open_checkpoint(partial, get_model_support_handler(str(partial)), load_model_config(str(partial)))
-        _sync(partial)
+        fsync_all(partial)
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
@@ -108,12 +109,3 @@ def _generation_config(config):
 
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**tokens)
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

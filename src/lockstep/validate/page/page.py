@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lockstep.process.durable import write_whole
 from lockstep.validate.figures import NOT_PROVEN
 from lockstep.validate.page.plots import curves, parity, scatter
 from lockstep.validate.page.style import STYLE
@@ -19,9 +20,7 @@ PAGE = "report.html"
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html beside report.json, all or nothing."""
-    staged = folder / f".{PAGE}.staging"
-    staged.write_text(render(report), encoding="utf-8")
-    return staged.replace(folder / PAGE)
+    return write_whole(folder / PAGE, render(report))
 
 
 def render(report: Mapping[str, Any]) -> str:
