@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 
 import lockstep as ls
+from fake_server import COMPLETION, FakeServer
 from lockstep.backends.base import Endpoint
 from lockstep.model import open_client
 from random_batches import trajectory
 
-CHOICE = {"index": 0, "text": "x", "finish_reason": "stop", "logprobs": None}
-REPLY = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [CHOICE]}
 
-
-class Recording:
-    """An HTTP server that keeps the bodies of its requests, and fails the first `failures` of them."""
+class Recording(FakeServer):
+    """Keeps the bodies of its requests, and fails the first `failures` of them."""
 
     def __init__(self, failures: int = 0):
         self.failures = failures
         self.bodies: list[dict] = []
 
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
-        return self
-
-    async def __aexit__(self, *_):
-        self._server.close()
-
-    async def _serve(self, reader, writer):
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                self.bodies.append(json.loads(await reader.readexactly(length)))
-                status = b"500 Error" if len(self.bodies) <= self.failures else b"200 OK"
-                reply = json.dumps(REPLY).encode()
-                writer.write(b"HTTP/1.1 %s\r\ncontent-type: application/json\r\n" % status)
-                writer.write(b"content-length: %d\r\n\r\n" % len(reply) + reply)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+    async def answer(self, path, body):
+        self.bodies.append(body)
+        return 500 if len(self.bodies) <= self.failures else 200, COMPLETION
 
 
 class Backend:

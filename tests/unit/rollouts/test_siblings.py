@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 
 import lockstep as ls
+from fake_server import FakeServer
 from lockstep.backends.base import Endpoint
 from lockstep.model import open_client
 from lockstep_wire import siblings
@@ -21,8 +21,8 @@ def completion(seed: int | None) -> dict:
     return {"id": f"c{seed}", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
 
 
-class Answering:
-    """An HTTP server that answers a request by its seed.
+class Answering(FakeServer):
+    """Answers a request by its seed.
 
     cut: lines of siblings after which it closes the connection.
     waiting: positions whose reply comes when `release` is set.
@@ -33,37 +33,25 @@ class Answering:
         self.release, self.left = asyncio.Event(), asyncio.Event()
         self.requests: list[tuple[bytes, dict]] = []
 
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
-        return self
-
     async def __aexit__(self, *_):
         self.release.set()
-        self._server.close()
+        await super().__aexit__()
 
     def paths(self) -> list[bytes]:
         return [path for path, _ in self.requests]
 
-    async def _serve(self, reader, writer):
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                path, body = head.split()[1], json.loads(await reader.readexactly(length))
-                self.requests.append((path, body))
-                if path == SIBLINGS and self.status == 200:
-                    await self._lines(reader, writer, body["seeds"])
-                else:
-                    status = self.status if path == SIBLINGS else 200
-                    reply = json.dumps(completion(body.get("seed"))).encode()
-                    writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n" % status)
-                    writer.write(b"content-length: %d\r\n\r\n" % len(reply) + reply)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-            self.left.set()
+    def gone(self):
+        self.left.set()
+
+    async def answer(self, path, body):
+        return self.status if path == SIBLINGS else 200, completion(body.get("seed"))
+
+    async def respond(self, path, body, reader, writer):
+        self.requests.append((path, body))
+        if path == SIBLINGS and self.status == 200:
+            await self._lines(reader, writer, body["seeds"])
+        else:
+            await super().respond(path, body, reader, writer)
 
     async def _lines(self, reader, writer, seeds):
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n")

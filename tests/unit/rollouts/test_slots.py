@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 
 import lockstep as ls
+from fake_server import COMPLETION, FakeServer
 from lockstep import model as model_module
 from lockstep.backends.base import Endpoint
 from lockstep.config import deadlines
@@ -15,47 +15,24 @@ from lockstep.model import open_client
 from lockstep.rollouts.leases import rollout_scope
 from lockstep.rollouts.slots import Slots
 
-REPLY = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
-CHOICE = {"index": 0, "text": "x", "finish_reason": "stop", "logprobs": None}
 
-
-class Queueing:
-    """An HTTP server that works as vLLM does at its limit: it takes every request and serves `places` of them at once."""
+class Queueing(FakeServer):
+    """Works as vLLM does at its limit: it takes every request and serves `places` of them at once."""
 
     def __init__(self, places: int, seconds: float):
         self._places, self._seconds = asyncio.Semaphore(places), seconds
         self.requests = self.inside = self.most = 0
         self.order: list[str] = []
 
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.base_url = f"http://127.0.0.1:{port}/v1"
-        return self
-
-    async def __aexit__(self, *_):
-        self._server.close()
-
-    async def _serve(self, reader, writer):
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                self.requests += 1
-                self.order.append(body["prompt"])
-                self.inside += body.get("n") or 1
-                self.most = max(self.most, self.inside)
-                async with self._places:
-                    await asyncio.sleep(self._seconds)
-                self.inside -= body.get("n") or 1
-                reply = json.dumps(REPLY | {"choices": [CHOICE]}).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
-                writer.write(b"content-length: %d\r\n\r\n" % len(reply) + reply)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+    async def answer(self, path, body):
+        self.requests += 1
+        self.order.append(body["prompt"])
+        self.inside += body.get("n") or 1
+        self.most = max(self.most, self.inside)
+        async with self._places:
+            await asyncio.sleep(self._seconds)
+        self.inside -= body.get("n") or 1
+        return 200, COMPLETION
 
 
 async def ask(client, prompt="p", **fields):
