@@ -165,6 +165,7 @@ def write_parquet(path: str | Path, groups: Sequence[TrajectoryGroup], step: int
     about = {
         "schema": SCHEMA,
         "step": step,
+        "rows": len(rows),
         "groups": [
             {"metadata": group.metadata, "exceptions": [failure.model_dump() for failure in group.exceptions]}
             for group in groups
@@ -201,6 +202,8 @@ def _sha256(text: str) -> str:
 def _groups(path: str | Path, about: Any, rows: list[dict[str, Any]]) -> list[TrajectoryGroup]:
     if about.get("schema") != SCHEMA:
         raise StoreError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}")
+    if about.get("rows", len(rows)) != len(rows):  # Parquet's footer has no checksum; earlier files don't say
+        raise StoreError(f"{path} is damaged: it has {len(rows)} trajectories, {about['rows']} were written")
     groups = [
         TrajectoryGroup(
             trajectories=[],

@@ -344,6 +344,18 @@ def test_b7_numpy_scalars_are_numbers(tmp_path):
         write_parquet(tmp_path / "b", [TrajectoryGroup(trajectories=[rewarded])], 0)
 
 
+def test_m7_trajectories_that_are_missing_are_named(tmp_path):
+    """A flipped bit in the footer's number of rows once gave a group without trajectories, without a word."""
+    import pyarrow.parquet as pq
+
+    said = [{"role": "user", "content": "x"}]
+    group = TrajectoryGroup(trajectories=[Trajectory(messages_and_choices=said, reward=k) for k in range(3)])
+    write_parquet(tmp_path / "a", [group], 0)
+    pq.write_table(pq.read_table(tmp_path / "a").slice(0, 2), tmp_path / "a")
+    with pytest.raises(StoreError, match="damaged: it has 2 trajectories, 3 were written"):
+        read_parquet(tmp_path / "a")
+
+
 def test_m7_no_flipped_bit_reads_back_different(tmp_path):
     """30 of 350 single flips once gave other trajectories, without a word."""
     random = np.random.default_rng()
