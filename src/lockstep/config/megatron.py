@@ -94,6 +94,16 @@ class Parallel(Config):
         return self.tensor > 1 if self.sequence is None else self.sequence
 
 
+WeightTransport = Literal["gloo", "nccl", "ipc", "disk"]
+
+
+def fitting_transports(device: Literal["cpu", "cuda"], colocated: bool) -> tuple[WeightTransport, ...]:
+    """The transports of `lockstep_wire.transports` that work between such a trainer and server, the
+    best first.
+    """
+    return "gloo" if device == "cpu" else "ipc" if colocated else "nccl", "disk"
+
+
 LEAST_CONTEXT = 49
 """Tokens of the shortest `max_model_len`: the text that verifies a step has to fit, and a shorter
 one says little.
@@ -120,7 +130,7 @@ class MegatronConfig(Config):
         description="colocated only: the trainer's weights and optimizer go to the host while the server serves; on, if not given. "
         "false keeps them on the GPU, which the server then has less of",
     )
-    weight_transport: Literal["gloo", "nccl", "ipc", "disk"] | None = Field(
+    weight_transport: WeightTransport | None = Field(
         default=None,
         description="how weights and adapters travel from the trainer's memory to the server: disk, or what fits the placement if not "
         "given",

@@ -1,51 +1,45 @@
 """The transports of buckets from a sender to the server's workers: one connection per sending rank,
 the same bytes to every worker.
 
-One file per transport, with both halves.
+One file per transport in this folder, with both halves and its `TRANSPORT`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lockstep_wire.transports.base import Receiver, Sender, TransportError, UnusableTransportError
-from lockstep_wire.transports.disk import DiskReceiver
-from lockstep_wire.transports.gloo import GlooReceiver, GlooSender
-from lockstep_wire.transports.ipc import IpcReceiver, IpcSender
-from lockstep_wire.transports.nccl import NcclReceiver, NcclSender
+from lockstep_wire.transports.base import Receiver, Sender, Transport, TransportError, UnusableTransportError
 
-__all__ = ["RECEIVERS", "SENDERS", "Receiver", "Sender", "TransportError", "UnusableTransportError", "connect"]
+__all__ = ["Receiver", "Sender", "TransportError", "UnusableTransportError", "connect", "transports"]
 
 MOST_S = 86400.0
 """The longest deadline of a connection's waits."""
-SENDERS: dict[str, Callable[[float], Sender]] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
-"""By name; each is made with the deadline (seconds) of its waits. "disk" needs a folder as well:
-DiskSender.
-"""
+_SHARED = ("__init__", "base", "rendezvous")
 
-RECEIVERS: dict[str, Callable[[dict[str, Any], int, torch.device], Receiver]] = {
-    "gloo": GlooReceiver,
-    "nccl": NcclReceiver,
-    "ipc": IpcReceiver,
-    "disk": DiskReceiver,
-}
+
+@cache
+def transports() -> dict[str, Transport]:
+    """By name: the `TRANSPORT` of each module in this folder."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _SHARED)
+    return {name: importlib.import_module(f"{__name__}.{name}").TRANSPORT for name in names}
 
 
 def connect(info: dict[str, Any], rank: int, device: torch.device) -> Receiver:
     """Joins the sender as `rank` (1 and up). Raises ValueError for what can't work, RuntimeError at
     the deadline.
     """
-    if not isinstance(info.get("transport"), str) or info["transport"] not in RECEIVERS:
-        raise UnusableTransportError(
-            f"unknown transport {info.get('transport')!r}: expected one of {', '.join(sorted(RECEIVERS))}"
-        )
+    name = info.get("transport")
+    if not isinstance(name, str) or name not in transports():
+        raise UnusableTransportError(f"unknown transport {name!r}: expected one of {', '.join(transports())}")
     deadline_s = info.get("deadline_s")
     if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MOST_S:
         raise UnusableTransportError(f"deadline_s = {str(deadline_s)[:100]}: give seconds, at most {MOST_S:g}")
     try:
-        return RECEIVERS[info["transport"]](info, rank, device)
+        return transports()[name].receiver(info, rank, device)
     except (KeyError, TypeError, OverflowError) as error:
-        raise UnusableTransportError(f"{info['transport']}: {type(error).__name__}: {error}") from error
+        raise UnusableTransportError(f"{name}: {type(error).__name__}: {error}") from error

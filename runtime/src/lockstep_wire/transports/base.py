@@ -5,6 +5,7 @@ both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,19 @@ class Receiver(Protocol):
     def close(self) -> None:
         """Drops the connection, at once and for good; harmless twice."""
         ...
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Both halves of a transport.
+
+    sender: of the deadline (seconds) of its waits, and of the place that a user gave after the
+        transport's name and a colon; "" for none.
+    receiver: of what `Sender.open` returned, the worker's rank (1 and up) and device.
+    """
+
+    sender: Callable[[float, str], Sender]
+    receiver: Callable[[dict[str, Any], int, torch.device], Receiver]
 
 
 def received() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lockstep_wire.transports.base import TransportError, UnusableTransportError, received
+from lockstep_wire.transports.base import Transport, TransportError, UnusableTransportError, received
 
 TENSOR = "bucket"
 _POLL_S = 0.01
@@ -121,3 +121,12 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sender(deadline_s: float, place: str) -> DiskSender:
+    if not place:
+        raise UnusableTransportError("the transport disk needs a folder: disk:FOLDER")
+    return DiskSender(deadline_s, Path(place))
+
+
+TRANSPORT = Transport(_sender, DiskReceiver)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep_wire.transports.base import TransportError
+from lockstep_wire.transports.base import Transport, TransportError
 from lockstep_wire.transports.rendezvous import join, listen, within
 
 
@@ -89,3 +89,6 @@ def _broadcast(group: Any, bytes_N: torch.Tensor) -> Any:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     return group.broadcast([bytes_N], options)
+
+
+TRANSPORT = Transport(lambda deadline_s, _: GlooSender(deadline_s), GlooReceiver)

@@ -71,7 +71,7 @@ class WeightsOut:
         """Make the server hold this trainer's weights and serve them as `version`, and as nothing
         else. Collective.
 
-        transport: a name in `TRANSPORTS`.
+        transport: a name of `lockstep_wire.transports`.
         deadline_s: of every wait for the server.
 
         Returns the SyncReport. Raises ServerError, WeightsError or MismatchError, on every rank;

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from lockstep.errors import ConfigError, ServerError
-from lockstep_wire.transports import SENDERS, Sender, TransportError, UnusableTransportError
-from lockstep_wire.transports.disk import DiskSender
+from lockstep_wire.transports import Sender, TransportError, UnusableTransportError, transports
 
-_DISK = "disk:"
 T = TypeVar("T")
 
 
 def make_transport(name: str, deadline_s: float) -> Sender:
-    """name: of `SENDERS`, or "disk:FOLDER".
+    """name: of `lockstep_wire.transports`, or "disk:FOLDER".
 
     Raises ConfigError, which names those there are.
     """
-    if name.startswith(_DISK):
-        return DiskSender(deadline_s, Path(name.removeprefix(_DISK)))
-    if name not in SENDERS:
-        known = ", ".join([*sorted(SENDERS), f"{_DISK}FOLDER"])
-        raise ConfigError(f"unknown transport {name!r} of weights: expected one of {known}")
-    return translated(lambda: SENDERS[name](deadline_s))()
+    kind, _, place = name.partition(":")
+    if kind not in transports():
+        raise ConfigError(f"unknown transport {name!r} of weights: expected one of {', '.join(transports())}")
+    return translated(lambda: transports()[kind].sender(deadline_s, place))()
 
 
 def translated(step: Callable[[], T]) -> Callable[[], T]:

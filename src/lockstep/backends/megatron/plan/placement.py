@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lockstep.config.base import unsupported
-from lockstep.config.megatron import Parallel, Placement
+from lockstep.config.megatron import Parallel, Placement, fitting_transports
 from lockstep.errors import ConfigError
 from lockstep.process.child import seen_gpus
 
@@ -66,12 +66,12 @@ def check_processes(devices: Devices, parallel: Parallel) -> None:
 
 
 def resolve_transport(transport: str | None, devices: Devices) -> str:
-    """The transport of weights and adapters. None: gloo on the CPU, ipc between programs that share
-    GPUs, nccl between GPUs apart.
+    """The transport of weights and adapters. None: the one that fits best.
 
     Raises ConfigError for one that can't work there.
     """
-    fitting = "gloo" if devices.kind == "cpu" else "ipc" if devices.colocated else "nccl"
-    if transport not in (None, fitting, "disk"):
-        raise unsupported("weight_transport", transport, "MegatronBackend", f"here it is {fitting!r} or 'disk'")
-    return transport or fitting
+    fitting = fitting_transports(devices.kind, devices.colocated)
+    if transport not in (None, *fitting):
+        known = " or ".join(map(repr, fitting))
+        raise unsupported("weight_transport", transport, "MegatronBackend", f"here it is {known}")
+    return transport or fitting[0]
