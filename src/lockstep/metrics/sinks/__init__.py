@@ -4,27 +4,24 @@ A sink's package is imported when the sink opens.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import cast
 
+from lockstep.algorithms.named import imported, named_in
 from lockstep.errors import ConfigError
 from lockstep.metrics.sinks.base import Sink, SinkKind, SinkRun
 
 ALWAYS = "jsonl"
 """The sink that every run has."""
-_SHARED = ("__init__", "base")
 
 
 @cache
 def named_sinks() -> dict[str, SinkKind]:
     """By name: the `SINK` of each module in this folder."""
-    modules = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _SHARED)
-    kinds = (importlib.import_module(f"{__name__}.{module}").SINK for module in modules)
-    return {kind.name: kind for kind in kinds}
+    return named_in(__name__, Path(__file__).parent, lambda module: module.SINK)
 
 
 def find_sinks(names: Sequence[str]) -> list[SinkKind]:
@@ -49,14 +46,10 @@ def find_sinks(names: Sequence[str]) -> list[SinkKind]:
 def _find(name: str) -> SinkKind:
     if name in named_sinks():
         return named_sinks()[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        choices = ", ".join(known for known in named_sinks() if known != ALWAYS)
-        raise ConfigError(f"sinks: {name!r} must be one of {choices}, or your own as module:function")
     try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"sinks: {name!r} can't be imported: {error}; its module must be on PYTHONPATH") from None
+        value = imported(name, ", ".join(known for known in named_sinks() if known != ALWAYS))
+    except ConfigError as error:
+        raise ConfigError(f"sinks: {name!r} {error}") from None
     if not isinstance(value, SinkKind) and not callable(value):
         raise ConfigError(
             f"sinks: {name!r} is a {type(value).__name__}: expected a SinkKind, or a function of a SinkRun"
