@@ -21,7 +21,9 @@ _TRIES = 4
 
 
 class Address(Protocol):
-    """Where the server is: an OpenAI-compatible base URL, its token, and what it takes. A backend's `Endpoint` is one."""
+    """The address of a server, its bearer token, and how much the server takes at once. A backend's
+    `Endpoint` has all four fields.
+    """
 
     @property
     def base_url(self) -> str: ...

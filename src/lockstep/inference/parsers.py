@@ -1,7 +1,8 @@
 """The vLLM parsers that a tokenizer can serve, found without starting anything.
 
-vLLM 0.32 makes a parser at the end of its start, and dies if the vocabulary lacks a token of that
-parser. `tests/unit/inference/test_parsers.py` asks vLLM itself for both tables.
+vLLM 0.32 makes the chosen parser at the end of its start, and then dies if
+the vocabulary lacks a token that the parser needs. `tests/unit/inference/test_parsers.py` compares
+both tables below with vLLM's own.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ UNSERVED = ("cohere_command3", "cohere_command4")
 
 @dataclass(frozen=True)
 class ToolCalls:
-    """The fate of requests that offer tools. `parser` reads the calls; None: they are refused, and
-    `off` gives the reason and the remedy.
+    """What the server does with requests that offer tools.
+
+    parser: vLLM's parser of the model's tool calls. None: such requests are refused.
+    off: why they are refused, and the remedy.
     """
 
     parser: str | None

@@ -67,8 +67,12 @@ def logprob_mismatch(reference_T: np.ndarray, other_T: np.ndarray) -> LogprobMis
 
 
 def top_overlap(reference_TV: np.ndarray, other_TV: np.ndarray, count: int) -> float:
-    """Mean share of the reference's `count` most likely token ids that are also among the other's,
-    0 to 1. Ids, most likely first.
+    """How many of the reference's most likely tokens are among the other's: a mean share, 0 to 1.
+
+    reference_TV, other_TV: token ids at each position, the most likely first.
+    count: of ids that are compared at each position.
+
+    Raises DataError where one of the two has fewer.
     """
     first, second = reference_TV[:, :count], other_TV[:, :count]
     if first.shape != second.shape or first.shape[1] != count or not len(first):

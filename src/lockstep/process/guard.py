@@ -206,8 +206,8 @@ def _direct_children() -> list[int]:
 
 
 def _is_tracker(pid: int) -> bool:
-    """True for Python's own process that removes what others leave. Such processes ignore SIGTERM
-    for the same end.
+    """True for Python's resource tracker, which removes the shared memory of processes that ended.
+    A tracker ignores SIGTERM, so that it outlives them.
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as command_line:

@@ -263,8 +263,8 @@ def _as_packed(module: Any, owner: str, given: dict[tuple[str, bool], torch.Tens
     """The list for the layer's `set_lora`: gate, down, up; or gate-and-up and down, where gate and
     up are one matrix.
 
-    A layer with two matrices (vLLM's text-only class of Qwen3.5, its mixed format) takes a joint
-    pair as two pairs that share A.
+    vLLM's text-only class of Qwen3.5 keeps gate and up apart. Such a layer takes an adapter of the
+    joint matrix as two adapters with the same A.
     """
     from vllm.lora.layers import FusedMoE3DWithLoRA
 

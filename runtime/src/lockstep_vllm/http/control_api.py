@@ -36,8 +36,8 @@ class LockstepApi:
         patches.apply("api", on_cpu=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Called once the engine is up. The first version is the name that the base model is served
-        under.
+        """vLLM calls this once, when the engine is up. The weights' first version is the base model's
+        served name.
         """
         assert engine_client is not None
         state.lockstep_pulse = pulse.Pulse(engine_client)

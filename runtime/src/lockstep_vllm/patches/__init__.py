@@ -14,12 +14,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Patch:
-    """module: below `lockstep_vllm`, with a function `apply()`, which does nothing where its own
-        variable says so.
+    """One change to vLLM.
 
-    process: "every" of the server, or the "api" process or a "worker" alone.
-    gone_when: the tests that fail once vLLM does without the patch; empty where it brings what vLLM
-        does not mean to have.
+    module: below `lockstep_vllm`. Its `apply()` makes the change, unless the module's own variable
+        switches the change off.
+    process: where the change is made: in "every" process of the server, or in the "api" process or
+        a "worker" alone.
+    gone_when: tests that fail when vLLM needs the change no more, so that we delete the module.
+        Empty: vLLM will always need the change.
     """
 
     module: str

@@ -61,7 +61,9 @@ class _State:
 
 
 class Receiver:
-    """A mixin of vLLM's worker, whose own these attributes are. The prefix `lockstep_` hides none of its names."""
+    """A mixin of vLLM's worker. The attributes below are the worker's own; the mixin's methods begin
+    with `lockstep_`, so that they replace none of the worker's.
+    """
 
     vllm_config: Any
     model_runner: Any

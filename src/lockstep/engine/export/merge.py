@@ -1,4 +1,5 @@
-"""weight + scale * B A, in fp32 and rounded once: an adapter merged into a copy of its weight.
+"""Merge an adapter into a copy of its weight: weight + scale * B A. The sum is in fp32 and rounded
+once, to the weight's dtype.
 
 Shapes: E experts, O output rows, I input columns, R LoRA rank.
 """

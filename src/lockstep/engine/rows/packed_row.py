@@ -1,5 +1,5 @@
-"""One row of a PackedBatch in the engine: the visibility of tokens, and the order in which states
-flow down the tree.
+"""One row of a PackedBatch in the engine: which tokens a token sees, and the order in which linear
+attention carries its states from a node to the node's children.
 
 The rule: a query sees a key if the key comes no later in the row and lies in the query's node or an
 ancestor. Numbering the nodes depth first turns "is an ancestor" into two comparisons. Node a is an

@@ -34,9 +34,10 @@ class TokenMismatch:
 
 
 def largest_mismatch(scored: ScoredRow, new_N: Tensor, limit: float) -> TokenMismatch:
-    """Of a row's tokens that the trained step sampled, the token with the largest mismatch. The
-    limit is `limit`, or the rounding of the server's number if that is larger (beyond 16 nats for
-    1e-6).
+    """The token that exceeds its limit most, among those that the trained step sampled.
+
+    limit: nats that server and trainer may differ by. A token's limit is never below half a unit in
+        the last place of the server's number, which is above 1e-6 from 16 nats on.
     """
     sampling_N = scored.sampling_N.astype(np.float64)
     difference_N = np.abs(new_N.double().cpu().numpy() - sampling_N)

@@ -38,8 +38,9 @@ def kept_dtype(checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype) -> torc
     """The dtype of a parameter in a model that computes in `dtype`. A vector that a narrower
     checkpoint stores in fp32 keeps fp32.
 
-    Released Qwen3.5 store `A_log` and the gated norm's weight in fp32, beside bf16 matrices.
-    Computations with vectors are in fp32 anyway; a matrix takes the dtype of its products.
+    Released Qwen3.5 models store the vectors `A_log` and the gated norm's weight in fp32, beside
+    matrices in bf16. The engine computes with vectors in fp32 anyway. It multiplies matrices in
+    `dtype`, so it keeps them in `dtype`.
     """
     names = [piece.name for piece in shard.pieces if piece.name is not None]
     if dtype != torch.bfloat16 or len(shard.shape) != 1 or not names or not checkpoint.mixed:

@@ -125,8 +125,10 @@ def tiny_config(family: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` as the command line takes it; the value is JSON, or a string when it isn't valid
-    JSON. Raises ConfigError.
+    """A field of the model's config and its value, from the command line's `key=value`.
+
+    The value is read as JSON. A value that is no JSON is a string. Raises ConfigError for a text
+    without "=".
     """
     key, equals, value = text.partition("=")
     if not key or not equals:

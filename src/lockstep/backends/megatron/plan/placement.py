@@ -27,8 +27,10 @@ class Devices:
 
 
 def resolve_placement(placement: Placement | None) -> Devices:
-    """The devices that the placement asks for. None: GPU 0 and 1 apart; one GPU, shared; or the
-    CPU, where both work at the same time.
+    """The devices of trainer and server.
+
+    placement: what the user asks for. None: the trainer gets GPU 0 and the server GPU 1. A machine
+        with one GPU shares that GPU, and a machine without GPUs runs both on the CPU.
 
     GPUs are counted among those that CUDA_VISIBLE_DEVICES leaves to this process.
     Raises ConfigError for what this machine lacks.

@@ -86,8 +86,10 @@ class Job:
 
 
 async def run(request: Request) -> Outcome:
-    """See the module. Raises what the server, the trainer or the model's family raises, and
-    DataError for lost routed experts.
+    """Run the stage that this module describes.
+
+    Raises the errors of the server, the trainer and the model's family, and DataError where a reply
+    lacks its routed experts.
     """
     with ExitStack() as kept:
         job = _job(request, kept)
