@@ -99,8 +99,11 @@ def _logprobs(choice: Choice, count: int, name: str) -> np.ndarray:
 
 
 def _check_unedited(choice: Choice, token_ids: list[int], digest: object, name: str) -> None:
-    """Raise DataError if the choice's text or tool calls are not those that the server made of the
-    ids. A service that binds them by no digest is believed.
+    """Raise DataError if the choice's text or tool calls are not those that the server returned with
+    these ids.
+
+    digest: the server's, of ids and message. None: the service gives no digest, and an edit goes
+        unseen.
     """
     if digest is not None and reply_digest(token_ids, choice.message.model_dump(mode="json")) != digest:
         raise DataError(

@@ -1,5 +1,5 @@
-"""From a model's config and parallel sizes to a Megatron model on this rank, loaded through the
-weight contract.
+"""Build this rank's Megatron model from the model's config and the parallel sizes, and load its
+weights through the weight contract.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class TrajectoryFile:
             shutil.rmtree(self._parts, ignore_errors=True)
 
     def _write_part(self, waiting: list[tuple[int, Trajectory]]) -> None:
-        """The trajectories that finished since the last part. A part that can't be written ends
-        nothing: `finish` says why.
+        """Write the trajectories that finished since the last part. An error is logged and ends
+        no rollout; `finish` writes all groups again, and raises what is still wrong.
         """
         if not waiting:
             return

@@ -34,17 +34,16 @@ async def gather_trajectory_groups(
 ) -> list[TrajectoryGroup]:
     """Run all rollouts at once and return their groups, in the order given.
 
-    groups: each an iterable of rollouts (awaitables that give a Trajectory, or trajectories), or an
-        awaitable that gives a TrajectoryGroup. Give coroutines. A task that you started yourself is
-        awaited, but its first `model.inference_name()` does not decide the version of the full
-        rollout.
-    max_exceptions: failed rollouts to tolerate in all, as a count. Below 1 it is a fraction of the
-        rollouts, rounded up but never all of them. Those are kept on their group.
-    after_each: called with each finished group (may be async). It returns the group to keep, or a
-        list of groups; an empty list drops the group.
-    noise: a name. Rollouts at the same position of two calls of one name sample the same noise at
-        one step, such as a call that is repeated after a failure. None: each call of a step has
-        noise of its own. A `Noise` also names the step and the first group.
+    groups: each group is an iterable of rollouts, or an awaitable of a TrajectoryGroup. A rollout is a
+        coroutine that returns a Trajectory, or a Trajectory. A task that you started yourself works
+        too, but the model's version may then change within its rollout.
+    max_exceptions: how many rollouts may fail, in all groups together. A number below 1 is a share
+        of the rollouts, rounded up, but never all. A group keeps the errors of its failed rollouts.
+    after_each: called with each finished group; may be async. It returns the group to keep, or a
+        list of groups: an empty list drops the group.
+    noise: a name for the sampling noise. A second call with the same name samples the same noise at
+        the same step, as for a call that is repeated after a failure. None: noise of this call's
+        own. A `Noise` also names the step and the first group.
 
     Raises RolloutError, naming the first failure, once too many failed; the rest is cancelled and
     what finished is in its `groups`.

@@ -1,5 +1,5 @@
-"""A random adapter that changes a model clearly, for validation. Imports torch: call it from a
-thread or a worker.
+"""A random adapter, large enough to change a model's answers clearly. Imports torch, so a program
+with an event loop calls it in a thread or a worker.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ def make_slot_writer(manager: Any, config: dict[str, Any], plan: WirePlan) -> Sl
 
 
 def _from_memory(manager: Any, lora_request: Any) -> Any:
-    """The checks and steps of vLLM's own loader, from tensors instead of a file, on the tensors'
-    device.
+    """Load an adapter as vLLM's own loader does, with the same checks. The tensors come from memory,
+    not from a file, and stay on their device.
     """
     from vllm.lora.peft_helper import PEFTHelper
 

@@ -61,9 +61,7 @@ class _State:
 
 
 class Receiver:
-    """A mixin of vLLM's worker. The attributes below are the worker's own; the mixin's methods begin
-    with `lockstep_`, so that they replace none of the worker's.
-    """
+    """A mixin of vLLM's worker, which has these attributes. Names with `lockstep_` replace none of the worker's."""
 
     vllm_config: Any
     model_runner: Any

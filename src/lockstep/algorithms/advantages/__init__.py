@@ -1,5 +1,5 @@
-"""The advantage estimators: one file each in this folder, and whatever a user names as
-"module:function". Imports no numpy until one is called.
+"""The advantage estimators: one file each in this folder, and a user's own as "module:function".
+numpy is imported when an estimator is called, not before.
 """
 
 from __future__ import annotations

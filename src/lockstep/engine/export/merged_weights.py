@@ -42,8 +42,9 @@ cost little, since nothing overlaps them.
 
 
 class WeightsOut:
-    """Made once on every rank (collective) and kept: the plan and the connection serve every sync
-    of a run.
+    """Sends the merged weights of each step to the server.
+
+    All ranks make it together, once: every sync of a run uses the same plan and connection.
     """
 
     def __init__(self, trainer: TrainerState, senders: SenderGroup) -> None:

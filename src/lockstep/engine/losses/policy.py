@@ -73,10 +73,9 @@ def kl_k2(new: Tensor, reference: Tensor) -> Tensor:
 
 def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) per token, `r - 1 - log r` with r = reference/new.
-    never negative.
 
-    It is unbiased for tokens sampled from `new`. Its gradient `(1 - r) d log new` is used as the
-    penalty's, as in GRPO.
+    The estimate is never negative, and unbiased for tokens sampled from `new`. The penalty's gradient
+    is the estimate's own, `(1 - r) d log new`, as in GRPO.
     """
     difference = reference - new
     return torch.expm1(difference) - difference

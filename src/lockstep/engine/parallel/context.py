@@ -1,14 +1,15 @@
 """Context parallelism: the tokens of a row are distributed over ranks round-robin, token i to rank
 i mod C.
 
-Whatever works token by token (embedding, norms, projections, experts, loss head) sees this rank's
-tokens only. Attention and GatedDeltaNet need the full row. An all-to-all turns all heads of this
-rank's tokens into this rank's share of the heads for all tokens. Another all-to-all turns them back
-(Ulysses, arXiv 2309.14509). So masks, block masks, convolution and recurrent states see full rows
-in row order, exactly as without context parallelism. This file knows nothing of trees. Every rank
-has equal work whatever the tree looks like, and as neighbours alternate, scored tokens and padding
-spread evenly too. The price: heads must divide. Verified on CPUs (gloo) in fp32 and on two GPUs in
-bf16.
+Layers that work token by token (embedding, norms, projections, experts, loss head) see this rank's
+tokens only. Attention and GatedDeltaNet need the full row. One all-to-all trades this rank's tokens
+with all heads for all tokens with this rank's share of the heads. A second one trades them back
+(Ulysses, arXiv 2309.14509). So masks, convolution and recurrent states see full rows in row order,
+as without context parallelism.
+
+Each rank has the same work, whatever the prefix tree looks like. Neighbouring tokens alternate
+between ranks, so scored tokens and padding spread evenly. The number of ranks must divide the
+number of heads. Verified on CPUs (gloo) in fp32 and on two GPUs in bf16.
 
 The loss of a row is one number made from all its log-probabilities. Every rank computes the loss
 from all of them and differentiates it by its own. So a weight's gradient is the sum over the ranks,

@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def mixed(self) -> bool:
-        """True if the checkpoint's embedding is narrower than fp32, so that its fp32 tensors are
+        """True if the embedding is stored narrower than fp32. The checkpoint's fp32 tensors are then
         fp32 on purpose.
         """
         embedding = self.tensors.get(f"{self.layout.prefix}embed_tokens.weight")

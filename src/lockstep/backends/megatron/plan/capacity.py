@@ -1,5 +1,5 @@
-"""The capacity of a server: the longest conversation and the number of requests, from the model's
-sizes and the free memory.
+"""How much a server can hold: the tokens of its longest conversation, and the number of requests at
+once. Both follow from the model's sizes and the free memory.
 
 The estimates are for choosing defaults. vLLM measures for itself, and takes what its arguments
 leave it.
