@@ -319,8 +319,9 @@ def _describe_rest(log: _Log, resolved: ResolvedSettings, asked: MegatronConfig)
         "as memory asks for it" if resolved.recompute is None else resolved.recompute,
         _set(resolved.recompute),
     )
-    log.add("numerics", "exact" if resolved.exact else "fast", "set" if resolved.exact else "default")
-    log.add("seed_requests", asked.seed_requests, "set" if "seed_requests" in asked.model_fields_set else "default")
-    log.add("sinks", list(asked.sinks), "set" if asked.sinks else "default")
-    log.add("server_args", list(resolved.server_args), "set" if resolved.server_args else "default")
     log.add("seed", resolved.seed, "of the adapter's first values and the sampling")
+    described = {setting.name for setting in log.settings} | {"path", "placement"}
+    for name in (name for name in type(asked).model_fields if name not in described):
+        value = getattr(asked, name)
+        why = "set" if name in asked.model_fields_set else "default"
+        log.add(name, list(value) if isinstance(value, tuple) else value, why)
