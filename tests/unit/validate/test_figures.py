@@ -90,6 +90,7 @@ def test_every_tolerance_has_a_reason_and_none_is_hidden() -> None:
     bounds = {"qwen3": 4.0, "qwen3_5": 4.0, "qwen3_moe": 7.0, "qwen3_5_moe": 5.0}
     for family, percent in bounds.items():
         assert limit_of(f"mismatch percent of {family}", "bfloat16") <= percent
+    assert limit_of("mismatch percent of a new family", "bfloat16") == min(bounds.values())
     assert limit_of("mismatch KL", "bfloat16") <= 0.002
     with pytest.raises(ConfigError, match="no limit for"):
         limit_of("nose")
