@@ -29,6 +29,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tensor": 2, "sequence": True},
     "cp2": {"context": 2},
 }
+FAST = ("qwen3_moe", "qwen3_5")
+"""In two processes: together they have every kind of mixer and of MLP. The slow tier has the other pairings."""
 VARIANTS = [("float64", False), ("float32", False), ("float32", True)]
 """(dtype, adapters instead of all weights)."""
 
@@ -103,7 +105,9 @@ def test_one_process(family, models, seed, leaves, loss, tight, variant):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("family", list(packing.FAMILIES))
+@pytest.mark.parametrize(
+    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in packing.FAMILIES]
+)
 @pytest.mark.parametrize("size", list(SIZES))
 @drawn(12)
 @given(**problems)

@@ -51,10 +51,11 @@ def sizes_of(family: str) -> dict[str, dict[str, Any]]:
 CASES = [(f, s, kind) for f in FAMILIES for s in sizes_of(f) for kind in ("check", "lora")]
 CASES += [("qwen3_5_moe", s, "exact") for s in sizes_of("qwen3_5_moe")] + [("qwen3", "tp2-sp", "exact")]
 """Exact: the family with every kind of layer, and plain attention."""
-FAST = {(f, s, kind) for f, s, kind in CASES if (f, kind) in (("qwen3", "check"), ("qwen3_5", "lora"))}
-FAST |= {("qwen3_moe", s, "lora") for s in EXPERT_SIZES} | {case for case in CASES if case[2] == "exact"}
-FAST |= {("qwen3_5_moe", s, "check") for s in ("tp2-sp-ep2", "pp2")} | {("qwen3_moe", "cp2", "check")}
-"""Every family, and every kind of layer at every size: in fp64, or with adapters. The slow tier has the rest in fp32."""
+FAST = {("qwen3_5", s, "lora") for s in SIZES} | {("qwen3_moe", s, "lora") for s in EXPERT_SIZES}
+FAST |= {case for case in CASES if case[2] == "exact"}
+FAST |= {("qwen3", s, "check") for s in ("dp2", "cp2")} | {("qwen3_5_moe", "tp2-sp-ep2", "check")}
+"""Every family, and every kind of layer at every size: in fp64, or with adapters; an update with data, context, tensor and expert
+parallelism. The slow tier has the rest in fp32."""
 SLOW = {*CASES} - FAST
 ROUTED = [("qwen3_moe", s) for s in EXPERT_SIZES] + [("qwen3_5_moe", s) for s in sizes_of("qwen3_5_moe")]
 SLOW_ROUTED = {("qwen3_5_moe", s) for s in EXPERT_SIZES}
