@@ -61,7 +61,7 @@ class _State:
 
 
 class Receiver:
-    """A mixin of vLLM's worker, which has these attributes. Names with `lockstep_` replace none of the worker's."""
+    """A mixin of vLLM's worker, whose attributes these are. Its own names begin with `lockstep_`, and hide none of them."""
 
     vllm_config: Any
     model_runner: Any
