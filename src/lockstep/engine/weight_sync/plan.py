@@ -141,7 +141,6 @@ def _overlap(boxes: list[Box]) -> bool:
 
 def full_source(meta: TensorMeta) -> Source:
     """A sender's source that is one whole weight: rows along its first dimension."""
-    rows = meta.shape[0] if meta.shape else 1
     # What a row means follows the part's rule: a first dimension of one belongs to the row.
     axis = next((i for i, size in enumerate(meta.shape) if size > 1), 0)
     rows = meta.shape[axis] if meta.shape else 1
