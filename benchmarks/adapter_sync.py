@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 
 from shapes import SHAPES
 from sync_common import machine, numbers, place, run_child, run_options, write_config
+from tiny import tiny_option
 
 from lockstep.inference.client import Server
 from lockstep.inference.environment.install import find_runtime
@@ -173,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="all modules of a shape, with few dims, for a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="free memory that a server asks for")
     run_options(parser)
+    tiny_option(parser, repeat=1, out=Path(os.devnull))
     arguments = parser.parse_args()
     place(arguments, arguments.shape == ["tiny"])
     arguments.transport = arguments.transport or ("nccl" if arguments.gpus else "gloo")

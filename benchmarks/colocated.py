@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from real_steps import conclude, keep_logs, measured, model_options, passed_s, rollouts, say
+from tiny import tiny_option
 
 import lockstep as ls
 from lockstep.backends.megatron.run import Run
@@ -193,6 +194,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds, from the program's start, for all steps")
+    tiny_option(parser, cycles=4)
     options = parser.parse_args()
     if options.cycles < SETTLED:
         parser.error(f"--cycles must be at least {SETTLED}")

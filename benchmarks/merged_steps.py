@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from real_steps import conclude, keep_logs, measured, model_options, rollouts, say
+from tiny import tiny_option
 
 import lockstep as ls
 from lockstep.backends.megatron.run import Run
@@ -285,6 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="the server's share of its GPU")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which it gives up")
+    tiny_option(parser, steps=1, in_flight=2)
     options = parser.parse_args()
     options.long = options.long or (120 if options.shape == "tiny" else 1500)
     return options

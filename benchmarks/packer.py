@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tiny import tiny_option
 
 from lockstep.batching.pack import pack, packing_metrics
 from lockstep.batching.prefix_tree import TokenSequence
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", help="shapes with this in their name")
     parser.add_argument("--output", type=Path)
+    tiny_option(parser, tokens=20_000, repeat=1)
     options = parser.parse_args()
     figures = {}
     print(f"{'shape':40}{'process s':>10}{'clock s':>10}{'copy s':>8}{'shared':>8}{'padding':>9}")

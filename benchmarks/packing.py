@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from shapes import SHAPES, write_random
+from tiny import tiny_option
 
 from lockstep.batching.pack import pack, packing_metrics
 from lockstep.batching.packed_batch import PackedBatch
@@ -337,6 +338,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    tiny_option(parser, shares=[2 / 3], samples=[4], trees=[9], repeat=1)
     options = parser.parse_args()
     options.length = options.length or (192 if options.shape == ["tiny"] else 3072)
     return options

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny import tiny_option
 
 import parity
 from cases import hugging_face_fp64, tiny
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    tiny_option(parser, draws=1)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     device.start(Parallel(), seed=0)

@@ -14,6 +14,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from tiny import tiny_option
+
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.environment.locate import default_kind
 from lockstep.testing.programs import probed
@@ -25,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 256], help="that decode at a time (64 256)")
     parser.add_argument("--layers", type=int, default=48, help="with experts, of which 8 are picked (48)")
+    tiny_option(parser, requests=[8], layers=4)
     options = parser.parse_args()
     runtime = find_runtime(default_kind())
     env = {"PYTHONPATH": str(runtime.plugin_path), "VLLM_PLUGINS": ""}

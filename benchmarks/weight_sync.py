@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from typing import Any
 
 from shapes import SHAPES
 from sync_common import DEADLINE_S, machine, numbers, place, run_child, run_options, write_config
+from tiny import tiny_option
 
 from lockstep.inference.client import Server
 from lockstep.inference.environment.install import find_runtime
@@ -217,6 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bucket-mb", type=int, default=0, help="default 128 between GPUs, 16 on a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.55)
     run_options(parser)
+    tiny_option(parser, repeat=1, out=Path(os.devnull))
     arguments = parser.parse_args()
     place(arguments, arguments.shape == "tiny")
     arguments.policy = arguments.policy or ["staged", "streamed"]
