@@ -1,5 +1,6 @@
 """Writes the manifest of the server runtime's project that the wheel carries: a digest of every file, so that an
-installation that lost or changed one is noticed before anything is built from it."""
+installation that lost or changed one is noticed before anything is built from it. Carries the evidence of
+`lockstep validate` too, where there is any."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ class ManifestHook(BuildHookInterface):
         manifest = Path(self.folder.name) / "manifest.json"
         manifest.write_text(json.dumps(digests, indent=1) + "\n")
         build_data["force_include"][str(manifest)] = "lockstep/_runtime/manifest.json"
+        evidence = Path(self.root) / "evidence"
+        if evidence.is_dir():
+            build_data["force_include"][str(evidence)] = "lockstep/_evidence"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if version != "editable":
