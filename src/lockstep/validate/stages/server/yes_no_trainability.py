@@ -1,7 +1,7 @@
 """Stage yes_no_trainability: a reward on the first word is learnt within a few steps.
 
-"maybe" earns 1, "no" 0.75, "yes" 0.5. A model of random weights has no words: its first token earns
-1 where its id is a multiple of 16, 0.75 where the remainder is below 5, and 0.5 else.
+"maybe" earns 1, "no" 0.75, "yes" 0.5. A model of random weights has no words: three classes of token
+ids, by the remainder of a division by 3, stand for them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def word_reward(choice: Any) -> float:
 
 def class_reward(choice: Any) -> float:
     """By the id of the reply's first token."""
-    remainder = choice.token_ids[0] % 16
-    return 1.0 if remainder == 0 else 0.75 if remainder < 5 else 0.5
+    return (1.0, 0.75, 0.5)[choice.token_ids[0] % 3]
 
 
 async def run(request: Request) -> Outcome:
