@@ -35,6 +35,7 @@ from lockstep.model import open_client
 from lockstep.models.registry import get_model_support_spec
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env
+from lockstep.rollouts.router import Replica, Router
 
 GROUP = 8
 RANK = 16
@@ -48,8 +49,9 @@ def questions(count: int, round_: int) -> list[str]:
     ]
 
 
-def cpu_seconds(server: Server) -> dict[str, float]:
-    """CPU seconds so far: `user` of this process, `api`, `engine` and `workers` of the server."""
+def cpu_seconds(servers: list[Server]) -> dict[str, float]:
+    """CPU seconds so far: `user` of this process, `api`, `engine` and `workers` of the servers."""
+    guards = {server.child.pid for server in servers}
     tick, parents, spent = os.sysconf("SC_CLK_TCK"), {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -61,9 +63,9 @@ def cpu_seconds(server: Server) -> dict[str, float]:
     seconds = {"user": time.process_time()}
     for pid, value in spent.items():
         depth, above = 1, parents[pid]
-        while above not in (server.child.pid, 0, 1):
+        while above not in (*guards, 0, 1):
             depth, above = depth + 1, parents.get(above, 0)
-        if above == server.child.pid:
+        if above in guards:
             label = ("api", "engine", "workers")[min(depth, 3) - 1]
             seconds[label] = seconds.get(label, 0.0) + value
     return seconds
@@ -90,33 +92,49 @@ async def through_lockstep(
     config: ServerConfig, runtime: Runtime, scratch: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Tokens per second and CPU seconds of each repetition, by reply length."""
-    server = await launch(config, runtime, scratch, lambda line: print(line, flush=True))
+    servers = await asyncio.gather(*(launched(config, runtime, scratch, number) for number in range(options.replicas)))
+    replicas = tuple(Replica(number, server.base_url, server.api_key) for number, server in enumerate(servers))
     endpoint = Endpoint(
-        server.base_url, server.api_key, config.max_num_seqs, config.max_model_len, siblings=not options.alone
+        servers[0].base_url,
+        servers[0].api_key,
+        config.max_num_seqs,
+        config.max_model_len,
+        siblings=not options.alone,
+        replicas=replicas,
     )
-    client = open_client(endpoint, itertools.count().__next__)
+    router = Router(lambda: replicas) if len(replicas) > 1 else None
+    client = open_client(endpoint, itertools.count().__next__, router)
     results: dict[str, Any] = {}
     try:
         model = config.served_name
         if options.adapter:
             model = "adapter@1"
-            await server.load_adapter(model, options.adapter)
+            for server in servers:
+                await server.load_adapter(model, options.adapter)
         for tokens in options.tokens:
             await one_round(client, model, tokens, options.requests, -tokens)
             rates, spent = [], []
             for round_ in range(options.repeat):
-                before, started = cpu_seconds(server), time.perf_counter()
+                before, started = cpu_seconds(servers), time.perf_counter()
                 sampled = await one_round(client, model, tokens, options.requests, round_ * 1000 + tokens)
                 seconds = time.perf_counter() - started
-                after = cpu_seconds(server)
+                after = cpu_seconds(servers)
                 rates.append(sampled / seconds)
                 spent.append({name: round(after[name] - before.get(name, 0.0), 3) for name in after})
             results[str(tokens)] = {"tokens_per_second": rates, "cpu_seconds": spent}
             print(tokens, [round(rate) for rate in rates], spent[-1], flush=True)
     finally:
         await client.close()
-        await server.close()
+        for server in servers:
+            await server.close()
     return results
+
+
+async def launched(config: ServerConfig, runtime: Runtime, scratch: Path, number: int) -> Server:
+    """One of the servers; on a GPU each has its own."""
+    if runtime.kind == "cuda":
+        config = config.model_copy(update={"gpus": (number,)})
+    return await launch(config, runtime, scratch, lambda line: print(line, flush=True), f"server-{number}.log", number)
 
 
 def offline(config: ServerConfig, runtime: Runtime, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +195,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 128, 512])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--sequences", type=int, default=512, help="sequences that the server takes at once")
+    parser.add_argument("--sequences", type=int, default=512, help="sequences that a server takes at once")
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="servers that share the requests, each on a GPU of its own"
+    )
     parser.add_argument("--server-arg", action="append", default=[])
     parser.add_argument("--no-offline", action="store_true")
     parser.add_argument("--alone", action="store_true", help="each request by itself, as requests with no siblings are")

@@ -13,6 +13,7 @@ from lockstep.config.lora import LoraConfig
 from lockstep.errors import ConfigError
 from lockstep.rollouts.leases import Leases, RolloutScope, current_scope, rollout_scope
 from lockstep.rollouts.noise import RequestSeeds, current_place
+from lockstep.rollouts.router import Router
 from lockstep_wire import http_paths, siblings
 
 if TYPE_CHECKING:
@@ -41,13 +42,16 @@ def _check_segment(kind: str, value: str) -> str:
     return value
 
 
-def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: None) -> AsyncOpenAI:
+def open_client(
+    endpoint: Endpoint, seed: Callable[[], int | None] = lambda: None, servers: Router | None = None
+) -> AsyncOpenAI:
     """A client of a run's own server. The caller closes it.
 
     It sends what the server has places for (`slots.py`); a deadline counts from then.
 
     seed: asked once for each request that samples and sets none itself; None leaves the noise to
         the server.
+    servers: says which of several servers answers.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
@@ -60,6 +64,7 @@ def open_client(endpoint: Endpoint, seed: Callable[[], int | None] = lambda: Non
         slots = None if endpoint.slots is None else Slots(endpoint.slots)
         default_s = deadlines.REQUEST_S
         longest = endpoint.max_model_len or 0
+        router = servers
 
     class RolloutClient(SeededRequests, SiblingRequests, AsyncOpenAI):
         next_seed = staticmethod(seed)
@@ -100,6 +105,7 @@ class TrainableModel:
         self._seeds = RequestSeeds()
         self._client: tuple[Endpoint, asyncio.AbstractEventLoop | None, AsyncOpenAI] | None = None
         self._gateway: Gateway | None = None
+        self._router = Router(lambda: self._registered().endpoint(self).replicas)
 
     def __repr__(self) -> str:
         state = f"step={self._step}" if self._backend is not None else "not registered"
@@ -180,9 +186,12 @@ class TrainableModel:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
-        if self._client is None or self._client[:2] != (endpoint, loop):  # connections belong to one event loop
-            self._client = (endpoint, loop, open_client(endpoint, lambda: self._next_seed(endpoint.seed)))
-        return self._client[2]
+        known = self._client  # connections belong to one event loop; the router finds a replica's new address
+        if known is None or known[1] != loop or not (endpoint.replicas or known[0] == endpoint):
+            router = self._router if endpoint.replicas else None
+            self._client = (endpoint, loop, open_client(endpoint, lambda: self._next_seed(endpoint.seed), router))
+            return self._client[2]
+        return known[2]
 
     def _next_seed(self, run_seed: int | None) -> int | None:
         """The seed of the next request; None outside of rollouts, or where the run does not seed
@@ -210,10 +219,20 @@ class TrainableModel:
             self._gateway = Gateway()
         step = int(name.rpartition("@")[2])
         self._leases.take(step)
-        terms = Terms(
-            name, lambda: backend.endpoint(self), dict(sampling or {}), self._next_seed(backend.endpoint(self).seed)
-        )
-        episode = self._gateway.episode(terms, lambda: self._leases.give_back(step))
+        seed = self._next_seed(backend.endpoint(self).seed)
+        hold = self._router.hold_of_episode(scope) if backend.endpoint(self).replicas else None
+
+        def address() -> Endpoint:
+            endpoint = backend.endpoint(self)
+            return endpoint if hold is None else endpoint.served_by(hold.replica())
+
+        def ended() -> None:
+            self._leases.give_back(step)
+            if hold is not None:
+                hold.end()
+
+        terms = Terms(name, address, dict(sampling or {}), seed, hold.broke_off if hold is not None else None)
+        episode = self._gateway.episode(terms, ended)
         if scope is not None:
             scope.at_end(episode.end)
         return episode

@@ -14,12 +14,19 @@ class FakeServer:
     """Answers every request on loopback with `answer`, as an async context manager. `base_url` ends in /v1."""
 
     async def __aenter__(self):
+        self._writers: list[asyncio.StreamWriter] = []
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
         return self
 
     async def __aexit__(self, *_):
         self._server.close()
+
+    def die(self) -> None:
+        """Take no connection any more, and break those that there are."""
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
 
     async def answer(self, path: bytes, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and reply of a request."""
@@ -35,6 +42,7 @@ class FakeServer:
         """A connection has ended."""
 
     async def _serve(self, reader, writer):
+        self._writers.append(writer)
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])

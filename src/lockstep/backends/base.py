@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lockstep.errors import ConfigError
+from lockstep.rollouts.router import Replica
 
 if TYPE_CHECKING:
     from lockstep.config.train import TrainConfig
@@ -25,6 +26,7 @@ class Endpoint:
     seed: what the seeds of rollouts' requests follow from; None: requests get none.
     siblings: the server takes requests that differ in their seed alone as one.
     colocated: the server sleeps while the trainer works.
+    replicas: of several servers, all that serve now; requests go where a `Router` says. Empty for one.
     keeps_steps: an older step answers as it was, as long as a rollout holds it. False: the newest
         weights answer to its name.
     """
@@ -37,6 +39,11 @@ class Endpoint:
     siblings: bool = False
     colocated: bool = False
     keeps_steps: bool = True
+    replicas: tuple[Replica, ...] = field(default=(), compare=False)
+
+    def served_by(self, replica: Replica) -> Endpoint:
+        """The same model at one of its replicas."""
+        return replace(self, base_url=replica.base_url, api_key=replica.api_key)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ ADAPTER_S = 300.0
 """The backend for the server to load, unload or score with an adapter, or to wake."""
 REQUEST_S = 600.0
 """A user's client for the reply to one request."""
+REPLICA_RESTS_S = 10.0
+"""A replica that broke off a request, before it gets another one; its watch has noticed its end by
+then.
+"""
 CONNECT_S = 10.0
 """A user's client for a connection."""
 DATABASE_S = 30.0

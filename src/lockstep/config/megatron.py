@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,15 +14,21 @@ class Placement(Config):
     """The GPUs of this machine that train, and those that serve. The same list in both: colocated
     mode, the server sleeps while training. "cpu" in both: colocated mode without a GPU, to try it
     out.
+
+    A list of lists for `inference`: several servers (replicas) share the rollouts, each on its GPUs.
     """
 
     trainer: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the trainer, such as [0]; or 'cpu'")
-    inference: tuple[int, ...] | Literal["cpu"] = Field(description="GPU numbers of the server, such as [1]; or 'cpu'")
+    inference: tuple[int, ...] | tuple[tuple[int, ...], ...] | Literal["cpu"] = Field(
+        description="GPU numbers of the server, such as [1]; a list for each of several servers, such as [[1], [2, 3]]; or 'cpu'"
+    )
 
     @field_validator("trainer", "inference")
     @classmethod
-    def _gpu_numbers(cls, gpus: tuple[int, ...] | Literal["cpu"]) -> tuple[int, ...] | Literal["cpu"]:
-        if gpus != "cpu" and (not gpus or min(gpus) < 0 or len(set(gpus)) != len(gpus)):
+    def _gpu_numbers(cls, gpus: Any) -> Any:
+        lists = [gpu if isinstance(gpu, tuple) else (gpu,) for gpu in gpus if gpus != "cpu"]
+        numbers = [number for numbers in lists for number in numbers]
+        if gpus != "cpu" and (not all(lists) or not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers)):
             raise ValueError("must name at least one GPU, each once, counted from 0")
         return gpus
 
@@ -32,8 +38,13 @@ class Placement(Config):
             if self.trainer != self.inference:
                 raise ValueError("'cpu' for one of trainer and inference only: give it for both, or give both GPUs")
             return self
-        common = set(self.trainer) & set(self.inference)
-        if common and set(self.trainer) != set(self.inference):
+        serving = {number for server in self.servers for number in server}
+        common = set(self.trainer) & serving
+        if common and len(self.servers) > 1:
+            raise ValueError(
+                f"trainer and inference share GPU {sorted(common)[0]}: several servers need GPUs of their own"
+            )
+        if common and set(self.trainer) != serving:
             raise ValueError(
                 f"trainer and inference share GPU {sorted(common)[0]} but not all: give them the same GPUs (shared) or "
                 "none in common"
@@ -43,7 +54,13 @@ class Placement(Config):
     @property
     def colocated(self) -> bool:
         """True when trainer and server take turns on the same devices."""
-        return set(self.trainer) == set(self.inference)
+        return self.trainer == "cpu" or set(self.trainer) == set(self.servers[0])
+
+    @property
+    def servers(self) -> tuple[tuple[int, ...], ...]:
+        """The GPUs of each server; of a CPU's one server, none."""
+        gpus: Any = () if self.inference == "cpu" else self.inference
+        return gpus if gpus and isinstance(gpus[0], tuple) else (gpus,)
 
 
 class Parallel(Config):
@@ -123,6 +140,12 @@ class MegatronConfig(Config):
         default=None,
         description="GPU numbers of trainer and server; if not given, the CPU where there is no GPU, one GPU colocated, and else GPU "
         "0 and 1",
+    )
+    replicas: int | None = Field(
+        default=None,
+        ge=1,
+        description="servers that share the rollouts: on the CPU, on one GPU each beside the trainer's, or on equal parts of "
+        "placement.inference; 1 if not given, or as many as placement.inference has lists",
     )
     parallel: Parallel = Field(default_factory=Parallel, description="how the trainer is spread over processes")
     offload: bool | None = Field(

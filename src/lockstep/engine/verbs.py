@@ -99,13 +99,15 @@ class Verbs:
         report({"kind": "phase", "phase": "sync", "waits_for": "the server"})
         if self.weights_out is None:
             self.weights_out = WeightsOut(self.trainer, self._senders("sync"))
-        return self.weights_out.push(_server(request), request.version, request.transport, request.deadline_s)
+        where = request.transport, request.deadline_s, request.others
+        return self.weights_out.push(_server(request), request.version, *where)
 
     def sync_adapter(self, request: protocol.SyncAdapter, report: Report) -> protocol.SyncReport:
         report({"kind": "phase", "phase": "sync", "waits_for": "the server"})
         if self.adapters_out is None:
             self.adapters_out = AdaptersOut(self.trainer, self._senders("adapters"), request.deadline_s)
-        return self.adapters_out.push(_server(request), request.version, request.transport, request.deadline_s)
+        where = request.transport, request.deadline_s, request.others
+        return self.adapters_out.push(_server(request), request.version, *where)
 
     def offload(self, request: protocol.Offload, report: Report) -> protocol.Moved:
         return protocol.Moved(self._offload().out(keep_weights=request.keep_weights))

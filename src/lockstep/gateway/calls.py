@@ -13,7 +13,7 @@ from typing import Any
 
 from lockstep.gateway.episode import Call, Captured
 from lockstep.gateway.messages import Message, identity, plain, setting_of
-from lockstep.gateway.refusal import Refusal
+from lockstep.gateway.refusal import NoReply, Refusal
 from lockstep.gateway.tree import Place
 from lockstep.gateway.upstream import Address, Upstream
 from lockstep.rollouts.noise import seed_of
@@ -26,6 +26,10 @@ _FORWARDED = (
     *("logprobs", "top_logprobs", "logit_bias", "bad_words", "structured_outputs"),
 )
 """Fields of a request that reach the server. OpenAI's others are for its own books."""
+
+
+_SERVERS = 4
+"""Of several, asked one after another while each is lost."""
 
 
 class Attempt:
@@ -63,12 +67,14 @@ class Terms:
 
     name: the served version. address: asked at each call, since a server may be replaced. sampling: settings of every request.
     seed: what the seeds of its requests follow from; None leaves the noise to the server.
+    broke_off: called with the base URL of a server that gave no answer; says whether another may give one.
     """
 
     name: str
     address: Callable[[], Address]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
+    broke_off: Callable[[str], bool] | None = None
 
 
 @dataclass(eq=False)
@@ -140,15 +146,35 @@ class OpenEpisode:
         if history is not None:
             body[FIELD] = history.encode()
         try:
-            if taken is None:
-                reply = await upstream.complete(self.terms.address(), body, under_way=begun)
-            else:
-                reply = await upstream.stream(self.terms.address(), body, taken, under_way=begun)
+            reply = await self._answered(upstream, body, taken, begun)
         finally:
             with captured.lock:
                 captured.under_way -= 1
         self._keep(chat, setting, place, reply, [] if history is None else history.ids)
         return reply
+
+    async def _answered(
+        self, upstream: Upstream, body: dict[str, Any], taken: Callable[[dict[str, Any]], None] | None, begun: bool
+    ) -> dict[str, Any]:
+        """The server's reply; another server's where the first is lost before anything of it came."""
+        came = False
+
+        def noted(chunk: dict[str, Any]) -> None:
+            nonlocal came
+            came = True
+            assert taken is not None
+            taken(chunk)
+
+        for _ in range(_SERVERS):
+            address = self.terms.address()
+            try:
+                if taken is None:
+                    return await upstream.complete(address, body, under_way=begun)
+                return await upstream.stream(address, body, noted, under_way=begun)
+            except NoReply:
+                if came or self.terms.broke_off is None or not self.terms.broke_off(address.base_url):
+                    raise
+        raise NoReply(502, f"{_SERVERS} of the run's servers gave no reply")
 
     def _seed(self, seed: int, setting: str, messages: list[Message]) -> int:
         """The same for the same messages asked as often, whatever the order of calls that an agent makes at once."""

@@ -1,4 +1,4 @@
-"""The run's own server, as the gateway sees it: one pool of connections and as many requests as the server takes at once."""
+"""The run's own servers, as the gateway sees them: one pool of connections and as many requests as a server takes at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lockstep.config import deadlines
-from lockstep.gateway.refusal import Refusal
+from lockstep.gateway.refusal import NoReply, Refusal
 from lockstep.rollouts.connections import connections_for
 from lockstep.rollouts.slots import Slots, choices_of, token_limit
 from lockstep_wire.http_paths import CHAT_COMPLETIONS
@@ -35,12 +34,6 @@ class Address(Protocol):
     def max_model_len(self) -> int | None: ...
 
 
-@dataclass(frozen=True)
-class _Known:
-    address: Address
-    slots: Slots | None
-
-
 class Upstream:
     """Sends requests to the server; for one event loop. The server may change its address from one call to the next."""
 
@@ -51,7 +44,7 @@ class Upstream:
         self._errors = httpx.HTTPError
         self._broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
         self._timeout = httpx.Timeout
-        self._known: _Known | None = None
+        self._slots: dict[tuple[str, int], Slots] = {}
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -87,7 +80,7 @@ class Upstream:
                 else:
                     taken(event)
         if reply is None:
-            raise Refusal(502, "the run's server ended a stream before the reply's end")
+            raise NoReply(502, "the run's server ended a stream before the reply's end")
         return reply
 
     @asynccontextmanager
@@ -103,7 +96,7 @@ class Upstream:
             finally:
                 await response.aclose()
         except self._errors as error:
-            raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
+            raise NoReply(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
 
     async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Any:
         """The beginning of the answer. A server may close an idle connection just as it is used: then another is opened."""
@@ -123,9 +116,9 @@ class Upstream:
     @asynccontextmanager
     async def _place(self, address: Address, places: int, *, under_way: bool) -> AsyncIterator[None]:
         """As many of the server's places as a request has choices, once they are free."""
-        if self._known is None or self._known.address != address:
-            self._known = _Known(address, None if address.slots is None else Slots(address.slots))
-        slots = self._known.slots if places else None
+        slots = None
+        if places and address.slots is not None:
+            slots = self._slots.setdefault((address.base_url, address.slots), Slots(address.slots))
         taken = 0 if slots is None else await slots.take(places, under_way=under_way)
         try:
             yield

@@ -26,8 +26,10 @@ class Server:
     `base_url` (with `/v1`) and `api_key` are what an OpenAI client needs.
     """
 
-    def __init__(self, child: Child, port: int, api_key: str, served_name: str) -> None:
+    def __init__(self, child: Child, port: int, api_key: str, served_name: str, replica: int = 0) -> None:
+        """replica: its place among the run's servers, from 0."""
         self.child = child
+        self.replica = replica
         self.root_url = f"http://127.0.0.1:{port}"
         self.base_url = f"{self.root_url}/v1"
         self.api_key = api_key

@@ -118,9 +118,12 @@ async def launch(
     run_dir: Path,
     progress: Progress = lambda line: None,
     log_name: str = "server.log",
+    replica: int = 0,
 ) -> Server:
     """Starts the server on a free loopback port with a fresh token; returns when it has generated a
     token.
+
+    replica: its place among the run's servers, from 0.
 
     Its log is `log_name` in `run_dir/logs`. Raises ServerError, with the log's last lines, if it
     dies or misses its deadline.
@@ -135,7 +138,7 @@ async def launch(
             f"set TMPDIR to a folder of at most {_LONGEST_TMPDIR} bytes"
         )
     with reserved_port() as reserved:
-        server = _start(config, runtime, run_dir / "logs" / log_name, reserved.getsockname()[1])
+        server = _start(config, runtime, run_dir / "logs" / log_name, reserved.getsockname()[1], replica)
         try:
             await _until_ready(server, config, progress)
         except BaseException:  # a cancelled start, too, must leave no server behind
@@ -144,15 +147,15 @@ async def launch(
     return server
 
 
-def _start(config: ServerConfig, runtime: Runtime, log: Path, port: int) -> Server:
+def _start(config: ServerConfig, runtime: Runtime, log: Path, port: int, replica: int) -> Server:
     token = secrets.token_urlsafe(32)
     child = spawn(
         _command(config, runtime, port),
         _environment(config, runtime, token),
         log,
-        "the server",
+        f"server {replica + 1}" if replica else "the server",
     )
-    return Server(child, port, token, config.served_name)
+    return Server(child, port, token, config.served_name, replica)
 
 
 def _command(config: ServerConfig, runtime: Runtime, port: int) -> list[str]:

@@ -1,14 +1,15 @@
-"""Connections to one server for many requests at once, each found in constant time.
+"""Connections to a server for many requests at once, each found in constant time.
 
 The pool of httpx looks at every connection and asks the system about each idle one, at every
 request's start and end. With 512 requests under way this is half of what a client computes. Here
-each connection has a pool of its own, and a free one is taken from a stack.
+each connection has a pool of its own, and a free one is taken from a stack, one for each server.
 """
 
 from __future__ import annotations
 
 import ssl
 import sys
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,17 +24,18 @@ def connections_for(client_class: type) -> Any:
 
     class Connections(library.AsyncBaseTransport):
         def __init__(self) -> None:
-            self._idle: list[Any] = []
+            self._idle: defaultdict[str, list[Any]] = defaultdict(list)
             self._all: list[Any] = []
 
         async def handle_async_request(self, request: Any) -> Any:
-            connection = self._idle.pop() if self._idle else self._open()
+            idle = self._idle[f"{request.url.host}:{request.url.port}"]
+            connection = idle.pop() if idle else self._open()
             try:
                 response = await connection.handle_async_request(request)
             except BaseException:
-                self._idle.append(connection)  # the pool of one has closed what failed
+                idle.append(connection)  # the pool of one has closed what failed
                 raise
-            response.stream = Stream(response.stream, self._idle, connection)
+            response.stream = Stream(response.stream, idle, connection)
             return response
 
         def _open(self) -> Any:
@@ -42,7 +44,8 @@ def connections_for(client_class: type) -> Any:
             return connection
 
         async def aclose(self) -> None:
-            connections, self._all, self._idle = self._all, [], []
+            connections, self._all = self._all, []
+            self._idle.clear()
             for connection in connections:
                 await connection.aclose()
 
@@ -69,3 +72,16 @@ def _library_of(client_class: type) -> Any:
     """The module that defines the client's base, `AsyncClient`."""
     base = next(base for base in client_class.__mro__ if base.__name__ == "AsyncClient")
     return sys.modules[base.__module__.partition(".")[0]]
+
+
+def redirect(request: Any, base_url: str, api_key: str) -> None:
+    """Send a request that was built for another server to this one."""
+    to = type(request.url)(base_url)
+    request.url = request.url.copy_with(scheme=to.scheme, netloc=to.netloc)
+    request.headers["host"] = to.netloc.decode("ascii")
+    request.headers["authorization"] = f"Bearer {api_key}"
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether a server ended the connection, or took none; of httpx or its successor."""
+    return any(kind.__name__ in ("NetworkError", "RemoteProtocolError") for kind in type(error).__mro__)

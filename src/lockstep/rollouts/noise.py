@@ -57,6 +57,11 @@ class RolloutPlace:
         self._path = path
         self._requests = self._gathers = 0
 
+    @property
+    def group(self) -> tuple[GatherCall, str]:
+        """The group of the outermost gather that the rollout belongs to."""
+        return self.gather, self._path[0].rpartition(".")[0]
+
     def next_request(self) -> str:
         """A name of the rollout's next request, unlike those of all others under the same gather."""
         self._requests += 1

@@ -76,6 +76,8 @@ class SiblingRequests:
         body = self._body_of_sibling(cast_to, options, how)
         if body is None:
             return await alone(cast_to, options, **how)
+        if (router := getattr(self._client, "router", None)) is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            router.hold(body)  # the rollout stays where its siblings are answered
         seed = body.pop("seed", None)
         reply = await self._family_of(body, options.timeout).join(seed)
         if reply is None:

@@ -13,7 +13,9 @@ import itertools
 import json
 from typing import Any
 
+from lockstep.rollouts.connections import is_broken, redirect
 from lockstep.rollouts.leases import current_scope
+from lockstep.rollouts.router import Replica, Router
 from lockstep_wire import http_paths
 
 _SAMPLING = ("/completions", "/responses", "/messages", http_paths.SIBLINGS)
@@ -80,6 +82,8 @@ class SlotSending:
     """
 
     slots: Slots | None = None
+    router: Router | None = None
+    """Where there are several servers, each with as many places as `slots`."""
     default_s: float = 0.0
     """The client's own read deadline, in seconds. A request that came with no other gets a second
     more for each token it may sample.
@@ -95,38 +99,68 @@ class SlotSending:
         limits = request.extensions.get("timeout", {})
         if limits.get("read") == self.default_s:
             request.extensions["timeout"] = {**limits, "read": self.default_s + token_limit(body, self.longest)}
-        if self.slots is None:
-            response = await send(request, stream=stream, **options)
-            response.extensions["give_place_back"] = lambda: None
-            return response
-        places = await self._place(self.slots, body)
-        give_back = _Once(self.slots, places)
+        if self.router is not None:
+            return await self._routed(send, request, body, stream, options)
+        return await _sent(self._slots_of(None), send, request, body, stream, options)
+
+    async def _routed(self, send: Any, request: Any, body: dict[str, Any], stream: bool, options: Any) -> Any:
+        """The answer of the replica to which the rollout, or this request, belongs."""
+        assert self.router is not None
+        hold, alone = self.router.hold(body), current_scope() is None
+        replica = hold.replica()
         try:
-            response = await send(request, stream=stream, **options)
-        except BaseException:
-            give_back()
+            redirect(request, replica.base_url, replica.api_key)
+            return await _sent(self._slots_of(replica), send, request, body, stream, options)
+        except Exception as error:
+            if is_broken(error):
+                self.router.broke_off(replica.base_url)
             raise
-        response.extensions["give_place_back"] = lambda: give_back(1)
-        if not stream:
-            give_back()
-            return response
-        close = response.aclose
+        finally:
+            if alone:
+                hold.end()
 
-        async def closed() -> None:
-            try:
-                await close()
-            finally:
-                give_back()
+    def _slots_of(self, replica: Replica | None) -> Slots | None:
+        """The places of one of several servers; of the only one for None."""
+        if replica is None or self.slots is None:
+            return self.slots
+        known: dict[Replica, Slots] = self.__dict__.setdefault("_slots_of_replicas", {})
+        return known.setdefault(replica, Slots(self.slots.count))
 
-        response.aclose = closed
+
+async def _sent(slots: Slots | None, send: Any, request: Any, body: dict[str, Any], stream: bool, options: Any) -> Any:
+    if slots is None:
+        response = await send(request, stream=stream, **options)
+        response.extensions["give_place_back"] = lambda: None
         return response
+    places = await _place(slots, body)
+    give_back = _Once(slots, places)
+    try:
+        response = await send(request, stream=stream, **options)
+    except BaseException:
+        give_back()
+        raise
+    response.extensions["give_place_back"] = lambda: give_back(1)
+    if not stream:
+        give_back()
+        return response
+    close = response.aclose
 
-    async def _place(self, slots: Slots, body: dict[str, Any]) -> int:
-        scope = current_scope()
-        places = await slots.take(choices_of(body), under_way=scope is not None and scope.served)
-        if scope is not None:
-            scope.served = True
-        return places
+    async def closed() -> None:
+        try:
+            await close()
+        finally:
+            give_back()
+
+    response.aclose = closed
+    return response
+
+
+async def _place(slots: Slots, body: dict[str, Any]) -> int:
+    scope = current_scope()
+    places = await slots.take(choices_of(body), under_way=scope is not None and scope.served)
+    if scope is not None:
+        scope.served = True
+    return places
 
 
 class _Once:

@@ -229,6 +229,7 @@ class SyncWeights(Request[SyncReport]):
     transport: a name of `lockstep_wire.transports`, or "disk:FOLDER".
     deadline_s: of every wait for the server.
     api_key: the server's token.
+    others: addresses of the run's other servers; connections to any server beside these end.
     """
 
     verb: ClassVar[str] = "sync"
@@ -239,6 +240,7 @@ class SyncWeights(Request[SyncReport]):
     transport: str
     deadline_s: float
     api_key: str = dataclasses.field(default="", repr=False)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,6 +257,7 @@ class SyncAdapter(Request[SyncReport]):
     transport: str
     deadline_s: float
     api_key: str = dataclasses.field(default="", repr=False)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)

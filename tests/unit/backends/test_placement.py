@@ -35,6 +35,8 @@ def gpus(monkeypatch, tmp_path):
         (4, None, Devices((0,), (1,))),
         (4, ([0, 1], [1, 0]), Devices((1, 0), (1, 0), colocated=True)),
         (4, ([0, 1], [2]), Devices((0, 1), (2,))),
+        (4, ([0], [[1], [2, 3]]), Devices((0,), (1, 2, 3), split=((1,), (2, 3)))),
+        (4, ([0], [[2, 3]]), Devices((0,), (2, 3))),
         (4, ("cpu", "cpu"), Devices(colocated=True)),
     ],
 )
@@ -43,6 +45,51 @@ def test_devices(gpus, count, asked, expected):
     given = None if asked is None else ls.Placement(trainer=asked[0], inference=asked[1])
     assert resolve_placement(given) == expected
     assert expected.kind == ("cpu" if not expected.inference else "cuda")
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "replicas", "servers"),
+    [
+        (0, None, 2, ((), ())),
+        (0, None, 1, ((),)),
+        (4, None, 3, ((1,), (2,), (3,))),
+        (8, ([0], [4, 5, 6, 7]), 2, ((4, 5), (6, 7))),
+        (8, ([0], [[1], [2]]), 2, ((1,), (2,))),
+    ],
+)
+def test_each_replica_has_devices_of_its_own(gpus, count, asked, replicas, servers):
+    gpus(count)
+    given = None if asked is None else ls.Placement(trainer=asked[0], inference=asked[1])
+    devices = resolve_placement(given, replicas)
+    assert devices.servers == servers
+    assert devices.kind == ("cuda" if count else "cpu")
+    assert not devices.colocated
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "replicas", "why"),
+    [
+        (2, None, 2, "use replicas = 1"),
+        (8, ([0], [1, 2, 3]), 2, "does not fit placement.inference"),
+        (8, ([0], [[1], [2]]), 3, "does not fit placement.inference"),
+        (8, ([0, 1], [0, 1]), 2, "share devices"),
+        (0, ("cpu", "cpu"), 2, "share devices"),
+    ],
+)
+def test_replicas_that_make_no_sense(gpus, count, asked, replicas, why):
+    gpus(count)
+    given = None if asked is None else ls.Placement(trainer=asked[0], inference=asked[1])
+    with pytest.raises(ConfigError, match=why):
+        resolve_placement(given, replicas)
+
+
+@pytest.mark.parametrize(
+    ("inference", "why"),
+    [([[0], [1]], "several servers need GPUs of their own"), ([[1], [1]], "each once"), ([[1], []], "at least one")],
+)
+def test_servers_that_make_no_sense(inference, why):
+    with pytest.raises(ConfigError, match=why):
+        ls.Placement(trainer=[0], inference=inference)
 
 
 def test_gpus_that_are_not_there(gpus):

@@ -216,6 +216,9 @@ def test_run_files(tmp_path):
     section = load_toml(path, RunFile).backend
     assert (section.dtype, section.recompute) == ("bfloat16", True)
     assert MegatronBackend(**dict(section)).config == section
+    path.write_text(MINIMAL + "[backend]\nreplicas = 2\nplacement = {trainer = [0], inference = [[1], [2, 3]]}\n")
+    settings = load_toml(path, RunFile).backend
+    assert (settings.replicas, settings.placement.servers) == (2, ((1,), (2, 3)))
     path.write_text(MINIMAL + "[backend]\nseed = 3\n")  # [task] has the run's only seed
     refused(lambda: load_toml(path, RunFile), "set seed in [task]")
     refused(lambda: load_toml(tmp_path / "none.toml", RunFile), "none.toml does not exist")

@@ -10,11 +10,15 @@ import re
 
 import httpx
 import pytest
+from openai import AsyncOpenAI, InternalServerError
 
 import lockstep as ls
 from lockstep.errors import DataError
+from lockstep.gateway.calls import Terms
+from lockstep.gateway.server import Gateway
 from lockstep.gateway.upstream import Upstream
 from lockstep.rollouts.leases import rollout_scope
+from lockstep.rollouts.router import Replica, Router
 
 
 class Served:
@@ -120,3 +124,61 @@ async def test_a_streamed_text_may_have_any_sign_that_ends_a_line_elsewhere():
         assert await upstream.stream(address, {"messages": []}, taken.append, under_way=True) == {"text": said}
         assert taken[0]["choices"][0]["delta"]["content"] == said
         await upstream.close()
+
+
+async def test_an_episode_is_answered_by_another_server_when_its_own_is_lost():
+    """Before anything of a reply came. What had begun to come, and what no other server can give, is an error."""
+    reply = {
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "y"},
+                "prompt_token_ids": [1],
+                "token_ids": [2],
+            }
+        ],
+        "id": "x",
+        "created": 0,
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+
+    async def answered(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower()).group(1)))
+        body = json.dumps(reply).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answered, "127.0.0.1", 0) as server:
+        lives = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        serving = [Replica(0, "http://127.0.0.1:9/v1", "k"), Replica(1, lives, "k")]
+        router, asked = Router(lambda: serving), []
+
+        def terms(hold):
+            def address():
+                asked.append(hold.replica().number)
+                return ls.Endpoint(lives, "k").served_by(hold.replica())
+
+            return Terms("m@0", address, broke_off=hold.broke_off)
+
+        gateway = Gateway()
+        try:
+            for _ in range(4):
+                hold = router.hold_of_episode(None)
+                episode = gateway.episode(terms(hold), hold.end)
+                async with AsyncOpenAI(base_url=episode.base_url, api_key=episode.api_key, max_retries=0) as client:
+                    answer = await client.chat.completions.create(
+                        model="m", messages=[{"role": "user", "content": "x"}]
+                    )
+                assert answer.choices[0].message.content == "y"
+                assert len(episode.trajectory(1.0).choices) == 1
+            assert asked.count(0) <= 1  # it rests after its first failure
+            del serving[1]
+            episode = gateway.episode(terms(router.hold_of_episode(None)), lambda: None)
+            async with AsyncOpenAI(base_url=episode.base_url, api_key=episode.api_key, max_retries=0) as client:
+                with pytest.raises(InternalServerError, match="gave no reply"):
+                    await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}])
+        finally:
+            gateway.close()

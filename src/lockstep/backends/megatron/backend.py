@@ -21,10 +21,11 @@ from lockstep.backends.megatron.packed_file import PackedFile, packed_chats, pac
 from lockstep.backends.megatron.plan.exact import exact_config
 from lockstep.backends.megatron.plan.resolve import Plan, make_plan, retention
 from lockstep.backends.megatron.publish import StagedStep, publish_and_serve, serve
-from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back, replace_lost_server
+from lockstep.backends.megatron.recovery import back_to_published, give_gpu_back
+from lockstep.backends.megatron.replacement import keep_replicas, mend
 from lockstep.backends.megatron.run import Run, all_ended
 from lockstep.backends.megatron.supervision import registered, survived
-from lockstep.backends.megatron.verify import BeforeStep, measure_noise, verify
+from lockstep.backends.megatron.verify import BeforeStep, measure_noise
 from lockstep.config import deadlines
 from lockstep.config.megatron import MegatronConfig
 from lockstep.config.sft import SFTConfig
@@ -100,19 +101,20 @@ class MegatronBackend:
             siblings=True,
             colocated=settings.colocated,
             keeps_steps=not settings.merged,
+            replicas=run.addresses() if run.replicas > 1 else (),
         )
 
     async def problem(self, model: TrainableModel) -> str:
         """Why the model's server can't serve any more, in one line: it ended, or its engine did.
-        Empty for a server that lives.
+        Empty for a server that lives, and while one of several does.
         """
-        return await self.run_info(model).server.problem()
+        return await self.run_info(model).problem()
 
     async def load(self, model: TrainableModel) -> ServerLoad | None:
-        """How full the server is. Raises ServerError where it does not answer."""
-        server = self.run_info(model).server
-        kv_use, preemptions = await server.counters("kv_cache_usage_perc", "num_preemptions_total")
-        return ServerLoad(kv_use, preemptions)
+        """How full the server is, of several the fullest. Raises ServerError where one does not answer."""
+        names = "kv_cache_usage_perc", "num_preemptions_total"
+        counted = [await server.counters(*names) for server in tuple(self.run_info(model).servers)]
+        return ServerLoad(max(kv_use for kv_use, _ in counted), sum(preemptions for _, preemptions in counted))
 
     def run_info(self, model: TrainableModel) -> Run:
         """The live parts of a registered model: server, trainer, settings and folder, to look at.
@@ -167,10 +169,10 @@ class MegatronBackend:
         """
         settings = replace(settings, server_start=store.next_server_start())
         try:
-            trainer, server = await start_both(settings, f"{model.name}@base", runtime, store.path, self._say)
+            trainer, servers = await start_both(settings, f"{model.name}@base", runtime, store.path, self._say)
         except TrainerLostError as error:  # it would mostly end in the same way again
             raise TrainerError(str(error)) from error
-        run = Run(model, store, trainer, server, settings)
+        run = Run(model, store, trainer, servers, settings)
         try:
             await measure_noise(run)
             step = store.latest()
@@ -183,8 +185,10 @@ class MegatronBackend:
             self._say(f"loading {run.name(step.number)}")
             async with job(run, "first_sync", step.number, f"server {settings.server_start}"):
                 await serve(run, step.number)
+            if run.replicas > 1:
+                run.mending = asyncio.create_task(keep_replicas(run, self.on_note))
         except BaseException as error:
-            lost = isinstance(error, ServerError) and await run.server.problem()
+            lost = isinstance(error, ServerError) and any([await server.problem() for server in run.servers])
             await run.ended()
             if lost:
                 raise ServerLostError(f"the server was lost while {model.name} was registered: {error}") from error
@@ -273,21 +277,15 @@ class MegatronBackend:
 
     async def recover(self, model: TrainableModel) -> bool:
         """Start the model's server again, with its current step, if it was lost. Returns whether it
-        was.
+        was; of several, whether one was lost since this was asked.
 
         Rollouts that were under way have failed; a client made after this call has the new address.
         Raises ServerError where a new server can't take the step.
         """
         run = self.run_info(model)
         async with run.training:
-            if not await run.server.problem():
-                return False
-            async with job(run, "restarted_sync", model.step, f"after server {run.settings.server_start}"):
-                restarted = await replace_lost_server(run, model.step)
-                if restarted is None:
-                    return False
-                run.store.record(model.step, restarted | await verify(run, model.step, None))
-        return True
+            lost, run.lost = run.lost, 0
+            return await mend(run) or lost > 0
 
     async def close(self) -> None:
         """End server and trainer of every model; published steps stay. Safe to call twice."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lockstep.backends.megatron.run import Run
+    from lockstep.inference.client import Server
     from lockstep.trainer.protocol import Request
 
 
@@ -34,7 +35,7 @@ class Delivery(Protocol):
         """Write the step's folder, unless `TrainStep` did."""
         ...
 
-    async def before_sync(self, number: int) -> None:
+    async def before_sync(self, server: Server, number: int) -> None:
         """Keep what running rollouts ask for, before step `number` arrives."""
         ...
 
@@ -42,7 +43,7 @@ class Delivery(Protocol):
         """The trainer's request for a sync."""
         ...
 
-    def arrived(self, name: str) -> None:
+    def arrived(self, server: Server, name: str) -> None:
         """The server answers to `name` from now on."""
         ...
 
@@ -81,21 +82,26 @@ class AdapterDelivery:
     async def write(self, staged: Path) -> None:
         await self._run.trainer.call(Save(staged), deadline_s=deadlines.STEP_S)
 
-    async def before_sync(self, number: int) -> None:
+    async def before_sync(self, server: Server, number: int) -> None:
         """Older adapters stay served until they are retired."""
 
     def request(self, **fields: Any) -> SyncAdapter:
         return SyncAdapter(**fields)
 
-    def arrived(self, name: str) -> None:
+    def arrived(self, server: Server, name: str) -> None:
         """The base model keeps its name."""
 
     async def retire(self, number: int) -> None:
-        await self._run.server.unload_adapter(self._run.name(number))
+        await self._run.on_servers(lambda server: server.unload_adapter(self._run.name(number)))
 
     async def withdraw(self, number: int) -> None:
-        if (name := self._run.name(number)) in await self._run.server.models():
-            await self._run.server.unload_adapter(name)
+        name = self._run.name(number)
+
+        async def unload(server: Server) -> None:
+            if name in await server.models():
+                await server.unload_adapter(name)
+
+        await self._run.on_servers(unload)
 
     def served(self) -> str:
         run = self._run
@@ -119,18 +125,18 @@ class MergedDelivery:
     async def write(self, staged: Path) -> None:
         """`TrainStep` did."""
 
-    async def before_sync(self, number: int) -> None:
+    async def before_sync(self, server: Server, number: int) -> None:
         """Running rollouts go on under the name they began with; each token says which weights made
         it.
         """
         run = self._run
-        await run.server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served)])
+        await server.keep_names([run.name(old) for old in sorted(run.kept(number) & run.served - {number})])
 
     def request(self, **fields: Any) -> SyncWeights:
         return SyncWeights(**fields)
 
-    def arrived(self, name: str) -> None:
-        self._run.server.served_name = name
+    def arrived(self, server: Server, name: str) -> None:
+        server.served_name = name
 
     async def retire(self, number: int) -> None:
         """Only the name is left of an older step, and `before_sync` drops it."""

@@ -46,13 +46,22 @@ def start_trainer(settings: ResolvedSettings, folder: Path) -> Awaitable[Trainer
 
 async def start_server(
     settings: ResolvedSettings,
-    config: ServerConfig,
+    served_name: str,
     runtime: Runtime,
     folder: Path,
     say: Callable[[str], None] = lambda line: None,
+    *,
+    share: float = 0.9,
+    replica: int = 0,
 ) -> Server:
-    """A server that is watched over: one that hangs is ended."""
-    server = await launch(config, runtime, folder, say)
+    """A server that is watched over: one that hangs is ended.
+
+    share: of a GPU's memory.
+    replica: the server's place among the run's servers, from 0.
+    """
+    config = settings.server_config(served_name, share, replica)
+    log = f"server-{replica + 1}.log" if replica else "server.log"
+    server = await launch(config, runtime, folder, say, log, replica)
     # A GPU's first kernels are compiled, and Triton's interpreter takes seconds for a step.
     slow = settings.devices.kind != "cpu" or settings.exact or settings.routed_experts is not None
     floor_s = deadlines.SILENT_S if slow else deadlines.HUNG_S
@@ -74,20 +83,23 @@ def longest_step_s(base: Path) -> float:
 
 async def start_both(
     settings: ResolvedSettings, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
-) -> tuple[Trainer, Server]:
-    """Trainer and server: (trainer, server). The caller closes them.
+) -> tuple[Trainer, list[Server]]:
+    """Trainer and servers: (trainer, servers). The caller closes them.
 
     folder: of the run, for the logs. If one fails to start, the other is closed and the error
         raised.
     """
     if settings.colocated:
         return await _start_in_turn(settings, served_name, runtime, folder, say)
-    starting = (
-        asyncio.ensure_future(start_trainer(settings, folder)),
-        asyncio.ensure_future(start_server(settings, settings.server_config(served_name), runtime, folder, say)),
-    )
+    trainer = asyncio.ensure_future(start_trainer(settings, folder))
+    servers = [
+        asyncio.ensure_future(start_server(settings, served_name, runtime, folder, say, replica=replica))
+        for replica in range(len(settings.devices.servers))
+    ]
+    starting = (trainer, *servers)
     try:
-        return await asyncio.gather(*starting)
+        await asyncio.gather(*starting)
+        return trainer.result(), [server.result() for server in servers]
     except BaseException:
         for task in starting:
             task.cancel()
@@ -98,7 +110,7 @@ async def start_both(
 
 async def _start_in_turn(
     settings: ResolvedSettings, served_name: str, runtime: Runtime, folder: Path, say: Callable[[str], None]
-) -> tuple[Trainer, Server]:
+) -> tuple[Trainer, list[Server]]:
     """On the same GPUs the trainer starts first, so that the server takes its share of the
     remaining free memory. vLLM measures the device while it starts, and nothing may change
     meanwhile.
@@ -112,8 +124,7 @@ async def _start_in_turn(
             await trainer.call(Release(), deadline_s=deadlines.OFFLOAD_S)
         memory = await trainer.call(Memory(), deadline_s=deadlines.OFFLOAD_S)
         share = memory_share(memory.device_free, memory.device_total)
-        config = settings.server_config(served_name, share)
-        return trainer, await start_server(settings, config, runtime, folder, say)
+        return trainer, [await start_server(settings, served_name, runtime, folder, say, share=share)]
     except BaseException:
         await trainer.close()
         raise

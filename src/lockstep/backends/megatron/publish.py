@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockstep.backends.megatron.probe import ProbeScores, check_finite
-from lockstep.backends.megatron.recovery import replace_lost_server, sync
+from lockstep.backends.megatron.recovery import go_on_without_lost, sync
 from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import trained_scores, verify
 from lockstep.errors import ServerError, TrainerLostError
@@ -111,7 +111,7 @@ async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
 async def _into_server(run: Run, number: int) -> dict[str, float]:
     """The server, awake, holds the step. Returns what the sync took."""
     started = time.monotonic()
-    await run.delivery.before_sync(number)
+    await run.on_servers(lambda server: run.delivery.before_sync(server, number))
     await run.gpus.make_room_for_weights()
     figures = await sync(run, number)
     await run.gpus.give_to_server()
@@ -128,7 +128,7 @@ async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[st
     try:
         seen = await verify(run, number, trained)
     except ServerError:
-        restarted = await replace_lost_server(run, number)
+        restarted = await go_on_without_lost(run, number)
         if restarted is None:
             raise
         seen = await verify(run, number, trained) | restarted

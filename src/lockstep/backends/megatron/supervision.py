@@ -77,11 +77,11 @@ async def _start_again(run: Run) -> None:
     What the server was sent of a step that is not published is withdrawn when the next one begins.
     """
     if run.settings.colocated:
-        await all_ended(run.trainer.close(), run.server.close())
+        await all_ended(run.trainer.close(), run.server.close())  # a colocated run has one
         await run.model._disconnect()
         run.settings = replace(run.settings, server_start=run.store.next_server_start())
         runtime, name = find_runtime(run.settings.devices.kind), f"{run.model.name}@base"
-        run.trainer, run.server = await start_both(run.settings, name, runtime, run.store.path, _LOG.info)
+        run.trainer, run.servers = await start_both(run.settings, name, runtime, run.store.path, _LOG.info)
         run.served.clear()
         await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
     else:

@@ -23,7 +23,7 @@ from lockstep.batching.prefix_tree import TokenSequence
 from lockstep.batching.routed_experts import decode_routed_experts
 from lockstep.batching.top_logprobs import TOP
 from lockstep.config import deadlines
-from lockstep.inference.client import logprobs_of, most_likely
+from lockstep.inference.client import Server, logprobs_of, most_likely
 from lockstep.trainer.protocol import Score
 
 _TEXT = """\
@@ -82,15 +82,20 @@ async def measure_noise(run: Run) -> None:
     Raises MismatchError where they differ by more than the precision explains.
     """
     run.probe = await first_probe(run)
-    served, choices = await served_scores(run, f"{run.model.name}@base", run.probe)
+    seen = [await served_scores(server, f"{run.model.name}@base", run.probe) for server in run.servers]
     await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
-    trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
-    run.noise = probing.base_noise(served, trained, run.numerics, run.server.child.log_path)
+    trained = None
+    noises = []
+    for server, (served, choices) in zip(run.servers, seen, strict=True):
+        if trained is None or run.settings.routed_experts is not None:
+            trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
+        noises.append(probing.base_noise(served, trained, run.numerics, server.child.log_path))
+    run.noise = max(noises, key=lambda noise: noise.scaled)
 
 
-async def served_scores(run: Run, name: str, probe: Probe) -> tuple[ProbeScores, list[dict[str, Any]]]:
+async def served_scores(server: Server, name: str, probe: Probe) -> tuple[ProbeScores, list[dict[str, Any]]]:
     """The server's scores under `name`, in one request, and its choices."""
-    choices = await run.server.score_choices(name, probe.tokens, TOP)
+    choices = await server.score_choices(name, probe.tokens, TOP)
     pairs = list(zip(choices, probe.tokens, strict=True))
     logprobs = [value for choice, tokens in pairs for value in logprobs_of(choice, tokens)]
     top = [row for choice, _ in pairs for row in most_likely(choice, TOP)]
@@ -154,17 +159,25 @@ class BeforeStep:
         return scores, probing.power(self.scores, scores, run.noise)
 
 
-async def verify(run: Run, number: int, trained: ProbeScores | None) -> dict[str, float]:
-    """The server computes what the trainer does (`probe.compare`).
+async def verify(
+    run: Run, number: int, trained: ProbeScores | None, servers: Sequence[Server] | None = None
+) -> dict[str, float]:
+    """Each server computes what the trainer does (`probe.compare`). Returns the figures of the one
+    that is furthest from the trainer.
 
     trained: the trainer's scores of the run's probe, if they are known.
+    servers: None: all of the run's.
     """
     assert run.probe is not None
     assert run.noise is not None
-    name = run.name(number)
-    served, choices = await served_scores(run, name, run.probe)
-    if trained is None:
-        await run.gpus.give_to_trainer(forget_weights=False)
-        trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
-        await run.gpus.give_to_server()
-    return probing.compare(name, served, trained, run.noise, run.numerics, run.server.child.log_path)
+    name, seen = run.name(number), []
+    for server in tuple(servers or run.servers):
+        served, choices = await served_scores(server, name, run.probe)
+        if trained is None:
+            await run.gpus.give_to_trainer(forget_weights=False)
+            trained = await trained_scores(run, on_served_experts(run, run.probe, choices))
+            await run.gpus.give_to_server()
+        seen.append(probing.compare(name, served, trained, run.noise, run.numerics, server.child.log_path))
+        if run.settings.routed_experts is not None:
+            trained = None  # the next server chose its own experts
+    return max(seen, key=lambda figures: figures["probe_ratio"])

@@ -22,7 +22,7 @@ from lockstep.engine.optim.trainable import Trainable
 from lockstep.engine.parallel import device
 from lockstep.engine.state import TrainerState
 from lockstep.engine.weight_sync.plan import Part, Source, SyncPlan, plan_sources
-from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint
+from lockstep.engine.weight_sync.sender import AdapterPusher, Endpoint, Pushers
 from lockstep.engine.weight_sync.sender_group import SenderGroup
 from lockstep.engine.weight_sync.transports import make_transport
 from lockstep.errors import ConfigError
@@ -64,25 +64,26 @@ class AdaptersOut:
         ]
         self.plan = SyncPlan(tuple(plans))
         self.sent = [trainer.trainables[i] for i in shares[senders.rank]]
-        self.pusher: AdapterPusher | None = None
-        self.serves: tuple[Endpoint, str, float] | None = None
+        self.pushers: Pushers[AdapterPusher] = Pushers()
 
-    def push(self, endpoint: Endpoint, name: str, transport: str, deadline_s: float) -> SyncReport:
+    def push(
+        self, endpoint: Endpoint, name: str, transport: str, deadline_s: float, others: Sequence[str] = ()
+    ) -> SyncReport:
         """Make the server serve this trainer's adapter as `name`, beside what it serves.
         Collective. Returns the SyncReport.
 
         deadline_s: of every wait for the server.
+        others: addresses of other servers, to which connections are kept.
 
         Raises like `AdapterPusher.push`, on every rank.
         """
         lora = self.trainer.settings.lora
         assert lora is not None
-        if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
-            if self.pusher is not None:
-                self.pusher.close()
+
+        def connected() -> AdapterPusher:
             info = AdapterInfo(self.trainer.settings.model, lora.rank, lora.alpha, lora.targets)
             carrier, config = make_transport(transport, deadline_s), adapter_config(info, self.trainer.config)
-            self.pusher = AdapterPusher(
+            return AdapterPusher(
                 endpoint,
                 carrier,
                 self.plan,
@@ -91,8 +92,8 @@ class AdaptersOut:
                 deadline_s=deadline_s,
                 senders=self.senders,
             )
-            self.serves = endpoint, transport, deadline_s
-        return self.pusher.push(self.tensors(), name)
+
+        return self.pushers.to(endpoint, (transport, deadline_s), others, connected).push(self.tensors(), name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for trainable in self.sent:

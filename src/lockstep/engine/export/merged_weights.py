@@ -11,7 +11,7 @@ Shapes: E experts, O output rows, R LoRA rank, I input columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -24,7 +24,7 @@ from lockstep.engine.export.merge import merge
 from lockstep.engine.parallel import device
 from lockstep.engine.state import TrainerState
 from lockstep.engine.weight_sync.plan import SyncPlan, plan_sources
-from lockstep.engine.weight_sync.sender import Endpoint, WeightPusher
+from lockstep.engine.weight_sync.sender import Endpoint, Pushers, WeightPusher
 from lockstep.engine.weight_sync.sender_group import SenderGroup
 from lockstep.engine.weight_sync.sources import Supply, share_sources
 from lockstep.engine.weight_sync.transports import make_transport
@@ -65,34 +65,36 @@ class WeightsOut:
         bucket_bytes = BUCKET_BYTES[device.CUDA]
         self.plan = SyncPlan(tuple(plan_sources([source for source, _ in pairs], bucket_bytes) for pairs in described))
         self.supplies = [(source.key, supply) for source, supply in described[senders.rank]]
-        self.pusher: WeightPusher | None = None
-        self.serves: tuple[Endpoint, str, float] | None = None
+        self.pushers: Pushers[WeightPusher] = Pushers()
 
-    def push(self, endpoint: Endpoint, version: str, transport: str, deadline_s: float) -> SyncReport:
+    def push(
+        self, endpoint: Endpoint, version: str, transport: str, deadline_s: float, others: Sequence[str] = ()
+    ) -> SyncReport:
         """Make the server hold this trainer's weights and serve them as `version`, and as nothing
         else. Collective.
 
         transport: a name of `lockstep_wire.transports`.
         deadline_s: of every wait for the server.
+        others: addresses of other servers, to which connections are kept.
 
         Returns the SyncReport. Raises ServerError, WeightsError or MismatchError, on every rank;
         the server then serves what it served before, or was ended (ServerLostError).
         """
-        if self.pusher is None or self.serves != (endpoint, transport, deadline_s):
-            if self.pusher is not None:
-                self.pusher.close()
-            carrier = make_transport(transport, deadline_s)
-            self.pusher = WeightPusher(
+
+        def connected() -> WeightPusher:
+            return WeightPusher(
                 endpoint,
-                carrier,
+                make_transport(transport, deadline_s),
                 self.plan,
                 skipped=[prefix for prefix, _ in self.trainer.handler.spec.skipped],
                 device=device.device(),
                 deadline_s=deadline_s,
                 senders=self.senders,
             )
-            self.serves = endpoint, transport, deadline_s
-        return self.pusher.push(self.tensors(), version, version)
+
+        return self.pushers.to(endpoint, (transport, deadline_s), others, connected).push(
+            self.tensors(), version, version
+        )
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,8 @@ straight into the live weights. A failure on the way ends the server, and Server
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ from lockstep_wire import http_paths
 from lockstep_wire.digest import Digests
 from lockstep_wire.transports import Sender
 
-__all__ = ["AdapterPusher", "Endpoint", "SyncReport", "WeightPusher"]
+__all__ = ["AdapterPusher", "Endpoint", "Pushers", "SyncReport", "WeightPusher"]
 
 
 Policy = Literal["auto", "staged", "streamed"]
@@ -245,3 +245,27 @@ class AdapterPusher(_Pusher):
         again.
         """
         return self._sync(tensors, name, http_paths.SYNC_COMMIT_ADAPTER, self._extra)
+
+
+P = TypeVar("P", bound=_Pusher)
+
+
+class Pushers(Generic[P]):
+    """A pusher for each server, kept from sync to sync."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[Any, ...], P]] = {}
+
+    def to(self, endpoint: Endpoint, how: tuple[Any, ...], others: Sequence[str], connected: Callable[[], P]) -> P:
+        """The pusher to this server, made by `connected` where there is none that works in this way.
+
+        how: what a pusher is made for. others: addresses of servers whose pushers are kept; all others end.
+        """
+        url, how = endpoint.root_url, (endpoint, *how)
+        for known in [known for known in self._kept if known not in (url, *others)]:
+            self._kept.pop(known)[1].close()
+        if url in self._kept and self._kept[url][0] != how:
+            self._kept.pop(url)[1].close()
+        if url not in self._kept:
+            self._kept[url] = how, connected()
+        return self._kept[url][1]

@@ -44,7 +44,8 @@ class Concurrency:
         preemptions: in the server's life.
         busy: every rollout that may run does; else more would change nothing.
         """
-        preempted = 0.0 if self._preemptions is None else preemptions - self._preemptions
+        before = preemptions if self._preemptions is None else self._preemptions
+        preempted = max(0.0, preemptions - before)  # a server that was lost takes its count along
         self._preemptions = preemptions
         self.kv_use, self.preempted = max(self.kv_use, kv_use), self.preempted + preempted
         if preempted or kv_use >= FULL:

@@ -66,7 +66,8 @@ class RolloutWorkers:
     ):
         endpoint = backend.endpoint(model)
         self.queue = queue
-        most = limits.max_concurrent or endpoint.slots or _PLACES
+        every = (endpoint.slots or 0) * max(1, len(endpoint.replicas))
+        most = limits.max_concurrent or every or _PLACES
         least = limits.least_concurrent or section.group_size
         self.concurrency = Concurrency(least, most, section.group_size)
         self.places = Places(self.concurrency.now)
@@ -241,7 +242,8 @@ class RolloutWorkers:
     async def _check_server(self) -> None:
         """A lost server ends the run."""
         problem = await self._backend.problem(self._model)
-        if not problem and self._backend.endpoint(self._model).base_url != self._server:
+        endpoint = self._backend.endpoint(self._model)
+        if not problem and not endpoint.replicas and endpoint.base_url != self._server:
             problem = "the server was lost in a sync, and with it the rollouts under way"
         if problem:
             self._failure = self._failure or ServerError(

@@ -14,11 +14,20 @@ from lockstep.process.child import seen_gpus
 
 @dataclass(frozen=True)
 class Devices:
-    """GPU numbers; empty: the CPU. shared: trainer and server take turns on them."""
+    """GPU numbers; empty: the CPU. shared: trainer and server take turns on them.
+
+    inference: of all servers. split: of each, where there are several.
+    """
 
     trainer: tuple[int, ...] = ()
     inference: tuple[int, ...] = ()
     colocated: bool = False
+    split: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def servers(self) -> tuple[tuple[int, ...], ...]:
+        """The GPUs of each server."""
+        return self.split or (self.inference,)
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -26,11 +35,12 @@ class Devices:
         return "cuda" if self.inference else "cpu"
 
 
-def resolve_placement(placement: Placement | None) -> Devices:
-    """The devices of trainer and server.
+def resolve_placement(placement: Placement | None, replicas: int | None = None) -> Devices:
+    """The devices of trainer and servers.
 
     placement: what the user asks for. None: the trainer gets GPU 0 and the server GPU 1. A machine
         with one GPU shares that GPU, and a machine without GPUs runs both on the CPU.
+    replicas: servers. Several get a GPU each, from GPU 1 on.
 
     GPUs are counted among those that CUDA_VISIBLE_DEVICES leaves to this process.
     Raises ConfigError for what this machine lacks.
@@ -40,10 +50,14 @@ def resolve_placement(placement: Placement | None) -> Devices:
     if seen is not None:
         count = min(count, len(seen))
     if placement is None:
+        if (replicas or 1) > 1:
+            return _beside_gpu_0(replicas or 1, count)
         return (Devices(), Devices((0,), (0,), colocated=True), Devices((0,), (1,)))[min(count, 2)]
+    servers = _servers(placement, replicas)
     if placement.trainer == "cpu" or placement.inference == "cpu":
         return Devices(colocated=True)
-    wanted = max(*placement.trainer, *placement.inference)
+    inference = tuple(number for server in servers for number in server)
+    wanted = max(*placement.trainer, *inference)
     has = "this machine has" if seen is None else "CUDA_VISIBLE_DEVICES leaves"
     if wanted >= count:
         raise ConfigError(
@@ -53,8 +67,39 @@ def resolve_placement(placement: Placement | None) -> Devices:
         )
     # Shared ones in one order: a handle of GPU memory says which it is by the number that its own
     # process gives it.
-    trainer = placement.inference if placement.colocated else placement.trainer
-    return Devices(trainer, placement.inference, placement.colocated)
+    trainer = inference if placement.colocated else placement.trainer
+    return Devices(trainer, inference, placement.colocated, servers if len(servers) > 1 else ())
+
+
+def _beside_gpu_0(replicas: int, count: int) -> Devices:
+    """Servers on the CPU where there is no GPU, else on GPU 1 and those after it."""
+    if count == 0:
+        return Devices(split=((),) * replicas)
+    if count <= replicas:
+        raise ConfigError(
+            f"replicas = {replicas} need a GPU each and one for the trainer, this machine has {count}: use replicas = {max(count - 1, 1)}"
+        )
+    gpus = tuple(range(1, replicas + 1))
+    return Devices((0,), gpus, split=tuple((number,) for number in gpus))
+
+
+def _servers(placement: Placement, replicas: int | None) -> tuple[tuple[int, ...], ...]:
+    """The GPUs of each server. Raises ConfigError where `replicas` does not fit them."""
+    servers = placement.servers
+    if replicas in (None, len(servers)):
+        return servers
+    (gpus,) = servers if len(servers) == 1 else ((),)
+    if placement.colocated:
+        raise unsupported(
+            "replicas", replicas, "MegatronBackend", "trainer and server share devices: leave placement out"
+        )
+    if not gpus or len(gpus) % replicas:
+        raise ConfigError(
+            f"replicas = {replicas} does not fit placement.inference = {placement.inference}: give as many lists as replicas, or a "
+            "number of GPUs that they divide"
+        )
+    each = len(gpus) // replicas
+    return tuple(gpus[start : start + each] for start in range(0, len(gpus), each))
 
 
 def check_processes(devices: Devices, parallel: Parallel) -> None:

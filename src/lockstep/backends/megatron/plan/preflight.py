@@ -57,8 +57,8 @@ def check_tokenizer(tokenizer: TokenizerFiles, config: ModelConfig) -> None:
 def check_shape(config: ModelConfig, parallel: Parallel, devices: Devices) -> None:
     """Raise ConfigError for sizes that don't divide the model, in the trainer or in the server."""
     check_parallel(config, parallel)
-    ranks = len(devices.inference)
-    if ranks > 1 and config.heads % ranks:
+    ranks = next((ranks for ranks in map(len, devices.servers) if ranks > 1 and config.heads % ranks), 0)
+    if ranks:
         raise ConfigError(
             f"placement: the server can't split num_attention_heads = {config.heads} over {ranks} GPUs; give inference a number "
             "that divides it"

@@ -103,7 +103,7 @@ def make_plan(asked: MegatronConfig, model: TrainableModel, base: Path) -> Plan:
         raise unsupported("lora", None, "MegatronBackend", "full weights need rollout_weights_mode 'merged'")
     spec = get_model_support_spec(str(base))
     config = parse_config(read_json(base), spec, source=f"{model.base_model}: config.json")
-    devices, log = resolve_placement(asked.placement), _Log()
+    devices, log = resolve_placement(asked.placement, asked.replicas), _Log()
     check_processes(devices, asked.parallel)
     preflight.check_shape(config, asked.parallel, devices)
     if asked.offload and not devices.colocated:
@@ -181,9 +181,13 @@ def _describe_devices(log: _Log, devices: Devices, asked: MegatronConfig) -> Non
     by_itself = (
         "no GPU here" if devices.kind == "cpu" else "one GPU here, shared" if devices.colocated else "two GPUs here"
     )
-    for name, gpus in (("trainer", devices.trainer), ("inference", devices.inference)):
+    serving = [list(gpus) for gpus in devices.split] if devices.inference and devices.split else devices.inference
+    for name, gpus in (("trainer", devices.trainer), ("inference", serving)):
         value = list(gpus) or "cpu"
         log.add(f"placement.{name}", value, _set(asked.placement, by_itself))
+    log.add(
+        "replicas", len(devices.servers), _set(asked.replicas, "placement.inference" if devices.split else "default")
+    )
     parallel = asked.parallel
     sizes = {name: value for name, value in parallel.model_dump().items() if value not in (1, None)}
     text = ", ".join(f"{name} {value}" for name, value in sizes.items()) or "1 process"
@@ -231,7 +235,7 @@ def _capacity(
         preflight.check_length(length, config, model.base_model, None)
     width = WIDTH["float64" if asked.exact else dtype]
     if devices.kind == "cpu":
-        capacity = on_cpu(config, dtype, host_available(), length, slots)
+        capacity = on_cpu(config, dtype, host_available() // len(devices.servers), length, slots)
         room = None
         free = host_available() // 4  # of several processes, and weights that no GPU's figures hold
     else:
@@ -270,7 +274,7 @@ def _on_gpus(
     given = argument(asked.server_args, "gpu-memory-utilization")
     utilization = float(given) if given else None
     memory = preflight.check_gpus(devices, training + state, utilization)
-    ranks = len(devices.inference)
+    ranks = min(map(len, devices.servers))  # the server with the least room
     served = 0 if asked.merged else LoraServing.model_fields["max_loras"].default * footprint.adapter
     weights = (footprint.parameters + served) * WIDTH[dtype] // ranks
     known = [memory[number] for number in devices.inference if number in memory]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ class ResolvedSettings:
             recompute=self.recompute,
         )
 
-    def server_config(self, served_name: str, gpu_memory_utilization: float = 0.9) -> ServerConfig:
+    def server_config(self, served_name: str, gpu_memory_utilization: float = 0.9, replica: int = 0) -> ServerConfig:
+        """replica: the server's place among the run's servers, from 0."""
+        replicas = len(self.devices.servers)
+        # Each server of a CPU has its part of the cores.
+        shared = replicas > 1 and "OMP_NUM_THREADS" not in os.environ
         return ServerConfig(
             model=self.base,
             served_name=served_name,
@@ -86,10 +91,11 @@ class ResolvedSettings:
             max_num_seqs=self.max_num_seqs,
             kv_cache_bytes=self.kv_cache_bytes,
             capture_routed_experts=self.routed_experts is not None,
-            gpus=self.devices.inference,
+            gpus=self.devices.servers[replica],
+            threads=max(1, (os.cpu_count() or 1) // replicas) if shared else None,
             gpu_memory_utilization=gpu_memory_utilization,
             sleeps=self.colocated,
-            seed=sampling_seed(self.seed, self.server_start),
+            seed=sampling_seed(self.seed, self.server_start, replica),
             exact=self.exact,
             # Packed, they could not be read back, and so not be verified.
             plain_weights=self.merged and not self.devices.inference,
@@ -97,11 +103,14 @@ class ResolvedSettings:
         )
 
 
-def sampling_seed(seed: int, server_start: int) -> int:
+def sampling_seed(seed: int, server_start: int, replica: int = 0) -> int:
     """The seed of a server's sampling. Each server of a run draws other noise. With the seed of the
     server before, a new server would sample the same replies again, and the failure would repeat.
     """
-    return seed if server_start == 0 else zlib.crc32(f"{seed} {server_start}".encode()) >> 1  # vLLM takes 31 bits
+    if server_start == replica == 0:
+        return seed
+    words = f"{seed} {server_start}" + (f" {replica}" if replica else "")
+    return zlib.crc32(words.encode()) >> 1  # vLLM takes 31 bits
 
 
 def lora_serving(lora: LoraConfig, spec: ModelSupportSpec) -> LoraServing:
