@@ -99,4 +99,26 @@ def init(
     write_task(folder, Console())
 
 
-COMMANDS = (report, view, watch, export, serve, doctor, init)
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="a Hugging Face id or a folder; config.json is enough", show_default=False)
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs of all hosts", show_default=False)],
+    context: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
+    sequences: Annotated[int, typer.Option(help="sequences that a step trains")] = 64,
+    mode: Annotated[str, typer.Option(help="what travels to the servers: lora or merged")] = "lora",
+    network: Annotated[float | None, typer.Option(help="GB/s between hosts", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="the kind of GPU")] = "h200",
+    scale: Annotated[
+        bool, typer.Option("--scale", help="the fastest layout of each power of two up to --gpus")
+    ] = False,
+) -> None:
+    """Say what a model needs before GPUs are there: memory and time of a step and a sync, per layout,
+    computed from counted work and measured limits, which are printed.
+    """
+    from lockstep.cli.plan.command import show_plan
+
+    show_plan(model, gpus, context, sequences, mode, network, device, scale, Console())
+
+
+COMMANDS = (report, view, watch, export, serve, doctor, init, plan)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.engine.memory.recompute import layers_that_fit
+from lockstep.models.activations import layers_that_fit
 
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=40), available=st.integers(-1000, 50_000))

@@ -15,21 +15,7 @@ import torch.distributed as dist
 from lockstep.engine.layers.lm_head import CHUNK_BYTES
 from lockstep.engine.parallel.device import CUDA, device
 from lockstep.engine.state import TrainerState
-from lockstep.models.activations import MARGIN, kept_elements
-
-
-def layers_that_fit(bytes_per_layer: list[int], available: int) -> int:
-    """The number of last layers that may keep their activations in `available` bytes, while one
-    more layer is recomputed.
-    """
-    spare = available - max(bytes_per_layer)
-    count = 0
-    for size in reversed(bytes_per_layer):
-        spare -= size
-        if spare < 0:
-            break
-        count += 1
-    return count
+from lockstep.models.activations import MARGIN, kept_elements, layers_that_fit
 
 
 def _available() -> int:
