@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable
 
 from lockstep.backends.megatron.jobs import job
-from lockstep.backends.megatron.recovery import back_to_published, new_server, replace_lost_server
+from lockstep.backends.megatron.recovery import new_server, replace_lost_server
 from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import verify
 from lockstep.config import deadlines
 from lockstep.errors import LockstepError
+from lockstep.trainer.protocol import Load
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,8 +61,10 @@ async def mend(run: Run) -> bool:
         return False
     step = run.model.step
     async with job(run, "restarted_sync", step, f"after server {run.settings.server_start}"):
-        if run.trainer_ahead:
-            await back_to_published(run, step)
+        if (
+            run.trainer_ahead and not run.settings.colocated
+        ):  # of a step that failed: the new server gets the published one
+            await run.trainer.call(Load(run.store.step(step).path), deadline_s=deadlines.STEP_S)
         metrics = await replace_lost_server(run, step)
         if metrics is not None:
             metrics |= await verify(run, step, None)
