@@ -13,7 +13,7 @@ from typing import Any
 
 from lockstep.gateway.episode import Call, Captured
 from lockstep.gateway.messages import Message, identity, plain, setting_of
-from lockstep.gateway.refusal import NoReply, Refusal
+from lockstep.gateway.refusal import Refusal
 from lockstep.gateway.tree import Place
 from lockstep.gateway.upstream import Address, Upstream
 from lockstep.rollouts.noise import seed_of
@@ -171,10 +171,11 @@ class OpenEpisode:
                 if taken is None:
                     return await upstream.complete(address, body, under_way=begun)
                 return await upstream.stream(address, body, noted, under_way=begun)
-            except NoReply:
-                if came or self.terms.broke_off is None or not self.terms.broke_off(address.base_url):
+            except Refusal as refusal:
+                broke_off = self.terms.broke_off
+                if refusal.status < 500 or came or broke_off is None or not broke_off(address.base_url):
                     raise
-        raise NoReply(502, f"{_SERVERS} of the run's servers gave no reply")
+        raise Refusal(502, f"{_SERVERS} of the run's servers gave no reply")
 
     def _seed(self, seed: int, setting: str, messages: list[Message]) -> int:
         """The same for the same messages asked as often, whatever the order of calls that an agent makes at once."""

@@ -9,7 +9,3 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
-
-
-class NoReply(Refusal):
-    """A server that could not be reached, or that ended before its reply did."""

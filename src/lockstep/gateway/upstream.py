@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from lockstep.config import deadlines
-from lockstep.gateway.refusal import NoReply, Refusal
+from lockstep.gateway.refusal import Refusal
 from lockstep.rollouts.connections import connections_for
 from lockstep.rollouts.slots import Slots, choices_of, token_limit
 from lockstep_wire.http_paths import CHAT_COMPLETIONS
@@ -80,7 +80,7 @@ class Upstream:
                 else:
                     taken(event)
         if reply is None:
-            raise NoReply(502, "the run's server ended a stream before the reply's end")
+            raise Refusal(502, "the run's server ended a stream before the reply's end")
         return reply
 
     @asynccontextmanager
@@ -96,7 +96,7 @@ class Upstream:
             finally:
                 await response.aclose()
         except self._errors as error:
-            raise NoReply(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
+            raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
 
     async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Any:
         """The beginning of the answer. A server may close an idle connection just as it is used: then another is opened."""

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
+from lockstep.rollouts.router import Replica
+
 
 def connections_for(client_class: type) -> Any:
     """A transport for `client_class`, an async client of httpx or of its successor, which openai
@@ -74,12 +76,12 @@ def _library_of(client_class: type) -> Any:
     return sys.modules[base.__module__.partition(".")[0]]
 
 
-def redirect(request: Any, base_url: str, api_key: str) -> None:
+def redirect(request: Any, replica: Replica) -> None:
     """Send a request that was built for another server to this one."""
-    to = type(request.url)(base_url)
+    to = type(request.url)(replica.base_url)
     request.url = request.url.copy_with(scheme=to.scheme, netloc=to.netloc)
     request.headers["host"] = to.netloc.decode("ascii")
-    request.headers["authorization"] = f"Bearer {api_key}"
+    request.headers["authorization"] = f"Bearer {replica.api_key}"
 
 
 def is_broken(error: BaseException) -> bool:

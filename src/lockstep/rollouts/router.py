@@ -85,6 +85,14 @@ class Router:
         gathered, group = place.group
         return Hold(self, (gathered, group), f"{gathered.name} {group}")
 
+    def anyone(self) -> Replica:
+        """Any that serves."""
+        hold = self.hold_of_episode(None)
+        try:
+            return hold.replica()
+        finally:
+            hold.end()
+
     def replica(self, key: object, words: str) -> Replica:
         """Where the family of `key` is served now. words: what a new family chooses by."""
         with self._lock:

@@ -94,6 +94,8 @@ class SlotSending:
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         send = super().send  # pyright: ignore[reportAttributeAccessIssue]
         if request.method != "POST" or not request.url.path.endswith(_SAMPLING):
+            if self.router is not None:
+                redirect(request, self.router.anyone())
             return await send(request, stream=stream, **options)
         body = _parsed(await request.aread())
         limits = request.extensions.get("timeout", {})
@@ -109,8 +111,11 @@ class SlotSending:
         hold, alone = self.router.hold(body), current_scope() is None
         replica = hold.replica()
         try:
-            redirect(request, replica.base_url, replica.api_key)
-            return await _sent(self._slots_of(replica), send, request, body, stream, options)
+            redirect(request, replica)
+            response = await _sent(self._slots_of(replica), send, request, body, stream, options)
+            if response.status_code >= 500:  # its engine may have ended
+                self.router.broke_off(replica.base_url)
+            return response
         except Exception as error:
             if is_broken(error):
                 self.router.broke_off(replica.base_url)
