@@ -60,13 +60,22 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="the whole model, the adapter merged into its weights")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="USER/NAME",
+            help="also upload it to the Hugging Face Hub, there private",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write a step as a folder for transformers and vLLM: a PEFT adapter, or the whole model. The
-    folder is loaded again and compared with the step before it appears.
+    """Write a step as a folder for transformers and vLLM: a PEFT adapter, or the whole model. Both
+    load the folder, and are compared with the step, before it appears.
     """
     from lockstep.cli.export.command import export_run
 
-    export_run(run, output, step, merged, Console())
+    export_run(run, output, step, merged, push, Console())
 
 
 def serve(run: RunFolder, step: Step = None) -> None:
@@ -121,4 +130,22 @@ def plan(
     show_plan(model, gpus, context, sequences, mode, network, device, scale, Console())
 
 
-COMMANDS = (report, view, watch, export, serve, doctor, init, plan)
+def models() -> None:
+    """List the supported model families: modes, adapter status and the evidence for each."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from lockstep.models.registry import list_model_support_specs
+    from lockstep.validate.evidence import summary_of, unbacked
+
+    console = Console()
+    for spec in list_model_support_specs():
+        kind = "mixture of experts" if spec.is_moe else "dense"
+        weights = f"weights as {spec.default_rollout_weights_mode}, adapters in vLLM {spec.native_vllm_lora_status}"
+        text = f"{spec.key}: {kind}; {weights}; evidence: {summary_of(spec.key)} ({spec.evidence})"
+        for line in (text, *(f"  {line}" for line in unbacked(spec))):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(Padding(escape(", ".join(spec.model_names)), (0, 0, 1, 2)), highlight=False)
+
+
+COMMANDS = (report, view, watch, export, serve, doctor, init, plan, models)

@@ -45,6 +45,11 @@ def model_card(
     weights = f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}" if lora else "all weights"
     known = [(label, value) for label in _SHOWN if (value := metrics.get(label)) is not None and math.isfinite(value)]
     rows = "\n".join(f"| {label} | {value:.4g} | {_cell(METRICS[label].says)} |" for label, value in known)
+    programs = [("transformers", "")] + ([("vLLM", "served_")] if "served_mean" in differences else [])
+    checked = "\n".join(
+        f"| {program} | {differences[f'{key}mean']:.2g} | {differences[f'{key}largest']:.2g} |"
+        for program, key in programs
+    )
     load = (_ADAPTER if kind == "adapter" else _MERGED).format(base=base)
     serve = (
         f"vllm serve {base} --enable-lora --lora-modules trained=FOLDER" if kind == "adapter" else "vllm serve FOLDER"
@@ -67,8 +72,12 @@ This folder is {"a PEFT adapter" if kind == "adapter" else "the whole model"}.
 |---|---|---|
 {rows}
 
-Loaded in transformers, the folder's log-probabilities differ from the trainer's by {differences["mean"]:.2g} nats
-a token on average, {differences["largest"]:.2g} at most, over {differences["tokens"]:.0f} tokens.
+The folder was loaded again, and its log-probabilities of {differences["tokens"]:.0f} tokens compared with the
+trainer's. |Difference| in nats per token:
+
+| program | mean | largest |
+|---|---|---|
+{checked}
 
 ## Load
 

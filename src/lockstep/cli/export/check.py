@@ -1,4 +1,5 @@
-"""Loads an exported folder in transformers, and compares it with the checkpoint in the trainer.
+"""Loads an exported folder in transformers and in vLLM, and compares both with the checkpoint in
+the trainer.
 
 Shape suffix: T scored tokens of the text.
 """
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.errors import ConfigError, MismatchError
+from lockstep.errors import ConfigError, MismatchError, RuntimeNotInstalledError
 from lockstep.metrics.mismatch import logprob_mismatch
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.checkpoint.peft import CONFIG
@@ -45,11 +46,13 @@ def compare(
     checkpoint: RunCheckpoint,
     identity: dict[str, Any],
     score: Callable[..., Coroutine[Any, Any, list[float]]],
+    serve: Callable[[Path, list[int]], Coroutine[Any, Any, list[float]]] | None = None,
 ) -> dict[str, float]:
     """Mean and largest |difference| in nats between the folder in transformers and the step in the
-    trainer.
+    trainer; `served_` in front of their names: in vLLM.
 
     score: model folder, ids, adapter folder, dtype: the trainer's log-probabilities.
+    serve: folder, ids: vLLM's. None, or RuntimeNotInstalledError: no such check.
 
     Raises MismatchError for a folder that computes something else, ConfigError where PEFT is
     missing.
@@ -60,13 +63,28 @@ def compare(
     loaded_T = transformers_logprobs(folder, base, ids, dtype)
     model, adapter = (checkpoint.path / "model", None) if full else (base, checkpoint.adapter)
     trainer_T = np.array(asyncio.run(score(str(model), ids, adapter, dtype)))
-    difference = logprob_mismatch(trainer_T, loaded_T)
+    measured = {"tokens": float(len(ids) - 1)} | _agree("transformers", loaded_T, trainer_T, checkpoint, dtype)
+    if serve is None:
+        return measured
+    try:
+        served_T = np.array(asyncio.run(serve(folder, ids)))
+    except RuntimeNotInstalledError:
+        return measured
+    served = _agree("vLLM", served_T, trainer_T, checkpoint, dtype)
+    return measured | {f"served_{name}": value for name, value in served.items()}
+
+
+def _agree(
+    program: str, logprobs_T: np.ndarray, trainer_T: np.ndarray, checkpoint: RunCheckpoint, dtype: str
+) -> dict[str, float]:
+    """Mean and largest |difference|."""
+    difference = logprob_mismatch(trainer_T, logprobs_T)
     if not difference.mean_abs <= LIMITS[dtype]:
         raise MismatchError(
-            f"the exported folder differs from step {checkpoint.number} by {difference.mean_abs:.2g} nats per token on average, "
-            f"more than {LIMITS[dtype]:g}: nothing was kept; report it with the model's config.json"
+            f"the exported folder in {program} differs from step {checkpoint.number} by {difference.mean_abs:.2g} nats per token "
+            f"on average, more than {LIMITS[dtype]:g}: nothing was kept; report it with the model's config.json"
         )
-    return {"mean": difference.mean_abs, "largest": difference.largest, "tokens": float(len(ids) - 1)}
+    return {"mean": difference.mean_abs, "largest": difference.largest}
 
 
 def transformers_logprobs(folder: Path, base: Path, ids: list[int], dtype: str) -> np.ndarray:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from lockstep.cli.export.card import model_card
 from lockstep.cli.export.check import compare
 from lockstep.cli.export.choose import chosen_step
-from lockstep.cli.export.write import export_step
+from lockstep.cli.export.push import check_hub, push
+from lockstep.cli.export.served import served_logprobs
+from lockstep.cli.export.write import Exported, export_step
 from lockstep.cli.score import Line, score
 from lockstep.config.megatron import Parallel
 from lockstep.errors import StoreError
@@ -18,12 +21,17 @@ from lockstep.runs.retention import reading
 from lockstep.runs.store import read_checkpoint
 
 
-def export_run(run: Path, target: Path | None, step: str | None, merge: bool, console: Console) -> None:
+def export_run(
+    run: Path, target: Path | None, step: str | None, merge: bool, push_to: str | None, console: Console
+) -> None:
     """target: None writes below RUN/exports.
+    push_to: a repository of the Hub.
 
     Raises StoreError for a folder that is no run or a step that is not published, ConfigError for a
     target that exists, MismatchError for an export that does not compute what the step does.
     """
+    if push_to:
+        check_hub(push_to)
     run = run.expanduser().resolve()
     identity, checkpoint = read_checkpoint(run, chosen_step(run, step))
     if identity.get("backend") == "tinker":
@@ -37,19 +45,34 @@ def export_run(run: Path, target: Path | None, step: str | None, merge: bool, co
         (scored,) = await score(model, lines, adapter=adapter, parallel=Parallel(), packed=False, dtype=dtype)
         return scored.logprobs
 
-    with reading(checkpoint), console.status(f"exporting step {checkpoint.number}"):
+    with reading(checkpoint), console.status(f"exporting step {checkpoint.number}") as status:
+
+        async def served(written: Path, ids: list[int]) -> list[float]:
+            return await served_logprobs(
+                run, checkpoint.number, written, ids, lambda line: status.update(Text(f"checking in vLLM: {line}"))
+            )
+
         exported = export_step(
             checkpoint,
             identity,
             merge,
             folder,
-            check=lambda written: compare(written, checkpoint, identity, trainer_logprobs),
+            check=lambda written: compare(written, checkpoint, identity, trainer_logprobs, served),
             card=lambda kind, differences: model_card(name, checkpoint.number, identity, metrics, kind, differences),
         )
-    size = sum(file.stat().st_size for file in exported.folder.rglob("*") if file.is_file())
-    lines = (
-        f"{exported.folder}  step {exported.step}, {exported.kind}, {size / 1e6:.0f} MB",
-        f"checked     transformers against the trainer: {exported.differences['mean']:.1e} nats per token",
-    )
-    for line in lines:
+        pushed = push(exported.folder, push_to) if push_to else None
+    for line in _summary(exported, pushed):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(exported: Exported, pushed: str | None) -> list[str]:
+    size = sum(file.stat().st_size for file in exported.folder.rglob("*") if file.is_file())
+    measured = exported.differences
+    lines = [
+        f"{exported.folder}  step {exported.step}, {exported.kind}, {size / 1e6:.0f} MB",
+        f"checked     transformers against the trainer: {measured['mean']:.1e} nats per token",
+        f"checked     vLLM against the trainer: {measured['served_mean']:.1e} nats per token"
+        if "served_mean" in measured
+        else "not checked in vLLM: run `lockstep runtime install` for that",
+    ]
+    return [*lines, f"pushed      {pushed}"] if pushed else lines

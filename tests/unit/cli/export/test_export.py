@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import ALPHA, RANK, Model, random_adapter
+from adapter_runs import FAMILIES, run_of
+from adapters import ALPHA, RANK
 from lockstep.cli.export.card import model_card
 from lockstep.cli.export.check import compare, text_ids, transformers_logprobs
 from lockstep.cli.export.choose import chosen_step
@@ -23,30 +24,7 @@ from lockstep.cli.export.write import export_step
 from lockstep.cli.score import Line, score
 from lockstep.config.megatron import Parallel
 from lockstep.errors import ConfigError, MismatchError, StoreError
-from lockstep.models.tiny.write import write_tiny
 from lockstep.runs.store import RunStore, read_checkpoint
-
-FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "llama3")
-GREEDY = {1: 0.4, 2: 0.7, 3: 0.6}
-
-
-def run_of(folder: Path, family: str, dtype: str = "float32") -> Path:
-    """Three steps, each a random adapter of a tiny model."""
-    overrides = {"dtype": dtype, "num_hidden_layers": 4 if family.startswith("qwen3_5") else 2}
-    model = Model(write_tiny(family, folder / "base", seed=3, overrides=overrides))
-    store = RunStore(folder, "demo", "run")
-    lora = {"rank": RANK, "alpha": ALPHA, "target_modules": None}
-    store.claim(
-        {"backend": "megatron", "base_model": str(model.folder), "lora": lora, "family": family, "dtype": dtype}
-    )
-    for step in range(4):
-        staged = store.stage(step)
-        model.write(staged / "adapter", random_adapter(model.sites, step), model.targets)
-        store.publish(step, staged, {"loss": 0.1})
-        if step in GREEDY:
-            store.record(step, {"greedy_reward": GREEDY[step]})
-    store.close()
-    return store.path
 
 
 @pytest.fixture(scope="module")
