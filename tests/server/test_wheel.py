@@ -6,17 +6,19 @@ import email
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bare_machine import ROOT, BareMachine, build, can_cut_off_the_network
 from lockstep import __version__
 
-ROOT = Path(__file__).parents[2]
 FORBIDDEN = ("vllm", "torch", "megatron-core", "transformers")
 CHECK = """
 import json, sys
@@ -31,22 +33,14 @@ print(json.dumps({"file": lockstep.__file__, "runtime": str(source.folder), "key
 """
 
 
-def built(out: Path) -> tuple[Path, Path]:
-    environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
-    command = [sys.executable, "-m", "uv", "build", "--quiet", "--python", sys.executable, "--out-dir", str(out)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    return wheel, sdist
-
-
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory) -> tuple[Path, Path]:
-    return built(tmp_path_factory.mktemp("dist"))
+    return build(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.mark.slow
 def test_two_builds_are_the_same_bytes(artifacts, tmp_path):
-    again = built(tmp_path)
+    again = build(tmp_path)
     assert [path.read_bytes() for path in artifacts] == [path.read_bytes() for path in again]
 
 
@@ -55,7 +49,7 @@ def test_it_carries_the_servers_project_and_asks_for_no_server(artifacts):
     wheel, _ = artifacts
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        (metadata_name,) = (name for name in names if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         metadata = email.message_from_bytes(archive.read(metadata_name))
         manifest = json.loads(archive.read("lockstep/_runtime/manifest.json"))
         for name, digest in manifest.items():
@@ -89,36 +83,63 @@ def _python(version: str) -> str | None:
     return str(homes[-1]) if homes else shutil.which(f"python{version}")
 
 
+@pytest.fixture
+def machines() -> Iterator[Callable[..., BareMachine]]:
+    made: list[BareMachine] = []
+
+    def start(*arguments, **options) -> BareMachine:
+        made.append(BareMachine(*arguments, **options))
+        return made[-1]
+
+    yield start
+    for machine in made:
+        machine.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", _pythons())
-def test_it_works_in_a_bare_environment(artifacts, tmp_path, version):
+def test_it_works_in_a_bare_environment(artifacts, tmp_path, version, machines):
     """Each supported Python that is here: installed without torch, it imports, lists its models and finds its runtime."""
     wheel, _ = artifacts
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([_python(version) or "", "-m", "venv", tmp_path / "env"], check=True, timeout=120)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel]
-    subprocess.run(install, check=True, timeout=600)
-
-    def run(*command: str | Path) -> str:
-        home = {"LOCKSTEP_HOME": str(tmp_path / "home")}
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | home
-        result = subprocess.run(
-            command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    seen = json.loads(run(python, "-c", CHECK))
+    machine = machines(tmp_path, _python(version))
+    machine.pip("install", "--quiet", wheel)
+    python = machine.bin / "python"
+    seen = json.loads(machine.run(python, "-c", CHECK).output)
     assert seen["file"].startswith(str(tmp_path / "env"))
     assert seen["runtime"] == str(Path(seen["file"]).parent / "_runtime")
     assert seen["families"] >= 5
     assert seen["loaded"] == []
-    lockstep = python.parent / "lockstep"
-    assert run(lockstep, "--version").strip().endswith(__version__)
-    assert "qwen3" in run(lockstep, "models")
+    assert machine.lockstep("--version").output.strip().endswith(__version__)
+    assert "qwen3" in machine.lockstep("models").output
     damaged = Path(seen["runtime"]) / "locks" / "cpu.txt"
     damaged.write_text(damaged.read_text() + "\n# changed\n")
-    result = subprocess.run(
-        [python, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert "locks/cpu.txt" in result.stderr
+    with pytest.raises(AssertionError, match=r"locks/cpu\.txt"):
+        machine.run(python, "-c", CHECK)
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not can_cut_off_the_network(), reason="needs unshare --net")
+def test_a_machine_without_a_network_trains_from_wheels(artifacts, tmp_path, machines):
+    """One machine fills a folder with wheels; another one, cut off, installs trainer and server from it and trains.
+
+    Both have nothing of the source tree, and homes of their own.
+    """
+    wheel, _ = artifacts
+    base, house = _python(f"{sys.version_info[0]}.{sys.version_info[1]}"), tmp_path / "wheels"
+    connected = machines(tmp_path / "connected", base)
+    connected.pip("install", "--quiet", wheel)
+    connected.pip("download", "--quiet", "--dest", house, f"{wheel}[train]")
+    connected.lockstep("runtime", "download", house)
+
+    cut_off = machines(tmp_path / "cut_off", base, offline=True)
+    with pytest.raises(AssertionError, match="pip"):
+        cut_off.pip("download", "--retries", "0", "--dest", tmp_path / "nothing", "six")
+    cut_off.pip("install", "--quiet", "--no-index", "--find-links", house, f"{house / wheel.name}[train]")
+    cut_off.lockstep("runtime", "install", "--wheels", house)
+    assert "reached 0.9" in cut_off.lockstep("quickstart").output
+    (run,) = (cut_off.work / "runs" / "quickstart" / "examples").iterdir()
+    assert str(ROOT) not in (run / "logs" / "trainer.log").read_text()
+    cut_off.lockstep("report", run)
+    assert (run / "report.html").is_file()

@@ -275,23 +275,6 @@ def validate(
 
 
 @app.command()
-def models() -> None:
-    """List the supported model families: modes, adapter status and the evidence for each."""
-    from rich.padding import Padding
-
-    from lockstep.models.registry import list_model_support_specs
-    from lockstep.validate.evidence import summary_of, unbacked
-
-    for spec in list_model_support_specs():
-        kind = "mixture of experts" if spec.is_moe else "dense"
-        weights = f"weights as {spec.default_rollout_weights_mode}, adapters in vLLM {spec.native_vllm_lora_status}"
-        _say(f"{spec.key}: {kind}; {weights}; evidence: {summary_of(spec.key)} ({spec.evidence})")
-        for line in unbacked(spec):
-            _say(f"  {line}")
-        console.print(Padding(escape(", ".join(spec.model_names)), (0, 0, 1, 2)), highlight=False)
-
-
-@app.command()
 def tiny(
     family: Annotated[str, typer.Argument(help=f"one of {', '.join(tiny_models())}", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="where to write the checkpoint", show_default=False)],
@@ -347,6 +330,19 @@ def runtime_install(
         os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels.resolve())}
     runtime = install(kind, progress=_say)
     _say(f"runtime {runtime.kind} is ready: {runtime.python}")
+
+
+@runtime_app.command("download")
+def runtime_download(
+    folder: Annotated[Path, typer.Argument(help="a folder for the wheels", show_default=False)],
+    kind: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has if not given")] = None,
+) -> None:
+    """Fill a folder with the wheels of the server's environment, for a machine without a network that
+    has the same Python: there `lockstep runtime install --wheels FOLDER`.
+    """
+    from lockstep.inference.environment.install import download
+
+    _say(f"{folder}: {download(folder, kind, _say) / 1e9:.2f} GB of wheels")
 
 
 @runtime_app.command("status")

@@ -69,6 +69,28 @@ def install(kind: str | None = None, progress: Progress = lambda line: None, sou
         return Runtime(checked, python, _plugin(folder, python, source, progress), folder)
 
 
+def download(folder: Path, kind: str | None = None, progress: Progress = lambda line: None) -> int:
+    """Fill `folder` with the wheels of an environment for this Python, and return their size in
+    bytes: `lockstep runtime install --wheels` takes them where there is no network.
+
+    Raises RuntimeNotInstalledError, with pip's last lines, when a download fails.
+    """
+    source, checked = runtime_source(), checked_kind(kind)
+    check_source(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, torch_lock, log = source.lock(checked), source.torch_lock(checked), folder / "download.log"
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar", "off"]
+    pip += ["--only-binary", ":all:", "--dest", folder]
+    names = _requirement_lines(lock)
+    if torch_lock is not None:
+        constraints = _constraints(torch_lock, names, log)
+        command = [*pip, *_torch_index(progress), "-r", torch_lock, "-c", constraints]
+        _step("downloading torch", command, log, progress)
+    command = [*pip, "--no-deps", "--require-hashes", "-r", lock]
+    _step(f"downloading {len(names)} locked packages", command, log, progress)
+    return sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
+
+
 def find_runtime(kind: str | None = None, source: Source | None = None) -> Runtime:
     """The environment to start a server from: `LOCKSTEP_RUNTIME_PYTHON` if set, else the installed
     one.
@@ -152,12 +174,18 @@ def _install_torch(python: Path, torch_lock: Path, names: list[str], log: Path, 
     # The CUDA build wants a Triton of its own version; the locked one replaces it in the next step.
     constraints = _constraints(torch_lock, [line for line in names if not line.startswith("triton==")], log)
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    if sys.platform == "linux":
-        if _reachable(TORCH_CPU_INDEX):
-            command += ["--extra-index-url", TORCH_CPU_INDEX]
-        else:
-            progress(f"{TORCH_CPU_INDEX} can't be reached: torch comes from pip's configured places")
-    _step("installing torch", [*command, "-r", torch_lock, "-c", constraints], log, progress)
+    command += [*_torch_index(progress), "-r", torch_lock, "-c", constraints]
+    _step("installing torch", command, log, progress)
+
+
+def _torch_index(progress: Progress) -> list[str]:
+    """pip's options for the CPU build of torch."""
+    if sys.platform != "linux" or os.environ.get("PIP_NO_INDEX"):
+        return []
+    if _reachable(TORCH_CPU_INDEX):
+        return ["--extra-index-url", TORCH_CPU_INDEX]
+    progress(f"{TORCH_CPU_INDEX} can't be reached: torch comes from pip's configured places")
+    return []
 
 
 def _constraints(torch_lock: Path, names: list[str], log: Path) -> Path:
