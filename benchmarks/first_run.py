@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shutil
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def main() -> None:
             used.close()
         shutil.rmtree(folder, ignore_errors=True)
     if options.output:
-        options.output.write_text(json.dumps({"python": options.python, "rows": table.rows}, indent=1) + "\n")
+        options.output.write_text(json.dumps({"machine": platform.platform(), "rows": table.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
