@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lockstep.cli.doctor.facts import Facts, Gpu, gather
 from lockstep.cli.doctor.findings import Finding, exit_code, findings
-from lockstep.cli.doctor.leftovers import leftovers
+from lockstep.cli.doctor.leftovers import Leftover, leftovers
 from lockstep.cli.main import app
 from lockstep.inference.environment.locate import EnvironmentStatus
 from lockstep.process import guard
@@ -43,29 +43,64 @@ WELL = Facts(
     gpus=(Gpu("H200", 140 << 30, 139 << 30),),
 )
 
-PLANTED: dict[str, tuple[dict, str]] = {
-    "macOS": ({"system": "Darwin"}, "need Linux"),
-    "little memory": ({"memory": 1 << 30}, "GB of memory are free"),
-    "old Python": ({"python": (3, 10, 4)}, "Python 3.10.4"),
-    "no trainer": ({"packages": {}}, "can't train"),
-    "vllm beside the trainer": ({"packages": WELL.packages | {"vllm": "0.32"}}, "vllm is installed"),
-    "full disk": ({"disk": 1 << 30}, "1.1 GB free"),
-    "home on NFS": ({"home_network": "nfs4"}, "network file system"),
-    "small /dev/shm": ({"shared_memory": 64 << 20}, "/dev/shm"),
-    "long TMPDIR": ({"temporary": None}, "too long for sockets"),
-    "few open files": ({"open_files": 256}, "256 files may be open"),
-    "CPU torch on a GPU machine": ({"torch_cuda": ""}, "is a CPU build"),
-    "old driver": ({"driver": "535.10"}, "too old for CUDA 13.0"),
-    "hidden GPUs": ({"visible_gpus": ""}, "hides all GPUs"),
-    "used GPU": ({"gpus": (Gpu("H200", 140 << 30, 20 << 30),)}, "GPU 0 has 21 of 150 GB free"),
-    "broken driver": ({"gpu_problem": "couldn't communicate with the NVIDIA driver", "gpus": ()}, "communicate"),
-    "no runtime": ({"runtimes": ()}, "is not installed"),
-    "interrupted installation": ({"runtimes": (replace(WELL.runtimes[0], complete=False),)}, "was interrupted"),
+PLANTED: dict[str, tuple[dict, str, str]] = {
+    "macOS": ({"system": "Darwin"}, "need Linux", "Train on a Linux machine"),
+    "little memory": ({"memory": 1 << 30}, "GB of memory are free", "End other programs"),
+    "old Python": ({"python": (3, 10, 4)}, "Python 3.10.4", "3.11, 3.12 or 3.13"),
+    "Windows": ({"system": "Windows"}, "need Linux", "wsl --install"),
+    "no compiler": ({"compiler": False}, "no C++ compiler", "apt-get install g++"),
+    "home that can't be written": (
+        {"home_problem": "Permission denied"},
+        "Permission denied",
+        "Set LOCKSTEP_HOME to a folder",
+    ),
+    "few processes": ({"processes": 200}, "200 processes and threads", "ulimit -u 65536"),
+    "damaged wheel": (
+        {"runtime_problem": "locks/cpu.txt is changed"},
+        "is changed",
+        "pip install --force-reinstall lockstep-rl",
+    ),
+    "leftover": (
+        {"leftovers": (Leftover(77, "guard 77 of process 5 is stopped"),)},
+        "is stopped",
+        "kill -CONT 77; kill 77",
+    ),
+    "no trainer": ({"packages": {}}, "can't train", "pip install lockstep-rl[train]"),
+    "vllm beside the trainer": (
+        {"packages": WELL.packages | {"vllm": "0.32"}},
+        "vllm is installed",
+        "pip uninstall vllm",
+    ),
+    "full disk": ({"disk": 1 << 30}, "1.1 GB free", "Free 5 GB"),
+    "home on NFS": ({"home_network": "nfs4"}, "network file system", "LOCKSTEP_HOME to a local disk"),
+    "small /dev/shm": ({"shared_memory": 64 << 20}, "/dev/shm", "--shm-size 8g"),
+    "long TMPDIR": ({"temporary": None}, "too long for sockets", "Set TMPDIR to a shorter path"),
+    "few open files": ({"open_files": 256}, "256 files may be open", "ulimit -n 65536"),
+    "CPU torch on a GPU machine": ({"torch_cuda": ""}, "is a CPU build", "pip install --force-reinstall torch"),
+    "old driver": ({"driver": "535.10"}, "too old for CUDA 13.0", "Install driver 580"),
+    "hidden GPUs": ({"visible_gpus": ""}, "hides all GPUs", "unset CUDA_VISIBLE_DEVICES"),
+    "used GPU": ({"gpus": (Gpu("H200", 140 << 30, 20 << 30),)}, "GPU 0 has 21 of 150 GB free", "End what uses it"),
+    "broken driver": (
+        {"gpu_problem": "couldn't communicate with the NVIDIA driver", "gpus": ()},
+        "communicate",
+        "Check the driver",
+    ),
+    "no runtime": ({"runtimes": ()}, "is not installed", "lockstep runtime install --kind cuda"),
+    "interrupted installation": (
+        {"runtimes": (replace(WELL.runtimes[0], complete=False),)},
+        "was interrupted",
+        "lockstep runtime install --kind cuda",
+    ),
     "another version's runtime": (
         {"runtimes": (*WELL.runtimes, replace(WELL.runtimes[0], current=False))},
         "another version's server environment",
+        "rm -r /tmp/cuda-key",
     ),
-    "runtime of one's own": ({"runtime_python": "/nowhere/python"}, "LOCKSTEP_RUNTIME_PYTHON=/nowhere/python"),
+    "runtime of one's own": (
+        {"runtime_python": "/nowhere/python"},
+        "LOCKSTEP_RUNTIME_PYTHON=/nowhere/python",
+        "or unset it",
+    ),
 }
 
 
@@ -80,13 +115,13 @@ def test_a_machine_that_is_well():
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_the_only_finding_and_has_a_remedy(fault, tmp_path):
-    fields, says = PLANTED[fault]
+    fields, says, remedy = PLANTED[fault]
     if fault == "long TMPDIR":
         fields = {"temporary": tmp_path / ("long" * 20)}
         fields["temporary"].mkdir()
     (finding,) = wrong(findings(replace(WELL, **fields)))
     assert says in finding.says
-    assert len(finding.remedy) > 15
+    assert remedy in finding.remedy
 
 
 def test_this_machine_with_a_home_that_is_a_file(tmp_path, monkeypatch):
