@@ -50,6 +50,18 @@ def watch(
     watch_run(run, once, Console())
 
 
+def trace(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the file; RUN/trace.json if not given", show_default=False)
+    ] = None,
+) -> None:
+    """Write when rollouts, training, syncs and evaluations of a run happened, for Perfetto."""
+    from lockstep.cli.report.trace import write_trace
+
+    write_trace(run, output, Console())
+
+
 def export(
     run: RunFolder,
     output: Annotated[
@@ -148,4 +160,4 @@ def models() -> None:
         console.print(Padding(escape(", ".join(spec.model_names)), (0, 0, 1, 2)), highlight=False)
 
 
-COMMANDS = (report, view, watch, export, serve, doctor, init, plan, models)
+COMMANDS = (report, view, watch, trace, export, serve, doctor, init, plan, models)

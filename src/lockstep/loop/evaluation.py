@@ -13,6 +13,7 @@ import numpy as np
 from lockstep.errors import RolloutError
 from lockstep.loop.places import Places
 from lockstep.loop.trajectory_file import TrajectoryFile
+from lockstep.metrics.spans import span
 from lockstep.rollouts.failures import one_line
 from lockstep.rollouts.gather import gather_trajectory_groups
 from lockstep.rollouts.trajectory import Trajectory
@@ -106,7 +107,10 @@ async def evaluated(
     """
     what, folder = f"evaluation of step {step}", run_path / "trajectories"
     file = folder / "evaluation" / f"{step:04d}.parquet"
-    groups = await kept(lambda ended: evaluate(model, task, section, ended), model, backend, file, step, what, attempts)
+    with span(run_path, "evaluation", step):
+        groups = await kept(
+            lambda ended: evaluate(model, task, section, ended), model, backend, file, step, what, attempts
+        )
     metrics, failures = greedy_metrics(groups), failures_of(groups, what, file)
     if section.evaluate_samples:
         file = folder / "samples" / f"{step:04d}.parquet"

@@ -18,6 +18,7 @@ from lockstep.batching.advantages import REWARD_EPS
 from lockstep.batching.tokenize import check_sampling
 from lockstep.loop.evaluation import Finished, evaluated, failures_of, gather_tries, kept, mean_reward
 from lockstep.loop.refill import LEFT_OUT, further_scenarios, refilled
+from lockstep.metrics.spans import span
 
 if TYPE_CHECKING:
     from lockstep.backends.base import Backend, TrainResult
@@ -157,10 +158,11 @@ async def _one_step(
     before, step = model.step, model.step + 1
     started, what = time.monotonic(), f"rollouts for step {step}"
     file = run_path / "trajectories" / "train" / f"{step:04d}.parquet"
-    groups = await kept(
-        lambda finished: roll_out(model, task, section, before, finished, config.reward_eps),
-        *(model, backend, file, step, what),
-    )
+    with span(run_path, "rollout", step):
+        groups = await kept(
+            lambda finished: roll_out(model, task, section, before, finished, config.reward_eps),
+            *(model, backend, file, step, what),
+        )
     rollout_s = time.monotonic() - started
     every, groups = groups, [group for group in groups if LEFT_OUT not in group.metadata]
     result = await backend.train(model, groups, config)

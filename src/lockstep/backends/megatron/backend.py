@@ -34,6 +34,7 @@ from lockstep.errors import ConfigError, ServerError, ServerLostError, StoreErro
 from lockstep.inference.environment.install import find_runtime
 from lockstep.inference.tokenizer_files import check_server_args
 from lockstep.metrics.sinks import find_sinks
+from lockstep.metrics.spans import span
 from lockstep.models.checkpoint.hub import checkpoint_folder, described_folder, is_folder
 from lockstep.runs.checkpoint import file_digest
 from lockstep.runs.retention import prune
@@ -261,7 +262,8 @@ class MegatronBackend:
         async def step() -> dict[str, float]:
             async with job(run, kind, number, digest) as made_by:
                 await run.gpus.give_to_trainer(forget_weights=run.delivery.replaces)
-                made = await _trained(run, batch, config, made_by)
+                with span(run.store.path, "train", number):
+                    made = await _trained(run, batch, config, made_by)
                 metrics = batch.metrics | made.metrics | {"learning_rate": config.learning_rate}
                 metrics["seconds_train"] = time.monotonic() - started
                 self._say(f"loading {run.name(number)}")

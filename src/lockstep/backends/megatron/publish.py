@@ -12,6 +12,7 @@ from lockstep.backends.megatron.recovery import go_on_without_lost, sync
 from lockstep.backends.megatron.run import Run
 from lockstep.backends.megatron.verify import trained_scores, verify
 from lockstep.errors import ServerError, TrainerLostError
+from lockstep.metrics.spans import span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +68,8 @@ async def publish_and_serve(run: Run, step: StagedStep, trained: ProbeScores | N
         if run.delivery.replaces:
             seconds = await _publish(run, step)
             figures = await _into_server(run, number)
-            return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
+            with span(run.store.path, "verify", number):
+                return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
             figures = await _into_server(run, number)
         except TrainerLostError:  # nobody is left to write the step
@@ -77,7 +79,8 @@ async def publish_and_serve(run: Run, step: StagedStep, trained: ProbeScores | N
             raise
         publishing = asyncio.create_task(_publish(run, step))
         try:
-            figures |= await _verify(run, number, trained)
+            with span(run.store.path, "verify", number):
+                figures |= await _verify(run, number, trained)
         finally:
             seconds = await publishing
         return figures | {"seconds_publish": seconds}
@@ -111,10 +114,11 @@ async def _scores_before_it_leaves(run: Run, number: int) -> ProbeScores | None:
 async def _into_server(run: Run, number: int) -> dict[str, float]:
     """The server, awake, holds the step. Returns what the sync took."""
     started = time.monotonic()
-    await run.on_servers(lambda server: run.delivery.before_sync(server, number))
-    await run.gpus.make_room_for_weights()
-    figures = await sync(run, number)
-    await run.gpus.give_to_server()
+    with span(run.store.path, "sync", number):
+        await run.on_servers(lambda server: run.delivery.before_sync(server, number))
+        await run.gpus.make_room_for_weights()
+        figures = await sync(run, number)
+        await run.gpus.give_to_server()
     run.served.add(number)
     return figures | {"seconds_sync": time.monotonic() - started}
 

@@ -13,6 +13,7 @@ from lockstep.errors import RolloutError, ServerError
 from lockstep.loop.pipeline.concurrency import EVERY_S, Concurrency
 from lockstep.loop.pipeline.group_queue import Draw, GroupQueue, Ready, Taken
 from lockstep.loop.places import Places
+from lockstep.metrics.spans import span
 from lockstep.rollouts.failures import one_line
 from lockstep.rollouts.gather import gather_trajectory_groups, tolerated
 from lockstep.rollouts.leases import RolloutScope, current_scope
@@ -222,12 +223,13 @@ class RolloutWorkers:
 
         step, index = divmod(draw.position, self.queue.size)
         noise = Noise("training" if not draw.attempt else f"training again {draw.attempt}", step, index)
-        [gathered] = await gather_trajectory_groups(
-            [[attempt() for _ in range(section.group_size)]],
-            max_exceptions=section.group_size,
-            progress=False,
-            noise=noise,
-        )
+        with span(self._backend.run_path(self._model), "rollout", step + 1):
+            [gathered] = await gather_trajectory_groups(
+                [[attempt() for _ in range(section.group_size)]],
+                max_exceptions=section.group_size,
+                progress=False,
+                noise=noise,
+            )
         return gathered
 
     async def _keep(self, group: _Group, gathered: TrajectoryGroup) -> None:
