@@ -12,6 +12,7 @@ WORKDIR /source
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY src src
 COPY runtime runtime
+COPY examples examples
 RUN uv build --wheel --out-dir /dist
 
 FROM python:3.11-slim-bookworm
@@ -19,7 +20,8 @@ ARG KIND=cpu
 # A C compiler: torch.compile and Triton build kernels at run time.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 lockstep
-USER lockstep
+# By number, as Kubernetes' runAsNonRoot wants it.
+USER 1000
 WORKDIR /home/lockstep
 ENV PATH=/home/lockstep/env/bin:$PATH
 COPY --from=wheel /dist /tmp/dist

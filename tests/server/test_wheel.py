@@ -74,6 +74,22 @@ def test_it_carries_the_servers_project_and_asks_for_no_server(artifacts):
     assert {"train", "gguf", "examples", "tinker"} <= set(metadata.get_all("Provides-Extra", []))
 
 
+@pytest.mark.slow
+def test_the_image_is_built_from_all_that_the_wheel_needs(artifacts, tmp_path):
+    """What the Dockerfile copies, and nothing else, makes the same wheel."""
+    stage = (ROOT / "Dockerfile").read_text().partition("RUN uv build")[0]
+    for source in re.findall(r"(?<=COPY )(.*) \S+$", stage, re.MULTILINE):
+        for name in source.split():
+            target = tmp_path / "source" / name
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(ROOT / name, target)
+    wheel = build(tmp_path / "dist", tmp_path / "source")[0]
+    assert wheel.read_bytes() == artifacts[0].read_bytes()
+
+
 def _pythons() -> list[str]:
     return [version for version in ("3.11", "3.12", "3.13") if _python(version)]
 

@@ -17,11 +17,11 @@ NO_NETWORK = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo
 """In front of a command: loopback is all that it has."""
 
 
-def build(out: Path) -> tuple[Path, Path]:
-    """(wheel, sdist) of the checkout."""
+def build(out: Path, source: Path = ROOT) -> tuple[Path, Path]:
+    """(wheel, sdist) of a source tree."""
     environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
     command = [sys.executable, "-m", "uv", "build", "--quiet", "--python", sys.executable, "--out-dir", str(out)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=source, env=environment, check=True, timeout=300)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 
