@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tiny import tiny_option
+
 from bare_machine import BareMachine, Phase, build
 
 
@@ -58,6 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--output", type=Path)
+    tiny_option(parser, extra="")
+    parser.set_defaults(extra="[train]")
     options = parser.parse_args()
     folder, table = Path(tempfile.mkdtemp(prefix="first-run-", dir="/tmp")), Table()
     machines: list[BareMachine] = []
@@ -69,6 +73,11 @@ def main() -> None:
     try:
         wheel, _ = build(folder / "dist")
         house = folder / "wheels"
+        if not options.extra:
+            bare = machine("online")
+            table.add("online", "pip install lockstep-rl", bare.pip("install", wheel), size(bare.folder / "env"))
+            print(bare.lockstep("--version").output)
+            return
         run_on(machine("online"), "online", ["--no-cache-dir", f"{wheel}[train]"], [], table)
         shutil.rmtree(machines[0].home / ".cache")
         fetch, before = machines[0].pip("download", "--no-cache-dir", "--dest", house, f"{wheel}[train]"), size(house)

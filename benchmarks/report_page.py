@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tiny import tiny_option
 
 from lockstep.cli.report.page import build_page
 from lockstep.rollouts.trajectory import Trajectory, TrajectoryGroup
@@ -59,8 +60,11 @@ window.addEventListener("load", async () => {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a tokenizer")
+    parser.add_argument(
+        "--model", type=Path, default=Path("."), help="a folder with a tokenizer; ids are shown without"
+    )
     parser.add_argument("--trajectories", type=int, nargs="+", default=[1600, 10000])
+    tiny_option(parser, trajectories=[400])
     parser.add_argument("--keep", type=Path, help="write the largest page here")
     options = parser.parse_args()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))

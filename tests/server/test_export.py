@@ -33,7 +33,7 @@ async def _scores(runtime, run, folders) -> list[list[float]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_in_transformers_and_in_vllm(runtime, tmp_path, family, dtype):
     """Both kinds pass the checks of both programs. vLLM computes from the PEFT folder exactly what it does from the step."""
-    run = run_of(tmp_path, family, dtype)
+    run = run_of(tmp_path, family, dtype, said_rank=8)
     console = Console(width=120, record=True)
     for merge, target in ((True, tmp_path / "merged"), (False, tmp_path / "adapter")):
         export_run(run, target, "1", merge, None, console)
