@@ -1,12 +1,13 @@
 """What the gateway costs: agents in another process, through episodes and straight to the server.
 
-    python benchmarks/gateway.py --model DIR --output benchmarks/results/h200_gateway.json   # one GPU
-    python benchmarks/gateway.py --tiny                                                      # CPU, about two minutes
+    python benchmarks/gateway.py --model SMOLLM2 --shape qwen3-8b --output benchmarks/results/h200_gateway.json   # one GPU
+    python benchmarks/gateway.py --tiny                                                                             # CPU, about two minutes
 
 Each of `--sessions` agents holds a conversation of `--turns` turns with replies of a fixed length (`ignore_eos`), as plain
 HTTP from one process beside this one. `direct` asks the run's server, `episodes` the gateway, `streamed` the gateway with
-streams. Wall time is from the first request to the last reply. CPU is of the gateway's own thread, a call. Direct and
-gateway take turns, `--repeat` times, and each repetition has new conversations.
+streams. Wall time is from the first request to the last reply. CPU is of the gateway's own thread, a call. The ways take
+turns, `--repeat` times or until `--budget` seconds after the start, each time in another order and with new conversations.
+The overhead is the mean of the rounds' ratios, with its standard error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from shapes import SHAPES, write_random
 
 from lockstep.backends.base import Endpoint
 from lockstep.gateway.calls import Terms
@@ -33,6 +37,7 @@ from lockstep.inference.launch import ServerConfig, launch
 from lockstep.models.tiny.write import write_tiny
 from lockstep.process.child import child_env
 
+STARTED = time.monotonic()
 WAYS = ("direct", "episodes", "streamed")
 
 
@@ -109,7 +114,9 @@ async def measure(config: ServerConfig, scratch: Path, options: argparse.Namespa
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     try:
         for round_ in range(options.repeat + 1):
-            for way in WAYS:
+            if round_ > 1 and time.monotonic() - STARTED > options.budget:
+                break
+            for way in WAYS[round_ % 3 :] + WAYS[: round_ % 3]:
                 measured = await asyncio.to_thread(one_round, way, round_, server, gateway, options)
                 if round_:  # the first compiles and connects
                     rounds[way].append(measured)
@@ -117,10 +124,16 @@ async def measure(config: ServerConfig, scratch: Path, options: argparse.Namespa
     finally:
         gateway.close()
         await server.close()
-    walls = {way: statistics.median(measured["seconds"] for measured in rounds[way]) for way in WAYS}
+    ratios = {
+        way: [one["seconds"] / other["seconds"] - 1 for one, other in zip(rounds[way], rounds["direct"], strict=True)]
+        for way in WAYS[1:]
+    }
     return {
         "rounds": rounds,
-        "overhead_of_wall": {way: walls[way] / walls["direct"] - 1 for way in WAYS[1:]},
+        "overhead_of_wall": {way: statistics.mean(ratios[way]) for way in ratios},
+        "standard_error": {
+            way: statistics.stdev(ratios[way]) / len(ratios[way]) ** 0.5 for way in ratios if len(ratios[way]) > 1
+        },
         "cpu_ms_a_call": {
             way: statistics.median(measured["cpu_ms_a_call"] for measured in rounds[way]) for way in WAYS[1:]
         },
@@ -131,11 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the model's tokenizer")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=1800.0)
+    parser.add_argument("--server-arg", action="append", default=[])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.agents:
@@ -145,6 +161,13 @@ def main() -> None:
         if options.tiny:
             options.model = write_tiny("qwen3", Path(scratch) / "model")
             options.tokens, options.repeat, options.turns = 16, 2, 3
+        if options.shape:
+            from transformers import AutoTokenizer
+
+            known = AutoTokenizer.from_pretrained(options.model)  # a random model's tokens must have text, too
+            vocabulary = {"vocab_size": math.ceil(len(known) / 128) * 128}
+            options.model = write_random(options.shape, Path(scratch) / "model", vocabulary)
+            known.save_pretrained(options.model)
         on_cpu = default_kind() == "cpu"
         options.max_model_len = 512 if options.tiny else 4096
         config = ServerConfig(
@@ -153,12 +176,15 @@ def main() -> None:
             dtype="float32" if on_cpu else "bfloat16",
             max_model_len=options.max_model_len,
             max_num_seqs=options.sessions,
+            extra_args=tuple(options.server_arg),
         )
         result = asyncio.run(measure(config, Path(scratch), options))
     asked = {name: getattr(options, name) for name in ("sessions", "turns", "tokens", "repeat")}
-    print(json.dumps({name: result[name] for name in ("overhead_of_wall", "cpu_ms_a_call")}, indent=1))
+    print(json.dumps({name: value for name, value in result.items() if name != "rounds"}, indent=1))
     if options.output:
-        options.output.write_text(json.dumps({"asked": asked, "model": str(options.model), **result}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps({"asked": asked, "model": options.shape or str(options.model), **result}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

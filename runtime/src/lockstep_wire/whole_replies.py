@@ -1,7 +1,7 @@
 """A chat reply that is streamed, put together: the same object as without a stream.
 
-A request with `FIELD` set gets OpenAI's chunks as they come, and one event before the last:
-`{"lockstep_reply": ...}`, the whole reply with everything that training needs.
+A request with `FIELD` gets OpenAI's chunks, and one event before the last: `{"lockstep_reply": ...}`, the whole reply with
+everything that training needs. The field is a number of seconds: what is sampled between two events is joined.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FIELD = "lockstep_whole_reply"
-"""The request's field that asks for the event."""
+"""The request's field that asks for the event: seconds between two events, 0 for each chunk as it comes."""
 EVENT = "lockstep_reply"
 _TEXTS = ("content", "reasoning")
 
@@ -73,3 +73,46 @@ def _add_call(call: dict[str, Any], delta: Mapping[str, Any]) -> None:
     function = delta.get("function") or {}
     for name in ("name", "arguments"):
         call["function"][name] += function.get(name) or ""
+
+
+def join(held: list[dict[str, Any]], chunk: dict[str, Any]) -> None:
+    """Adds a chunk to those that wait: its text to that of the chunk before it, where both have the same kind.
+
+    held: chunks of at most one choice each. The token ids of a chunk that was joined are left out.
+    """
+    for part in chunk.get("choices") or []:
+        last = next((before for before in reversed(held) if _index(before) == part["index"]), None)
+        if last is None or not _joined(last["choices"][0], part):
+            held.append({**chunk, "choices": [part]})
+    if not chunk.get("choices"):
+        held.append(chunk)
+
+
+def _index(chunk: Mapping[str, Any]) -> int | None:
+    choices = chunk.get("choices")
+    return choices[0]["index"] if choices else None
+
+
+def _joined(last: dict[str, Any], part: Mapping[str, Any]) -> bool:
+    """Whether the part was added to `last`. Text after thinking, and a call that begins, are chunks of their own."""
+    before, delta = last["delta"], part["delta"]
+    kinds = [name for name, value in delta.items() if value]
+    known_kinds = [name for name, value in before.items() if value and name != "role"]
+    if last.get("finish_reason") is not None or len(kinds) > 1 or (kinds and kinds != known_kinds):
+        return False
+    for name in kinds:
+        if name in _TEXTS:
+            before[name] += delta[name]
+            continue
+        (call, *others), known = delta[name], before[name][-1]
+        if others or name != "tool_calls" or call.get("id") or call["index"] != known["index"]:
+            return False
+        known["function"]["arguments"] = (known["function"].get("arguments") or "") + (
+            call["function"].get("arguments") or ""
+        )
+    if (logprobs := part.get("logprobs")) is not None:
+        last["logprobs"] = last.get("logprobs") or {"content": []}
+        last["logprobs"]["content"] += logprobs["content"]
+    last |= {name: part[name] for name in ("finish_reason", "stop_reason") if part.get(name) is not None}
+    last.pop("token_ids", None)
+    return True

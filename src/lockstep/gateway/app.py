@@ -81,17 +81,17 @@ def application(find: Find, upstream: Upstream) -> Any:
 
 
 async def _sampled(dialect: _Dialect, request: Request, find: Find, upstream: Upstream) -> Any:
-    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.responses import JSONResponse
 
     try:
         episode = _episode(request, find)
         body = await _body(request)
         asked = _translated(dialect, body)
         gone = asyncio.Event()
-        watching = asyncio.ensure_future(_watch(request, gone))
         again = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
         stream = bool(body.get("stream"))
         attempt = episode.attempt(upstream, asked, again=again, stream=stream)
+        watching = asyncio.ensure_future(_watch(request, gone, attempt))
         attempt.task.add_done_callback(lambda _: watching.cancel())
         model = str(body.get("model") or episode.terms.name)
         if not stream:
@@ -100,9 +100,22 @@ async def _sampled(dialect: _Dialect, request: Request, find: Find, upstream: Up
         if attempt.failed:  # before anything was sent: an error as without a stream
             attempt.task.result()
         events = _events(dialect, episode, attempt, gone, dialect.stream(model, body), model)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return _streaming(events)
     except Refusal as refusal:
         return JSONResponse(dialect.error(refusal.status, str(refusal)), refusal.status)
+
+
+def _streaming(events: AsyncIterator[bytes]) -> Any:
+    """The ASGI app of a stream. Starlette's own has a group of tasks to watch the client, who is watched already."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for part in events:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return answer
 
 
 async def _events(
@@ -111,7 +124,7 @@ async def _events(
     """The reply as it comes, with signs of life where nothing does."""
     taken = 0
     with episode.waits_for(attempt, gone):
-        while True:
+        while not gone.is_set():
             chunks = await attempt.chunks(taken, PING_S)
             taken += len(chunks)
             if events := b"".join(map(stream.chunk, chunks)):
@@ -120,6 +133,8 @@ async def _events(
                 break
             elif not chunks:
                 yield dialect.ping
+        if gone.is_set():
+            return
         try:
             yield stream.end(dialect.reply(attempt.task.result(), model))
         except Refusal as refusal:
@@ -189,9 +204,10 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _watch(request: Request, gone: asyncio.Event) -> None:
+async def _watch(request: Request, gone: asyncio.Event, attempt: Attempt) -> None:
     """Sets `gone` when the client leaves."""
     with contextlib.suppress(asyncio.CancelledError):
         while (await request.receive())["type"] != "http.disconnect":
             pass
         gone.set()
+        attempt.tell()

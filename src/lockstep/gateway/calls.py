@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,31 +30,45 @@ _FORWARDED = (
 
 _SERVERS = 4
 """Of several, asked one after another while each is lost."""
+_LOOK_S = 60.0
+"""Between two looks of a client that is told of everything, too."""
 
 
 class Attempt:
     """One request as it came, the chunks of its reply so far, and everybody who waits for it."""
 
-    def __init__(self) -> None:
-        self.task: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+    def __init__(self, call: Callable[[Attempt], Coroutine[Any, Any, dict[str, Any]]]) -> None:
         self.waiting = 0
         self.delivered = False
         self._chunks: list[dict[str, Any]] = []
-        self._came = asyncio.Event()
+        self._news: list[asyncio.Future[None]] = []
+        self.task = asyncio.ensure_future(call(self))
+        self.task.add_done_callback(self.tell)
 
     def take(self, chunk: dict[str, Any]) -> None:
         """The next chunk of the reply."""
         self._chunks.append(chunk)
-        self._came.set()
+        self.tell()
 
     async def chunks(self, number: int, limit_s: float) -> list[dict[str, Any]]:
-        """The chunks from `number` on, once there is one, the reply has ended, or `limit_s` have passed."""
+        """The chunks from `number` on, once there is one, the reply has ended, `limit_s` have passed, or somebody `tell`s."""
         if number == len(self._chunks) and not self.task.done():
-            self._came.clear()
-            came = asyncio.ensure_future(self._came.wait())
-            await asyncio.wait({came, self.task}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            came.cancel()
+            loop = asyncio.get_running_loop()
+            news = loop.create_future()
+            self._news.append(news)
+            late = loop.call_later(limit_s, self.tell)
+            try:
+                await news
+            finally:
+                late.cancel()
         return self._chunks[number:]
+
+    def tell(self, _: object = None) -> None:
+        """Wakes everybody who waits, to look for himself."""
+        waiting, self._news = self._news, []
+        for news in waiting:
+            if not news.done():
+                news.set_result(None)
 
     @property
     def failed(self) -> bool:
@@ -98,22 +112,19 @@ class OpenEpisode:
         digest = hashlib.sha256(asked.encode()).hexdigest()
         attempt = self._attempts.get(digest)
         if attempt is None or attempt.failed or not (again or (attempt.waiting == 0 and not attempt.delivered)):
-            attempt = self._attempts[digest] = Attempt()
-            taken = attempt.take if stream else None
-            attempt.task = asyncio.ensure_future(self._call(upstream, chat, taken))
+            attempt = self._attempts[digest] = Attempt(
+                lambda attempt: self._call(upstream, chat, attempt.take if stream else None)
+            )
         return attempt
 
     async def answer(self, attempt: Attempt, gone: asyncio.Event) -> dict[str, Any]:
         """The server's whole reply. gone: set when the client has left."""
-        leaving = asyncio.ensure_future(gone.wait())
-        try:
-            with self.waits_for(attempt, gone):
-                await asyncio.wait({attempt.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if not attempt.task.done():
+        with self.waits_for(attempt, gone):
+            while not attempt.task.done():
+                if gone.is_set():
                     raise Refusal(499, "the client has left")
-                return attempt.task.result()
-        finally:
-            leaving.cancel()
+                await attempt.chunks(0, _LOOK_S)
+            return attempt.task.result()
 
     @contextmanager
     def waits_for(self, attempt: Attempt, gone: asyncio.Event) -> Iterator[None]:

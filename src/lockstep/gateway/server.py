@@ -87,7 +87,7 @@ class Gateway:
         upstream = Upstream()
         settings = uvicorn.Config(
             application(self._find, upstream),
-            http="h11",
+            http="auto",
             ws="none",
             lifespan="off",
             log_config=None,
@@ -99,7 +99,7 @@ class Gateway:
         try:
             await server.serve(sockets=[self._listener])
         finally:
-            await upstream.close()
+            upstream.close()
 
 
 def _digest(secret: str) -> bytes:

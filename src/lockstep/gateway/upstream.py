@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from lockstep.config import deadlines
+from lockstep.gateway.http_client import Answer, BrokenError, Connections
 from lockstep.gateway.refusal import Refusal
-from lockstep.rollouts.connections import connections_for
 from lockstep.rollouts.slots import Slots, choices_of, token_limit
 from lockstep_wire.http_paths import CHAT_COMPLETIONS
 from lockstep_wire.whole_replies import EVENT, FIELD
 
 _TRIES = 4
 """Of a request whose connection breaks before the server answers."""
+PACE_S = 0.5
+"""Between two events of a stream. An event costs as much CPU as a tenth of a call."""
 
 
 class Address(Protocol):
@@ -38,16 +39,12 @@ class Upstream:
     """Sends requests to the server; for one event loop. The server may change its address from one call to the next."""
 
     def __init__(self) -> None:
-        import httpx
-
-        self._client = httpx.AsyncClient(trust_env=False, transport=connections_for(httpx.AsyncClient))
-        self._errors = httpx.HTTPError
-        self._broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-        self._timeout = httpx.Timeout
+        self._connections = Connections()
         self._slots: dict[tuple[str, int], Slots] = {}
 
-    async def close(self) -> None:
-        await self._client.aclose()
+    def close(self) -> None:
+        """End every connection."""
+        self._connections.close()
 
     async def complete(self, address: Address, body: dict[str, Any], *, under_way: bool) -> dict[str, Any]:
         """The reply to a chat request. under_way: its episode goes before those that have not begun.
@@ -59,11 +56,11 @@ class Upstream:
     async def stream(
         self, address: Address, body: dict[str, Any], taken: Callable[[dict[str, Any]], None], *, under_way: bool
     ) -> dict[str, Any]:
-        """The whole reply to a chat request. taken: called with each chunk of it, as soon as the server sends it.
+        """The whole reply to a chat request. taken: called with its chunks, at most one each PACE_S.
 
         Raises Refusal as `complete` does, and with 502 if the stream ends before the reply does.
         """
-        body, reply = {**body, "stream": True, FIELD: True}, None
+        body, reply = {**body, "stream": True, FIELD: PACE_S}, None
         places = choices_of(body)
         async with (
             self._place(address, places, under_way=under_way),
@@ -84,34 +81,34 @@ class Upstream:
         return reply
 
     @asynccontextmanager
-    async def _answer(self, address: Address, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:
+    async def _answer(self, address: Address, path: str, body: dict[str, Any]) -> AsyncIterator[Answer]:
         """The server's answer with status 200, its body unread. Raises Refusal for any other, and where there is none."""
         try:
-            response = await self._sent(address, path, body)
+            answer = await self._sent(address, path, body)
             try:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise Refusal(response.status_code, _message(response))
-                yield response
+                if answer.status != 200:
+                    raise Refusal(answer.status, _message(await answer.body(), answer.status))
+                yield answer
             finally:
-                await response.aclose()
-        except self._errors as error:
+                answer.close()
+        except (BrokenError, OSError) as error:
             raise Refusal(502, f"the run's server gave no reply: {type(error).__name__} {error}") from None
 
-    async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Any:
+    async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Answer:
         """The beginning of the answer. A server may close an idle connection just as it is used: then another is opened."""
         seconds = deadlines.REQUEST_S + token_limit(body, address.max_model_len or 0)
-        request = self._client.build_request(
-            "POST",
-            address.base_url.removesuffix("/v1") + path,
-            json=body,
-            headers={"Authorization": f"Bearer {address.api_key}"},
-            timeout=self._timeout(seconds, connect=deadlines.CONNECT_S),
-        )
-        for _ in range(_TRIES - 1):
-            with contextlib.suppress(*self._broken):
-                return await self._client.send(request, stream=True)
-        return await self._client.send(request, stream=True)
+        url = address.base_url.removesuffix("/v1") + path
+        headers = {"authorization": f"Bearer {address.api_key}", "content-type": "application/json"}
+        written = json.dumps(body).encode()
+        for left in reversed(range(_TRIES)):
+            try:
+                return await self._connections.post(
+                    url, headers, written, connect_s=deadlines.CONNECT_S, silence_s=seconds
+                )
+            except BrokenError:
+                if not left:
+                    raise
+        raise AssertionError
 
     @asynccontextmanager
     async def _place(self, address: Address, places: int, *, under_way: bool) -> AsyncIterator[None]:
@@ -134,22 +131,20 @@ class Upstream:
         self, address: Address, path: str, body: dict[str, Any], *, places: int, under_way: bool
     ) -> dict[str, Any]:
         async with self._place(address, places, under_way=under_way), self._answer(address, path, body) as sent:
-            await sent.aread()
-            return sent.json()
+            return json.loads(await sent.body())
 
 
-async def _lines(response: Any) -> AsyncIterator[bytes]:
-    """The lines of an answer. httpx's own also end at signs such as U+2028, which a reply's text may have."""
+async def _lines(answer: Answer) -> AsyncIterator[bytes]:
     rest = b""
-    async for part in response.aiter_bytes():
+    async for part in answer.parts():
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             yield line
     yield rest
 
 
-def _message(response: Any) -> str:
+def _message(body: bytes, status: int) -> str:
     try:
-        return str(response.json()["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return response.text[:500] or f"the run's server answered {response.status_code}"
+        return body[:500].decode(errors="replace") or f"the run's server answered {status}"

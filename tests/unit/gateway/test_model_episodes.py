@@ -102,7 +102,7 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_opened_anew():
         port = server.sockets[0].getsockname()[1]
         address = ls.Endpoint(f"http://127.0.0.1:{port}/v1", "k")
         assert await upstream.count(address, {"messages": []}) == 2
-        await upstream.close()
+        upstream.close()
 
 
 async def test_a_streamed_text_may_have_any_sign_that_ends_a_line_elsewhere():
@@ -123,7 +123,7 @@ async def test_a_streamed_text_may_have_any_sign_that_ends_a_line_elsewhere():
         address = ls.Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", "k")
         assert await upstream.stream(address, {"messages": []}, taken.append, under_way=True) == {"text": said}
         assert taken[0]["choices"][0]["delta"]["content"] == said
-        await upstream.close()
+        upstream.close()
 
 
 async def test_an_episode_is_answered_by_another_server_when_its_own_is_lost():

@@ -253,10 +253,10 @@ def _events(chunks) -> bytes:
     return b"".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode() for chunk in chunks)
 
 
-async def streamed(chunks, ended=True) -> tuple[bytes, Streaming]:
+async def streamed(chunks, ended=True, pace_s=0) -> tuple[bytes, Streaming]:
     app = Streaming(_events(chunks) + b"data: [DONE]\n\n" * ended)
     app.spans = [[{"version": "m@2", "start": 0, "end": 2}]]
-    body = json.dumps({"model": "m@2", "stream": True, whole_replies.FIELD: True}).encode()
+    body = json.dumps({"model": "m@2", "stream": True, whole_replies.FIELD: pace_s}).encode()
     sent = await call(ChoiceFields(app), path="/v1/chat/completions", chunks=(body,))
     assert not sampled_tokens._announced
     return b"".join(message.get("body", b"") for message in sent), app
@@ -286,6 +286,44 @@ async def test_a_stream_that_breaks_off_has_no_whole_reply():
         assert sent == _events(chunks) + b"data: [DONE]\n\n"
     sent, _ = await streamed(STREAM, ended=False)
     assert whole_replies.EVENT.encode() not in sent
+
+
+async def test_what_comes_between_two_events_is_joined_without_losing_its_order():
+    """Two choices, one letter a chunk: thinking, text, thinking again, and two calls."""
+    letters = [
+        {"reasoning": "h"},
+        {"reasoning": "m"},
+        {"content": "ä"},
+        {"content": ""},
+        {"content": "b"},
+        {"reasoning": "!"},
+    ]
+    opened = [{"tool_calls": [{"index": n, "id": f"c{n}", "function": {"name": "f", "arguments": ""}}]} for n in (0, 1)]
+    calls = [{"tool_calls": [{"index": n, "function": {"arguments": letter}}]} for n in (0, 1) for letter in "{}"]
+    deltas = [*letters, opened[0], *calls[:2], opened[1], *calls[2:]]
+    parts = [_part(index, ids=[1], **delta) for delta in deltas for index in (0, 1)]
+    parts += [_part(index, finish="stop", ids=[2]) for index in (0, 1)]
+    chunks = [_chunk(choices=[_part(n, role="assistant", content="")], prompt_token_ids=[1]) for n in (0, 1)]
+    chunks += [_chunk(choices=[part]) for part in parts]
+    chunks.append(_chunk(usage={"prompt_tokens": 1, "completion_tokens": 9}))
+    sent, _ = await streamed(chunks, pace_s=60)
+    events = [json.loads(event[6:]) for event in sent.split(b"\n\n") if event.startswith(b"data: {")]
+    joined, each = whole_replies.StreamedReply(), whole_replies.StreamedReply()
+    for chunk in events[:-1]:
+        joined.add(chunk)
+    for chunk in chunks:
+        each.add(chunk)
+    messages = [[choice["message"] for choice in reply.completed()["choices"]] for reply in (joined, each)]
+    assert messages[0] == messages[1]
+    assert [choice["message"] for choice in events[-1][whole_replies.EVENT]["choices"]] == messages[0]
+    shown = [part["delta"] for event in events[:-1] for part in event["choices"] if part["index"] == 1]
+    assert [
+        next(name for name in ("tool_calls", "reasoning", "content") if delta.get(name) or name == "content")
+        for delta in shown
+    ] == [*("content", "reasoning", "content", "reasoning", "tool_calls", "tool_calls")]
+    assert [choice["token_ids"] for choice in events[-1][whole_replies.EVENT]["choices"]] == [
+        [1] * len(deltas) + [2]
+    ] * 2
 
 
 class Counting(Echo):

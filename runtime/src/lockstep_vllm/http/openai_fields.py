@@ -87,7 +87,8 @@ class ChoiceFields:
             await self._app(scope, _replay(body, receive), send)
             return
         streamed = bool(request.get("stream"))
-        completed = streamed and path == CHAT and bool(request.pop(whole_replies.FIELD, False))
+        pace_s = request.pop(whole_replies.FIELD, None)
+        completed = streamed and path == CHAT and isinstance(pace_s, (int, float))
         listed = (completed or not streamed) and not asks_for_logprobs(request)
         add_request_defaults(request, chat=path == CHAT)
         if completed:
@@ -101,7 +102,8 @@ class ChoiceFields:
         begun.count += 1
         if completed:
             sampled_tokens.expect(request_id, listed=listed)
-            send = StreamEditor(send, lambda reply: add_choice_fields(reply, request, sampled_tokens.take(request_id)))
+            sampled = lambda reply: add_choice_fields(reply, request, sampled_tokens.take(request_id))  # noqa: E731
+            send = StreamEditor(send, sampled, pace_s)
         elif not streamed:
             sampled_tokens.expect(request_id, listed=listed)
             send = _ReplyEditor(send, request, request_id)

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 from lockstep_vllm.http.auth import Message, Send
-from lockstep_wire.whole_replies import EVENT, StreamedReply
+from lockstep_wire.whole_replies import EVENT, StreamedReply, join
 
 _DONE = b"[DONE]"
 _DATA = b"data: "
 
 
 class StreamEditor:
-    """Passes a stream's events on as they come, and puts the whole reply before the last.
+    """Passes a stream's events on, and puts the whole reply before the last.
 
     complete: adds to the whole reply what its chunks do not have.
+    pace_s: seconds between two events; what comes meanwhile is joined. 0: each event as it comes.
 
-    An answer that is no stream, such as an error, passes unchanged. So does a stream whose reply did
-    not come to its end.
+    An answer that is no stream, such as an error, passes unchanged. A stream whose reply did not come to its end brings
+    no whole reply.
     """
 
-    def __init__(self, send: Send, complete: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, send: Send, complete: Callable[[dict[str, Any]], None], pace_s: float = 0.0) -> None:
         self._send = send
         self._complete = complete
+        self._pace_s = pace_s
         self._streams = False
         self._reply = StreamedReply()
         self._rest = b""
+        self._held: list[dict[str, Any]] = []
+        self._next = 0.0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -49,9 +54,27 @@ class StreamEditor:
         if data == _DONE:
             reply = self._reply.completed()
             if reply is None:
-                return event + b"\n\n"
+                return self._released() + event + b"\n\n"
             self._complete(reply)
-            return _DATA + json.dumps({EVENT: reply}, ensure_ascii=False).encode() + b"\n\n" + event + b"\n\n"
-        if event.startswith(_DATA):
-            self._reply.add(json.loads(data))
-        return event + b"\n\n"
+            return self._released() + _event({EVENT: reply}) + event + b"\n\n"
+        if not event.startswith(_DATA):
+            return event + b"\n\n"
+        chunk = json.loads(data)
+        self._reply.add(chunk)
+        now = time.monotonic()
+        if not self._held and now >= self._next:
+            self._next = now + self._pace_s
+            return event + b"\n\n"
+        join(self._held, chunk)
+        if now < self._next and chunk.get("choices"):
+            return b""
+        self._next = now + self._pace_s
+        return self._released()
+
+    def _released(self) -> bytes:
+        held, self._held = self._held, []
+        return b"".join(map(_event, held))
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return _DATA + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
