@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lockstep.config.sft import SFTConfig
     from lockstep.config.train import TrainConfig
     from lockstep.errors import LockstepError
+    from lockstep.gateway.other_model import OtherModel
     from lockstep.loop.pipeline.trainer import PipelineTrainer
     from lockstep.model import TrainableModel
     from lockstep.rollouts.gather import gather_trajectory_groups
@@ -35,6 +36,7 @@ _HOME = {
     "LoraConfig": "lockstep.config.lora",
     "MegatronConfig": "lockstep.config.megatron",
     "MegatronBackend": "lockstep.backends.megatron.backend",
+    "OtherModel": "lockstep.gateway.other_model",
     "Parallel": "lockstep.config.megatron",
     "Placement": "lockstep.config.megatron",
     "PipelineConfig": "lockstep.config.pipeline",
@@ -57,6 +59,7 @@ __all__ = [
     "LoraConfig",
     "MegatronBackend",
     "MegatronConfig",
+    "OtherModel",
     "Parallel",
     "PipelineConfig",
     "PipelineTrainer",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lockstep.backends.base import Backend, Endpoint
     from lockstep.gateway.episode import Episode
+    from lockstep.gateway.other_model import OtherModel
     from lockstep.gateway.server import Gateway
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -202,10 +203,14 @@ class TrainableModel:
             return None
         return self._seeds.draw(run_seed, scope.pinned(self._leases, self.step), place)
 
-    def episode(self, *, sampling: Mapping[str, Any] | None = None) -> Episode:
+    def episode(
+        self, *, sampling: Mapping[str, Any] | None = None, models: Mapping[str, OtherModel] | None = None
+    ) -> Episode:
         """An address and a key for one attempt of an agent, in this process or any other; what it samples there is captured.
 
         sampling: settings that every request of the episode has, whatever the agent asks for, such as `{"temperature": 1.0}`.
+        models: who answers in place of this model, by the name that the agent asks for; `"claude-haiku*"` stands for all names
+            that begin so. Such calls are counted and not trained.
 
         Inside a rollout the episode uses the rollout's version and ends with it at the latest. Elsewhere its version is the
         current one and stays loaded until the episode ends. In a rollout that gather runs, a request without a `seed` gets one,
@@ -231,7 +236,8 @@ class TrainableModel:
             if hold is not None:
                 hold.end()
 
-        terms = Terms(name, address, dict(sampling or {}), seed, hold.broke_off if hold is not None else None)
+        broke_off = hold.broke_off if hold is not None else None
+        terms = Terms(name, address, dict(sampling or {}), seed, broke_off, dict(models or {}))
         episode = self._gateway.episode(terms, ended)
         if scope is not None:
             scope.at_end(episode.end)

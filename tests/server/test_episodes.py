@@ -19,7 +19,7 @@ from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
 from lockstep.cli.quickstart.examples import examples_folder
 from lockstep.errors import DataError
-from lockstep.gateway import app
+from lockstep.gateway import app, upstream
 from lockstep.gateway.calls import Terms
 from lockstep.gateway.server import Gateway
 from lockstep.loop.task import load_task
@@ -165,7 +165,8 @@ async def responses_text(episode, stream) -> str:
 
 
 @pytest.mark.parametrize("text", [chat_text, messages_text, responses_text])
-async def test_streamed_ids_equal_unstreamed_ids(gateway, agent_server, text):
+async def test_streamed_ids_equal_unstreamed_ids(gateway, agent_server, text, monkeypatch):
+    monkeypatch.setattr(upstream, "PACE_S", 0.0)
     sampled, texts = [], []
     for stream in (False, True):
         episode = new_episode(gateway, agent_server, seed=5)
@@ -246,6 +247,16 @@ async def test_compaction_and_a_sub_agent_give_their_leaves(gateway, agent_serve
         await ask(system, summary, third, QUESTION)
         assert second
     forks = dict(episode.forks)
+    assert [call.continues for call in episode.calls] == [None, None, 0, None, 3]
+
+    def leaves(calls) -> list[float]:
+        continued = {call.continues for call in calls}
+        return [float(call.number not in continued) for call in calls]
+
+    trajectory = episode.trajectory(rewards=leaves)
+    assert (trajectory.turn_rewards, trajectory.reward) == ([0.0, 1.0, 1.0, 0.0, 1.0], 3.0)
+    with pytest.raises(DataError, match="rewards has 2 numbers for 5 calls"):
+        episode.trajectory(rewards=[1.0, 2.0])
     made = sequences(episode)
     assert forks == {"sub-agent": 1, "compaction": 1}
     assert len(made.sequences) == 3

@@ -49,6 +49,7 @@ class TokenSequence:
     # int32, the server's most likely ids at the token's position, see top_logprobs.py; -1 where
     # unknown
     top_SC: np.ndarray | None = None
+    turn: int = -1  # the one turn that carries loss; -1: all
 
     def __len__(self) -> int:
         return len(self.tokens_S)

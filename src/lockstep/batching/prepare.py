@@ -21,6 +21,7 @@ from lockstep.batching.routed_experts import RoutedExpertsShape, prefix_disagree
 from lockstep.batching.select import Selected, select
 from lockstep.batching.tokenize import MOST_IDS, Tokenized
 from lockstep.batching.top_logprobs import TOP
+from lockstep.batching.turns import by_turn, returns_of
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def prepare(
     """
     selected = select(groups, model_name, step, config, routed_experts, vocabulary)
     tokenized = [rollout.tokenized for rollout in selected.usable]
-    advantage = _advantages(selected, config)
+    advantage = _turn_advantages(selected, config) if config.advantage_per == "turn" else _advantages(selected, config)
+    if config.advantage_per == "turn":
+        tokenized = [by_turn(rollout) for rollout in tokenized]
     owners = {
         (rollout.sequences[0].group, rollout.sequences[0].trajectory): number
         for number, rollout in enumerate(tokenized)
@@ -96,7 +99,8 @@ def prepare(
     )
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
-    advantage_Q, weight_Q = np.array(advantage)[owner_Q], _weights(config, scored_Q, owner_Q)
+    keys = [(sequence.group, sequence.trajectory, sequence.turn) for sequence in fitted.sequences]
+    advantage_Q, weight_Q = np.array([advantage[key] for key in keys]), _weights(config, scored_Q, owner_Q)
     trained_Q = _trained(config, advantage_Q, np.array([sequence.group for sequence in fitted.sequences]))
     sequences = [sequence for sequence, trained in zip(fitted.sequences, trained_Q, strict=True) if trained]
     batch = pack(
@@ -121,14 +125,39 @@ def prepare(
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences, sequences)
 
 
-def _advantages(selected: Selected, config: TrainConfig) -> list[float]:
+Advantages = dict[tuple[int, int, int], float]
+"""By group, trajectory, and turn; -1 for all turns."""
+
+
+def _advantages(selected: Selected, config: TrainConfig) -> Advantages:
     """One for each usable trajectory, group by group."""
     rewards = [
         [usable.trajectory.reward - overlong_penalty(usable.tokenized, config) for usable in group]
         for group in selected.groups.values()
     ]
     names = [f"group {number}" for number in selected.groups]
-    return advantages(rewards, config.policy_advantage, names, config.reward_eps).tolist()
+    given = advantages(rewards, config.policy_advantage, names, config.reward_eps).tolist()
+    first = [usable.tokenized.sequences[0] for usable in selected.usable]
+    return {(sequence.group, sequence.trajectory, -1): value for sequence, value in zip(first, given, strict=True)}
+
+
+def _turn_advantages(selected: Selected, config: TrainConfig) -> Advantages:
+    """One for each turn that sampled a token. All turns of a group are compared with each other."""
+    _advantages(selected, config)  # which checks the groups
+    keys: list[tuple[int, int, int]] = []
+    returns: list[list[float]] = []
+    for group in selected.groups.values():
+        returns.append([])
+        for usable in group:
+            rewards = usable.trajectory.rewards_by_turn()
+            rewards[-1] -= overlong_penalty(usable.tokenized, config)
+            earned, first = returns_of(rewards, config.discount), usable.tokenized.sequences[0]
+            for turn in usable.tokenized.turns:
+                keys.append((first.group, first.trajectory, turn.number))
+                returns[-1].append(earned[turn.number])
+    names = [f"group {number}" for number in selected.groups]
+    given = advantages(returns, config.policy_advantage, names, config.reward_eps).tolist()
+    return dict(zip(keys, given, strict=True))
 
 
 def overlong_penalty(rollout: Tokenized, config: TrainConfig) -> float:
@@ -205,14 +234,10 @@ def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -
     }
 
 
-def _without_signal(selected: Selected, advantages: list[float]) -> float:
+def _without_signal(selected: Selected, given: Advantages) -> float:
     """The number of groups whose rewards are all equal, and which so have no gradient."""
-    count, start = 0, 0
-    for group in selected.groups.values():
-        size = len(group)
-        count += not any(advantages[start : start + size])
-        start += size
-    return float(count)
+    with_signal = {group for (group, _, _), advantage in given.items() if advantage}
+    return float(len(selected.groups) - len(with_signal))
 
 
 def _rollout_metrics(

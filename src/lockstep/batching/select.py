@@ -114,6 +114,8 @@ def _checked(
     check_staleness(tokenized.steps, step, config.max_steps_off_policy, name)
     if config.over_length == "error":
         fit(tokenized.sequences, config.row_length, "error")
+    if config.advantage_per == "turn":
+        trajectory.rewards_by_turn()
     for metric, value in trajectory.metrics.items():
         if not (isinstance(value, Real) and math.isfinite(value)):
             raise DataError(

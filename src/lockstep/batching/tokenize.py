@@ -281,6 +281,20 @@ def sequence_of(turns: Sequence[Turn], name: str, group: int, trajectory: int) -
 
 
 @dataclass(frozen=True)
+class TurnPlace:
+    """Where a turn's sampled tokens are.
+
+    number: of the trajectory's choice. sequence: of its sequences.
+    start, stop: the tokens of that sequence.
+    """
+
+    number: int
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Tokenized:
     """A trajectory's sequences.
 
@@ -290,6 +304,7 @@ class Tokenized:
     `replies`: sampled tokens of each turn.
     `truncated`: how many of these a limit of tokens cut off.
     `disagreeing`: tokens for which two turns recorded different experts.
+    `turns`: of each turn that sampled a token, in their order.
     """
 
     sequences: list[TokenSequence]
@@ -298,6 +313,7 @@ class Tokenized:
     replies: tuple[int, ...]
     truncated: int
     disagreeing: int = 0
+    turns: tuple[TurnPlace, ...] = ()
 
 
 def tokenize(
@@ -342,7 +358,18 @@ def tokenize(
         replies=tuple(len(turn.sampled_S) for turn in turns),
         truncated=sum(turn.truncated for turn in turns),
         disagreeing=sum(count for _, count in made),
+        turns=_places(turns, merged),
     )
+
+
+def _places(turns: list[Turn], merged: list[list[Turn]]) -> tuple[TurnPlace, ...]:
+    numbers = {id(turn): number for number, turn in enumerate(turns)}
+    places = [
+        TurnPlace(numbers[id(turn)], k, len(turn.prompt_S), len(turn.prompt_S) + len(turn.sampled_S))
+        for k, part in enumerate(merged)
+        for turn in part
+    ]
+    return tuple(sorted(places, key=lambda place: place.number))
 
 
 def check_staleness(steps: frozenset[int], step: int, max_steps_off_policy: int, name: str) -> None:

@@ -43,6 +43,18 @@ class ObjectiveConfig(Config):
         lt=1,
         description="rewards of a group that differ by at most this share of its largest |reward| are equal: no signal",
     )
+    advantage_per: Literal["trajectory", "turn"] = Field(
+        default="trajectory",
+        description="trajectory: all its tokens share one advantage; turn: each reply has its own, from what it and later replies "
+        "earned (discount), beside all replies of its group",
+    )
+    discount: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="advantage_per = turn only: a reward counts for the reply before at this share, for the one before that at "
+        "its square; 0: each reply's own reward alone",
+    )
     loss: str = Field(
         default="cispo",
         description="cispo: clipped importance weight times log-probability; ppo: clipped surrogate per token; gspo: "
@@ -182,6 +194,14 @@ class ObjectiveConfig(Config):
             raise ValueError(
                 "constant_length goes with token_normalization = constant: set both, or neither (constant_length = "
                 f"{self.constant_length}, token_normalization = {self.weighs_by})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_that_work(self) -> ObjectiveConfig:
+        if self.discount != 1 and self.advantage_per != "turn":
+            raise ValueError(
+                f"discount = {self.discount} has no effect with advantage_per = {self.advantage_per}: set turn"
             )
         return self
 

@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lockstep.gateway.episode import Call, Captured
 from lockstep.gateway.messages import Message, identity, plain, setting_of
+from lockstep.gateway.other_model import OtherModel, as_chunk
 from lockstep.gateway.refusal import Refusal
 from lockstep.gateway.tree import Place
 from lockstep.gateway.upstream import Address, Upstream
@@ -82,6 +84,7 @@ class Terms:
     name: the served version. address: asked at each call, since a server may be replaced. sampling: settings of every request.
     seed: what the seeds of its requests follow from; None leaves the noise to the server.
     broke_off: called with the base URL of a server that gave no answer; says whether another may give one.
+    models: by names that an agent asks for, which may have `*` in them: who answers in place of the episode's model.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Terms:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     broke_off: Callable[[str], bool] | None = None
+    models: Mapping[str, OtherModel] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -112,8 +116,14 @@ class OpenEpisode:
         digest = hashlib.sha256(asked.encode()).hexdigest()
         attempt = self._attempts.get(digest)
         if attempt is None or attempt.failed or not (again or (attempt.waiting == 0 and not attempt.delivered)):
+            asked_name = str(chat.get("model"))
+            other = next((model for name, model in self.terms.models.items() if fnmatchcase(asked_name, name)), None)
             attempt = self._attempts[digest] = Attempt(
-                lambda attempt: self._call(upstream, chat, attempt.take if stream else None)
+                lambda attempt: (
+                    self._call(upstream, chat, attempt.take if stream else None)
+                    if other is None
+                    else self._elsewhere(upstream, chat, other, attempt.take if stream else None)
+                )
             )
         return attempt
 
@@ -188,6 +198,25 @@ class OpenEpisode:
                     raise
         raise Refusal(502, f"{_SERVERS} of the run's servers gave no reply")
 
+    async def _elsewhere(
+        self,
+        upstream: Upstream,
+        chat: Mapping[str, Any],
+        other: OtherModel,
+        taken: Callable[[dict[str, Any]], None] | None,
+    ) -> dict[str, Any]:
+        """Another model's reply, which is counted and not captured. A stream gets it whole."""
+        reply = await upstream.elsewhere(
+            other,
+            {name: chat[name] for name in _FORWARDED if chat.get(name) is not None}
+            | {"model": other.model, "messages": chat.get("messages")},
+        )
+        with self.captured.lock:
+            self.captured.elsewhere[str(chat.get("model"))] += 1
+        if taken is not None:
+            taken(as_chunk(reply))
+        return reply
+
     def _seed(self, seed: int, setting: str, messages: list[Message]) -> int:
         """The same for the same messages asked as often, whatever the order of calls that an agent makes at once."""
         words = f"{setting}{[identity(message) for message in messages]}"
@@ -215,4 +244,5 @@ class OpenEpisode:
             replies = [(plain(choice["message"]), choice["token_ids"]) for choice in reply["choices"]]
             captured.tree.add(setting, place, prompt[len(known) :], call, replies)
             choices = [Choice.model_validate(choice) for choice in reply["choices"]]
-            captured.calls.append(Call(str(chat.get("model")), chat.get("tools"), place.new, choices))
+            continues = None if place.parent is None else place.parent.call
+            captured.calls.append(Call(call, continues, str(chat.get("model")), chat.get("tools"), place.new, choices))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One answered request. asked: the model's name in it. new: the messages that no call before it had."""
+    """One answered request, a node of the episode's tree.
 
+    number: in the order of the replies. continues: the call whose reply it continues; None begins a conversation.
+    asked: the model's name in it. new: the messages that no call before it had. choices: what was sampled.
+    """
+
+    number: int
+    continues: int | None
     asked: str
     tools: list[dict[str, Any]] | None
     new: list[Message]
     choices: list[Choice]
+
+
+CallRewards = Sequence[float] | Callable[[list[Call]], Sequence[float]]
+"""One for each call, or a function that gives them, from all calls in their order."""
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Captured:
     calls: list[Call] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     under_way: int = 0
+    elsewhere: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -98,42 +109,69 @@ class Episode:
     def __exit__(self, *_: object) -> None:
         self.end()
 
+    @property
+    def calls(self) -> list[Call]:
+        """What was sampled so far: the calls, each with the number of the call that it continues."""
+        with self._captured.lock:
+            return list(self._captured.calls)
+
     def trajectory(
         self,
         reward: float | None = None,
         *,
+        rewards: CallRewards | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Trajectory:
         """End the episode and give its calls as one trajectory, in their order. Each sampled token is in it once.
 
-        reward: in place of `episode.reward`. metrics, metadata: the trajectory's; `metadata["episode"]` says how the history changed.
-        Raises DataError without a reward, without a call, and if a call could not be aligned with those before it.
+        reward: in place of `episode.reward`. Where only `rewards` are given, it is their sum.
+        rewards: one for each call, or a function over `episode.calls` that gives them, for `advantage_per = "turn"`.
+        metrics, metadata: the trajectory's; `metadata["episode"]` says how the history changed.
+
+        Raises DataError without a reward, without a call, for another number of rewards than calls, and if a call could not be
+        aligned with those before it.
         """
         self.end()
         reward = self.reward if reward is None else reward
-        if reward is None:
+        if reward is None and rewards is None:
             raise DataError("the episode has no reward: set episode.reward, or give trajectory(reward=...)")
         with self._captured.lock:
-            calls, errors, unanswered = list(self._captured.calls), self._captured.errors, self._captured.under_way
+            calls, errors = list(self._captured.calls), self._captured.errors
         if errors:
             raise DataError(errors[0])
         if not calls:
             raise DataError(
                 f"the agent called nothing at {self.base_url}: give it episode.base_url and episode.api_key, or episode.environment()"
             )
-        account = {
-            "calls": len(calls),
-            "unanswered": unanswered,
-            "forks": dict(self.forks),
-            "model_names": dict(self.model_names),
-        }
-        items = [item for call in calls for item in (*call.new, *call.choices)]
-        tools = next((call.tools for call in calls if call.tools), None)
+        by_call = _rewards(rewards, calls)
         return Trajectory(
-            messages_and_choices=items,
-            tools=tools,
-            reward=reward,
+            messages_and_choices=[item for call in calls for item in (*call.new, *call.choices)],
+            tools=next((call.tools for call in calls if call.tools), None),
+            reward=sum(by_call or []) if reward is None else reward,
+            turn_rewards=None if by_call is None else [by_call[call.number] for call in calls for _ in call.choices],
             metrics=dict(metrics or {}),
-            metadata={**(metadata or {}), "episode": account},
+            metadata={**(metadata or {}), "episode": self._account()},
         )
+
+    def _account(self) -> dict[str, Any]:
+        forks, names, captured = dict(self.forks), dict(self.model_names), self._captured
+        with captured.lock:
+            account = {
+                "calls": len(captured.calls),
+                "unanswered": captured.under_way,
+                "forks": forks,
+                "model_names": names,
+            }
+            return account | ({"elsewhere": dict(captured.elsewhere)} if captured.elsewhere else {})
+
+
+def _rewards(given: CallRewards | None, calls: list[Call]) -> list[float] | None:
+    if given is None:
+        return None
+    rewards = list(given(calls)) if callable(given) else list(given)
+    if len(rewards) != len(calls):
+        raise DataError(
+            f"rewards has {len(rewards)} numbers for {len(calls)} calls: give one for each of episode.calls"
+        )
+    return rewards

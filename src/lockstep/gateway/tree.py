@@ -19,11 +19,12 @@ Fork = Literal["compaction", "edit", "sub-agent", "retry"]
 
 @dataclass(eq=False)
 class Reply:
-    """One sampled choice: its message as the server sent it, and its ids."""
+    """One sampled choice: its message as the server sent it, its ids, and the number of its call."""
 
     context: Context
     message: Message
     ids: list[int]
+    call: int
     contexts: list[Context] = field(default_factory=list)
 
 
@@ -124,7 +125,7 @@ class Tree:
         if context is None:
             context = Context(setting, place.parent, place.new, ids, call)
             siblings.append(context)
-        context.replies += [Reply(context, message, sampled) for message, sampled in replies]
+        context.replies += [Reply(context, message, sampled, call) for message, sampled in replies]
 
     def forks(self) -> Counter[Fork]:
         """How often the history changed, by what became of it.
@@ -162,5 +163,5 @@ def _instructions(conversation: Sequence[Message]) -> list[tuple[object, ...]]:
 
 def _equal(known: Sequence[Message], sent: Sequence[Message]) -> bool:
     return len(known) == len(sent) and all(
-        identity(left) == identity(right) for left, right in zip(known, sent, strict=True)
+        left == right or identity(left) == identity(right) for left, right in zip(known, sent, strict=True)
     )

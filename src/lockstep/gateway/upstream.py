@@ -97,7 +97,7 @@ class Upstream:
     async def _sent(self, address: Address, path: str, body: dict[str, Any]) -> Answer:
         """The beginning of the answer. A server may close an idle connection just as it is used: then another is opened."""
         seconds = deadlines.REQUEST_S + token_limit(body, address.max_model_len or 0)
-        url = address.base_url.removesuffix("/v1") + path
+        url = path if path.startswith("http") else address.base_url.removesuffix("/v1") + path
         headers = {"authorization": f"Bearer {address.api_key}", "content-type": "application/json"}
         written = json.dumps(body).encode()
         for left in reversed(range(_TRIES)):
@@ -122,6 +122,11 @@ class Upstream:
         finally:
             if slots is not None:
                 slots.give_back(taken)
+
+    async def elsewhere(self, address: Address, body: dict[str, Any]) -> dict[str, Any]:
+        """Another server's reply to a chat request. Raises Refusal as `complete` does."""
+        async with self._answer(address, address.base_url.rstrip("/") + "/chat/completions", body) as sent:
+            return json.loads(await sent.body())
 
     async def count(self, address: Address, body: dict[str, Any]) -> int:
         """How many tokens a conversation has as a prompt."""

@@ -1,7 +1,7 @@
 """Trajectories in one Parquet file, without loss: one row per trajectory, token ids and
 log-probabilities as number columns.
 
-Columns: step, group, trajectory, reward; messages, tools, metrics and metadata as JSON; choices as
+Columns: step, group, trajectory, reward, turn_rewards; messages, tools, metrics and metadata as JSON; choices as
 a list of structs. A struct has the token ids, the log-probabilities, the routed experts (the
 server's .npy bytes) and the rest as JSON. In `messages`, a choice is {"choice": k}. What belongs to
 a group (metadata, failures) is in the file's own metadata, so that a group without trajectories is
@@ -52,6 +52,7 @@ def _columns() -> pyarrow.Schema:
             ("group", pa.int32()),
             ("trajectory", pa.int32()),
             ("reward", pa.float64()),
+            ("turn_rewards", pa.list_(pa.float64())),
             ("messages", pa.string()),
             ("choices", pa.list_(choice)),
             ("tools", pa.string()),
@@ -138,6 +139,7 @@ def _row(step: int, group: int, index: int, trajectory: Trajectory) -> dict[str,
         "group": group,
         "trajectory": index,
         "reward": trajectory.reward,
+        "turn_rewards": trajectory.turn_rewards,
         "messages": _json(messages, f"{where}: messages_and_choices"),
         "choices": choices,
         "tools": None if trajectory.tools is None else _json(trajectory.tools, f"{where}: tools"),
@@ -226,6 +228,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         messages_and_choices=items,
         tools=None if row["tools"] is None else json.loads(row["tools"]),
         reward=row["reward"],
+        turn_rewards=row.get("turn_rewards"),  # files of earlier versions have none
         metrics=json.loads(row["metrics"]),
         metadata=json.loads(row["metadata"]),
     )

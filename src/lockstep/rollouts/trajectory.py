@@ -64,6 +64,8 @@ class Trajectory(BaseModel):
         ids, log-probabilities and the weight version; nothing is tokenized again.
     tools: the tools the model was offered.
     reward: finite.
+    turn_rewards: finite, one for each choice, for `advantage_per = "turn"`; None: the last choice
+        earned the reward. Rewards of turns count there alone: `reward` is what is compared elsewhere.
     metrics: numbers to average over the step.
     metadata: anything JSON.
 
@@ -77,6 +79,7 @@ class Trajectory(BaseModel):
     messages_and_choices: list[Any]
     tools: list[dict[str, Any]] | None = None
     reward: float
+    turn_rewards: list[float] | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     metadata: Metadata = Field(default_factory=dict)
 
@@ -85,10 +88,10 @@ class Trajectory(BaseModel):
     def _items(cls, items: list[Any]) -> list[Any]:
         return [_as_item(item) for item in items]
 
-    @field_validator("reward", "metrics", mode="before")
+    @field_validator("reward", "turn_rewards", "metrics", mode="before")
     @classmethod
     def _no_text(cls, value: object) -> object:
-        numbers = value.values() if isinstance(value, Mapping) else [value]
+        numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
         for number in numbers:
             if isinstance(number, str):
                 raise DataError(f"{number!r} is a text: rewards and metrics must be numbers")
@@ -103,6 +106,14 @@ class Trajectory(BaseModel):
             )
         return reward
 
+    @field_validator("turn_rewards")
+    @classmethod
+    def _finite_turns(cls, rewards: list[float] | None) -> list[float] | None:
+        for number, reward in enumerate(rewards or []):
+            if not math.isfinite(reward):
+                raise DataError(f"turn_rewards[{number}] is {reward}: give a finite number")
+        return rewards
+
     @field_serializer("messages_and_choices")
     def _dump_items(self, items: list[Any]) -> list[dict[str, Any]]:
         return [item.model_dump(mode="json", exclude_unset=True) if is_choice(item) else item for item in items]
@@ -113,6 +124,15 @@ class Trajectory(BaseModel):
         is no message and no choice.
         """
         return [item for item in map(_as_item, self.messages_and_choices) if is_choice(item)]
+
+    def rewards_by_turn(self) -> list[float]:
+        """One for each choice. Raises DataError if `turn_rewards` has another number of them."""
+        count = len(self.choices)
+        if self.turn_rewards is None:
+            return [0.0] * (count - 1) + [self.reward]
+        if len(self.turn_rewards) != count:
+            raise DataError(f"turn_rewards has {len(self.turn_rewards)} numbers for {count} choices: give one for each")
+        return list(self.turn_rewards)
 
     @property
     def messages(self) -> list[dict[str, Any]]:

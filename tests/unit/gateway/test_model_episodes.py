@@ -8,7 +8,9 @@ import asyncio
 import json
 import re
 
+import anthropic
 import httpx
+import openai
 import pytest
 from openai import AsyncOpenAI, InternalServerError
 
@@ -182,3 +184,58 @@ async def test_an_episode_is_answered_by_another_server_when_its_own_is_lost():
                     await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}])
         finally:
             gateway.close()
+
+
+async def test_another_model_answers_to_its_names_and_is_not_captured(model):
+    """A harness asks a small model for titles. Both clients get that model's reply, as a stream, too."""
+    seen: list[dict] = []
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": "A title", "tool_calls": [call]}
+    reply = {
+        **{"id": "r1", "object": "chat.completion", "created": 1, "model": "small-1"},
+        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+    }
+
+    async def answered(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower()).group(1)))
+            key = re.search(rb"authorization: bearer (\S+)", head.lower()).group(1)
+            seen.append({**json.loads(body), "key": key.decode(), "path": head.split()[1].decode()})
+            sent = json.dumps(reply).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(sent) + sent)
+
+    server = await asyncio.start_server(answered, "127.0.0.1", 0)
+    other = ls.OtherModel(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api/v1", "small-1", "secret")
+    asked = [{"role": "user", "content": "Name this."}]
+    async with server:
+        episode = model.episode(sampling={"temperature": 1.0}, models={"claude-haiku*": other})
+        direct = anthropic.DefaultAsyncHttpxClient(trust_env=False)
+        url = episode.base_url.removesuffix("/v1")
+        async with anthropic.AsyncAnthropic(base_url=url, api_key=episode.api_key, http_client=direct) as client:
+            plain = await client.messages.create(model="claude-haiku-4", max_tokens=9, messages=asked)
+            async with client.messages.stream(model="claude-haiku-5", max_tokens=9, messages=asked) as stream:
+                streamed = await stream.get_final_message()
+        for got in (plain, streamed):
+            assert [block.type for block in got.content] == ["text", "tool_use"]
+            assert (got.content[0].text, got.content[1].input, got.usage.output_tokens) == ("A title", {"a": 1}, 2)
+            assert got.stop_reason == "tool_use"
+        client = openai.AsyncOpenAI(
+            base_url=episode.base_url,
+            api_key=episode.api_key,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+        )
+        chunks = [
+            part
+            async for part in await client.chat.completions.create(model="claude-haiku", messages=asked, stream=True)
+        ]
+        assert chunks[0].choices[0].delta.content == "A title"
+        assert "secret" not in repr(other)
+    assert [(each["model"], each["key"], each["path"]) for each in seen] == [
+        ("small-1", "secret", "/api/v1/chat/completions")
+    ] * 3
+    assert not [each for each in seen if "temperature" in each]  # sampling is the policy's
+    assert episode.calls == []
+    assert episode._account()["elsewhere"] == {"claude-haiku-4": 1, "claude-haiku-5": 1, "claude-haiku": 1}
+    with pytest.raises(DataError, match="the agent called nothing"):
+        episode.trajectory(reward=1.0)
