@@ -125,7 +125,10 @@ async def measure(config: ServerConfig, scratch: Path, options: argparse.Namespa
         gateway.close()
         await server.close()
     ratios = {
-        way: [one["seconds"] / other["seconds"] - 1 for one, other in zip(rounds[way], rounds["direct"], strict=True)]
+        way: [
+            through["seconds"] / direct["seconds"] - 1
+            for through, direct in zip(rounds[way], rounds["direct"], strict=True)
+        ]
         for way in WAYS[1:]
     }
     return {

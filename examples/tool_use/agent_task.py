@@ -1,4 +1,7 @@
-"""The task of task.py for agents in processes of their own: a plain loop, and a client of Anthropic's that streams."""
+"""The task of task.py for agents in processes of their own: a plain loop, and a client of Anthropic's that streams.
+
+AGENTS="openai_agents_agent.py langgraph_agent.py" names others, AGENT_PYTHON the Python that has their packages.
+"""
 
 import asyncio
 import os
@@ -14,7 +17,8 @@ from task import scenarios as questions
 import lockstep as ls
 
 HERE = Path(__file__).parent
-AGENTS = ("loop_agent.py", "streamed_agent.py")
+AGENTS = os.environ.get("AGENTS", "loop_agent.py streamed_agent.py").split()
+PYTHON = os.environ.get("AGENT_PYTHON", sys.executable)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ async def rollout(model: ls.TrainableModel, scenario: Attempt, temperature: floa
     with model.episode(sampling={"temperature": temperature}) as episode:
         stock = [f"{item}={count}" for item, count in STOCK.items()]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(HERE / scenario.agent), scenario.scenario.question, *stock),
+            *(PYTHON, str(HERE / scenario.agent), scenario.scenario.question, *stock),
             env={**os.environ, **episode.environment()},
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
 from lockstep.cli.quickstart.examples import examples_folder
-from lockstep.errors import DataError
+from lockstep.errors import ConfigError, DataError
 from lockstep.gateway import app, upstream
 from lockstep.gateway.calls import Terms
 from lockstep.gateway.server import Gateway
+from lockstep.loop.environments.find import task_of
+from lockstep.loop.run_file import TaskSection
 from lockstep.loop.task import load_task
 from rendering import template_of
 
@@ -368,4 +371,20 @@ async def test_the_examples_agents_run_in_processes_of_their_own(gateway, agent_
         made = tokenize(trajectory, "agent", 0, 0)
         assert (made.splits, len(made.replies) >= 1) == (0, True)
         assert trajectory.choices[0].model_extra["sampling"]["temperature"] == 1.0
+        assert trajectory.reward in (0.0, 0.5, 1.0)
+
+
+async def test_a_harbor_folders_agent_runs_in_its_sandbox(gateway, agent_server):
+    """Its command comes from the model; the tests of the task give the reward."""
+    folder = examples_folder() / "harbor"
+    options = tomllib.loads((folder / "config.toml").read_text())["task"]["options"]
+    try:
+        task = task_of(TaskSection(environment="harbor:tasks", steps=1, options=options), folder)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for scenario in task.scenarios:
+        trajectory = await task.rollout(Served(gateway, agent_server), scenario, 1.0)
+        made = tokenize(trajectory, "agent", 0, 0)
+        assert (made.splits, len(made.replies)) == (0, 1)
+        assert scenario.instruction.strip() in trajectory.messages[0]["content"]
         assert trajectory.reward in (0.0, 0.5, 1.0)

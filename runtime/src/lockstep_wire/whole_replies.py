@@ -75,17 +75,17 @@ def _add_call(call: dict[str, Any], delta: Mapping[str, Any]) -> None:
         call["function"][name] += function.get(name) or ""
 
 
-def join(held: list[dict[str, Any]], chunk: dict[str, Any]) -> None:
+def join(pending: list[dict[str, Any]], chunk: dict[str, Any]) -> None:
     """Adds a chunk to those that wait: its text to that of the chunk before it, where both have the same kind.
 
-    held: chunks of at most one choice each. The token ids of a chunk that was joined are left out.
+    pending: chunks of at most one choice each. The token ids of a chunk that was joined are left out.
     """
     for part in chunk.get("choices") or []:
-        last = next((before for before in reversed(held) if _index(before) == part["index"]), None)
+        last = next((before for before in reversed(pending) if _index(before) == part["index"]), None)
         if last is None or not _joined(last["choices"][0], part):
-            held.append({**chunk, "choices": [part]})
+            pending.append({**chunk, "choices": [part]})
     if not chunk.get("choices"):
-        held.append(chunk)
+        pending.append(chunk)
 
 
 def _index(chunk: Mapping[str, Any]) -> int | None:

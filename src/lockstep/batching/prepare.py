@@ -85,22 +85,20 @@ def prepare(
     ids, logprobs, versions or experts; for the causes in `select` beyond config.max_dropped.
     """
     selected = select(groups, model_name, step, config, routed_experts, vocabulary)
-    tokenized = [rollout.tokenized for rollout in selected.usable]
-    advantage = _turn_advantages(selected, config) if config.advantage_per == "turn" else _advantages(selected, config)
-    if config.advantage_per == "turn":
-        tokenized = [by_turn(rollout) for rollout in tokenized]
+    per_turn = config.advantage_per == "turn"
+    tokenized = [by_turn(each.tokenized) if per_turn else each.tokenized for each in selected.usable]
+    advantage = _advantages(selected, config)
     owners = {
         (rollout.sequences[0].group, rollout.sequences[0].trajectory): number
         for number, rollout in enumerate(tokenized)
     }
     unmasked = _unmasked(tokenized) if config.mask_truncated else tokenized
-    fitted = fit(
-        [sequence for rollout in unmasked for sequence in rollout.sequences], config.row_length, config.over_length
-    )
+    every = [sequence for rollout in unmasked for sequence in rollout.sequences]
+    fitted = fit(every, config.row_length, config.over_length)
     owner_Q = np.array([owners[sequence.group, sequence.trajectory] for sequence in fitted.sequences])
     scored_Q = np.array([sequence.scored for sequence in fitted.sequences])
-    keys = [(sequence.group, sequence.trajectory, sequence.turn) for sequence in fitted.sequences]
-    advantage_Q, weight_Q = np.array([advantage[key] for key in keys]), _weights(config, scored_Q, owner_Q)
+    advantage_Q = np.array([advantage[each.group, each.trajectory, each.turn] for each in fitted.sequences])
+    weight_Q = _weights(config, scored_Q, owner_Q)
     trained_Q = _trained(config, advantage_Q, np.array([sequence.group for sequence in fitted.sequences]))
     sequences = [sequence for sequence, trained in zip(fitted.sequences, trained_Q, strict=True) if trained]
     batch = pack(
@@ -115,11 +113,11 @@ def prepare(
         multiple=multiple,
         row_limit=row_limit,
     )
-    left_out, divisor = (weight_Q * scored_Q)[~trained_Q].sum(), _divisor(config, owner_Q)
-    extra = {"unpacked_weight": np.array([left_out]), "divisor": divisor, "top_PC": _top(sequences)}
+    left_out = np.array([(weight_Q * scored_Q)[~trained_Q].sum()])
+    extra = {"unpacked_weight": left_out, "divisor": _divisor(config, owner_Q), "top_PC": _top(sequences)}
     batch = replace(batch, current_RS=_current(batch, sequences, step), **extra)
     metrics = _rollout_metrics(selected, groups, tokenized, step) | _reply_metrics(tokenized, unmasked, config)
-    metrics |= {"groups_without_signal": _without_signal(selected, advantage)} | _sequence_metrics(fitted, trained_Q)
+    metrics |= _without_signal(selected, advantage) | _sequence_metrics(fitted, trained_Q)
     if routed_experts is not None:
         metrics |= _route_metrics(tokenized, sequences)
     return Prepared(batch, metrics | packing_metrics(batch), fitted.sequences, sequences)
@@ -130,20 +128,21 @@ Advantages = dict[tuple[int, int, int], float]
 
 
 def _advantages(selected: Selected, config: TrainConfig) -> Advantages:
-    """One for each usable trajectory, group by group."""
+    """One for each usable trajectory or for each of its turns, group by group."""
     rewards = [
         [usable.trajectory.reward - overlong_penalty(usable.tokenized, config) for usable in group]
         for group in selected.groups.values()
     ]
     names = [f"group {number}" for number in selected.groups]
     given = advantages(rewards, config.policy_advantage, names, config.reward_eps).tolist()
+    if config.advantage_per == "turn":  # the groups were checked above
+        return _turn_advantages(selected, config)
     first = [usable.tokenized.sequences[0] for usable in selected.usable]
     return {(sequence.group, sequence.trajectory, -1): value for sequence, value in zip(first, given, strict=True)}
 
 
 def _turn_advantages(selected: Selected, config: TrainConfig) -> Advantages:
     """One for each turn that sampled a token. All turns of a group are compared with each other."""
-    _advantages(selected, config)  # which checks the groups
     keys: list[tuple[int, int, int]] = []
     returns: list[list[float]] = []
     for group in selected.groups.values():
@@ -234,10 +233,10 @@ def _route_metrics(tokenized: list[Tokenized], sequences: list[TokenSequence]) -
     }
 
 
-def _without_signal(selected: Selected, given: Advantages) -> float:
+def _without_signal(selected: Selected, given: Advantages) -> dict[str, float]:
     """The number of groups whose rewards are all equal, and which so have no gradient."""
     with_signal = {group for (group, _, _), advantage in given.items() if advantage}
-    return float(len(selected.groups) - len(with_signal))
+    return {"groups_without_signal": float(len(selected.groups) - len(with_signal))}
 
 
 def _rollout_metrics(

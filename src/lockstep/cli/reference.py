@@ -15,6 +15,7 @@ from lockstep.config.lora import LoraConfig
 from lockstep.config.megatron import MegatronConfig, Parallel, Placement
 from lockstep.config.pipeline import PipelineConfig
 from lockstep.config.train import TrainConfig
+from lockstep.loop.environments.harbor import HarborOptions
 from lockstep.loop.environments.jsonl import JsonlOptions
 from lockstep.loop.environments.reasoning_gym import ReasoningGymOptions
 from lockstep.loop.environments.verifiers import VerifiersOptions
@@ -37,6 +38,7 @@ def configuration() -> str:
         ("[task.options] of `reasoning_gym:`", ReasoningGymOptions),
         ("[task.options] of `jsonl:`", JsonlOptions),
         ("[task.options] of `verifiers:`", VerifiersOptions),
+        ("[task.options] of `harbor:`", HarborOptions),
         ("[train], `TrainConfig`", TrainConfig),
         ("[sft], `SFTConfig` from learning_rate to seed", SFTSection),
         ("[pipeline], `PipelineConfig`", PipelineConfig),

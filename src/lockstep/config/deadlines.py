@@ -90,3 +90,7 @@ ENDPOINT_START_S = 60.0
 """TinkerBackend for its own endpoint, to start."""
 ENDPOINT_CLOSE_S = 10.0
 """TinkerBackend for its own endpoint, to end."""
+SANDBOX_S = 30.0
+"""A sandbox's own short commands."""
+DOCKER_S = 1800.0
+"""Docker, to build an image, to start a container, or to copy a folder."""

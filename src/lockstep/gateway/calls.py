@@ -33,7 +33,7 @@ _FORWARDED = (
 _SERVERS = 4
 """Of several, asked one after another while each is lost."""
 _LOOK_S = 60.0
-"""Between two looks of a client that is told of everything, too."""
+"""Between two looks of a client that learns of everything anyway."""
 
 
 class Attempt:
@@ -53,7 +53,7 @@ class Attempt:
         self.tell()
 
     async def chunks(self, number: int, limit_s: float) -> list[dict[str, Any]]:
-        """The chunks from `number` on, once there is one, the reply has ended, `limit_s` have passed, or somebody `tell`s."""
+        """The chunks from `number` on, once there is one, the reply has ended, `limit_s` have passed, or `tell` is called."""
         if number == len(self._chunks) and not self.task.done():
             loop = asyncio.get_running_loop()
             news = loop.create_future()

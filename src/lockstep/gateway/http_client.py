@@ -132,7 +132,7 @@ class _Connection(asyncio.Protocol):
         self.came += data
         self._wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self.lost = True
         self._everybody.discard(self)
         self._wake()
@@ -210,7 +210,7 @@ def _size(line: bytearray) -> int:
 
 
 def _head(head: bytes) -> tuple[int, dict[str, str]]:
-    """Status and fields, their names in lower case. Raises BrokenError for an answer whose end could not be told."""
+    """Status and fields, their names in lower case. Raises BrokenError for an answer without a length."""
     try:
         first, *lines = head.decode("latin-1").split("\r\n")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -44,7 +44,7 @@ class TaskSection(Config):
     )
     environment: str | None = Field(
         default=None,
-        description="in place of a file: reasoning_gym:DATA_SET, jsonl:FILE or verifiers:TASKSET (how-to/environments.md)",
+        description="in place of a file: reasoning_gym:DATA_SET, jsonl:FILE, verifiers:TASKSET or harbor:FOLDER (how-to/environments.md)",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="what the environment takes, a table of its own")
     steps: int = Field(gt=0, description="the run ends when the model has this many steps")

@@ -85,7 +85,7 @@ def test_equal_advantages_make_the_batch_of_whole_trajectories(weighs):
     group = TrajectoryGroup(
         trajectories=[conversation([[5 + n, 9], [7, 8, 6]], reward) for n, reward in enumerate(rewards)]
     )
-    whole, turns = (
+    unsplit, turns = (
         prepare(
             [group],
             model_name="m",
@@ -94,14 +94,14 @@ def test_equal_advantages_make_the_batch_of_whole_trajectories(weighs):
         ).batch
         for per in ("trajectory", "turn")
     )
-    assert (whole.loss_mask_RS.sum(), whole.weights_RS.sum()) == (turns.loss_mask_RS.sum(), turns.weights_RS.sum())
+    assert (unsplit.loss_mask_RS.sum(), unsplit.weights_RS.sum()) == (turns.loss_mask_RS.sum(), turns.weights_RS.sum())
     key = ("tokens_RS", "positions_RS", "weights_RS", "advantages_RS", "logprobs_RS", "temperatures_RS")
     masked = [
         sorted(zip(*(getattr(batch, name)[batch.loss_mask_RS].tolist() for name in key), strict=True))
-        for batch in (whole, turns)
+        for batch in (unsplit, turns)
     ]
     assert masked[0] == masked[1]
-    assert (turns.nodes_RS >= 0).sum() == (whole.nodes_RS >= 0).sum()  # what turns share is computed once
+    assert (turns.nodes_RS >= 0).sum() == (unsplit.nodes_RS >= 0).sum()  # what turns share is computed once
 
 
 def test_what_has_no_effect_or_does_not_fit_is_named():

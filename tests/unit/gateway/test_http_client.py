@@ -75,9 +75,9 @@ def test_answers_come_whole_in_whatever_pieces(bodies, cuts):
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_an_answer_that_ends_too_early_is_broken_and_its_connection_is_not_kept(chunked):
-    whole = answer_of([b"one", b"two"], chunked)
+    sent = answer_of([b"one", b"two"], chunked)
     requests: list[bytes] = []
-    server, url = await served([[whole[:-2]]], requests)
+    server, url = await served([[sent[:-2]]], requests)
     connections = Connections()
     async with server:
         for _ in range(2):

@@ -31,7 +31,7 @@ class StreamEditor:
         self._streams = False
         self._reply = StreamedReply()
         self._rest = b""
-        self._held: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []
         self._next = 0.0
 
     async def __call__(self, message: Message) -> None:
@@ -62,18 +62,18 @@ class StreamEditor:
         chunk = json.loads(data)
         self._reply.add(chunk)
         now = time.monotonic()
-        if not self._held and now >= self._next:
+        if not self._pending and now >= self._next:
             self._next = now + self._pace_s
             return event + b"\n\n"
-        join(self._held, chunk)
+        join(self._pending, chunk)
         if now < self._next and chunk.get("choices"):
             return b""
         self._next = now + self._pace_s
         return self._released()
 
     def _released(self) -> bytes:
-        held, self._held = self._held, []
-        return b"".join(map(_event, held))
+        pending, self._pending = self._pending, []
+        return b"".join(map(_event, pending))
 
 
 def _event(value: dict[str, Any]) -> bytes:

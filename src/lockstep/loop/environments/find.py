@@ -12,7 +12,7 @@ from lockstep.loop.task import Task, load_task
 if TYPE_CHECKING:
     from lockstep.loop.run_file import TaskSection
 
-KINDS = ("reasoning_gym", "jsonl", "verifiers")
+KINDS = ("reasoning_gym", "jsonl", "verifiers", "harbor")
 """Each is a module here with `task(name, section, folder)`."""
 
 
