@@ -62,7 +62,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(connect_s):
             _, connection = await loop.create_connection(
-                lambda: _Connection(self._all), parts.hostname, port, ssl=context
+                lambda: _Connection(self._all), str(parts.hostname), port, ssl=context
             )
         return connection
 
@@ -132,7 +132,8 @@ class _Connection(asyncio.Protocol):
         self.came += data
         self._wake()
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
         self.lost = True
         self._everybody.discard(self)
         self._wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class OtherModel:
     base_url: str
     model: str
     api_key: str = field(default="none", repr=False)
-    slots: ClassVar[int | None] = None
-    max_model_len: ClassVar[int | None] = None
+    slots: int | None = field(default=None, init=False, repr=False)
+    max_model_len: int | None = field(default=None, init=False, repr=False)
 
 
 def as_chunk(reply: Mapping[str, Any]) -> dict[str, Any]:
