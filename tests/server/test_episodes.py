@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 
 import numpy as np
 import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 
+import coding_session
 from lockstep.backends.base import Endpoint
 from lockstep.batching.tokenize import tokenize
 from lockstep.cli.quickstart.examples import examples_folder
@@ -266,6 +269,38 @@ async def test_compaction_and_a_sub_agent_give_their_leaves(gateway, agent_serve
     assert len(made.replies) == 5
 
 
+async def test_a_recorded_coding_session_gives_exactly_its_leaves(gateway, agent_server):
+    """The unmodified client, streamed and not. Each sampled id is trained once, and the prompt is counted once."""
+    episode = new_episode(gateway, agent_server)
+    played, shown = coding_session.requests(max_tokens=10), []
+    _, body, stream = next(played)
+    async with anthropic_client(episode) as client:
+        with contextlib.suppress(StopIteration):
+            while True:
+                if stream:
+                    async with client.messages.stream(**body) as events:
+                        reply = await events.get_final_message()
+                else:
+                    reply = await client.messages.create(**body)
+                shown.append(reply.usage.output_tokens)
+                _, body, stream = played.send([block.model_dump() for block in reply.content])
+    recorded = coding_session.RECORDED
+    assert dict(episode.forks) == recorded["forks"]
+    trajectory = episode.trajectory(reward=1.0)
+    made = tokenize(trajectory, "agent", 0, 0)
+    assert made.replies == tuple(shown)
+    turns = Counter(turn.sequence for turn in made.turns)
+    assert sorted(turns.values()) == sorted(count for each in recorded["leaves"].values() for count in each)
+    sampled = [choice.model_extra["token_ids"] for choice in trajectory.choices]
+    for turn in made.turns:
+        sequence = made.sequences[turn.sequence]
+        assert sequence.tokens_S[turn.start : turn.stop].tolist() == sampled[turn.number]
+        assert sequence.loss_mask_S[turn.start : turn.stop].all()
+    assert sum(sequence.scored for sequence in made.sequences) == sum(shown)
+    names = {"claude-opus-9": 10, "claude-haiku-9": 3}
+    assert trajectory.metadata["episode"]["model_names"] == names
+
+
 async def test_a_repeated_request_is_one_sample(gateway, agent_server):
     episode = new_episode(gateway, agent_server)
     async with openai_client(episode) as client:
@@ -388,3 +423,21 @@ async def test_a_harbor_folders_agent_runs_in_its_sandbox(gateway, agent_server)
         assert (made.splits, len(made.replies)) == (0, 1)
         assert scenario.instruction.strip() in trajectory.messages[0]["content"]
         assert trajectory.reward in (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("agent", "package"), [("openai_agents_agent.py", "agents"), ("langgraph_agent.py", "langgraph")]
+)
+async def test_an_sdks_agent_runs_in_a_process_of_its_own(gateway, agent_server, monkeypatch, agent, package):
+    """Where its package is: AGENT_PYTHON names the Python that has it."""
+    python = os.environ.get("AGENT_PYTHON", sys.executable)
+    known = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
+    if subprocess.run([python, "-c", known], check=False).returncode:
+        pytest.skip(f"{python} has no {package}")
+    monkeypatch.setenv("AGENTS", agent)
+    task = load_task(examples_folder() / "tool_use" / "agent_task.py")
+    for scenario in task.scenarios[:2]:
+        trajectory = await task.rollout(Served(gateway, agent_server), scenario, 1.0)
+        made = tokenize(trajectory, "agent", 0, 0)
+        assert (made.splits, len(made.replies) >= 1) == (0, True)
+        assert trajectory.tools[0]["function"]["name"] == "stock"

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import coding_session
 from chat_templates import TEMPLATES
 from lockstep.batching.tokenize import merge_turns
+from lockstep.gateway.dialects import messages
 from lockstep.gateway.messages import plain, setting_of
 from lockstep.gateway.tree import Tree
 from rendering import (
@@ -29,9 +31,15 @@ from rendering import (
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-EXAMPLES = int(os.environ.get("LOCKSTEP_DRIFTS", "20"))
-"""Random conversations per template and test."""
-RANDOMLY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = 400
+"""Random conversations per template and property in the slow tier: 10,400 in all."""
+
+
+def randomly(examples: int):
+    """Settings of a property that is drawn so often, for each template."""
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 WORDS = st.text(
     st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<>|"), min_size=1, max_size=12
 ).filter(str.strip)
@@ -104,14 +112,15 @@ class Agent:
 TURN = st.tuples(st.one_of(st.just(""), WORDS), WORDS, st.integers(0, 2), st.booleans(), st.booleans(), WORDS)
 
 
-@RANDOMLY
-@given(
+DRIFTING = given(
     turns=st.lists(TURN, min_size=2, max_size=5),
     drift=st.sets(st.sampled_from(DRIFTS)),
     system=st.booleans(),
     tools=st.booleans(),
 )
-def test_an_agent_whatever_it_does_to_replies_gives_one_sequence(renderer, turns, drift, system, tools):
+
+
+def _one_sequence(renderer, turns, drift, system, tools):
     agent = Agent(renderer, TOOLS if tools else None, system=system)
     turn_end = renderer.tokenizer.convert_tokens_to_ids(renderer.turn_end)
     following: list[dict] = []
@@ -127,6 +136,19 @@ def test_an_agent_whatever_it_does_to_replies_gives_one_sequence(renderer, turns
     assert not agent.tree.forks()
     assert len(agent.sequences()) == 1
     assert len(agent.sequences()[0]) == agent.unique_ids()
+
+
+@randomly(20)
+@DRIFTING
+def test_an_agent_whatever_it_does_to_replies_gives_one_sequence(renderer, turns, drift, system, tools):
+    _one_sequence(renderer, turns, drift, system, tools)
+
+
+@pytest.mark.slow
+@randomly(MANY)
+@DRIFTING
+def test_thousands_of_random_drifts_give_one_sequence_each(renderer, turns, drift, system, tools):
+    _one_sequence(renderer, turns, drift, system, tools)
 
 
 def test_ten_turns_of_a_tool_agent_that_drops_thinking_are_one_sequence(renderer):
@@ -148,12 +170,13 @@ def _edit(agent: Agent, position: int, words: str) -> None:
 CHANGE = st.sampled_from(["none", "none", "edit", "retry", "compaction", "sub-agent"])
 
 
-@RANDOMLY
-@given(
+CHANGING = given(
     turns=st.lists(st.tuples(CHANGE, TURN, st.integers(0, 99)), min_size=2, max_size=7),
     drift=st.sets(st.sampled_from(DRIFTS)),
 )
-def test_a_history_that_changes_forks_where_it_changed(renderer, turns, drift):
+
+
+def _forked(renderer, turns, drift):
     agent = Agent(renderer, TOOLS, system=True)
     live: list[int] = []  # where the conversation has replies that the tree has, too
     for change, (thought, text, calls, ends, parsed, words), drawn in turns:
@@ -176,6 +199,19 @@ def test_a_history_that_changes_forks_where_it_changed(renderer, turns, drift):
     assert agent.sequences()
 
 
+@randomly(20)
+@CHANGING
+def test_a_history_that_changes_forks_where_it_changed(renderer, turns, drift):
+    _forked(renderer, turns, drift)
+
+
+@pytest.mark.slow
+@randomly(MANY)
+@CHANGING
+def test_thousands_of_random_changes_fork_where_the_history_changed(renderer, turns, drift):
+    _forked(renderer, turns, drift)
+
+
 def test_examples_that_an_agent_brings_do_not_end_its_conversation(renderer):
     """A template may write a reply with its thinking first, and without once a question follows."""
     agent = Agent(renderer, TOOLS, system=True)
@@ -186,3 +222,31 @@ def test_examples_that_an_agent_brings_do_not_end_its_conversation(renderer):
         _, message = agent.call(f"thought {turn}", f"text {turn}")
         agent.messages += [drifted(message, {"thinking"}), *agent.after(message, f"question {turn}")]
     assert len(agent.sequences()) == 1
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_recorded_coding_session_gives_exactly_its_leaves(renderer, thinking):
+    """Ten turns, streams, a compaction and two sub-agents, in Anthropic's dialect, with calls and thinking that is dropped."""
+    agents: list[str] = []
+    session = Agent(renderer, None, system=False)
+    played = coding_session.requests(max_tokens=8)
+    name, body, _ = next(played)
+    with contextlib.suppress(StopIteration):
+        while True:
+            chat = messages.request(body)
+            session.tools, session.messages, session.setting = chat.get("tools"), chat["messages"], setting_of(chat)
+            agents.append(name)
+            thought = f"thought {len(agents)}" if thinking else ""
+            calls = len(agents) % 3 if chat.get("tools") else 0
+            _, message = session.call(thought, f"text {len(agents)}", calls, ends=len(agents) != 4, parsed=thinking)
+            full = {
+                "id": "r",
+                "choices": [{"message": message, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+            }
+            name, body, _ = played.send(messages.reply(full, "m")["content"])
+    assert dict(session.tree.forks()) == coding_session.RECORDED["forks"]
+    leaves = sorted(turns for each in coding_session.RECORDED["leaves"].values() for turns in each)
+    merged = merge_turns(session.turns)
+    assert sorted(map(len, merged)) == leaves
+    assert sum(map(len, session.sequences())) <= 1.05 * session.unique_ids()
