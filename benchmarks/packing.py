@@ -162,13 +162,13 @@ def timed(step: Callable[[], None], repeat: int) -> tuple[float, int]:
     return statistics.median(seconds), peak_bytes()
 
 
-def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
-    """Our engine in this process. Device start-up as in `lockstep.engine.worker`."""
+def open_engine(folder: Path, recompute: str) -> Any:
+    """Our engine in this process, with LoRA on the family's default targets. Device start-up as in
+    `lockstep.engine.worker`.
+    """
     from lockstep.config.megatron import Parallel
-    from lockstep.config.train import TrainConfig
     from lockstep.engine.parallel import device
     from lockstep.engine.state import open_trainer
-    from lockstep.engine.steps.train_step import train_step
     from lockstep.models.registry import default_target_modules_for_model
     from lockstep.trainer.protocol import EngineConfig, LoraSettings
 
@@ -186,8 +186,17 @@ def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
     device.start(Parallel(), seed=0)
     lora = LoraSettings(RANK, ALPHA, tuple(default_target_modules_for_model(str(folder))))
     dtype = "bfloat16" if device.CUDA else "float32"
-    recompute = {"auto": None, "all": True, "none": False}[options.recompute]
-    trainer = open_trainer(EngineConfig(str(folder), Parallel(), dtype, lora, recompute=recompute))
+    recomputed = {"auto": None, "all": True, "none": False}[recompute]
+    return open_trainer(EngineConfig(str(folder), Parallel(), dtype, lora, recompute=recomputed))
+
+
+def engine(folder: Path, contender: str, options: argparse.Namespace) -> Run:
+    """A contender of ours."""
+    from lockstep.config.train import TrainConfig
+    from lockstep.engine.parallel import device
+    from lockstep.engine.steps.train_step import train_step
+
+    trainer = open_engine(folder, options.recompute)
     config = TrainConfig(max_mismatch=None, learning_rate=1e-5)
 
     def run(case: Case) -> Figures:
