@@ -217,6 +217,11 @@ class SFTFile(Config):
     def _others_are_for_train(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        others = [name for name in data if name in RunFile.model_fields and name not in cls.model_fields]
+        if others and "task" not in data:
+            raise ValueError(
+                f"{others[0]} has no effect without [task]: `lockstep sft` reads {', '.join(cls.model_fields)}"
+            )
         return {
             name: value for name, value in data.items() if name not in RunFile.model_fields or name in cls.model_fields
         }
@@ -234,8 +239,11 @@ class SFTFile(Config):
 
 
 def load_sft_file(path: Path) -> SFTFile:
-    """The same file for `lockstep sft`. Raises ConfigError likewise."""
-    return load_toml(path, SFTFile)
+    """The same file for `lockstep sft`, checked as a whole. Raises ConfigError likewise."""
+    file = load_toml(path, SFTFile)
+    if file.task is not None:
+        load_run_file(path)
+    return file
 
 
 def load_run_file(path: Path) -> RunFile:

@@ -136,7 +136,8 @@ def _mismatch(run: _Run) -> Advice | None:
 
 
 def _idle(run: _Run) -> Advice | None:
-    rollout, train = run.last("seconds_rollout"), run.last("seconds_train")
+    train, beside = run.last("seconds_train"), bool(run.values("wait_for_rollouts"))
+    rollout = run.last("wait_for_rollouts" if beside else "seconds_rollout")
     if not (rollout > 4 * train and rollout > 1):
         return None
     return Advice(

@@ -40,6 +40,15 @@ PLANTED: dict[str, Callable[[Values, float], object]] = {
 }
 
 
+def test_rollouts_beside_the_training_are_no_wait():
+    """The asynchronous loop: only what the trainer waited counts."""
+    metrics = healthy_metrics(STEPS, np.random.default_rng())
+    for waited, given in ((0.1, []), (20.0, ["idle-trainer"])):
+        for values in metrics.values():
+            values.update(seconds_rollout=20.0, wait_for_rollouts=waited)
+        assert [each.illness for each in advice(metrics)] == given
+
+
 @pytest.mark.parametrize("illness", PLANTED)
 def test_an_illness_raises_its_advice_and_no_other(illness):
     random = np.random.default_rng()
