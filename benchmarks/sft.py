@@ -1,6 +1,6 @@
 """Tokens by the second of supervised steps on whole rows: LoRA rank 16, every token but a row's first with loss.
 
-    python benchmarks/sft.py                                              # tiny model, CPU, half a minute
+    python benchmarks/sft.py --tiny                                       # CPU, half a minute
     python benchmarks/sft.py --shape qwen3-8b --output benchmarks/results/NAME.json       # one GPU, some two minutes
 
 The rows are random and share nothing. A step is what `lockstep sft` has the trainer do: forward, cross entropy, backward
@@ -84,7 +84,9 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tiny", dest="shape", action="store_const", const="tiny", help="a tiny model, on a CPU")
+    which.add_argument("--shape", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--family", default="qwen3", help="family of the tiny model")
     parser.add_argument("--model", type=Path, help="a checkpoint folder to use, or to write the random one to")
