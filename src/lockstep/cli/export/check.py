@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.errors import ConfigError, MismatchError, RuntimeNotInstalledError
+from lockstep.errors import ConfigError, MismatchError, RuntimeNotInstalledError, ServerError
 from lockstep.metrics.mismatch import logprob_mismatch
 from lockstep.models.checkpoint.hub import checkpoint_folder
 from lockstep.models.checkpoint.peft import CONFIG
@@ -52,7 +52,7 @@ def compare(
     trainer; `served_` in front of their names: in vLLM.
 
     score: model folder, ids, adapter folder, dtype: the trainer's log-probabilities.
-    serve: folder, ids: vLLM's. None, or RuntimeNotInstalledError: no such check.
+    serve: folder, ids: vLLM's. None, or an error that says why vLLM can't serve it: no such check.
 
     Raises MismatchError for a folder that computes something else, ConfigError where PEFT is
     missing.
@@ -68,7 +68,7 @@ def compare(
         return measured
     try:
         served_T = np.array(asyncio.run(serve(folder, ids)))
-    except RuntimeNotInstalledError:
+    except (RuntimeNotInstalledError, ServerError):
         return measured
     served = _agree("vLLM", served_T, trainer_T, checkpoint, dtype)
     return measured | {f"served_{name}": value for name, value in served.items()}

@@ -15,7 +15,7 @@ from lockstep.cli.export.served import served_logprobs
 from lockstep.cli.export.write import Exported, export_step
 from lockstep.cli.score import Line, score
 from lockstep.config.megatron import Parallel
-from lockstep.errors import StoreError
+from lockstep.errors import RuntimeNotInstalledError, ServerError, StoreError
 from lockstep.runs.database import read_metrics
 from lockstep.runs.retention import reading
 from lockstep.runs.store import read_checkpoint
@@ -45,12 +45,17 @@ def export_run(
         (scored,) = await score(model, lines, adapter=adapter, parallel=Parallel(), packed=False, dtype=dtype)
         return scored.logprobs
 
+    unserved: list[str] = []
     with reading(checkpoint), console.status(f"exporting step {checkpoint.number}") as status:
 
         async def served(written: Path, ids: list[int]) -> list[float]:
-            return await served_logprobs(
-                run, checkpoint.number, written, ids, lambda line: status.update(Text(f"checking in vLLM: {line}"))
-            )
+            try:
+                return await served_logprobs(
+                    run, checkpoint.number, written, ids, lambda line: status.update(Text(f"checking in vLLM: {line}"))
+                )
+            except (RuntimeNotInstalledError, ServerError) as error:
+                unserved.append(str(error).split("\n")[0])
+                raise
 
         exported = export_step(
             checkpoint,
@@ -61,11 +66,11 @@ def export_run(
             card=lambda kind, differences: model_card(name, checkpoint.number, identity, metrics, kind, differences),
         )
         pushed = push(exported.folder, push_to) if push_to else None
-    for line in _summary(exported, pushed):
+    for line in _summary(exported, pushed, unserved):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(exported: Exported, pushed: str | None) -> list[str]:
+def _summary(exported: Exported, pushed: str | None, unserved: list[str]) -> list[str]:
     size = sum(file.stat().st_size for file in exported.folder.rglob("*") if file.is_file())
     measured = exported.differences
     lines = [
@@ -73,6 +78,6 @@ def _summary(exported: Exported, pushed: str | None) -> list[str]:
         f"checked     transformers against the trainer: {measured['mean']:.1e} nats per token",
         f"checked     vLLM against the trainer: {measured['served_mean']:.1e} nats per token"
         if "served_mean" in measured
-        else "not checked in vLLM: run `lockstep runtime install` for that",
+        else f"not checked in vLLM: {''.join(unserved)}",
     ]
     return [*lines, f"pushed      {pushed}"] if pushed else lines
