@@ -52,7 +52,13 @@ def test_c1_a_request_reaches_other_ranks_without_its_secret() -> None:
     asked = SyncAdapter("http://127.0.0.1:1", "m@1", "gloo", 1.0, api_key="s3cret")
     fields, secret = split_secrets(asked)
     share(1, {"id": 1, "verb": asked.verb, "args": fields, "secret": secret}, Recorder())  # pyright: ignore
-    expected = {"root_url": "http://127.0.0.1:1", "version": "m@1", "transport": "gloo", "deadline_s": 1.0}
+    expected = {
+        "root_url": "http://127.0.0.1:1",
+        "version": "m@1",
+        "transport": "gloo",
+        "deadline_s": 1.0,
+        "others": [],
+    }
     assert published == [{"id": 1, "verb": "sync_adapter", "args": expected}]
     assert "s3cret" not in str(published)
     assert secret == {"api_key": "s3cret"}
