@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from lockstep.cli import progress as module
+from lockstep.cli.tables import progress as module
 from lockstep.cli.tables.progress import progress
 
 
