@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lockstep_wire.short_text import shortened
+
 Box = tuple[tuple[int, int], ...]
 """A half-open range for every dimension of a tensor."""
 
@@ -25,6 +27,9 @@ _MOST = 1 << 48
 
 class PlanError(ValueError):
     """A plan that can't be followed; the message names the weight."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 @dataclass(frozen=True)

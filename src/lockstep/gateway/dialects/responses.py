@@ -71,9 +71,7 @@ def _other(kind: str, item: Mapping[str, Any]) -> dict[str, Any]:
         return {"role": item.get("role"), "content": text_of(item)}
     if kind == "function_call_output":
         return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of({"content": item.get("output")})}
-    raise Refusal(
-        400, f"the input has an item of type {str(kind)[:80]!r}: send messages, function calls and their outputs"
-    )
+    raise Refusal(400, f"the input has an item of type {kind!r}: send messages, function calls and their outputs")
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
