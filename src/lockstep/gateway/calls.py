@@ -118,13 +118,14 @@ class OpenEpisode:
         if attempt is None or attempt.failed or not (again or (attempt.waiting == 0 and not attempt.delivered)):
             asked_name = str(chat.get("model"))
             other = next((model for name, model in self.terms.models.items() if fnmatchcase(asked_name, name)), None)
-            attempt = self._attempts[digest] = Attempt(
-                lambda attempt: (
-                    self._call(upstream, chat, attempt.take if stream else None)
-                    if other is None
-                    else self._elsewhere(upstream, chat, other, attempt.take if stream else None)
-                )
-            )
+
+            def call(attempt: Attempt) -> Coroutine[Any, Any, dict[str, Any]]:
+                taken = attempt.take if stream else None
+                if other is None:
+                    return self._call(upstream, chat, taken)
+                return self._elsewhere(upstream, chat, other, taken)
+
+            attempt = self._attempts[digest] = Attempt(call)
         return attempt
 
     async def answer(self, attempt: Attempt, gone: asyncio.Event) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class OpenEpisode:
         messages = chat.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, "messages must be a list of at least one message")
-        body = {name: chat[name] for name in _FORWARDED if chat.get(name) is not None} | dict(self.terms.sampling)
+        body = _forwarded(chat) | dict(self.terms.sampling)
         setting = setting_of(body)
         captured = self.captured
         messages = [plain(message) for message in messages]
@@ -206,11 +207,8 @@ class OpenEpisode:
         taken: Callable[[dict[str, Any]], None] | None,
     ) -> dict[str, Any]:
         """Another model's reply, which is counted and not captured. A stream gets it whole."""
-        reply = await upstream.elsewhere(
-            other,
-            {name: chat[name] for name in _FORWARDED if chat.get(name) is not None}
-            | {"model": other.model, "messages": chat.get("messages")},
-        )
+        body = _forwarded(chat) | {"model": other.model, "messages": chat.get("messages")}
+        reply = await upstream.elsewhere(other, body)
         with self.captured.lock:
             self.captured.elsewhere[str(chat.get("model"))] += 1
         if taken is not None:
@@ -246,3 +244,7 @@ class OpenEpisode:
             choices = [Choice.model_validate(choice) for choice in reply["choices"]]
             continues = None if place.parent is None else place.parent.call
             captured.calls.append(Call(call, continues, str(chat.get("model")), chat.get("tools"), place.new, choices))
+
+
+def _forwarded(chat: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: chat[name] for name in _FORWARDED if chat.get(name) is not None}

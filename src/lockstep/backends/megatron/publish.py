@@ -68,8 +68,7 @@ async def publish_and_serve(run: Run, step: StagedStep, trained: ProbeScores | N
         if run.delivery.replaces:
             seconds = await _publish(run, step)
             figures = await _into_server(run, number)
-            with span(run.store.path, "verify", number):
-                return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
+            return figures | await _verify(run, number, trained) | {"seconds_publish": seconds}
         try:
             figures = await _into_server(run, number)
         except TrainerLostError:  # nobody is left to write the step
@@ -79,8 +78,7 @@ async def publish_and_serve(run: Run, step: StagedStep, trained: ProbeScores | N
             raise
         publishing = asyncio.create_task(_publish(run, step))
         try:
-            with span(run.store.path, "verify", number):
-                figures |= await _verify(run, number, trained)
+            figures |= await _verify(run, number, trained)
         finally:
             seconds = await publishing
         return figures | {"seconds_publish": seconds}
@@ -129,14 +127,15 @@ async def _verify(run: Run, number: int, trained: ProbeScores | None) -> dict[st
     trained: the trainer's scores, if known.
     """
     started = time.monotonic()
-    try:
-        seen = await verify(run, number, trained)
-    except ServerError:
-        restarted = await go_on_without_lost(run, number)
-        if restarted is None:
-            raise
-        seen = await verify(run, number, trained) | restarted
-    for old in sorted(run.served - run.kept(number)):
-        await run.delivery.retire(old)
-        run.served.discard(old)
+    with span(run.store.path, "verify", number):
+        try:
+            seen = await verify(run, number, trained)
+        except ServerError:
+            restarted = await go_on_without_lost(run, number)
+            if restarted is None:
+                raise
+            seen = await verify(run, number, trained) | restarted
+        for old in sorted(run.served - run.kept(number)):
+            await run.delivery.retire(old)
+            run.served.discard(old)
     return seen | {"seconds_verify": time.monotonic() - started}

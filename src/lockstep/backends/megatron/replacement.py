@@ -47,8 +47,9 @@ async def keep_replicas(run: Run, note: Callable[[str], None]) -> None:
 
 async def _look(run: Run) -> bool:
     """Whether a server has to be replaced; a lost one gets no requests any more, if another lives."""
-    lost = [await run.left_out(server) or bool(await server.problem()) for server in tuple(run.servers)]
-    return any(lost) or len(run.servers) < run.replicas
+    for server in tuple(run.servers):
+        await run.left_out(server)
+    return len(run.servers) < run.replicas or (len(run.servers) == 1 and bool(await run.server.problem()))
 
 
 async def mend(run: Run) -> bool:
@@ -61,9 +62,8 @@ async def mend(run: Run) -> bool:
         return False
     step = run.model.step
     async with job(run, "restarted_sync", step, f"after server {run.settings.server_start}"):
-        if (
-            run.trainer_ahead and not run.settings.colocated
-        ):  # of a step that failed: the new server gets the published one
+        # The trainer may hold a step that failed; the new server gets the published one.
+        if run.trainer_ahead and not run.settings.colocated:
             await run.trainer.call(Load(run.store.step(step).path), deadline_s=deadlines.STEP_S)
         metrics = await replace_lost_server(run, step)
         if metrics is not None:

@@ -1,6 +1,6 @@
 """The measured limits and shares that a plan multiplies its counted work with.
 
-Each figure names its measurement. `tests/unit/planning` holds the plan to every shape in
+Each figure names its measurement. `tests/unit/cli/plan` holds the plan to every shape in
 `benchmarks/results/`.
 """
 

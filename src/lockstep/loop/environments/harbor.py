@@ -155,7 +155,7 @@ def _check_build(scenario: HarborTask) -> None:
 
 async def _sandbox(scenario: HarborTask, kind: str) -> Sandbox:
     if kind == "docker":
-        return await DockerSandbox.started(await _image(scenario), scenario.workdir, {})
+        return await DockerSandbox.started(await _image(scenario), scenario.workdir)
     folder = Path(tempfile.mkdtemp(prefix="lockstep-harbor-"))
     env = dict(_variable(rest) for name, rest in scenario.build if name == "ENV")
     sandbox = LocalSandbox(folder / "sandbox", scenario.workdir, env)

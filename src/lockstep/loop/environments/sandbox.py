@@ -28,6 +28,7 @@ _KEPT = 200_000
 """Bytes of a command's output; the middle of a longer one is left out."""
 OWN = ("app", "tests", "logs", "tmp", "root", "home", "workspace")
 """Folders below `/` that each local sandbox has for itself."""
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--ipc", "--fork")
 _ENTER = """
 set -e
 root=$1 own=$2 user=$3 workdir=$4; shift 4
@@ -123,9 +124,8 @@ class LocalSandbox:
         return self._own.joinpath(*parts[1:])
 
     async def run(self, command: str, env: Mapping[str, str], limit_s: float, workdir: str | None = None) -> Ran:
-        enter = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
         paths = [str(self._root), str(self._own), ":".join(_programs()), workdir or self._workdir]
-        inside = [*enter, "--", "/bin/sh", "-c", _ENTER, "enter", *paths, "/bin/bash", "-c", command]
+        inside = [*_UNSHARE, "--kill-child", "--", "/bin/sh", "-c", _ENTER, "enter", *paths, "/bin/bash", "-c", command]
         return await ran(inside, limit_s, {**self._env, **env})
 
     async def bring(self, folder: Path, place: str) -> None:
@@ -161,20 +161,7 @@ def _programs() -> tuple[str, ...]:
 
 def check_local() -> None:
     """Raises ConfigError where this machine lets nobody make namespaces."""
-    command = [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "--pid",
-        "--ipc",
-        "--fork",
-        "mount",
-        "-t",
-        "tmpfs",
-        "t",
-        "/mnt",
-    ]
+    command = [*_UNSHARE, "mount", "-t", "tmpfs", "t", "/mnt"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadlines.SANDBOX_S)
         said = "" if done.returncode == 0 else done.stderr.strip()
@@ -191,10 +178,9 @@ class DockerSandbox:
         self._container, self._workdir = container, workdir
 
     @classmethod
-    async def started(cls, image: str, workdir: str, env: Mapping[str, str]) -> DockerSandbox:
+    async def started(cls, image: str, workdir: str) -> DockerSandbox:
         """The container uses the machine's network, where the gateway is."""
-        settings = [part for name, value in env.items() for part in ("-e", f"{name}={value}")]
-        command = ["docker", "run", "-d", "--rm", "--network", "host", *settings, image, "sleep", "infinity"]
+        command = ["docker", "run", "-d", "--rm", "--network", "host", image, "sleep", "infinity"]
         return cls((await docker(command)).split()[-1], workdir)
 
     async def run(self, command: str, env: Mapping[str, str], limit_s: float, workdir: str | None = None) -> Ran:
